@@ -1,0 +1,103 @@
+"""Denoising errors, the implicit reward built from them, and the metrics that every objective reports.
+
+Notation: e, r, y are the policy's prediction, the reference's and the target; SE(e) is (e - y)^2 reduced over
+an image. The implicit reward of an image is r_i = -(scale / 2) w(t) [SE(e) - SE(r)] (DSPO Eq. 23,
+Diffusion-DPO Eq. 46); `scale` is called beta in Diffusion-DPO and lambda in DSPO, and w(t) = 1 in the
+released code of both.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dspo_jax.objectives.registry import Predictions
+from dspo_jax.schedule import Schedule
+
+
+def reduce_image(values: jax.Array, reduction: str) -> jax.Array:
+    """Reduces [..., h, w, C] to [...]: "mean" as in every released code base, "sum" as in the papers."""
+    return values.mean((-3, -2, -1)) if reduction == "mean" else values.sum((-3, -2, -1))
+
+
+def squared_error(predictions: Predictions, reduction: str) -> jax.Array:
+    """SE of the policy, [B, P]."""
+    return reduce_image(jnp.square(predictions.policy - predictions.target), reduction)
+
+
+def error_drift(predictions: Predictions, reduction: str) -> jax.Array:
+    """SE of the policy minus SE of the reference, [B, P].
+
+    Computed as (e - r)(e + r - 2y): exactly zero where e = r however the compiler orders the two sums, and
+    free of the cancellation that at beta = 5000 would put rounding errors of SE into the logit.
+    """
+    policy, reference, target = predictions.policy, predictions.reference, predictions.target
+    assert reference is not None
+    return reduce_image((policy - reference) * ((policy - target) + (reference - target)), reduction)
+
+
+def reward_margin(
+    predictions: Predictions, schedule: Schedule, *, scale: float, reduction: str, time_weight: str
+) -> jax.Array:
+    """The implicit reward of the winner minus that of the loser, [B]."""
+    rewards = -0.5 * scale * error_drift(predictions, reduction)
+    if time_weight == "paper":
+        rewards *= schedule.reward_weight(predictions.timesteps)
+    return rewards[:, 0] - rewards[:, 1]
+
+
+def label_doubt(predictions: Predictions) -> jax.Array:
+    """1 - p, the probability that the label is wrong, [B]; zero for hard labels."""
+    if predictions.preference is None:
+        return jnp.zeros(predictions.policy.shape[0])
+    return 1 - predictions.preference
+
+
+def collect_metrics(
+    predictions: Predictions, *, reduction: str, margin: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """The metrics that the data at hand allow, each [B]; a single image counts as a winner.
+
+    Args:
+      predictions: as `Objective` prepares them.
+      reduction: of the errors and drifts; `deviation` is always a mean.
+      margin: reward of the winner minus the loser's, [B], of an objective that has a reward. Without it the
+        reward is the decrease of the error, -(SE(e) - SE(r)).
+
+    Returns:
+      `winner_error`, and `loser_error` for pairs; with a reference `winner_drift` and `deviation`, the mean
+      of (e - r)^2 over the example's images; with both `loser_drift`, `margin` and `implicit_accuracy`: 1, 0,
+      or 1/2 for a tie.
+    """
+    pairs = predictions.policy.shape[1] == 2
+    error = squared_error(predictions, reduction)
+    metrics = {"winner_error": error[:, 0]}
+    if pairs:
+        metrics["loser_error"] = error[:, 1]
+    if predictions.reference is not None:
+        drift = error_drift(predictions, reduction)
+        metrics["winner_drift"] = drift[:, 0]
+        deviation = jnp.square(predictions.policy - predictions.reference)
+        metrics["deviation"] = deviation.mean((1, 2, 3, 4))
+        if pairs:
+            metrics["loser_drift"] = drift[:, 1]
+            metrics["margin"] = drift[:, 1] - drift[:, 0] if margin is None else margin
+            metrics["implicit_accuracy"] = 0.5 * (1 + jnp.sign(metrics["margin"]))
+    return metrics
+
+
+def describe_scale(name: str, argument: str, value: float, reduction: str, values_per_image: int) -> str:
+    """A reward scale in the four conventions in use, mean or sum with or without 1/2, as one line.
+
+    Args:
+      name: of the objective.
+      argument: what it calls the scale.
+      value: the scale, in this project's convention: the reward is -(scale / 2) w(t) [SE(e) - SE(r)].
+      reduction: "mean" or "sum", the convention that `value` is in.
+      values_per_image: h * w * C.
+    """
+    mean = value if reduction == "mean" else value * values_per_image
+    total = mean / values_per_image
+    return (
+        f"{name}: {argument} = {value:g} ({reduction}, with 1/2) over {values_per_image} values an image is "
+        f"{mean:g} (mean, with 1/2) = {mean / 2:g} (mean, without 1/2) = "
+        f"{total:g} (sum, with 1/2) = {total / 2:g} (sum, without 1/2)"
+    )

@@ -1,0 +1,216 @@
+"""The forward diffusion process: noise schedule, signal-to-noise ratio, and eps / v / x0 conversions.
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar the cumulative product of alpha = 1 - beta (DDPM, Ho
+et al. 2020, Eq. 4). A timestep is the index into these arrays, 0 <= t < T: index t is step t + 1 of the
+papers, whose steps start at 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from dspo_jax import spelling
+
+Array = jax.Array | np.ndarray
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+BETA_SCHEDULES = ("scaled_linear", "linear")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete variance-preserving noise schedule and what the network predicts under it.
+
+    Every method takes integer `t` whose axes are the leading axes of the images (`[]`, `[B]` or `[B, P]`) and
+    broadcasts over the remaining ones. Results are float32; a `t` beyond the last timestep gives NaN.
+
+    Attributes:
+      betas: [T] float32, the variance added at each step.
+      alphas_cumprod: [T] float32, abar. Both are computed in float64 and rounded once.
+      prediction_type: "epsilon", or "v_prediction" for v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans &
+        Ho 2022).
+    """
+
+    betas: ArrayLike
+    alphas_cumprod: ArrayLike
+    prediction_type: str = dataclasses.field(default="epsilon", metadata={"static": True})
+
+    @classmethod
+    def scaled_linear(
+        cls,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+    ) -> Schedule:
+        """Stable Diffusion's schedule: sqrt(beta) runs linearly from its start to its end.
+
+        Raises:
+          ValueError: A value is out of range; the message names it.
+        """
+        return cls.from_config(
+            {
+                "beta_schedule": "scaled_linear",
+                "beta_start": beta_start,
+                "beta_end": beta_end,
+                "num_train_timesteps": num_train_timesteps,
+                "prediction_type": prediction_type,
+            }
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """Builds the forward process that a diffusers `scheduler_config.json` describes.
+
+        Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. The
+        betas must be spelled out, as diffusers writes them: the defaults of its scheduler classes disagree
+        with each other.
+
+        Args:
+          config: The parsed file.
+
+        Raises:
+          ValueError: A key is missing, or has a value that is not supported; the message names the key and
+            value.
+        """
+        required = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        missing = [key for key in required if key not in config]
+        if missing:
+            raise ValueError(
+                f"scheduler config: no {missing[0]} (_class_name = {config.get('_class_name')!r}); a DDPM "
+                f"noise schedule needs {', '.join(required)}"
+            )
+        if config.get("trained_betas") is not None:
+            raise ValueError(
+                "scheduler config: trained_betas is set: explicit betas are not supported; "
+                "set it to null and give beta_schedule, beta_start and beta_end"
+            )
+        if config.get("rescale_betas_zero_snr"):
+            raise ValueError(
+                f"scheduler config: rescale_betas_zero_snr = {config['rescale_betas_zero_snr']!r}: "
+                "not supported; only false is"
+            )
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                spelling.unknown("scheduler config: prediction_type", str(prediction_type), PREDICTION_TYPES)
+            )
+        beta_schedule = config["beta_schedule"]
+        if beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(
+                spelling.unknown("scheduler config: beta_schedule", str(beta_schedule), BETA_SCHEDULES)
+            )
+
+        steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"scheduler config: num_train_timesteps = {steps!r}: must be a positive integer")
+        if not all(isinstance(beta, int | float) for beta in (start, end)) or not 0 < start <= end < 1:
+            raise ValueError(
+                f"scheduler config: beta_start = {start!r}, beta_end = {end!r}: must satisfy "
+                "0 < beta_start <= beta_end < 1"
+            )
+        if beta_schedule == "linear":
+            betas = np.linspace(start, end, steps, dtype=np.float64)
+        else:
+            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+        return cls(betas.astype(np.float32), np.cumprod(1 - betas).astype(np.float32), prediction_type)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the number of timesteps."""
+        return np.shape(self.alphas_cumprod)[0]
+
+    def add_noise(self, x0: Array, noise: Array, t: ArrayLike) -> jax.Array:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, of the shape of `x0`."""
+        signal, sigma = self._scales(t, x0)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Array, noise: Array, t: ArrayLike) -> jax.Array:
+        """What the network should predict at `t`: the noise, or v; of the shape of `x0`."""
+        if self.prediction_type == "epsilon":
+            return jnp.asarray(noise, jnp.float32)
+        signal, sigma = self._scales(t, x0)
+        return signal * noise - sigma * x0
+
+    def to_x0(self, prediction: Array, x_t: Array, t: ArrayLike) -> jax.Array:
+        """The clean image that `prediction` implies for `x_t`."""
+        signal, sigma = self._scales(t, x_t)
+        if self.prediction_type == "epsilon":
+            return jnp.subtract(x_t, sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
+
+    def to_epsilon(self, prediction: Array, x_t: Array, t: ArrayLike) -> jax.Array:
+        """The noise that `prediction` implies for `x_t`."""
+        if self.prediction_type == "epsilon":
+            return jnp.asarray(prediction, jnp.float32)
+        signal, sigma = self._scales(t, x_t)
+        return signal * prediction + sigma * x_t
+
+    def snr(self, t: ArrayLike) -> jax.Array:
+        """Signal-to-noise ratio abar_t / (1 - abar_t), of the shape of `t`."""
+        alpha_bar = jnp.take(self.alphas_cumprod, t)
+        return alpha_bar / (1 - alpha_bar)
+
+    def reward_weight(self, t: ArrayLike) -> jax.Array:
+        """The papers' time weight of the implicit reward, of the shape of `t`.
+
+        Under the posterior variance, log p(x_{t-1} | x_t) of the reverse step that leaves timestep t, taken
+        at the mean of q(x_{t-1} | x_t, x_0), is -1/2 w(t) ||eps_theta - eps||^2 + const with
+
+            w(t) = beta_t / ((1 - abar_{t-1}) alpha_t)
+
+        (DSPO Eq. 22-23, where the step is called t + 1 -> t. Eq. 11 prints another factor alpha_t: it comes
+        from a mean coefficient sqrt(alpha_t / alpha_{t+1}) in Eq. 2 where DDPM has 1 / sqrt(alpha_{t+1}).) An
+        error of v is an error of eps divided by sqrt(abar_t), so for v prediction the weight is abar_t w(t).
+
+        The step into x_0 (t = 0) has no variance and its weight diverges; it takes the weight of t = 1, as
+        improved DDPM's released code does for the log-variance.
+        """
+        before, at, beta = self._step(t)
+        weight = beta / ((1 - before) * (1 - beta))
+        return weight if self.prediction_type == "epsilon" else at * weight
+
+    def score_ratio(self, t: ArrayLike) -> jax.Array:
+        """DSPO's B(t), of the shape of `t`: the weight of the data score against the preference score.
+
+        The policy-to-data score difference is -(e - y) / sqrt(1 - abar_{t-1}) (Eq. 27), the gradient of the
+        implicit reward -lam c (e - r) with c = beta_t / (sigma^2 sqrt(alpha_t (1 - abar_t))) (Eq. 26 with the
+        1 / sigma^2 of the Gaussian, printed there as 1 / (2 sigma^2)). Their ratio is
+
+            B(t) = 1 / (c sqrt(1 - abar_{t-1})) = sqrt(alpha_t (1 - abar_{t-1}) / (1 - abar_t)).
+
+        Eq. 28 prints its inverse times omega(t). t = 0, where B vanishes, takes the value of t = 1, as in
+        `reward_weight`.
+        """
+        before, at, beta = self._step(t)
+        return jnp.sqrt((1 - beta) * (1 - before) / (1 - at))
+
+    def denoising_weight(self, t: ArrayLike) -> jax.Array:
+        """DSPO's weight A(t) B(t)^2 of ||e - y||^2 where no preference acts, of the shape of `t`.
+
+        A(t) is `reward_weight` and B(t) `score_ratio`; for eps the product is beta_t / (1 - abar_t).
+        """
+        return self.reward_weight(t) * jnp.square(self.score_ratio(t))
+
+    def _scales(self, t: ArrayLike, like: Array) -> tuple[jax.Array, jax.Array]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against `like`."""
+        t = jnp.asarray(t)
+        if t.shape != like.shape[: t.ndim]:
+            raise ValueError(
+                f"timesteps of shape {t.shape} do not match the leading axes of images {like.shape}"
+            )
+        alpha_bar = jnp.take(self.alphas_cumprod, t).reshape(t.shape + (1,) * (like.ndim - t.ndim))
+        return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+
+    def _step(self, t: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """abar before, abar at, and beta of the reverse step that leaves `t`, with t = 0 taken as 1."""
+        t = jnp.maximum(jnp.asarray(t), 1)
+        return jnp.take(self.alphas_cumprod, t - 1), jnp.take(self.alphas_cumprod, t), jnp.take(self.betas, t)
