@@ -1,0 +1,19 @@
+"""Every emoji with its name and its category as a captioned single image: what the shipped base model is
+trained on.
+
+    python -m dspo_jax.encode --config configs/encode/emoji_images.py --config.model=MODEL_DIR --out OUT
+
+Needs the `demo` extra. MODEL_DIR needs a trained VAE and a tokenizer; its other parts are not used.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.encode import common
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = common.get_config()
+    config.resolution = 64
+    common.set_source(config, "emoji_images")
+    return config

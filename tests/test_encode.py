@@ -1,0 +1,298 @@
+"""The encode command, with a stand-in for the model: what goes into the shards, what is refused, what is
+kept."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from configs.encode import common
+from dspo_jax import encode as encode_module
+from dspo_jax.data import loader, shards, sources
+from dspo_jax.data.sources import PreferencePair
+from dspo_jax.encode import encode, prepare_image
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class StubPipeline:
+    """Has the interface of `Pipeline` that encoding uses; a latent is the mean of 4x4 pixels, its std is
+    1."""
+
+    tokenizers = ("one", "two")
+    vae_scale_factor = 4
+    latent_channels = 3
+
+    def __init__(self):
+        self.batch_shapes: list[tuple[int, ...]] = []
+
+    def fingerprint(self):
+        return {
+            "model": "stub",
+            "vae_sha256": "a" * 64,
+            "scaling_factor": 1.0,
+            "tokenizer_sha256": ["b", "c"],
+        }
+
+    def tokenize(self, captions):
+        tokens = np.zeros((len(captions), 2, 77), np.int32)
+        for i, caption in enumerate(captions):
+            tokens[i, :, 0] = len(caption), -len(caption)
+        return tokens
+
+    def encode_moments(self, images):
+        self.batch_shapes.append(images.shape)
+        assert images.dtype == np.float32
+        assert np.abs(images).max() <= 1
+        n, height, width, channels = images.shape
+        mean = images.reshape(n, height // 4, 4, width // 4, 4, channels).mean(axis=(2, 4))
+        return np.concatenate([mean, np.ones_like(mean)], axis=-1)
+
+
+def png(color: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Greys:
+    """Pair i: a winner of grey level 10 i + 1, a loser one darker. `broken` lists training rows with a
+    corrupt loser."""
+
+    count: int = 10
+    broken: tuple[int, ...] = ()
+
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation")
+    images_per_example: ClassVar[int] = 2
+
+    def num_examples(self, split: str) -> int:
+        return self.count if split == "train" else 2
+
+    def pairs(self, split: str) -> Iterator[PreferencePair]:
+        for i in range(self.num_examples(split)):
+            grey = 10 * i + 1
+            loser = b"corrupt" if split == "train" and i in self.broken else png((grey - 1,) * 3)
+            yield PreferencePair("x" * (i + 1), png((grey,) * 3), loser, 0.9, f"{split}-{i}")
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
+    """Makes the command load the stub, whatever folder it is given."""
+    stub = StubPipeline()
+    monkeypatch.setattr(encode_module, "load_pipeline", lambda path: stub)
+    return stub
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch):
+    """A recipe for `Greys` at 16 pixels."""
+    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+    sources.register("greys")(Greys)
+    config = common.get_config()
+    common.set_source(config, "greys")
+    config.update(model="a model", resolution=16, batch_size=4, rows_per_shard=6)
+    return config
+
+
+def read(out: Path, split: str) -> list[dict]:
+    source = tfds.builder_from_directory(out).as_data_source(split)
+    return [source[i] for i in range(len(source))]
+
+
+def test_shards_hold_the_rows_in_order(pipe, config, tmp_path):
+    manifest, already_there = encode(config, tmp_path / "out")
+    assert not already_there
+    rows = read(tmp_path / "out", "train")
+    assert [row["key"].decode() for row in rows] == [f"train-{i}" for i in range(10)]
+    for i, row in enumerate(rows):
+        assert row["caption"].decode() == "x" * (i + 1)
+        assert row["preference"] == np.float32(0.9)
+        assert row["tokens"][:, 0].tolist() == [i + 1, -i - 1]
+        expected = np.asarray([10 * i + 1, 10 * i]) / 127.5 - 1
+        np.testing.assert_allclose(
+            row["moments"][..., :3], np.broadcast_to(expected[:, None, None, None], (2, 4, 4, 3)), atol=1e-3
+        )
+        np.testing.assert_array_equal(row["moments"][..., 3:], 1)
+        np.testing.assert_array_equal(row["micro_conditioning"], [[8, 8, 0, 0, 16, 16]] * 2)
+    assert manifest["splits"]["train"]["num_examples"] == 10
+    assert [shard["num_examples"] for shard in manifest["splits"]["train"]["shards"]] == [6, 4]
+    assert manifest["source"] == {"name": "greys", "arguments": {"count": 10, "broken": ()}}
+    shards.check_manifest(shards.read_manifest(tmp_path / "out"), pipe.fingerprint(), 16)
+
+
+def test_the_loader_reads_what_was_encoded(pipe, config, tmp_path):
+    encode(config, tmp_path / "out")
+    batch = next(loader.eval_batches(tmp_path / "out", batch_size=2))
+    assert batch["key"] == ["validation-0", "validation-1"]
+    assert batch["moments"].shape == (2, 2, 4, 4, 6)
+
+
+def test_the_vae_sees_one_batch_shape(pipe, config, tmp_path):
+    config.source.broken, config.source.max_skipped = (2,), 0.2
+    encode(config, tmp_path / "out")
+    assert set(pipe.batch_shapes) == {(8, 16, 16, 3)}
+
+
+def test_a_second_run_keeps_the_dataset_and_a_fresh_one_is_byte_identical(pipe, config, tmp_path):
+    encode(config, tmp_path / "out")
+    calls = len(pipe.batch_shapes)
+    _, already_there = encode(config, tmp_path / "out")
+    assert already_there
+    assert len(pipe.batch_shapes) == calls
+    encode(config, tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_a_folder_with_another_dataset_is_refused_and_left_alone(pipe, config, tmp_path):
+    encode(config, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    config.resolution = 32
+    with pytest.raises(ValueError, match=r"holds another dataset \(resolution = 16 there, 32 here\)"):
+        encode(config, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_corrupt_image_is_skipped_counted_and_listed(pipe, config, tmp_path):
+    config.source.broken, config.source.max_skipped = (0, 7), 0.2
+    manifest, _ = encode(config, tmp_path / "out")
+    assert [row["key"].decode() for row in read(tmp_path / "out", "train")] == [
+        f"train-{i}" for i in (1, 2, 3, 4, 5, 6, 8, 9)
+    ]
+    assert manifest["splits"]["train"]["skipped"] == {"undecodable image": 2}
+    assert manifest["splits"]["train"]["num_examples"] == 8
+
+
+def test_too_many_corrupt_images_stop_the_run_and_leave_nothing(pipe, config, tmp_path):
+    config.source.broken = (3,)
+    with pytest.raises(
+        ValueError, match=r"max_skipped = 0.01: exceeded by 1 of 10 rows \(undecodable image: 1\).*'train-3'"
+    ):
+        encode(config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_latents_beyond_float16_are_a_bad_row(pipe, config, tmp_path, monkeypatch):
+    plain = pipe.encode_moments
+
+    def overflowing(images):
+        moments = plain(images)
+        moments[0] = 1e6
+        return moments
+
+    monkeypatch.setattr(pipe, "encode_moments", overflowing)
+    config.source.max_skipped = 0.5
+    manifest, _ = encode(config, tmp_path / "out")
+    # The first row of each of the batches 0-3, 4-5 | 6-9: a shard of 6 rows ends within a batch.
+    assert manifest["splits"]["train"]["skipped"] == {"moments not finite in float16": 3}
+
+
+def test_an_empty_source_is_refused(pipe, config, tmp_path):
+    config.source.count = 0
+    with pytest.raises(ValueError, match="split 'train' is empty"):
+        encode(config, tmp_path / "out")
+
+
+def test_a_split_without_a_usable_row_is_refused(pipe, config, tmp_path):
+    config.source.broken, config.source.max_skipped = tuple(range(10)), 1.0
+    with pytest.raises(
+        ValueError, match=r"split 'train' of source 'greys': no usable row .*undecodable image': 10"
+    ):
+        encode(config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", None, "config.model is not set"),
+        ("resolution", 18, "config.resolution = 18: must be a multiple of 4"),
+        ("resolution", 0, "config.resolution = 0: must be at least 1"),
+        ("batch_size", 0, "config.batch_size = 0: must be at least 1"),
+        ("flip", "randm", "config.flip = 'randm': unknown; did you mean 'random'"),
+        ("splits", ("trian",), "config.splits = 'trian': unknown; did you mean 'train'"),
+        ("source.name", "grays", "config.source.name = 'grays': unknown; did you mean 'greys'"),
+        ("source.name", None, "config.source.name is not set"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_key(pipe, config, tmp_path, key, value, message):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        encode(config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_chosen_splits_are_encoded(pipe, config, tmp_path):
+    config.splits = ("validation",)
+    manifest, _ = encode(config, tmp_path / "out")
+    assert list(manifest["splits"]) == ["validation"]
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    red, green = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([red, green, 0 * red], axis=-1).astype(np.uint8))
+
+
+def test_the_shortest_side_is_resized_and_the_centre_kept():
+    pixels, micro_conditioning = prepare_image(gradient(96, 32), 16)
+    assert micro_conditioning.tolist() == [32, 96, 0, 16, 16, 16]
+    assert pixels.shape == (16, 16, 3)
+    assert abs(int(pixels[0, 0, 0]) - 32) <= 2  # a third of the way across
+    assert abs(int(pixels[0, -1, 0]) - 63) <= 2
+    assert int(pixels[-1, 0, 1]) >= 29
+    assert prepare_image(gradient(32, 97), 16)[1].tolist() == [97, 32, 16, 0, 16, 16]
+
+
+def test_a_flip_mirrors_the_crop():
+    plain, micro = prepare_image(gradient(40, 16), 16)
+    flipped, flipped_micro = prepare_image(gradient(40, 16), 16, flip=True)
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+    np.testing.assert_array_equal(flipped_micro, micro)  # the centre stays the centre
+
+
+def test_both_images_of_a_pair_are_flipped_together_or_not_at_all(pipe, config):
+    config.flip = "random"
+    encoder = encode_module.Encoder(pipe, config)
+    winner, loser = gradient(16, 16), Image.eval(gradient(16, 16), lambda value: value // 2)
+    flips = []
+    for i in range(40):
+        pixels, _ = encoder._prepare(PreferencePair("a caption", winner, loser, key=str(i)))
+        mirrored = pixels[:, 0, 0, 0] > pixels[:, 0, -1, 0]
+        assert mirrored[0] == mirrored[1]
+        flips.append(bool(mirrored[0]))
+    assert 8 < sum(flips) < 32
+
+
+@pytest.mark.parametrize("recipe", ["emoji", "emoji_images"])
+def test_the_recipes_name_real_sources(recipe):
+    config = __import__(f"configs.encode.{recipe}", fromlist=["get_config"]).get_config()
+    arguments = config.source.to_dict()
+    del arguments["max_skipped"]
+    assert sources.get_source(**arguments).images_per_example == (2 if recipe == "emoji" else 1)
+    assert config.keys() == common.get_config().keys()
+
+
+def test_an_unknown_key_on_the_command_line_is_one_line_with_the_nearest_spelling(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "dspo_jax.encode",
+        "--config=configs/encode/emoji.py",
+        f"--out={tmp_path}/out",
+    ]
+    done = subprocess.run(
+        [*command, "--config.resolutoin=64"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "config.resolution" in done.stderr

