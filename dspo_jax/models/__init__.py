@@ -1,0 +1,78 @@
+"""Models as values: a `Model` is an architecture; its parameters are a plain nested dict passed to every call."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dspo_jax.models.clip import CLIPTextModel
+from dspo_jax.models.unet import UNet2DCondition
+from dspo_jax.models.vae import AutoencoderKL
+
+Params = dict[str, Any]
+
+_CLASSES: dict[str, type[nnx.Module]] = {
+    "UNet2DConditionModel": UNet2DCondition,
+    "AutoencoderKL": AutoencoderKL,
+    "CLIPTextModel": CLIPTextModel,
+}
+
+
+def _string_keys(tree: Any) -> Any:
+    return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _nnx_keys(tree: Any) -> Any:
+    """Undo `_string_keys`: NNX numbers the entries of its lists with integers."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _nnx_keys(v) for k, v in tree.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An architecture built from a config.json.
+
+    Attributes:
+      class_name: its class in diffusers or transformers.
+      config: the parsed config.json.
+    """
+
+    class_name: str
+    config: Mapping[str, Any] = dataclasses.field(hash=False)
+    _graph: nnx.GraphDef = dataclasses.field(repr=False)
+    _state: nnx.State = dataclasses.field(repr=False, hash=False, compare=False)
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
+        return _string_keys(nnx.to_pure_dict(self._state))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters. Pure: can be run under `jax.jit` with output shardings."""
+        module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
+        return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+    def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Call `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
+        state = jax.tree.map(lambda leaf: leaf, self._state)
+        nnx.replace_by_pure_dict(state, _nnx_keys(params))
+        return getattr(nnx.merge(self._graph, state), method)(*args, **kwargs)
+
+
+def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes.
+
+    Args:
+      class_name: `_class_name` of a diffusers config, or `architectures[0]` of a transformers one.
+      config: the parsed config.json.
+
+    Raises:
+      ValueError: an unknown class or a config value that is not implemented, by name.
+    """
+    if class_name not in _CLASSES:
+        raise ValueError(f"model class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
+    module = nnx.eval_shape(lambda: _CLASSES[class_name](config, rngs=nnx.Rngs(0)))  # pyright: ignore[reportCallIssue]
+    graph, state = nnx.split(module, nnx.Param)
+    return Model(class_name, dict(config), graph, state)

@@ -1,0 +1,126 @@
+"""`CLIPTextModel`: the text tower of Stable Diffusion, built from transformers' config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspo_jax.models.attention import attention
+from dspo_jax.models.blocks import layer_norm
+from dspo_jax.models.config import check_config
+
+_NAME = "CLIPTextModel"
+
+_USED = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "eos_token_id",
+}
+_FIXED: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "dropout": (0.0,)}
+# Read by nobody here: initialisation, generation and the (absent) projection.
+_UNREAD = {"bos_token_id", "pad_token_id", "initializer_factor", "initializer_range", "projection_dim"}
+
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
+    "gelu": lambda x: nnx.gelu(x, approximate=False),
+}
+
+
+class _SelfAttention(nnx.Module):
+    def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q_proj = nnx.Linear(features, features, rngs=rngs)
+        self.k_proj = nnx.Linear(features, features, rngs=rngs)
+        self.v_proj = nnx.Linear(features, features, rngs=rngs)
+        self.out_proj = nnx.Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def split(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        out = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=True)
+        return self.out_proj(out.reshape(x.shape))
+
+
+class _MLP(nnx.Module):
+    def __init__(self, features: int, hidden: int, activation: str, *, rngs: nnx.Rngs):
+        self.activation = activation
+        self.fc1 = nnx.Linear(features, hidden, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class _Layer(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
+        self.layer_norm1 = layer_norm(features, epsilon, rngs=rngs)
+        self.self_attn = _SelfAttention(features, cfg["num_attention_heads"], rngs=rngs)
+        self.layer_norm2 = layer_norm(features, epsilon, rngs=rngs)
+        self.mlp = _MLP(features, cfg["intermediate_size"], cfg["hidden_act"], rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Embeddings(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        # CLIP's own initialisation: the tokens at 0.02, the positions at 0.01.
+        token_init, position_init = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
+        features = cfg["hidden_size"]
+        self.token_embedding = nnx.Embed(cfg["vocab_size"], features, embedding_init=token_init, rngs=rngs)
+        self.position_embedding = nnx.Embed(
+            cfg["max_position_embeddings"], features, embedding_init=position_init, rngs=rngs
+        )
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        positions = jnp.arange(input_ids.shape[1])
+        return self.token_embedding(input_ids) + self.position_embedding(positions)[None]
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        self.layers = nnx.List([_Layer(cfg, rngs=rngs) for _ in range(cfg["num_hidden_layers"])])
+
+
+class _TextModel(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        self.embeddings = _Embeddings(cfg, rngs=rngs)
+        self.encoder = _Encoder(cfg, rngs=rngs)
+        self.final_layer_norm = layer_norm(cfg["hidden_size"], cfg["layer_norm_eps"], rngs=rngs)
+
+
+class CLIPTextModel(nnx.Module):
+    """Token ids -> text states. Source: transformers' CLIPTextModel; names as in the published checkpoints."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from a transformers `text_encoder/config.json`; ValueError names what is not supported."""
+        cfg = {k: v for k, v in config.items() if k not in _UNREAD}
+        check_config(_NAME, cfg, _USED, _FIXED)
+        if cfg["hidden_act"] not in _ACTIVATIONS:
+            allowed = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"{_NAME} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}")
+        self.eos_token_id = cfg["eos_token_id"]
+        self.text_model = _TextModel(cfg, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Token ids [B, 77] -> final-normed states [B, 77, F] and the state at the end token [B, F]."""
+        x = self.text_model.embeddings(input_ids)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        states = self.text_model.final_layer_norm(x)
+        # Configs written before transformers 4.31 say eos_token_id = 2, whatever the tokenizer: the end token was
+        # then found as the highest id.
+        end_scores = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
+        ends = jnp.argmax(end_scores, axis=-1)
+        return states, jnp.take_along_axis(states, ends[:, None, None], axis=1)[:, 0]

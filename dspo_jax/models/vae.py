@@ -1,0 +1,172 @@
+"""`AutoencoderKL`: the image autoencoder of Stable Diffusion, built from diffusers' config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspo_jax.models.blocks import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv2d
+from dspo_jax.models.config import check_config, per_level
+
+_NAME = "AutoencoderKL"
+_EPSILON = 1e-6
+
+_USED = {
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "up_block_types",
+    "norm_num_groups",
+}
+_OPTIONAL: dict[str, Any] = {
+    "scaling_factor": 0.18215,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "force_upcast": (True, False),  # advice to float16 users; encoding here is float32 or bfloat16
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+
+
+class _SpatialAttention(Attention):
+    """Single-head self-attention over positions, with its own norm and skip."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        super().__init__(channels, 1, channels, bias=True, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, _EPSILON)
+
+    def __call__(self, x: jax.Array, context: None = None) -> jax.Array:
+        batch, height, width, channels = x.shape
+        h = super().__call__(self.group_norm(x).reshape(batch, height * width, channels))
+        return x + h.reshape(x.shape)
+
+
+class _Level(nnx.Module):
+    """`resnets`, then a `downsamplers` or `upsamplers` list where the resolution changes."""
+
+    resnets: nnx.List
+    downsamplers: nnx.List
+    upsamplers: nnx.List
+
+    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List(
+            [
+                _resnet(in_channels if layer == 0 else channels, channels, groups, rngs=rngs)
+                for layer in range(layers)
+            ]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resample in getattr(self, "downsamplers", ()) or getattr(self, "upsamplers", ()):
+            x = resample(x)
+        return x
+
+
+class _MidBlock(nnx.Module):
+    def __init__(self, channels: int, groups: int, *, attention: bool, rngs: nnx.Rngs):
+        self.resnets = nnx.List([_resnet(channels, channels, groups, rngs=rngs) for _ in range(2)])
+        if attention:
+            self.attentions = nnx.List([_SpatialAttention(channels, groups, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.resnets[0](x)
+        for attention in getattr(self, "attentions", ()):
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+def _resnet(in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels, out_channels, temb=None, groups=groups, epsilon=_EPSILON, rngs=rngs)
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        channels, groups = list(cfg["block_out_channels"]), cfg["norm_num_groups"]
+        self.conv_in = conv2d(cfg["in_channels"], channels[0], 3, rngs=rngs)
+        self.down_blocks = nnx.List([])
+        width = channels[0]
+        for level, features in enumerate(channels):
+            block = _Level(width, features, cfg["layers_per_block"], groups, rngs=rngs)
+            width = features
+            if level < len(channels) - 1:
+                block.downsamplers = nnx.List([Downsample2D(width, padding=0, rngs=rngs)])
+            self.down_blocks.append(block)
+        self.mid_block = _MidBlock(width, groups, attention=cfg["mid_block_add_attention"], rngs=rngs)
+        self.conv_norm_out = GroupNorm(width, groups, _EPSILON)
+        self.conv_out = conv2d(width, 2 * cfg["latent_channels"], 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class _Decoder(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        channels, groups = list(cfg["block_out_channels"])[::-1], cfg["norm_num_groups"]
+        self.conv_in = conv2d(cfg["latent_channels"], channels[0], 3, rngs=rngs)
+        self.mid_block = _MidBlock(channels[0], groups, attention=cfg["mid_block_add_attention"], rngs=rngs)
+        self.up_blocks = nnx.List([])
+        width = channels[0]
+        for level, features in enumerate(channels):
+            block = _Level(width, features, cfg["layers_per_block"] + 1, groups, rngs=rngs)
+            width = features
+            if level < len(channels) - 1:
+                block.upsamplers = nnx.List([Upsample2D(width, rngs=rngs)])
+            self.up_blocks.append(block)
+        self.conv_norm_out = GroupNorm(width, groups, _EPSILON)
+        self.conv_out = conv2d(width, cfg["out_channels"], 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Images <-> posterior moments and latents, in the VAE's own units. Source: diffusers' AutoencoderKL."""
+
+    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from a diffusers `vae/config.json`; ValueError names the key of what is not supported."""
+        cfg = {**_OPTIONAL, **config}
+        check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
+        levels = len(cfg["block_out_channels"])
+        for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            for kind in per_level(_NAME, key, cfg[key], levels):
+                if kind != known:
+                    raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {known}")
+        self.encoder = _Encoder(cfg, rngs=rngs)
+        self.decoder = _Decoder(cfg, rngs=rngs)
+        channels = cfg["latent_channels"]
+        if cfg["use_quant_conv"]:
+            self.quant_conv = conv2d(2 * channels, 2 * channels, 1, rngs=rngs)
+        if cfg["use_post_quant_conv"]:
+            self.post_quant_conv = conv2d(channels, channels, 1, rngs=rngs)
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images [B, H, W, 3] in [-1, 1] -> mean and log-variance of the posterior, each [B, h, w, C]."""
+        h = self.encoder(images)
+        if hasattr(self, "quant_conv"):
+            h = self.quant_conv(h)
+        mean, logvar = jnp.split(h, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C] in the VAE's units (UNet units / scaling_factor) -> images [B, H, W, 3]."""
+        if hasattr(self, "post_quant_conv"):
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
