@@ -128,7 +128,7 @@ class DatasetWriter:
           skipped: for each split, the number of rows left out by reason.
 
         Returns:
-          The manifest as written, with `format_version` and `splits` added.
+          The manifest as written, with `format_version`, `images_per_example` (P) and `splits` added.
         """
         tfds.folder_dataset.write_metadata(
             data_dir=self._partial,
@@ -158,7 +158,12 @@ class DatasetWriter:
             }
             for split, shards in self._shards.items()
         }
-        complete = {"format_version": FORMAT_VERSION, **manifest, "splits": splits}
+        complete = {
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            "images_per_example": self._features["moments"].shape[0],
+            "splits": splits,
+        }
         (self._partial / MANIFEST).write_text(
             json.dumps(complete, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

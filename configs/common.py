@@ -1,0 +1,85 @@
+"""Every key of a training run, with its default. The recipes beside this file only change it."""
+
+from ml_collections import ConfigDict, config_dict
+
+# Hyperparameters of the objectives: None means the objective's own default (see dspo_jax/objectives/).
+_OBJECTIVE_ARGUMENTS = {
+    "beta": float,  # diffusion_dpo
+    "lam": float,  # dspo: lambda
+    "gamma": float,  # dspo
+    "reward_scale": float,  # dspo: the lambda inside G; default lam
+    "score_weight": float,  # dspo: s; default lam * gamma
+    "detach": bool,  # dspo: stop the gradient through G
+    "reduction": str,  # "mean" or "sum" over an image
+    "time_weight": str,  # "none" or "paper"
+}
+
+
+def get_config() -> ConfigDict:
+    """The schema; a recipe sets at least `model` and `data.path`."""
+    config = ConfigDict()
+
+    # The model to align, and the frozen reference: a diffusers folder.
+    config.model = config_dict.placeholder(str)
+    # Of everything drawn: order of the data, noise, timesteps, dropped captions.
+    config.seed = 0
+    # Optimizer updates of the whole run.
+    config.steps = 1000
+    # Pairs in an update, over all devices.
+    config.batch_size = 2048
+    # Parts that a batch is worked through in, one after the other, to save memory. Does not change the result.
+    config.accumulation = 1
+    # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
+    config.caption_dropout = 0.2
+    # Whether winner and loser share timestep and noise, as in every released code base (DSPO's Eq. 14 does not).
+    config.share_noise = True
+    # Whether the text encoder is trained with the UNet.
+    config.train_text_encoder = False
+    # What the networks compute in, "float32" or "bfloat16"; losses and the optimizer stay in float32.
+    config.compute_dtype = "float32"
+    # Steps between two lines of metrics.
+    config.log_every = 10
+
+    config.data = ConfigDict()
+    # A dataset written by dspo_jax.encode.
+    config.data.path = config_dict.placeholder(str)
+    config.data.split = "train"
+
+    config.objective = ConfigDict()
+    # A name registered in dspo_jax/objectives/.
+    config.objective.name = "dspo"
+    for name, kind in _OBJECTIVE_ARGUMENTS.items():
+        config.objective[name] = config_dict.placeholder(kind)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2.048e-5
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 500
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 1e-2
+    # Gradients are scaled down to this global norm; 0 turns it off.
+    config.optimizer.max_grad_norm = 1.0
+
+    config.mesh = ConfigDict()
+    # Devices along each axis; -1 takes all that are left.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.checkpoint = ConfigDict()
+    # Steps between two checkpoints; the last step is always saved.
+    config.checkpoint.every = 500
+    config.checkpoint.max_to_keep = 3
+
+    config.validation = ConfigDict()
+    config.validation.split = "validation"
+    # Steps between two validations; the first and the last step are always validated. 0 turns it off.
+    config.validation.every = 500
+    # How many (timestep, noise) draws each held-out pair is judged by; the timesteps are spread evenly.
+    config.validation.draws = 8
+    # Held-out examples in one call of the networks.
+    config.validation.batch_size = 32
+    return config

@@ -1,0 +1,24 @@
+"""DSPO on the emoji pairs from the shipped base model: minutes on a laptop CPU.
+
+    python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = common.get_config()
+    config.model = "examples/emoji/model"
+    config.data.path = "runs/emoji_pairs"
+    config.objective.name = "dspo"
+    config.batch_size = 32
+    config.steps = 100
+    config.log_every = 5
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 10
+    config.checkpoint.every = 50
+    config.validation.every = 100
+    return config

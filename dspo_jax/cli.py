@@ -1,0 +1,153 @@
+"""How every command starts and fails: absl flags in; one line on stderr for what the user can fix."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_dict
+from ml_collections.config_flags import config_flags
+
+from dspo_jax import spelling
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+
+_PACKAGE = Path(__file__).parent
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+    """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
+
+    Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a ValueError or an
+    OSError (what library code raises about the user's input); or 130 after Ctrl-C. Any other exception is a
+    bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
+
+    Args:
+      main: called with `[program name]`; it reads its flags through absl. An integer it returns becomes the
+        exit status.
+    """
+
+    def guarded_main(argv: Sequence[str]) -> Any:
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except (ValueError, OSError) as error:
+            logging.debug("Traceback of the error below", exc_info=True)
+            _fail(_describe(error))
+
+    app.run(guarded_main, flags_parser=_parse_flags)
+    raise AssertionError("absl.app.run always exits")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _describe(error: ValueError | OSError) -> str:
+    """The error in one line; where it came from is added when a library, not this package, worded it."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    origin = Path(trace.tb_frame.f_code.co_filename) if trace is not None else _PACKAGE
+    message = str(error) or type(error).__name__
+    if origin.is_relative_to(_PACKAGE):
+        return message
+    return f"{message} ({type(error).__name__} from {origin.name}; --verbosity=1 shows the traceback)"
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        positional = flags.FLAGS(argv)
+    except flags.Error as error:
+        # A ValueError or TypeError inside a config file arrives here as its whole traceback: the last line
+        # says it.
+        lines = str(error).strip().splitlines()
+        _fail(lines[-1] if "Traceback" in str(error) else str(error))
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError):
+        # What config_flags raises for an override when the key or the file does not exist. If the fault lies
+        # inside the file, looking for the key loads it again and so raises the fault again, with its
+        # traceback.
+        problem = _find_unknown_key(argv)
+        if problem is None:
+            raise
+        _fail(problem)
+    for name in _config_flag_names():
+        flag: Any = flags.FLAGS[name]
+        if flag.value is not None:
+            _check_is_file(name, flag.config_filename)  # config_flags itself reports it only when first read
+    return positional
+
+
+def _config_flag_names() -> list[str]:
+    """The names of the flags that hold an ml_collections config file."""
+    return [name for name in flags.FLAGS if hasattr(type(flags.FLAGS[name]), "config_filename")]
+
+
+def _check_is_file(name: str, config_filename: str) -> None:
+    path = config_filename.split(":", 1)[0]  # what follows a colon is get_config's argument
+    if not Path(path).is_file():
+        _fail(f"--{name}={path}: no such file")
+
+
+def _find_unknown_key(argv: Sequence[str]) -> str | None:
+    """Explains in one line the first `--FLAG.KEY=...` whose KEY the config file does not define."""
+    arguments = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
+    for name in _config_flag_names():
+        filename = flags.FLAGS[name].default
+        overrides = []
+        for position, argument in enumerate(arguments):
+            option, _, value = argument.partition("=")
+            if re.fullmatch(f"--?{name}", option):
+                filename = value or "".join(arguments[position + 1 : position + 2])
+            elif match := re.fullmatch(rf"--?(?:no)?{name}\.(.+)", option):
+                overrides.append(match[1])
+        if not filename or not overrides:
+            continue
+        _check_is_file(name, filename)
+        config = config_flags.ConfigFileFlagParser(name=name).parse(filename)
+        for key in overrides:
+            if problem := _explain_key(name, key, config):
+                return problem
+    return None
+
+
+def _explain_key(name: str, key: str, config: config_dict.ConfigDict) -> str | None:
+    """Why `key` (dotted) cannot be set in `config`, or None when it can."""
+    node: Any = config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        holder = ".".join([name, *parts[:depth]])
+        if not isinstance(node, config_dict.ConfigDict | Mapping):
+            return f"--{name}.{key}: {holder} is a single value ({node!r}), it has no key {part!r}"
+        if part not in node:
+            guess = spelling.nearest(part, node.keys())
+            if guess is not None:
+                meant = ".".join([holder, guess, *parts[depth + 1 :]])
+            else:
+                meant = next(
+                    (f"{name}.{path}" for path in _walk_keys(config) if path.split(".")[-1] == parts[-1]), ""
+                )
+            hint = f"; did you mean --{meant}?" if meant else ""
+            return (
+                f"--{name}.{key}: unknown key {part!r}{hint} ({holder} has: {', '.join(sorted(node.keys()))})"
+            )
+        node = node[part]
+    return None
+
+
+def _walk_keys(config: Mapping[str, Any] | config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a nested config, outer keys first."""
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, config_dict.ConfigDict | Mapping):
+            yield from _walk_keys(value, f"{prefix}{key}.")

@@ -1,0 +1,256 @@
+"""What a run says about itself: metrics on disk, honest speed, a progress bar, intervals around shares."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+
+
+def binomial_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a share; unlike the normal one it stays in [0, 1] and holds for small n.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+    Args:
+      successes: how many of `n`; ties may count one half.
+      n: number of independent trials; 0 gives (0, 1).
+
+    Raises:
+      ValueError: `successes` is not between 0 and `n`.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes = {successes}: must lie between 0 and n = {n}")
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + _Z_95**2 / (2 * n)) / (1 + _Z_95**2 / n)
+    half = _Z_95 / (1 + _Z_95**2 / n) * math.sqrt(share * (1 - share) / n + _Z_95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class MetricsWriter:
+    """Writes each step's metrics to `metrics.jsonl` and `tensorboard/` in a workdir.
+
+    A line of `metrics.jsonl` is `{"step": ..., "wall_seconds": ..., <name>: <float>, ...}`; wall_seconds is
+    the age of the run without the time between a stop and its resumption. Each line is handed to the
+    operating system at once, so a killed process loses none. NaN and infinity are written as Python's json
+    reads them.
+    """
+
+    def __init__(self, workdir: str | Path, step: int = 0):
+        """Opens the files, dropping what was written after `step`: a resumed run writes those steps again.
+
+        Args:
+          workdir: folder of the run; created if absent.
+          step: the restored step, 0 for a fresh start.
+        """
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        self._seconds_before = _keep_until(path, step) - time.perf_counter()
+        self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = _import_summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line and one TensorBoard point per metric.
+
+        Args:
+          step: number of optimizer updates done.
+          metrics: scalars (Python, NumPy or JAX); reading a JAX array waits for the device.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        wall_seconds = round(self._seconds_before + time.perf_counter(), 3)
+        self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` in order, without a last one that was cut short.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another line than the last is damaged.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
+    return records
+
+
+def _import_summary_writer() -> Any:
+    """Keeps tensorboardX from loading torch, which it does wherever torch is installed."""
+    hide_torch = "torch" not in sys.modules
+    if hide_torch:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` raise ImportError
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide_torch:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
+def _keep_until(path: Path, step: int) -> float:
+    """Drops the records after `step` from a metrics file; returns the wall_seconds of the last one kept."""
+    if not path.exists():
+        return 0.0
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
+    partial = path.with_suffix(".jsonl.tmp")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return float(kept[-1]["wall_seconds"]) if kept else 0.0
+
+
+class Clock:
+    """Pairs per second of training alone, over restarts: no compilation, evaluation or checkpoints."""
+
+    def __init__(self, seconds: float = 0.0, pairs: int = 0, now: Callable[[], float] = time.perf_counter):
+        """Starts with what `state()` gave before a restart.
+
+        Args:
+          seconds: training seconds so far.
+          pairs: pairs seen in those seconds.
+          now: a clock in seconds.
+        """
+        self.seconds = seconds
+        self.pairs = pairs
+        self._now = now
+        self._last: float | None = None
+        self._lap_start = (seconds, pairs)
+
+    def tick(self, pairs: int) -> None:
+        """Counts one finished step of `pairs` pairs; the first only starts the clock: it compiled."""
+        now = self._now()
+        if self._last is not None:
+            self.seconds += now - self._last
+            self.pairs += pairs
+        self._last = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time spent inside."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            if self._last is not None:
+                self._last += self._now() - start
+
+    def lap(self) -> float:
+        """Pairs per second since the previous call (0 when no time was counted)."""
+        seconds, pairs = self.seconds - self._lap_start[0], self.pairs - self._lap_start[1]
+        self._lap_start = (self.seconds, self.pairs)
+        return pairs / seconds if seconds > 0 else 0.0
+
+    def mean(self) -> float:
+        """Pairs per second over the whole run, restarts included (0 when no time was counted)."""
+        return self.pairs / self.seconds if self.seconds > 0 else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What `Clock(**state)` needs to go on after a restart; JSON types."""
+        return {"seconds": self.seconds, "pairs": self.pairs}
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere, as in a log file, a plain line now and then."""
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        done: int = 0,
+        every_seconds: float = 30.0,
+        console: Console | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        """Prepares the bar; use it as a context manager.
+
+        Args:
+          label: what is going on, e.g. `"train"`.
+          total: number of steps.
+          done: steps done before this process started.
+          every_seconds: pause between two plain lines; the first and the last step always get one.
+          console: where to draw; standard error by default.
+          now: a clock in seconds.
+        """
+        self._label, self._total, self._start = label, total, done
+        self._every_seconds, self._now = every_seconds, now
+        self._console = console or Console(stderr=True)
+        self._start_time = now()
+        self._last_line: float | None = None
+        self._bar: RichProgress | None = None
+        if self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(label, total=total, completed=done, metrics="")
+
+    def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Shows that `done` steps are done, and a few numbers, e.g. `{"pairs/s": 12.3, "loss": 0.69}`."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, metrics=shown)
+            return
+        now = self._now()
+        if self._last_line is None or done >= self._total or now - self._last_line >= self._every_seconds:
+            self._last_line = now
+            share = f"{self._label} {done}/{self._total} ({done / max(self._total, 1):.0%})"
+            self._console.print(
+                f"{share}  eta {self._eta(done, now)}  {shown}".rstrip(), highlight=False, soft_wrap=True
+            )
+
+    def _eta(self, done: int, now: float) -> str:
+        if done <= self._start:
+            return "-:--:--"
+        seconds = round((now - self._start_time) / (done - self._start) * (self._total - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+            # Rich moves the bar out of the way of what goes through sys.stderr; absl's handler kept the old
+            # stream.
+            logging.get_absl_handler().python_handler.setStream(sys.stderr)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            logging.get_absl_handler().python_handler.setStream(sys.stderr)

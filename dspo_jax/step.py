@@ -1,0 +1,189 @@
+"""The training step: a batch of encoded pairs, a frozen reference, one optimizer update.
+
+`train_step(state, reference, batch, key) -> (state, metrics)` is all of it; the loop around it is train.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dspo_jax.models import Params
+from dspo_jax.objectives import Objective, Predictions
+from dspo_jax.pipeline import Pipeline
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# What the step reads of a batch; captions and keys stay on the host.
+INPUTS = ("moments", "tokens", "preference", "index")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What a run computes: everything about the step that is fixed before it starts.
+
+    Attributes:
+      pipe: the model's architectures and schedule.
+      objective: from `get_objective`.
+      optimizer: the gradient transformation.
+      learning_rate: number of updates done -> learning rate of the next one.
+      compute_dtype: of the networks; losses, gradients and the optimizer are float32.
+      empty_tokens: [E, 77] int32, what a dropped caption is replaced by.
+      caption_dropout: probability of dropping the caption of a pair.
+      share_noise: whether the images of a pair share timestep and noise.
+      accumulation: parts a batch is worked through in.
+      train_text_encoder: whether the text encoder is among the trained parameters.
+    """
+
+    pipe: Pipeline
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[jax.Array], jax.Array]
+    compute_dtype: str
+    empty_tokens: np.ndarray
+    caption_dropout: float
+    share_noise: bool
+    accumulation: int
+    train_text_encoder: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step, and all that a checkpoint holds. `params` has "unet" and maybe "text_encoder"."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    task: Task = dataclasses.field(metadata={"static": True})
+
+    def arrays(self) -> dict[str, Any]:
+        """The state without its task: what is saved."""
+        return {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+
+
+def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Everything random about a batch, drawn from (key, index of the example) alone.
+
+    So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C] (UNet
+    units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
+    """
+    mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+    images = mean.shape[1]
+    shared = 1 if task.share_noise else images
+    num_timesteps = task.pipe.schedule.num_train_timesteps
+
+    def draw(index: jax.Array) -> tuple[jax.Array, ...]:
+        keys = jax.random.split(jax.random.fold_in(key, index), 4)
+        posterior = jax.random.normal(keys[0], mean.shape[1:])
+        noise = jax.random.normal(keys[1], (shared, *mean.shape[2:]))
+        timesteps = jax.random.randint(keys[2], (shared,), 0, num_timesteps)
+        return posterior, noise, timesteps, jax.random.bernoulli(keys[3], task.caption_dropout)
+
+    posterior, noise, timesteps, drop = jax.vmap(draw)(batch["index"])
+    latents = mean + deviation * posterior
+    return latents, jnp.broadcast_to(noise, mean.shape), jnp.broadcast_to(timesteps, mean.shape[:2]), drop
+
+
+def predict(
+    task: Task, params: Params, noisy: jax.Array, timesteps: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """The UNet's output for noisy latents [B, P, h, w, C], timesteps [B, P] and token ids [B, E, 77].
+
+    `params` holds "unet" and "text_encoder". A pair is folded into the batch as (winner 0, loser 0, winner 1, ...),
+    and its text is encoded once. Returns [B, P, h, w, C] in the compute dtype.
+    """
+    pairs, images = noisy.shape[:2]
+    text_BSF = task.pipe.encode_text(params["text_encoder"], tokens)
+    text = jnp.repeat(text_BSF, images, axis=0)
+    folded = noisy.astype(task.compute_dtype).reshape(pairs * images, *noisy.shape[2:])
+    output = task.pipe.unet.apply(params["unet"], folded, timesteps.reshape(-1), text)
+    return output.reshape(noisy.shape)
+
+
+def forward(
+    task: Task, params: Params, reference: Params, noisy: jax.Array, timesteps: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """What the policy and, where the objective needs it, the reference say about the same noisy latents.
+
+    The reference is stored in the compute dtype and the policy is rounded to it here, so that the two agree exactly
+    until the first update.
+    """
+    policy = {**reference, **jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)}
+    return (
+        predict(task, policy, noisy, timesteps, tokens),
+        predict(task, reference, noisy, timesteps, tokens) if task.objective.needs_reference else None,
+    )
+
+
+def loss_fn(params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean of the objective over a batch, and the means of its metrics."""
+    schedule = task.pipe.schedule
+    latents, noise, timesteps, drop = draw_noise(task, batch, key)
+    tokens = jnp.where(drop[:, None, None], task.empty_tokens[None], batch["tokens"])
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    policy, frozen = forward(task, params, reference, noisy, timesteps, tokens)
+    predictions = Predictions(
+        policy=policy,
+        reference=frozen,
+        target=schedule.target(latents, noise, timesteps),
+        timesteps=timesteps,
+        preference=batch["preference"],
+    )
+    losses, metrics = task.objective(predictions, schedule)
+    return losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+
+def train_step(state: TrainState, reference: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    """One optimizer update.
+
+    Args:
+      state: may be donated.
+      reference: the frozen tree in the compute dtype: "text_encoder" unless it is trained and no reference is
+        needed, and "unet" for an objective that needs a reference.
+      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `preference` [B], `index` [B] uint32 (unique over the run).
+      key: of the run, the same for every step: an example's randomness follows from its index.
+
+    Returns:
+      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, the objective's own.
+    """
+    task = state.task
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(state.params, task, reference, part, key)), None
+
+    if task.accumulation == 1:
+        (loss, metrics), grads = grad_fn(state.params, task, reference, batch, key)
+    else:
+        # Part k takes every accumulation-th example, so that each device keeps working on its own.
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch
+        )
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(grad_fn, state.params, task, reference, first, key),
+        )
+        total, _ = jax.lax.scan(add_part, zeros, parts)
+        (loss, metrics), grads = jax.tree.map(lambda x: x / task.accumulation, total)
+
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    metrics |= {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": task.learning_rate(state.step),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, task), metrics
+
+
+def compile_step(state: TrainState) -> Any:
+    """`train_step`, jitted; the new state is laid out as `state`, which is donated."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

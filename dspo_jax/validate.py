@@ -1,0 +1,145 @@
+"""Held-out pairs: does the model rank them as people did? Implicit accuracy, margins and errors by timestep.
+
+The implicit reward of an image is the decrease of its denoising error against the reference (Diffusion-DPO, S4.1).
+Every call uses the same noise and the same timesteps, so that curves over a run compare like with like.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dspo_jax.data import loader
+from dspo_jax.metrics import binomial_interval
+from dspo_jax.objectives import Predictions
+from dspo_jax.objectives.implicit_reward import error_drift, squared_error
+from dspo_jax.schedule import Schedule
+from dspo_jax.sharding import check_batch_size, shard_batch
+
+# (trained parameters, reference, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, 77])
+#   -> predictions of the policy and of the reference (None where the objective has none).
+Forward = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+
+_SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
+
+
+class Validator:
+    """Judges a model on one split; compiled once."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        schedule: Schedule,
+        mesh: Mesh,
+        *,
+        directory: str | Path,
+        split: str,
+        batch_size: int,
+        draws: int,
+    ):
+        """Open the split.
+
+        Args:
+          forward: runs both networks.
+          schedule: the forward process.
+          mesh: the devices.
+          directory: a dataset written by `dspo_jax.encode`.
+          split: the held-out split.
+          batch_size: examples in one call.
+          draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal bins.
+
+        Raises:
+          ValueError: a batch size that the mesh cannot split, no draw, or a split that is missing or empty.
+        """
+        check_batch_size(batch_size, mesh, "config.validation.batch_size")
+        if draws < 1:
+            raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
+        self.num_examples = loader.num_examples(directory, split)
+        self._directory, self._split, self._batch_size, self._mesh = directory, split, batch_size, mesh
+        steps = schedule.num_train_timesteps
+        self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
+
+        def judge(params: Any, reference: Any, batch: dict[str, jax.Array], timestep: jax.Array) -> dict[str, jax.Array]:
+            mean, _ = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+
+            def draw(index: jax.Array) -> jax.Array:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_SEED), index), timestep)
+                return jax.random.normal(key, (1, *mean.shape[2:]))
+
+            noise = jnp.broadcast_to(jax.vmap(draw)(batch["index"]), mean.shape)
+            timesteps = jnp.full(mean.shape[:2], timestep)
+            noisy = schedule.add_noise(mean, noise, timesteps)
+            policy, frozen = forward(params, reference, noisy, timesteps, batch["tokens"])
+            predictions = jax.tree.map(
+                lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                Predictions(policy, frozen, schedule.target(mean, noise, timesteps), timesteps),
+            )
+            judged = {"error": squared_error(predictions, "mean")}
+            if frozen is not None:
+                judged["drift"] = error_drift(predictions, "mean")
+            return judged
+
+        self._judge = jax.jit(judge)
+
+    def __call__(self, params: Any, reference: Any) -> dict[str, float]:
+        """Scalars of the whole split.
+
+        `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for pairs
+        `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
+        `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one half),
+        with the ends of its 95 % interval (Wilson; it takes the pairs as independent) and its value in each
+        timestep bin.
+        """
+        results = [
+            np.stack([self._judge_examples(params, reference, examples, t) for t in self._timesteps], axis=1)
+            for examples in self._batches()
+        ]
+        values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image
+        return summarise(values_SDBP, self._timesteps)
+
+    def _batches(self) -> Any:
+        batches = loader.eval_batches(self._directory, batch_size=self._batch_size, split=self._split)
+        yield from batches
+        batches.close()
+
+    def _judge_examples(self, params: Any, reference: Any, examples: Mapping[str, Any], timestep: int) -> np.ndarray:
+        """[2 or 1 (no reference), B, P] on the host; a short last batch is filled up with its first example."""
+        count = len(examples["index"])
+        take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
+        batch = {name: examples[name][take] for name in ("moments", "tokens")}
+        batch["index"] = examples["index"][take].astype(np.uint32)
+        judged = self._judge(params, reference, shard_batch(batch, self._mesh), jnp.int32(timestep))
+        return np.stack([np.asarray(judged[name])[:count] for name in ("error", "drift") if name in judged])
+
+
+def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
+    """The scalars that `Validator` reports.
+
+    Args:
+      values: [S, D, N, P]: S = 2 (error, drift) or 1 (error) x draw x example x image (winner, loser).
+      timesteps: [D].
+    """
+    images = ("winner", "loser")[: values.shape[3]]
+    means_SP = values.mean((1, 2))
+    summary = {f"{image}_error": float(means_SP[0, i]) for i, image in enumerate(images)}
+    if len(values) == 1:
+        return summary
+    summary |= {f"{image}_drift": float(means_SP[1, i]) for i, image in enumerate(images)}
+    if len(images) == 1:
+        return summary
+    margins_DN = values[1, :, :, 1] - values[1, :, :, 0]
+    correct_N = 0.5 + 0.5 * np.sign(margins_DN.mean(0))
+    low, high = binomial_interval(correct_N.sum(), len(correct_N))
+    summary |= {
+        "margin": float(margins_DN.mean()),
+        "implicit_accuracy": float(correct_N.mean()),
+        "implicit_accuracy_low": low,
+        "implicit_accuracy_high": high,
+    }
+    for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
+        summary[f"implicit_accuracy_t{timestep}"] = float((0.5 + 0.5 * np.sign(margins_N)).mean())
+    return summary

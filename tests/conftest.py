@@ -1,0 +1,48 @@
+"""Strict numerics for every test: fake devices, no rank promotion, no network, warnings as errors.
+
+The settings are environment variables rather than `jax.config.update`, so that the commands which tests start
+as subprocesses run under the same rules. They must be set before JAX is first imported.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+NUM_DEVICES = 8
+
+if "jax" in sys.modules:
+    raise RuntimeError(
+        "jax was imported before tests/conftest.py could configure it; run pytest without that plugin"
+    )
+
+# Compiled programs are shared by the test processes, by the commands they start and by the next run; the size
+# limit is what makes JAX lock the folder while it writes.
+COMPILATION_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAX_COMPILATION_CACHE_DIR=str(COMPILATION_CACHE),
+    JAX_COMPILATION_CACHE_MAX_SIZE=str(2**31),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of optional data files (real third-party weights, prompt lists) named by DSPO_TEST_DATA."""
+    folder = os.environ.get("DSPO_TEST_DATA")
+    if not folder:
+        pytest.skip(
+            "DSPO_TEST_DATA is not set; it names a folder of optional data files outside the repository"
+        )
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"DSPO_TEST_DATA = {folder!r}: not a folder")
+    return path

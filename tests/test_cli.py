@@ -1,0 +1,162 @@
+"""How commands fail: a toy command, run as a user would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+from ml_collections import config_flags
+from dspo_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file("config")
+
+
+def main(argv):
+    config = CONFIG.value
+    print(config.objective.name, config.batch_size, config.flip)
+    if config.batch_size == 6:
+        from dspo_jax import metrics
+        metrics.binomial_interval(2, 1)
+    if config.batch_size == 7:
+        int("seven")
+    if config.batch_size == 8:
+        open("absent/file")
+    if config.batch_size == 9:
+        raise RuntimeError("a bug")
+    if config.batch_size == 10:
+        raise KeyboardInterrupt
+
+
+cli.run(main)
+"""
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({"objective": {"name": "dspo", "beta": 5000.0}, "batch_size": 4, "flip": True})
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "command.py").write_text(COMMAND)
+    (folder / "toy.py").write_text(CONFIG)
+    (folder / "raises.py").write_text('def get_config():\n    raise ValueError("config.a = 3: too large")\n')
+    (folder / "broken.py").write_text('def get_config():\n    return {}["absent"]\n')
+    return folder
+
+
+@pytest.fixture
+def run(folder):
+    def run(*arguments):
+        root = str(Path(__file__).parents[1])
+        return subprocess.run(
+            [sys.executable, "command.py", *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_flags_reach_the_command(run):
+    result = run(
+        "--config=toy.py", "--config.objective.name=sft", "--noconfig.flip", "--config.batch_size", "5"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "sft 5 False\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=toy.py", "--config.objectve.name=x"],
+            "--config.objectve.name: unknown key 'objectve'; did you mean --config.objective.name? "
+            "(config has: batch_size, flip, objective)",
+        ),
+        (
+            ["--config", "toy.py", "--config.objective.nme", "x"],
+            "--config.objective.nme: unknown key 'nme'; did you mean --config.objective.name? "
+            "(config.objective has: beta, name)",
+        ),
+        (
+            ["--config=toy.py", "--config.beta=1"],
+            "--config.beta: unknown key 'beta'; did you mean --config.objective.beta? "
+            "(config has: batch_size, flip, objective)",
+        ),
+        (
+            ["--config=toy.py", "--config.zzz=1"],
+            "--config.zzz: unknown key 'zzz' (config has: batch_size, flip, objective)",
+        ),
+        (
+            ["--config=toy.py", "--config.batch_size.x=1"],
+            "--config.batch_size.x: config.batch_size is a single value (4), it has no key 'x'",
+        ),
+        (
+            ["--config=toy.py", "--config.batch_size=many"],
+            "flag --config.batch_size=many: invalid literal for int() with base 10: 'many'",
+        ),
+        (["--config=toy.py", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (["--config=absent.py"], "--config=absent.py: no such file"),
+        (["--config=absent.py", "--config.batch_size=1"], "--config=absent.py: no such file"),
+        (["--config=raises.py"], "ValueError: config.a = 3: too large"),
+        (
+            ["--config=toy.py", "batch_size=3"],
+            "unexpected argument 'batch_size=3'; options are written --name=value",
+        ),
+    ],
+)
+def test_a_bad_command_line_is_one_line(run, arguments, message):
+    result = run(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "message"),
+    [
+        (6, "successes = 2: must lie between 0 and n = 1"),
+        (
+            7,
+            "invalid literal for int() with base 10: 'seven' "
+            "(ValueError from command.py; --verbosity=1 shows the traceback)",
+        ),
+        (8, "absent/file: No such file or directory"),
+    ],
+)
+def test_an_error_a_user_can_fix_is_one_line(run, batch_size, message):
+    result = run("--config=toy.py", f"--config.batch_size={batch_size}")
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+
+
+def test_verbosity_shows_the_traceback_of_a_user_error(run):
+    result = run("--config=toy.py", "--config.batch_size=8", "--verbosity=1")
+    assert result.returncode == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("error: absent/file: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last_line"),
+    [
+        (["--config=toy.py", "--config.batch_size=9"], "RuntimeError: a bug"),
+        (["--config=broken.py"], "KeyError: 'absent'"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(run, arguments, last_line):
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.strip().splitlines()[-1] == last_line
+
+
+def test_interrupting_exits_as_shells_expect(run):
+    result = run("--config=toy.py", "--config.batch_size=10")
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")

@@ -1,0 +1,203 @@
+"""Metrics on disk, the clock, the progress line and the interval."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dspo_jax.metrics import Clock, MetricsWriter, Progress, binomial_interval, read_metrics
+
+
+class FakeTime:
+    """A clock that moves only when told."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_one_line_a_step_with_exact_floats(tmp_path):
+    loss = np.float32(math.log(2))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": jnp.asarray(loss), "accuracy": np.float64(0.5), "count": 3})
+        writer.write(2, {"loss": float("nan")})
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert {key: first[key] for key in ("step", "loss", "accuracy", "count")} == {
+        "step": 1,
+        "loss": float(loss),
+        "accuracy": 0.5,
+        "count": 3.0,
+    }
+    assert isinstance(first["count"], float)
+    assert 0 <= first["wall_seconds"] <= second["wall_seconds"]
+    assert math.isnan(second["loss"])
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_line_is_on_disk_before_close(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0]
+    writer.close()
+
+
+def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(6):  # step 0 holds the validation before training
+            writer.write(step, {"loss": float(step)})
+    before = read_metrics(path)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    with MetricsWriter(tmp_path, step=3) as writer:
+        writer.write(4, {"loss": 40.0})
+    records = read_metrics(path)
+    assert records[:4] == before[:4]
+    assert [(record["step"], record["loss"]) for record in records[4:]] == [(4, 40.0)]
+    assert records[4]["wall_seconds"] >= before[3]["wall_seconds"]
+
+
+def test_a_fresh_start_keeps_nothing(tmp_path):
+    for _ in range(2):
+        with MetricsWriter(tmp_path) as writer:
+            writer.write(0, {"loss": 1.0})
+            writer.write(1, {"loss": 1.0})
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_metrics(path)
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(7, {"loss": 0.25})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # TFRecord: length (8 bytes), its CRC (4), payload, its CRC (4)
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    points = [
+        (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
+    ]
+    assert points == [(7, "loss", 0.25)]
+
+
+def test_writing_metrics_does_not_load_torch(tmp_path):
+    code = (
+        "import sys; from dspo_jax.metrics import MetricsWriter;"
+        "MetricsWriter(sys.argv[1]).close(); print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_clock_leaves_out_compilation_and_pauses():
+    time = FakeTime()
+    clock = Clock(now=time)
+    time.seconds += 50  # compiling
+    clock.tick(8)
+    assert (clock.seconds, clock.pairs, clock.mean(), clock.lap()) == (0.0, 0, 0.0, 0.0)
+    for _ in range(4):
+        time.seconds += 2
+        clock.tick(8)
+    assert clock.lap() == 4.0
+    with clock.paused():
+        time.seconds += 1000
+    time.seconds += 1
+    clock.tick(8)
+    assert clock.lap() == 8.0
+    assert clock.seconds == 9.0
+    assert clock.mean() == 40 / 9
+
+
+def test_clock_survives_a_restart():
+    time = FakeTime()
+    clock = Clock(now=time)
+    clock.tick(8)
+    time.seconds += 2
+    clock.tick(8)
+    restarted = Clock(**json.loads(json.dumps(clock.state())), now=time)
+    time.seconds += 500
+    restarted.tick(8)
+    time.seconds += 6
+    restarted.tick(8)
+    assert restarted.mean() == 2.0
+    assert restarted.lap() == 8 / 6
+
+
+def test_progress_prints_plain_lines_without_a_terminal():
+    time, output = FakeTime(), io.StringIO()
+    with Progress(
+        "train", total=100, done=40, every_seconds=10, console=Console(file=output), now=time
+    ) as progress:
+        for done in range(41, 101):
+            time.seconds += 1
+            progress.update(done, {"pairs/s": 12.3456, "loss": 0.693147})
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "train 41/100 (41%)  eta 0:00:59  pairs/s 12.35  loss 0.6931"
+    assert [line.split()[1] for line in lines] == [
+        "41/100",
+        "51/100",
+        "61/100",
+        "71/100",
+        "81/100",
+        "91/100",
+        "100/100",
+    ]
+    assert lines[-1].split()[4] == "0:00:00"
+
+
+def test_progress_draws_a_bar_on_a_terminal():
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    with Progress("train", total=10, console=console) as progress:
+        progress.update(10, {"loss": 0.5})
+    text = output.getvalue()
+    assert "train" in text
+    assert "10/10" in text
+    assert "loss 0.5" in text
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "expected"),
+    [
+        # for 0 of n the interval is [0, z^2 / (n + z^2)]
+        (0, 10, (0.0, 0.2775328)),
+        (5, 10, (0.2365931, 0.7634069)),
+        (10, 10, (0.7224672, 1.0)),
+        (0, 0, (0.0, 1.0)),
+    ],
+)
+def test_wilson_interval(successes, n, expected):
+    np.testing.assert_allclose(binomial_interval(successes, n), expected, atol=1e-6)
+
+
+def test_wilson_interval_solves_its_equation():
+    n, successes = 37, 20.5
+    for p in binomial_interval(successes, n):
+        np.testing.assert_allclose(
+            (successes / n - p) ** 2, 1.959963984540054**2 * p * (1 - p) / n, rtol=1e-9
+        )
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 3), (4, 3)])
+def test_wilson_interval_refuses_impossible_counts(successes, n):
+    with pytest.raises(ValueError, match=rf"successes = {successes}: must lie between 0 and n = {n}"):
+        binomial_interval(successes, n)
