@@ -8,17 +8,17 @@ A parameter's path is its state-dict name except for the last part (`kernel`, `s
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dspo_jax import cli, spelling
+from dspo_jax import checkpoint, cli
 from dspo_jax.models import Model, Params, build_model
 
 # How each kind of leaf is stored by torch: (last part of its path, number of axes) -> (torch's name, axes in torch's order).
@@ -165,3 +165,81 @@ def write_params(folder: Path, model: Model, params: Params, dtype: str | None =
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n")
     save_file(tensors, weights_file(folder, model.class_name), metadata={"format": "pt"})
+
+
+def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None = None) -> int:
+    """Write a training run as a complete diffusers folder: its base, with the trained components replaced.
+
+    Everything else is copied byte for byte. The folder appears under its name only when it is complete.
+
+    Args:
+      run: the workdir.
+      out: must not exist.
+      step: which checkpoint; None means the newest.
+      dtype: of the trained components; None means as the base has them.
+
+    Returns:
+      The exported step.
+
+    Raises:
+      FileNotFoundError: no such run or checkpoint.
+      ValueError: `out` exists, or a weight does not fit `dtype`.
+    """
+    if out.exists():
+        raise ValueError(f"--out={out}: exists already; choose another folder or delete it")
+    base = Path(read_config(run)["model"])
+    trained, step = checkpoint.restore_params(run / "checkpoints", step)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(base, partial, ignore=shutil.ignore_patterns("README.md"))
+        for name, params in trained.items():
+            model = read_model(base / name)
+            shutil.rmtree(partial / name)
+            write_params(partial / name, model, params, dtype or stored_dtype(base / name, model), like=base / name)
+        (partial / "README.md").write_text(_model_card(run, base, step), encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return step
+
+
+def stored_dtype(folder: Path, model: Model) -> str:
+    """The dtype of a component's first tensor on disk."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    with safe_open(weights_file(folder, model.class_name), "np") as file:
+        return names[file.get_slice(next(iter(file.keys()))).get_dtype()]
+
+
+def _model_card(run: Path, base: Path, step: int) -> str:
+    config = read_config(run)
+    objective = {name: value for name, value in config["objective"].items() if value is not None}
+    rows = {
+        "base model": base.name,
+        "objective": json.dumps(objective),
+        "step": step,
+        "batch size": config["batch_size"],
+        "learning rate": config["optimizer"]["learning_rate"],
+        "data": Path(config["data"]["path"]).name,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"# {run.name}\n\nTrained with dspo_jax (`python -m dspo_jax.train`).\n\n| | |\n|---|---|\n{table}\n\n"
+        "The licences of the base model and of the preference data apply to this model too.\n"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    settings = flags.FLAGS
+    step = export(Path(settings.run), Path(settings.out), step=settings.step, dtype=settings.dtype)
+    print(f"{settings.out}: diffusers folder of {settings.run} at step {step}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("run", None, "Workdir of the training run.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
+    flags.DEFINE_integer("step", None, "Checkpoint to export; default: the newest.")
+    flags.DEFINE_enum("dtype", None, list(_DTYPES), "Of the trained components; default: as in the base model.")
+    cli.run(main, commands=("export",))

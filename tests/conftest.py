@@ -46,3 +46,19 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"DSPO_TEST_DATA = {folder!r}: not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of Stable Diffusion 1.5's shape with random weights; read it, never write to it."""
+    from tiny_model import write_model  # imports JAX, so not before the settings above
+
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Shards of 24 training and 6 validation pairs, encoded for `tiny_model`; read them, never write to them."""
+    from tiny_model import write_pairs
+
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "tiny", tiny_model)

@@ -212,7 +212,7 @@ def load_emoji() -> tuple[Emoji, ...]:
 @register("emoji_images")
 @dataclasses.dataclass(frozen=True)
 class EmojiImages:
-    """Every base emoji as a captioned single image: what the embedded base model is trained on.
+    """Emoji as captioned single images: what the embedded base model is trained on.
 
     Three rows an emoji, with captions "{name}", "{category}: {name}" and "{category}"; their keys are
     "{code points}/0", "/1" and "/2".
@@ -222,13 +222,27 @@ class EmojiImages:
 
     `train` holds every emoji. `validation` repeats every twentieth one: these pictures ARE in `train`,
     and serve to watch the loss on fixed examples, not to measure generalisation.
+
+    Attributes:
+      min_occurrences: leaves out emoji seen in fewer tweets of the Emoji Sentiment Ranking; 0 keeps all.
     """
+
+    min_occurrences: int = 0
 
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     images_per_example: ClassVar[int] = 1
 
     def _emoji(self, split: str) -> tuple[Emoji, ...]:
-        return load_emoji() if split == "train" else load_emoji()[::20]
+        chosen = load_emoji()
+        if self.min_occurrences:
+            ranking = load_sentiment()
+            chosen = tuple(
+                emoji
+                for emoji in chosen
+                if emoji.codepoints in ranking
+                and ranking[emoji.codepoints].occurrences >= self.min_occurrences
+            )
+        return chosen if split == "train" else chosen[::20]
 
     def num_examples(self, split: str) -> int:
         return 3 * len(self._emoji(split))

@@ -1,0 +1,69 @@
+"""`CLIPTextModel` against transformers' with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch_modules import assert_close, assert_gradients_close, randomize, save  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+
+CONFIG = {
+    "vocab_size": 24,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 9,
+    "bos_token_id": 22,
+    "eos_token_id": 23,
+    "pad_token_id": 0,
+}
+START, END = 22, 23
+
+# The end token sits elsewhere in every caption, once followed by padding with the end token itself.
+TOKENS = np.int32(
+    [
+        [START, 5, 7, 1, END, 0, 0, 0, 0],
+        [START, 5, END, END, END, END, END, END, END],
+        [START, 9, 8, 7, 6, 5, 4, 3, END],
+    ]
+)
+
+
+# Configs older than transformers 4.31 say that the end token is number 2, whatever the tokenizer.
+@pytest.mark.parametrize("eos_token_id", [END, 2])
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_forward_and_gradients_match_transformers(hidden_act, eos_token_id, tmp_path):
+    config = CONFIG | {"hidden_act": hidden_act, "eos_token_id": eos_token_id}
+    module = randomize(CLIPTextModel(CLIPTextConfig(**config)))
+    model, params = save(module, tmp_path)
+
+    @jax.jit
+    def gradients_of(params):
+        def loss(params):
+            states, pooled = model.apply(params, TOKENS)
+            return jnp.square(states - 1).mean() + jnp.square(pooled).sum(), (states, pooled)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, (states, pooled) = gradients_of(params)
+    theirs = module(torch.from_numpy(TOKENS).long())
+    assert_close(states, theirs.last_hidden_state.detach().numpy(), 1e-4, "states")
+    assert_close(pooled, theirs.pooler_output.detach().numpy(), 1e-4, "pooled")
+    np.testing.assert_array_equal(pooled, states[np.arange(3), [4, 2, 8]])
+    ((theirs.last_hidden_state - 1).square().mean() + theirs.pooler_output.square().sum()).backward()
+    assert_gradients_close(module, model, gradients, tmp_path)
+
+
+def test_the_first_end_token_counts_not_the_highest_number(tmp_path):
+    config = CONFIG | {"eos_token_id": 7}
+    module = randomize(CLIPTextModel(CLIPTextConfig(**config)))
+    model, params = save(module, tmp_path)
+    tokens = TOKENS[[0, 2]]
+    states, pooled = model.apply(params, tokens)
+    with torch.no_grad():
+        theirs = module(torch.from_numpy(tokens).long())
+    assert_close(pooled, theirs.pooler_output.numpy(), 1e-4)
+    np.testing.assert_array_equal(pooled, states[np.arange(2), [2, 3]])
