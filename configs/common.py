@@ -27,11 +27,13 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # Pairs in an update, over all devices.
     config.batch_size = 2048
-    # Parts that a batch is worked through in, one after the other, to save memory. Does not change the result.
+    # Parts that a batch is worked through in, one after the other, to save memory. Does not change the
+    # result.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     config.caption_dropout = 0.2
-    # Whether winner and loser share timestep and noise, as in every released code base (DSPO's Eq. 14 does not).
+    # Whether winner and loser share timestep and noise, as in every released code base (DSPO's Eq. 14 does
+    # not).
     config.share_noise = True
     # Whether the text encoder is trained with the UNet.
     config.train_text_encoder = False

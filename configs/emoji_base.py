@@ -16,13 +16,13 @@ def get_config() -> ConfigDict:
     config = common.get_config()
     config.objective.name = "ddpm"
     config.train_text_encoder = True
-    config.batch_size = 64
-    config.steps = 6000
+    config.batch_size = 32
+    config.steps = 2600
     config.caption_dropout = 0.1
     config.log_every = 20
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
-    config.checkpoint.every = 250
-    config.validation.every = 1000
+    config.checkpoint.every = 500
+    config.validation.every = 1300
     return config

@@ -2,8 +2,8 @@
 
     python -m dspo_jax.convert export --run=runs/emoji --out=exported
 
-A parameter's path is its state-dict name except for the last part (`kernel`, `scale` and `embedding` are torch's
-`weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
+A parameter's path is its state-dict name except for the last part (`kernel`, `scale` and `embedding` are
+torch's `weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from dspo_jax import checkpoint, cli
 from dspo_jax.models import Model, Params, build_model
 
-# How each kind of leaf is stored by torch: (last part of its path, number of axes) -> (torch's name, axes in torch's order).
+# How torch stores each kind of leaf: (last part of its path, number of axes) -> (torch's name, axes in its order).
 _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("kernel", 4): ("weight", (3, 2, 0, 1)),  # convolution: HWIO -> OIHW
     ("kernel", 2): ("weight", (1, 0)),  # linear: IO -> OI
@@ -31,7 +31,11 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
 }
 
 _FILES = {"CLIPTextModel": "model.safetensors"}
-_DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": jax.numpy.dtype("bfloat16")}
+_DTYPES = {
+    "float32": np.dtype("float32"),
+    "float16": np.dtype("float16"),
+    "bfloat16": jax.numpy.dtype("bfloat16"),
+}
 
 # transformers 5 saves a CLIPTextModel without this prefix; every published Stable Diffusion has it.
 _TEXT_PREFIX = "text_model."
@@ -66,15 +70,24 @@ def weights_file(folder: Path, class_name: str) -> Path:
     return folder / _FILES.get(class_name, "diffusion_pytorch_model.safetensors")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Parse `folder/config.json`; a missing or malformed one is an error that names it."""
-    path = folder / "config.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse one JSON file of a model directory; a missing or malformed one is an error that names it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model directory is a diffusers folder with model_index.json")
+        raise FileNotFoundError(
+            f"{path}: no such file; a model directory is a diffusers folder with model_index.json"
+        )
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; fetch the model again")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse `folder/config.json`."""
+    return read_json(folder / "config.json")
 
 
 def read_model(folder: Path) -> Model:
@@ -102,7 +115,11 @@ def read_params(folder: Path, model: Model, dtype: str | None = None) -> Params:
     path = weights_file(folder, model.class_name)
     if not path.is_file():
         pickled = sorted(folder.glob("*.bin"))
-        fix = f"{pickled[0].name} is a pickle and is not read; save the model with safe_serialization=True" if pickled else "fetch the model again"
+        fix = (
+            f"{pickled[0].name} is a pickle and is not read; save the model with safe_serialization=True"
+            if pickled
+            else "fetch the model again"
+        )
         raise FileNotFoundError(f"{path}: no such file; {fix}")
     try:
         with safe_open(path, "np") as file:
@@ -119,14 +136,20 @@ def read_params(folder: Path, model: Model, dtype: str | None = None) -> Params:
                 if value.shape != abstract.shape:
                     shape = tuple(abstract.shape[axis] for axis in axes)
                     raise ValueError(
-                        f"{path}: {name} has shape {tuple(file.get_slice(name).get_shape())}, config.json asks for {shape}"
+                        f"{path}: tensor {name} has shape {tuple(file.get_slice(name).get_shape())}, config.json "
+                        f"asks for {shape}; is it of the same model?"
                     )
                 leaves[leaf_path] = value.astype(_DTYPES[dtype]) if dtype else value
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or truncated ({error}); fetch the model again") from error
-    extra = sorted(name for name in stored if not name.endswith("position_ids"))  # a constant in old CLIP files
+    extra = sorted(
+        name for name in stored if not name.endswith("position_ids")
+    )  # a constant in old CLIP files
     if extra:
-        raise ValueError(f"{path}: {len(extra)} tensor(s) that config.json does not ask for, first {extra[0]}")
+        raise ValueError(
+            f"{path}: {len(extra)} tensor(s) that config.json does not ask for, first {extra[0]}; "
+            "is it of the same model?"
+        )
     return unflatten(leaves)
 
 
@@ -135,7 +158,9 @@ def _missing_prefix(model: Model, names: set[str]) -> str:
     return _TEXT_PREFIX if model.class_name == "CLIPTextModel" and not prefixed else ""
 
 
-def write_params(folder: Path, model: Model, params: Params, dtype: str | None = None, like: Path | None = None) -> None:
+def write_params(
+    folder: Path, model: Model, params: Params, dtype: str | None = None, like: Path | None = None
+) -> None:
     """Write a component: config.json and its safetensors file.
 
     Args:
@@ -143,7 +168,7 @@ def write_params(folder: Path, model: Model, params: Params, dtype: str | None =
       model: the architecture.
       params: nested tree as `Model.abstract_params`.
       dtype: stored dtype; None keeps each leaf's own.
-      like: a component folder whose tensor names are to be kept (transformers 5 and older ones differ by a prefix).
+      like: a component folder whose tensor names are to be kept (those of transformers 5 lack a prefix).
 
     Raises:
       ValueError: a value that overflows `dtype`.
@@ -159,8 +184,9 @@ def write_params(folder: Path, model: Model, params: Params, dtype: str | None =
         with np.errstate(over="ignore"):
             stored = value.astype(_DTYPES[dtype]) if dtype else value
         if not np.isfinite(stored.astype(np.float32)).all():
-            fault = f"overflows {dtype}; use float32 or bfloat16" if np.isfinite(value.astype(np.float32)).all() else "is not finite"
-            raise ValueError(f"{folder.name}: tensor {name} {fault}")
+            overflows = np.isfinite(value.astype(np.float32)).all()
+            fault = f"overflows {dtype}; use float32 or bfloat16" if overflows else "is not finite"
+            raise ValueError(f"{weights_file(folder, model.class_name)}: tensor {name} {fault}")
         tensors[name.removeprefix(prefix)] = np.ascontiguousarray(stored.transpose(axes))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n")
@@ -196,7 +222,9 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         for name, params in trained.items():
             model = read_model(base / name)
             shutil.rmtree(partial / name)
-            write_params(partial / name, model, params, dtype or stored_dtype(base / name, model), like=base / name)
+            write_params(
+                partial / name, model, params, dtype or stored_dtype(base / name, model), like=base / name
+            )
         (partial / "README.md").write_text(_model_card(run, base, step), encoding="utf-8")
         partial.rename(out)
     finally:
@@ -241,5 +269,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("run", None, "Workdir of the training run.", required=True)
     flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
     flags.DEFINE_integer("step", None, "Checkpoint to export; default: the newest.")
-    flags.DEFINE_enum("dtype", None, list(_DTYPES), "Of the trained components; default: as in the base model.")
+    flags.DEFINE_enum(
+        "dtype", None, list(_DTYPES), "Of the trained components; default: as in the base model."
+    )
     cli.run(main, commands=("export",))

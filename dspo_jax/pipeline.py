@@ -1,9 +1,8 @@
-"""A text-to-image model as one value: UNet, VAE, text encoder, tokenizer and noise schedule of a diffusers folder."""
+"""A diffusers folder as one value: UNet, VAE, text encoder, tokenizer and noise schedule."""
 
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ _PIPELINES = ("StableDiffusionPipeline",)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A model directory that has been read, except for its weights: `read_params` reads those of one component.
+    """A model directory that has been read, except for its weights, which `read_params` reads by component.
 
     Attributes:
       path: the diffusers folder.
@@ -60,7 +59,7 @@ class Pipeline:
         return self.vae.config.get("scaling_factor", 0.18215)
 
     def read_params(self, component: str, dtype: str | None = None) -> Params:
-        """The weights of "unet", "vae" or "text_encoder" as NumPy arrays; `dtype` None keeps the stored one."""
+        """The weights of "unet", "vae" or "text_encoder" as arrays; `dtype` None keeps the stored one."""
         if component in self.trained:
             params = self.trained[component]
             return jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
@@ -75,7 +74,10 @@ class Pipeline:
             too_long = [c for c in captions if len(tokenizer(c)["input_ids"]) > length]
             if too_long:
                 logging.warning(
-                    "%d caption(s) longer than %d tokens were cut, first %r", len(too_long), length, too_long[0]
+                    "%d caption(s) longer than %d tokens were cut, first %r",
+                    len(too_long),
+                    length,
+                    too_long[0],
                 )
             encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
             ids.append(np.asarray(encoded["input_ids"], np.int32))
@@ -87,7 +89,7 @@ class Pipeline:
         return states
 
     def encode_moments(self, images: np.ndarray) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ standard deviation [N, h, w, 2C] in UNet units, float32."""
+        """Images [N, H, W, 3] in [-1, 1] -> mean and deviation, joined: [N, h, w, 2C] in UNet units, float32."""
         return self._moments(self._vae_params, images)
 
     def decode(self, latents: jax.Array) -> jax.Array:
@@ -129,7 +131,7 @@ class Pipeline:
 
 
 def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
-    """Read a model directory: a diffusers folder, or a training workdir (its base with a checkpoint's weights).
+    """Read a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
     Args:
       path: the folder.
@@ -149,15 +151,16 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise FileNotFoundError(
-            f"{path}: neither a diffusers folder (no model_index.json) nor a training workdir (no checkpoints)"
+            f"{path}: neither a diffusers folder (no model_index.json) nor a training workdir "
+            "(no checkpoints)"
         )
-    index = json.loads(index_file.read_text())
-    if index["_class_name"] not in _PIPELINES:
+    index = convert.read_json(index_file)
+    if index.get("_class_name") not in _PIPELINES:
         raise ValueError(
-            f"{index_file}: _class_name = {index['_class_name']!r} is not supported; allowed: {', '.join(_PIPELINES)}"
+            f"{index_file}: _class_name = {index.get('_class_name')!r} is not supported; "
+            f"allowed: {', '.join(_PIPELINES)}"
         )
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
-    scheduler_config = json.loads(scheduler_file.read_text())
+    scheduler_config = convert.read_json(path / "scheduler" / "scheduler_config.json")
     tokenizer = path / "tokenizer"
     for name in ("vocab.json", "merges.txt"):
         if not (tokenizer / name).is_file():

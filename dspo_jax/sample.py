@@ -47,8 +47,8 @@ class Sampler:
           negative_prompt: what the unconditional half is given.
         """
         self._pipe = pipe
-        self._params = jax.device_put({name: pipe.read_params(name, "float32") for name in ("unet", "text_encoder")})
-        self._negative = pipe.tokenize([negative_prompt])
+        self._params = jax.device_put({name: pipe.read_params(name, "float32") for name in ("unet",
+        "text_encoder")}) self._negative = pipe.tokenize([negative_prompt])
         settings = samplers.ddim_settings(pipe.scheduler_config)
 
         def draw(params: Any, tokens: jax.Array, negative: jax.Array, latents: jax.Array) -> jax.Array:
@@ -80,7 +80,8 @@ def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:
     """Standard normal noise [B, side, side, channels] that depends on each job's seed and prompt number only."""
 
     def draw(seed: jax.Array, prompt_index: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), prompt_index), (side, side, channels))
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), prompt_index), (side, side,
+        channels))
 
     return jax.vmap(draw)(
         jnp.asarray([job.seed for job in jobs]), jnp.asarray([job.prompt_index for job in jobs])
@@ -234,9 +235,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("model", None, "A diffusers folder or a training workdir; may be repeated.", required=True)
-    flags.DEFINE_string("prompts", None, "A prompt, or a .txt file with one a line.", required=True)
-    flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+    flags.DEFINE_multi_string("model", None, "A diffusers folder or a training workdir; may be repeated.",
+    required=True) flags.DEFINE_string("prompts", None, "A prompt, or a .txt file with one a line.",
+    required=True) flags.DEFINE_string("out", None, "Folder to write to.", required=True)
     flags.DEFINE_integer("steps", 50, "DDIM steps.")
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); 1 is no guidance.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image each.")

@@ -121,7 +121,9 @@ def forward(
     )
 
 
-def loss_fn(params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+def loss_fn(
+    params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Metrics]:
     """Mean of the objective over a batch, and the means of its metrics."""
     schedule = task.pipe.schedule
     latents, noise, timesteps, drop = draw_noise(task, batch, key)
@@ -139,7 +141,9 @@ def loss_fn(params: Params, task: Task, reference: Params, batch: Batch, key: ja
     return losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
 
-def train_step(state: TrainState, reference: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, reference: Params, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Metrics]:
     """One optimizer update.
 
     Args:

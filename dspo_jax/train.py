@@ -8,7 +8,7 @@ stopped, by Ctrl-C, SIGTERM or a crash. The workdir holds config.json, checkpoin
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,15 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
       ValueError: a config value that is unknown or out of range, by key.
     """
     if config.compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(spelling.unknown("config.compute_dtype", config.compute_dtype, ("float32", "bfloat16")))
+        raise ValueError(
+            spelling.unknown("config.compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
+        )
     if not 0 <= config.caption_dropout <= 1:
         raise ValueError(f"config.caption_dropout = {config.caption_dropout}: must be between 0 and 1")
-    for key in ("steps", "batch_size", "accumulation", "log_every"):
-        if config[key] < 1:
-            raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
+    values = flatten(config.to_dict())
+    for key in ("steps", "batch_size", "accumulation", "log_every", "checkpoint.every"):
+        if values[key] < 1:
+            raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
     if config.batch_size % config.accumulation:
         raise ValueError(
             f"config.accumulation = {config.accumulation}: must divide config.batch_size = {config.batch_size}"
@@ -76,7 +79,9 @@ def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]
     trained = ("unet", "text_encoder") if task.train_text_encoder else ("unet",)
     params = {name: place(task.pipe.read_params(name, "float32")) for name in trained}
     # Always the text encoder unless it is trained; and all of it where the objective looks at the reference.
-    frozen = [name for name in ("unet", "text_encoder") if task.objective.needs_reference or name not in trained]
+    frozen = [
+        name for name in ("unet", "text_encoder") if task.objective.needs_reference or name not in trained
+    ]
     reference = {name: place(task.pipe.read_params(name, task.compute_dtype)) for name in frozen}
     shardings = make_shardings(jax.eval_shape(task.optimizer.init, params), mesh)
     opt_state = jax.jit(task.optimizer.init, out_shardings=shardings)(params)
@@ -87,7 +92,9 @@ def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]
 def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None:
     """Refuse data that was encoded with another model, or single images where the objective compares two."""
     if not config.data.path:
-        raise ValueError("config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode")
+        raise ValueError(
+            "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode"
+        )
     manifest = shards.read_manifest(config.data.path)
     shards.check_manifest(manifest, pipe.fingerprint(), path=Path(config.data.path))
     images = manifest["images_per_example"]
@@ -104,19 +111,29 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     Raises:
       ValueError: the workdir belongs to a run with another config; only what does not change the result may differ.
     """
-    may_differ = ("steps", "log_every", "checkpoint", "validation", "mesh")
+    may_differ = {"log_every", "checkpoint", "validation", "mesh"}
+    if config.optimizer.schedule == "constant":
+        may_differ.add("steps")  # the other schedules end with the run
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if path.is_file():
-        theirs = json.loads(path.read_text())
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key) and key not in may_differ:
+        mine, theirs = flatten(ours), flatten(json.loads(path.read_text()))
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
                 raise ValueError(
-                    f"{path}: this run was started with {key} = {theirs.get(key)!r}, now it is {ours.get(key)!r}; "
-                    "resume with the same config or choose another --workdir"
+                    f"{path}: this run was started with config.{key} = {theirs.get(key)!r}, now it is "
+                    f"{mine.get(key)!r}; resume with the same config or choose another --workdir"
                 )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested config by dotted key."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 @contextmanager
@@ -150,7 +167,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     task = make_task(config, pipe)
     check_data(config, pipe, task.objective)
     mesh = make_mesh(config.mesh.to_dict())
-    check_batch_size(config.batch_size // config.accumulation, mesh, "config.batch_size / config.accumulation")
+    check_batch_size(
+        config.batch_size // config.accumulation, mesh, "config.batch_size / config.accumulation"
+    )
     claim_workdir(workdir, config)
 
     state, reference = make_state(task, mesh)
@@ -211,6 +230,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if start == 0:
             check(0)
         pending: tuple[int, Metrics] | None = None
+        logged = start
+
+        def log(step: int, metrics: Metrics) -> None:
+            nonlocal logged
+            values = {name: float(value) for name, value in metrics.items()}  # waits until the step is done
+            clock.tick((step - logged) * config.batch_size)
+            logged = step
+            write_metrics(writer, progress, clock, step, values)
+
         for step in range(start + 1, config.steps + 1):
             batch = next(batches)
             data_position = batches.get_state()
@@ -219,18 +247,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             state, metrics = step_fn(state, reference, shard_batch(inputs, mesh), key)
             # The metrics of a step are read only after the next one has been dispatched: the device never waits.
             if pending is not None:
-                write_metrics(writer, progress, clock, *pending)
+                log(*pending)
                 pending = None
             stopping = stop_requested()
             last = stopping or step == config.steps
             if step % config.log_every == 0 or last:
                 pending = (step, metrics)
-            clock.tick(config.batch_size)
-            if last and pending is not None:
-                write_metrics(writer, progress, clock, *pending)
+            saving = last or step % config.checkpoint.every == 0
+            # Nor is a checkpoint ever ahead of the metrics: a run killed just after it would never write them.
+            if saving and pending is not None:
+                log(*pending)
+                pending = None
             if validator is not None and (step == config.steps or step % config.validation.every == 0):
                 check(step)
-            if last or step % config.checkpoint.every == 0:
+            if saving:
                 save(step)
             if stopping:
                 logging.info("asked to stop: saved step %d; the same command resumes it", step)
@@ -240,9 +270,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def write_metrics(writer: MetricsWriter, progress: Progress, clock: Clock, step: int, metrics: Metrics) -> None:
+def write_metrics(
+    writer: MetricsWriter, progress: Progress, clock: Clock, step: int, values: dict[str, float]
+) -> None:
     """One line of metrics, and the progress bar."""
-    values = {name: float(value) for name, value in metrics.items()}
     speed = clock.lap()
     writer.write(step, {**values, "pairs_per_second": speed})
     shown = {name: values[name] for name in ("loss", "implicit_accuracy") if name in values}
@@ -253,10 +284,18 @@ def describe(config: ConfigDict, task: Task, mesh: jax.sharding.Mesh, state: Tra
     """The lines a user should see before the first step."""
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     examples = loader.num_examples(config.data.path, config.data.split)
-    logging.info("%s over %s, %d device(s), mesh %s", config.model, config.data.path, mesh.size, dict(mesh.shape))
+    logging.info(
+        "%s over %s, %d device(s), mesh %s", config.model, config.data.path, mesh.size, dict(mesh.shape)
+    )
     logging.info(
         "%s: %d trainable parameters (%s), %d examples, %d a step, steps %d to %d",
-        task.objective.name, count, " and ".join(state.params), examples, config.batch_size, start, config.steps,
+        task.objective.name,
+        count,
+        " and ".join(state.params),
+        examples,
+        config.batch_size,
+        start,
+        config.steps,
     )
     side = shards.read_manifest(config.data.path)["resolution"] // task.pipe.vae_scale_factor
     for note in task.objective.notes(side * side * task.pipe.latent_channels):
@@ -273,7 +312,9 @@ def main(argv: Sequence[str]) -> None:
         scores = result[when]
         if "implicit_accuracy" in scores:
             low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
-            print(f"held-out implicit accuracy {when}: {scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]")
+            print(
+                f"held-out implicit accuracy {when}: {scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+            )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class Validator:
         steps = schedule.num_train_timesteps
         self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
 
-        def judge(params: Any, reference: Any, batch: dict[str, jax.Array], timestep: jax.Array) -> dict[str, jax.Array]:
+        def judge(
+            params: Any, reference: Any, batch: dict[str, jax.Array], timestep: jax.Array
+        ) -> dict[str, jax.Array]:
             mean, _ = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
 
             def draw(index: jax.Array) -> jax.Array:
@@ -106,7 +108,9 @@ class Validator:
         yield from batches
         batches.close()
 
-    def _judge_examples(self, params: Any, reference: Any, examples: Mapping[str, Any], timestep: int) -> np.ndarray:
+    def _judge_examples(
+        self, params: Any, reference: Any, examples: Mapping[str, Any], timestep: int
+    ) -> np.ndarray:
         """[2 or 1 (no reference), B, P] on the host; a short last batch is filled up with its first example."""
         count = len(examples["index"])
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)

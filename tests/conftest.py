@@ -5,6 +5,7 @@ as subprocesses run under the same rules. They must be set before JAX is first i
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,11 @@ os.environ.update(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option that rewrites tests/golden/."""
+    parser.addoption("--regenerate-golden", action="store_true", help="rewrite the golden files of the tests")
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of optional data files (real third-party weights, prompt lists) named by DSPO_TEST_DATA."""
@@ -58,7 +64,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pairs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Shards of 24 training and 6 validation pairs, encoded for `tiny_model`; read them, never write to them."""
+    """Shards of 24 training and 6 validation pairs, encoded for `tiny_model`; read, never write to them."""
     from tiny_model import write_pairs
 
     return write_pairs(tmp_path_factory.mktemp("pairs") / "tiny", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def shallow_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """`tiny_model` with fewer layers, for a training step that compiles faster; `tiny_pairs` fit it."""
+    from tiny_run import make_shallow
+
+    return make_shallow(Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "shallow")))

@@ -1,4 +1,4 @@
-"""A diffusers folder of Stable Diffusion 1.5's shape, small enough to compile in seconds, with random weights."""
+"""A diffusers folder of Stable Diffusion 1.5's shape with random weights, small enough to compile in seconds."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ MODEL_INDEX: dict[str, Any] = {
 
 
 def write_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Writes the folder; its tokenizer knows the bytes and no merge, so a caption of 90 letters is 92 tokens."""
+    """Writes the folder; its tokenizer knows bytes and no merge, so a caption of 90 letters is 92 tokens."""
     draw = np.random.default_rng(seed)
     for name, class_name, config in (
         ("unet", "UNet2DConditionModel", UNET),
@@ -93,14 +93,16 @@ def write_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0
     ):
         model = build_model(class_name, config)
         convert.write_params(folder / name, model, random_params(model, draw))
-    _write_json(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, "prediction_type": prediction_type})
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, "prediction_type": prediction_type}
+    )
     _write_json(folder / "model_index.json", MODEL_INDEX)
     write_tokenizer(folder / "tokenizer")
     return folder
 
 
 def random_params(model: Model, draw: np.random.Generator) -> Params:
-    """Float32 weights by fan-in, norms near one and biases near zero; `Model.init` takes half a minute to compile."""
+    """Float32 weights, norms near one and biases near zero. `Model.init` would take half a minute to compile."""
 
     def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = draw.standard_normal(abstract.shape, np.float32)
@@ -120,10 +122,16 @@ def write_tokenizer(folder: Path) -> None:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    special = {"bos_token": tokens[-2], "eos_token": tokens[-1], "unk_token": tokens[-1], "pad_token": tokens[-1]}
+    special = {
+        "bos_token": tokens[-2],
+        "eos_token": tokens[-1],
+        "unk_token": tokens[-1],
+        "pad_token": tokens[-1],
+    }
     _write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     _write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special},
     )
     _write_json(folder / "special_tokens_map.json", special)
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")

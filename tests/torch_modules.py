@@ -1,6 +1,6 @@
 """torch modules as oracles: random weights, the way they are read here, and the measure of agreement."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ def save(module: Any, folder: Path) -> tuple[Model, Params]:
     return model, convert.read_params(folder, model)
 
 
+def compile_fast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` for a program that runs once: compiling without optimisation takes half the time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def to_nchw(array: np.ndarray) -> torch.Tensor:
     """[B, h, w, C] -> torch's [B, C, h, w]."""
     return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
@@ -45,7 +50,9 @@ def to_nhwc(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def assert_close(ours: Any, theirs: np.ndarray, tolerance: float, name: str = "output", floor: float = 0.0) -> None:
+def assert_close(
+    ours: Any, theirs: np.ndarray, tolerance: float, name: str = "output", floor: float = 0.0
+) -> None:
     """The largest error is at most `tolerance` of the largest magnitude of `theirs` (or of `floor`)."""
     ours = np.asarray(ours)
     assert ours.shape == theirs.shape, name
@@ -60,8 +67,8 @@ def assert_gradients_close(
     """Compares the gradient of every parameter of `module`, under torch's names and in torch's layout.
 
     The project's own writer puts `gradients` there, so that no second table of names and layouts is needed. A
-    gradient that vanishes identically (the bias of attention's keys) is rounding noise: errors below 1e-6 of the
-    largest gradient of all are not counted.
+    gradient that vanishes identically (the bias of attention's keys) is rounding noise: errors below 1e-6
+    of the largest gradient of all are not counted.
     """
     theirs = {name: parameter.grad.numpy() for name, parameter in module.named_parameters()}
     convert.write_params(folder / "gradients", model, jax.device_get(gradients), like=folder)

@@ -1,4 +1,4 @@
-"""Models as values: a `Model` is an architecture; its parameters are a plain nested dict passed to every call."""
+"""Models as values: a `Model` is an architecture; its parameters are a nested dict passed to every call."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ class Model:
         return _string_keys(nnx.to_pure_dict(self._state))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Pure; but compiling it as one program takes minutes on a CPU, so call it as it is."""
-        module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))  # pyright: ignore[reportCallIssue]
+        """Fresh float32 parameters. Pure, but not to be jitted: one program of it compiles for minutes on a CPU."""
+        module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
     def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
@@ -73,6 +73,6 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
     """
     if class_name not in _CLASSES:
         raise ValueError(f"model class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
-    module = nnx.eval_shape(lambda: _CLASSES[class_name](config, rngs=nnx.Rngs(0)))  # pyright: ignore[reportCallIssue]
+    module = nnx.eval_shape(lambda: _CLASSES[class_name](config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module, nnx.Param)
     return Model(class_name, dict(config), graph, state)

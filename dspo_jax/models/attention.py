@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False
-) -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
 
     Args:

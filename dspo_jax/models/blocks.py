@@ -1,4 +1,4 @@
-"""Building blocks shared by the UNet and the VAE. Images and latents are NHWC; attribute names equal diffusers'."""
+"""Building blocks shared by the UNet and the VAE: images and latents are NHWC, attribute names diffusers'."""
 
 import math
 
@@ -10,21 +10,33 @@ from dspo_jax.models.attention import attention
 
 
 def conv2d(
-    in_channels: int, out_channels: int, size: int, *, stride: int = 1, padding: int | None = None, rngs: nnx.Rngs
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A square convolution with torch's symmetric padding (default: "same" for an odd kernel)."""
     pad = size // 2 if padding is None else padding
     window = (size, size)
     return nnx.Conv(
-        in_channels, out_channels, window, strides=(stride, stride), padding=((pad, pad), (pad, pad)), rngs=rngs
+        in_channels,
+        out_channels,
+        window,
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        rngs=rngs,
     )
 
 
 class GroupNorm(nnx.Module):
     """Group normalisation over positions and the channels of a group, in float32.
 
-    Two passes, as torch: the variance is taken about the mean. Positions are reduced first and channels grouped
-    after, which leaves the large array in its own layout (3 times faster than `nnx.GroupNorm` on a CPU).
+    Two passes, as torch: the variance is taken about the mean. Positions are reduced first and channels
+    grouped after, which leaves the large array in its own layout (3 times faster than `nnx.GroupNorm` on a
+    CPU).
     """
 
     def __init__(self, channels: int, groups: int, epsilon: float):
@@ -40,12 +52,16 @@ class GroupNorm(nnx.Module):
         def group_mean(values_BPC: jax.Array) -> jax.Array:
             means_BC = values_BPC.mean(1)
             means_BGc = means_BC.reshape(means_BC.shape[0], groups, -1)
-            return jnp.broadcast_to(means_BGc.mean(-1, keepdims=True), means_BGc.shape).reshape(means_BC.shape)[:, None]
+            return jnp.broadcast_to(means_BGc.mean(-1, keepdims=True), means_BGc.shape).reshape(
+                means_BC.shape
+            )[:, None]
 
         x_BPC = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
         centred_BPC = x_BPC - group_mean(x_BPC)
         inverse_B1C = jax.lax.rsqrt(group_mean(jnp.square(centred_BPC)) + self.epsilon)
-        scale_11C, bias_11C = (param[...][None, None].astype(jnp.float32) for param in (self.scale, self.bias))
+        scale_11C, bias_11C = (
+            param[...][None, None].astype(jnp.float32) for param in (self.scale, self.bias)
+        )
         return (centred_BPC * (inverse_B1C * scale_11C) + bias_11C).reshape(x.shape).astype(x.dtype)
 
 
@@ -88,7 +104,14 @@ class ResnetBlock2D(nnx.Module):
     """Norm-SiLU-conv twice around an optional shift by the time embedding, plus a skip connection."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, temb: int | None, groups: int, epsilon: float, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb: int | None,
+        groups: int,
+        epsilon: float,
+        rngs: nnx.Rngs,
     ):
         self.norm1 = GroupNorm(in_channels, groups, epsilon)
         self.conv1 = conv2d(in_channels, out_channels, 3, rngs=rngs)
@@ -241,7 +264,7 @@ class Transformer2DModel(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        # A 1x1 convolution and a linear layer act on the last axis alike in NHWC: only the kernel's shape differs.
+        # In NHWC a 1x1 convolution and a linear layer act on the last axis alike: only the kernels differ in shape.
         batch, height, width, channels = x.shape
         h = self.norm(x)
         h = self.proj_in(h).reshape(batch, height * width, channels)

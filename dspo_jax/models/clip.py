@@ -101,7 +101,7 @@ class _TextModel(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """Token ids -> text states. Source: transformers' CLIPTextModel; names as in the published checkpoints."""
+    """Token ids -> text states. Source: transformers' CLIPTextModel; names as in published checkpoints."""
 
     def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
         """Build from a transformers `text_encoder/config.json`; ValueError names what is not supported."""
@@ -109,7 +109,9 @@ class CLIPTextModel(nnx.Module):
         check_config(_NAME, cfg, _USED, _FIXED)
         if cfg["hidden_act"] not in _ACTIVATIONS:
             allowed = ", ".join(_ACTIVATIONS)
-            raise ValueError(f"{_NAME} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}")
+            raise ValueError(
+                f"{_NAME} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}"
+            )
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 
@@ -119,8 +121,8 @@ class CLIPTextModel(nnx.Module):
         for layer in self.text_model.encoder.layers:
             x = layer(x)
         states = self.text_model.final_layer_norm(x)
-        # Configs written before transformers 4.31 say eos_token_id = 2, whatever the tokenizer: the end token was
-        # then found as the highest id.
+        # Configs written before transformers 4.31 say eos_token_id = 2, whatever the tokenizer: the end token
+        # was then found as the highest id.
         end_scores = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
         ends = jnp.argmax(end_scores, axis=-1)
         return states, jnp.take_along_axis(states, ends[:, None, None], axis=1)[:, 0]

@@ -28,20 +28,26 @@ def check_config(
         if key in fixed:
             if value not in fixed[key]:
                 allowed = ", ".join(repr(v) for v in fixed[key])
-                raise ValueError(f"{class_name} config: {key} = {value!r} is not supported; allowed: {allowed}")
+                raise ValueError(
+                    f"{class_name} config: {key} = {value!r} is not supported; allowed: {allowed}"
+                )
         elif value not in (None, False):
             near = difflib.get_close_matches(key, [*used, *fixed], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{class_name} config: unknown key {key} = {value!r} is not supported{hint}")
     missing = sorted(key for key in used if key not in config)
     if missing:
-        raise ValueError(f"{class_name} config: missing key(s) {', '.join(missing)}; is config.json complete?")
+        raise ValueError(
+            f"{class_name} config: missing key(s) {', '.join(missing)}; is config.json complete?"
+        )
 
 
 def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
     """`value` for each resolution level: a scalar is repeated, a list must have one entry a level."""
     if isinstance(value, list | tuple):
         if len(value) != levels:
-            raise ValueError(f"{class_name} config: {key} = {value!r} needs {levels} entries, one for each block")
+            raise ValueError(
+                f"{class_name} config: {key} = {value!r} needs {levels} entries, one for each block"
+            )
         return list(value)
     return [value] * levels

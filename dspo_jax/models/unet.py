@@ -1,4 +1,4 @@
-"""`UNet2DCondition`: the denoiser of Stable Diffusion 1.x, 2.x and SDXL, built from diffusers' config.json."""
+"""`UNet2DCondition`: the denoiser of Stable Diffusion 1, 2 and XL, built from diffusers' config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +67,7 @@ _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class _Block(nnx.Module):
-    """A resolution level: `resnets`, `attentions` where the level has them, `downsamplers` or `upsamplers`."""
+    """A resolution level: `resnets`, `attentions` if the level has them, `downsamplers` or `upsamplers`."""
 
     resnets: nnx.List
     attentions: nnx.List
@@ -100,11 +100,15 @@ class UNet2DCondition(nnx.Module):
                     raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {', '.join(known)}")
             per_level(_NAME, key, cfg[key], levels)
         # diffusers' historical misnomer: attention_head_dim holds the number of heads.
-        heads = per_level(_NAME, "attention_head_dim", cfg["num_attention_heads"] or cfg["attention_head_dim"], levels)
+        heads = per_level(
+            _NAME, "attention_head_dim", cfg["num_attention_heads"] or cfg["attention_head_dim"], levels
+        )
         depths = per_level(_NAME, "transformer_layers_per_block", cfg["transformer_layers_per_block"], levels)
         layers = per_level(_NAME, "layers_per_block", cfg["layers_per_block"], levels)
         if not isinstance(cfg["cross_attention_dim"], int):
-            raise ValueError(f"{_NAME} config: cross_attention_dim = {cfg['cross_attention_dim']!r} must be one integer")
+            raise ValueError(
+                f"{_NAME} config: cross_attention_dim = {cfg['cross_attention_dim']!r} must be one integer"
+            )
 
         self.in_channels = cfg["in_channels"]
         self.time_features = channels[0]
@@ -115,7 +119,9 @@ class UNet2DCondition(nnx.Module):
         groups, epsilon = cfg["norm_num_groups"], cfg["norm_eps"]
 
         def resnet(in_channels: int, out_channels: int) -> ResnetBlock2D:
-            return ResnetBlock2D(in_channels, out_channels, temb=temb, groups=groups, epsilon=epsilon, rngs=rngs)
+            return ResnetBlock2D(
+                in_channels, out_channels, temb=temb, groups=groups, epsilon=epsilon, rngs=rngs
+            )
 
         def transformer(level: int) -> Transformer2DModel:
             return Transformer2DModel(
@@ -132,7 +138,9 @@ class UNet2DCondition(nnx.Module):
         self.time_embedding = TimestepEmbedding(channels[0], temb, rngs=rngs)
         if cfg["addition_embed_type"] == "text_time":
             self.addition_time_features = cfg["addition_time_embed_dim"]
-            self.add_embedding = TimestepEmbedding(cfg["projection_class_embeddings_input_dim"], temb, rngs=rngs)
+            self.add_embedding = TimestepEmbedding(
+                cfg["projection_class_embeddings_input_dim"], temb, rngs=rngs
+            )
 
         self.down_blocks = nnx.List([])
         skips = [channels[0]]
@@ -194,7 +202,8 @@ class UNet2DCondition(nnx.Module):
           [B, h, w, out_channels] in the dtype of `sample`.
 
         Raises:
-          ValueError: a spatial size that cannot be halved level by level, or SDXL's conditions missing or unexpected.
+          ValueError: a spatial size that cannot be halved level by level; SDXL's conditions missing or
+            unexpected.
         """
         dtype = sample.dtype
         if sample.shape[1] % self.downscale or sample.shape[2] % self.downscale:
@@ -202,7 +211,9 @@ class UNet2DCondition(nnx.Module):
         wants = hasattr(self, "add_embedding")
         if wants != (text_embeds is not None and time_ids is not None):
             raise ValueError(
-                "this UNet needs text_embeds and time_ids" if wants else "this UNet takes no text_embeds or time_ids"
+                "this UNet needs text_embeds and time_ids"
+                if wants
+                else "this UNet takes no text_embeds or time_ids"
             )
 
         def sinusoids(t: jax.Array, features: int) -> jax.Array:
@@ -212,8 +223,7 @@ class UNet2DCondition(nnx.Module):
 
         temb = self.time_embedding(sinusoids(timesteps, self.time_features))
         if text_embeds is not None and time_ids is not None:
-            # diffusers embeds the micro-conditioning with cos first and no shift, whatever the timesteps use.
-            ids = sinusoidal_embedding(time_ids.reshape(-1), self.addition_time_features).astype(dtype)
+            ids = sinusoids(time_ids.reshape(-1), self.addition_time_features)
             added = jnp.concatenate([text_embeds.astype(dtype), ids.reshape(sample.shape[0], -1)], axis=-1)
             temb = temb + self.add_embedding(added)
 

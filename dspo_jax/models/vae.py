@@ -145,7 +145,10 @@ class AutoencoderKL(nnx.Module):
         cfg = {**_OPTIONAL, **config}
         check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
         levels = len(cfg["block_out_channels"])
-        for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for key, known in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             for kind in per_level(_NAME, key, cfg[key], levels):
                 if kind != known:
                     raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {known}")

@@ -79,7 +79,9 @@ def run_demo(out: Path, console: Console) -> None:
     sheet = sample.sample(
         models, PROMPTS, out / "samples", seeds=range(4), steps=30, guidance_scale=4.0, batch_size=16
     )
-    rows.append(("pictures, base beside aligned", f"{len(PROMPTS)} prompts x 4 seeds", str(sheet.relative_to(out))))
+    rows.append(
+        ("pictures, base beside aligned", f"{len(PROMPTS)} prompts x 4 seeds", str(sheet.relative_to(out)))
+    )
 
     announce("export: a diffusers folder")
     exported = out / "exported"

@@ -3,8 +3,8 @@
     python examples/emoji/make_tokenizer.py --out build/emoji/tokenizer
     python examples/emoji/make_model.py --tokenizer build/emoji/tokenizer --out build/emoji/fresh
 
-Writes a complete diffusers folder of SD1.5's shape at a hundredth of its size. The UNet and the text encoder in
-it are random: `configs/emoji_base.py` trains them.
+Writes a complete diffusers folder of SD1.5's shape at a hundredth of its size. The UNet and the text encoder
+in it are random: `configs/emoji_base.py` trains them.
 """
 
 import json
@@ -113,8 +113,8 @@ def load_images() -> np.ndarray:
 def vae_loss(model: Model, params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
     """Absolute and squared error of a sampled reconstruction, its edges, and a light pull towards N(0, 1).
 
-    The edge term (differences between neighbouring pixels) stands in for a perceptual loss: flat art lives by its
-    outlines.
+    The edge term (differences between neighbouring pixels) stands in for a perceptual loss: flat art lives by
+    its outlines.
     """
     mean, logvar = model.apply(params, images, method="encode")
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -124,7 +124,8 @@ def vae_loss(model: Model, params: Params, images: jax.Array, key: jax.Array) ->
     return jnp.mean(jnp.abs(error)) + jnp.mean(jnp.square(error)) + edges + 1e-4 * kl
 
 
-def train_vae(images: np.ndarray, steps: int, batch_size: int, learning_rate: float, seed: int) -> tuple[Model, Params]:
+def train_vae(images: np.ndarray, steps: int, batch_size: int, learning_rate: float, seed: int) ->
+tuple[Model, Params]:
     """Train the autoencoder with Adam and a one-cycle cosine learning rate; images [N, H, W, 3] uint8."""
     model = build_model("AutoencoderKL", VAE)
     params = model.init(jax.random.key(seed))
@@ -132,7 +133,8 @@ def train_vae(images: np.ndarray, steps: int, batch_size: int, learning_rate: fl
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Params, opt_state: Any, batch: jax.Array, key: jax.Array) -> tuple[Params, Any, jax.Array]:
+    def update(params: Params, opt_state: Any, batch: jax.Array, key: jax.Array) -> tuple[Params, Any,
+    jax.Array]:
         scaled = batch.astype(jnp.float32) / 127.5 - 1.0
         loss, grads = jax.value_and_grad(partial(vae_loss, model))(params, scaled, key)
         updates, opt_state = optimizer.update(grads, opt_state, params)

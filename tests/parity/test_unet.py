@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 from torch_modules import (  # noqa: E402
     assert_close,
     assert_gradients_close,
+    compile_fast,
     randomize,
     save,
     to_nchw,
@@ -69,7 +70,7 @@ def test_forward_and_gradients_match_diffusers(config, tmp_path):
     latents, timesteps, text = inputs()
     target = np.random.default_rng(1).standard_normal(latents.shape, np.float32)
 
-    @jax.jit
+    @compile_fast
     def gradients_of(params):
         def loss(params):
             prediction = model.apply(params, latents, timesteps, text)
@@ -84,37 +85,33 @@ def test_forward_and_gradients_match_diffusers(config, tmp_path):
     assert_gradients_close(module, model, gradients, tmp_path)
 
 
-def test_text_and_time_conditions_match_diffusers(tmp_path):
-    module = randomize(UNet2DConditionModel(**SDXL))
+# Other values than the published ones: both embeddings must follow them.
+@pytest.mark.parametrize(
+    "embedding", [{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=["cos first", "sin first"]
+)
+def test_text_and_time_conditions_match_diffusers(embedding, tmp_path):
+    module = randomize(UNet2DConditionModel(**SDXL, **embedding))
     model, params = save(module, tmp_path)
     added = {
         "text_embeds": np.random.default_rng(2).standard_normal((2, 10), np.float32),
-        "time_ids": np.float32([[640, 480, 0, 12, 512, 512], [1024, 1024, 3, 0, 1024, 1024]]),
+        "time_ids": np.int32([[640, 480, 0, 12, 512, 512], [1024, 1024, 3, 0, 1024, 1024]]),
     }
     with torch.no_grad():
         theirs = theirs_of(module, *inputs(), **added)
-    prediction = jax.jit(model.apply)(params, *inputs(), **added)
+    prediction = compile_fast(model.apply)(params, *inputs(), **added)
     assert_close(prediction, to_nhwc(theirs), 1e-4)
 
 
-def test_a_time_embedding_with_sin_first_and_a_shift(tmp_path):
-    config = SD15 | {"flip_sin_to_cos": False, "freq_shift": 1, "layers_per_block": 1}
-    module = randomize(UNet2DConditionModel(**config))
-    model, params = save(module, tmp_path)
-    with torch.no_grad():
-        theirs = theirs_of(module, *inputs())
-    assert_close(jax.jit(model.apply)(params, *inputs()), to_nhwc(theirs), 1e-4)
-
-
 def test_bfloat16_stays_bfloat16_and_near_float32(tmp_path):
-    model, params = save(randomize(UNet2DConditionModel(**SD15 | {"layers_per_block": 1})), tmp_path)
+    module = randomize(UNet2DConditionModel(**SD15 | {"layers_per_block": 1}))
+    model, params = save(module, tmp_path)
     latents, timesteps, text = inputs()
-
-    def prediction(dtype):
-        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, latents, text))
-        return jax.jit(model.apply)(cast[0], cast[1], timesteps, cast[2])
-
-    rounded, exact = prediction(jnp.bfloat16), prediction(jnp.float32)
+    with torch.no_grad():
+        exact = to_nhwc(theirs_of(module, latents, timesteps, text))
+    params, latents, text = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.bfloat16), (params, latents, text)
+    )
+    rounded = compile_fast(model.apply)(params, latents, timesteps, text)
     assert rounded.dtype == jnp.bfloat16
     # A bfloat16 number is good to 2^-9; some twenty roundings in a row add up to a few per cent.
-    assert_close(rounded.astype(jnp.float32), np.asarray(exact), 0.05)
+    assert_close(rounded.astype(jnp.float32), exact, 0.05)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL  # noqa: E402
 from torch_modules import (  # noqa: E402
     assert_close,
     assert_gradients_close,
+    compile_fast,
     randomize,
     save,
     to_nchw,
@@ -40,7 +41,7 @@ def test_encode_and_decode_and_their_gradients_match_diffusers(tmp_path):
     module = randomize(AutoencoderKL(**CONFIG))
     model, params = save(module, tmp_path)
 
-    @jax.jit
+    @compile_fast
     def gradients_of(params):
         def loss(params):
             mean, logvar = model.apply(params, images(), method="encode")
@@ -72,12 +73,14 @@ def test_optional_parts_match_diffusers(changes, tmp_path):
     config |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     module = randomize(AutoencoderKL(**config))
     model, params = save(module, tmp_path)
-    mean, logvar = jax.jit(lambda params: model.apply(params, images(), method="encode"))(params)
-    decoded = jax.jit(lambda params: model.apply(params, latents()[..., :2], method="decode"))(params)
+    mean, logvar = compile_fast(lambda params: model.apply(params, images(), method="encode"))(params)
+    decoded = compile_fast(lambda params: model.apply(params, latents()[..., :2], method="decode"))(params)
     with torch.no_grad():
         posterior = module.encode(to_nchw(images())).latent_dist
         theirs = (posterior.mean, posterior.logvar, module.decode(to_nchw(latents()[..., :2])).sample)
-    for name, ours, tensor in zip(("mean", "logvar", "decoded"), (mean, logvar, decoded), theirs, strict=True):
+    for name, ours, tensor in zip(
+        ("mean", "logvar", "decoded"), (mean, logvar, decoded), theirs, strict=True
+    ):
         assert_close(ours, to_nhwc(tensor), 1e-4, name)
 
 
@@ -88,6 +91,6 @@ def test_the_log_variance_is_clipped_as_in_diffusers(tmp_path):
         module.quant_conv.weight.zero_()
         theirs = to_nhwc(module.encode(to_nchw(images())).latent_dist.logvar)
     model, params = save(module, tmp_path)
-    _, logvar = jax.jit(lambda params: model.apply(params, images(), method="encode"))(params)
+    _, logvar = compile_fast(lambda params: model.apply(params, images(), method="encode"))(params)
     np.testing.assert_array_equal(logvar, theirs)
     np.testing.assert_array_equal(np.unique(logvar), [-30, 0, 1, 20])

@@ -1,0 +1,196 @@
+"""Configs that would be computed wrongly are refused by name; the building blocks against NumPy and torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model as tiny
+from flax import nnx
+
+from dspo_jax.convert import flatten
+from dspo_jax.models import build_model
+from dspo_jax.models.attention import attention
+from dspo_jax.models.blocks import GroupNorm
+
+CONFIGS = {
+    "UNet2DConditionModel": tiny.UNET,
+    "AutoencoderKL": tiny.VAE,
+    "CLIPTextModel": tiny.TEXT_ENCODER,
+}
+UNET, VAE, CLIP = CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("class_name", "key", "value", "message"),
+    [
+        (UNET, "act_fn", "gelu", "act_fn = 'gelu' is not supported; allowed: 'silu'"),
+        (
+            UNET,
+            "mid_block_type",
+            None,
+            "mid_block_type = None is not supported; allowed: 'UNetMidBlock2DCrossAttn'",
+        ),
+        (
+            UNET,
+            "resnet_time_scale_shift",
+            "scale_shift",
+            "resnet_time_scale_shift = 'scale_shift' is not supported",
+        ),
+        (
+            UNET,
+            "addition_embed_type",
+            "image",
+            "addition_embed_type = 'image' is not supported; allowed: None, 'text",
+        ),
+        (UNET, "class_embed_type", "timestep", "unknown key class_embed_type = 'timestep'"),
+        (UNET, "use_linear_projections", True, "did you mean 'use_linear_projection'?"),
+        (
+            UNET,
+            "down_block_types",
+            ["AttnDownBlock2D", "DownBlock2D"],
+            "down_block_types has 'AttnDownBlock2D'; supp",
+        ),
+        (
+            UNET,
+            "up_block_types",
+            ["UpBlock2D", "AttnUpBlock2D"],
+            "up_block_types has 'AttnUpBlock2D'; supported: UpB",
+        ),
+        (UNET, "up_block_types", ["UpBlock2D"], "up_block_types = ['UpBlock2D'] needs 2 entries"),
+        (UNET, "attention_head_dim", [1, 2, 4], "attention_head_dim = [1, 2, 4] needs 2 entries"),
+        (UNET, "layers_per_block", [1], "layers_per_block = [1] needs 2 entries"),
+        (UNET, "cross_attention_dim", [12, 12], "cross_attention_dim = [12, 12] must be one integer"),
+        (VAE, "act_fn", "mish", "act_fn = 'mish' is not supported; allowed: 'silu'"),
+        (
+            VAE,
+            "latents_mean",
+            [0.0] * 4,
+            "latents_mean = [0.0, 0.0, 0.0, 0.0] is not supported; allowed: None",
+        ),
+        (VAE, "shift_factor", 0.1, "shift_factor = 0.1 is not supported"),
+        (
+            VAE,
+            "down_block_types",
+            ["AttnDownEncoderBlock2D"] * 3,
+            "down_block_types has 'AttnDownEncoderBlock2D'",
+        ),
+        (VAE, "up_block_types", ["UpDecoderBlock2D"] * 2, "needs 3 entries"),
+        (VAE, "temporal_layers", 2, "unknown key temporal_layers = 2"),
+        (CLIP, "hidden_act", "relu", "hidden_act = 'relu' is not supported; allowed: quick_gelu, gelu"),
+        (CLIP, "attention_dropout", 0.1, "attention_dropout = 0.1 is not supported; allowed: 0.0"),
+        (CLIP, "num_hidden_layer", 3, "did you mean 'num_hidden_layers'?"),
+    ],
+)
+def test_a_config_that_is_not_implemented_is_refused_by_name(class_name, key, value, message):
+    with pytest.raises(ValueError, match=f"^{class_name} config: ") as error:
+        build_model(class_name, CONFIGS[class_name] | {key: value})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "key"), [(UNET, "norm_num_groups"), (VAE, "latent_channels"), (CLIP, "eos_token_id")]
+)
+def test_a_missing_key_is_named(class_name, key):
+    config = {k: v for k, v in CONFIGS[class_name].items() if k != key}
+    with pytest.raises(
+        ValueError, match=rf"^{class_name} config: missing key\(s\) {key}; is config.json complete\?$"
+    ):
+        build_model(class_name, config)
+
+
+def test_an_unknown_class_is_refused():
+    with pytest.raises(
+        ValueError, match="'FluxTransformer2DModel' is not supported; supported: UNet2DConditionModel"
+    ):
+        build_model("FluxTransformer2DModel", {})
+
+
+def test_keys_that_switch_nothing_on_are_accepted():
+    config = tiny.TEXT_ENCODER | {"a_new_option": None, "another": False, "transformers_version": "9.0"}
+    assert build_model(CLIP, config).config["another"] is False
+
+
+def test_latents_that_cannot_be_halved_are_refused():
+    model = build_model(UNET, tiny.UNET)
+    text = jnp.zeros((1, 77, 12))
+    with pytest.raises(ValueError, match=r"latent size \(4, 3\) must be divisible by 2"):
+        jax.eval_shape(model.apply, model.abstract_params(), jnp.zeros((1, 4, 3, 4)), jnp.zeros(1, int), text)
+
+
+def test_conditions_of_another_model_are_refused():
+    model = build_model(UNET, tiny.UNET)
+    inputs = (jnp.zeros((1, 4, 4, 4)), jnp.zeros(1, int), jnp.zeros((1, 77, 12)))
+    with pytest.raises(ValueError, match="this UNet takes no text_embeds or time_ids"):
+        model.apply(
+            model.abstract_params(), *inputs, text_embeds=jnp.zeros((1, 4)), time_ids=jnp.zeros((1, 6), int)
+        )
+    config = tiny.UNET | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 2,
+        "projection_class_embeddings_input_dim": 16,
+    }
+    model = build_model(UNET, config)
+    with pytest.raises(ValueError, match="this UNet needs text_embeds and time_ids"):
+        model.apply(model.abstract_params(), *inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_softmax_of_scaled_products(causal):
+    draw = np.random.default_rng(0)
+    length = 6 if causal else 5
+    query = draw.normal(size=(2, 6, 3, 4)).astype(np.float32)
+    key, value = draw.normal(size=(2, 2, length, 3, 4)).astype(np.float32)
+    expected = np.zeros(query.shape)
+    for batch, head, t in np.ndindex(2, 3, 6):
+        visible = t + 1 if causal else length
+        logits = key[batch, :visible, head].astype(np.float64) @ query[batch, t, head] / np.sqrt(4)
+        weights = np.exp(logits) / np.exp(logits).sum()
+        expected[batch, t, head] = weights @ value[batch, :visible, head]
+    np.testing.assert_allclose(attention(query, key, value, causal=causal), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_keeps_a_float32_softmax_in_bfloat16():
+    """Logits near 300 differ by less than bfloat16 resolves there, and the weights still tell them apart."""
+    query = jnp.full((1, 1, 1, 1), 300, jnp.bfloat16)
+    key = jnp.asarray([1.0, 1 + 2**-7], jnp.bfloat16).reshape(1, 2, 1, 1)
+    value = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    out = attention(query, key, value)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32).item(), 1 / (1 + np.exp(-300 / 128)), atol=2**-8)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_group_norm_matches_torch(offset):
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0)
+    x = (draw.normal(size=(2, 3, 5, 8)) + offset).astype(np.float32)
+    scale, bias = draw.normal(size=(2, 8)).astype(np.float32)
+    norm = GroupNorm(8, 4, 1e-5)
+    norm.scale, norm.bias = nnx.Param(jnp.asarray(scale)), nnx.Param(jnp.asarray(bias))
+    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).double()
+    expected = torch.nn.functional.group_norm(
+        nchw, 4, torch.from_numpy(scale).double(), torch.from_numpy(bias).double(), 1e-5
+    )
+    np.testing.assert_allclose(norm(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5 * max(1.0, offset))
+    assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("class_name", list(CONFIGS))
+def test_parameter_paths_are_the_state_dict_names(class_name):
+    torch = pytest.importorskip("torch")
+    config = {k: v for k, v in CONFIGS[class_name].items() if not k.startswith("_")}
+    with torch.device("meta"):
+        if class_name == CLIP:
+            import transformers
+
+            module = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        else:
+            import diffusers
+
+            module = getattr(diffusers, class_name)(**config)
+    # transformers 5 leaves out the first part of the published names.
+    theirs = {name.removeprefix("text_model.").rpartition(".")[0] for name, _ in module.named_parameters()}
+    paths = flatten(build_model(class_name, CONFIGS[class_name]).abstract_params())
+    assert {path.removeprefix("text_model.").rpartition(".")[0] for path in paths} == theirs
+    assert len(paths) == len(list(module.parameters()))

@@ -1,0 +1,141 @@
+"""A diffusers folder as one value: captions to tokens, images to latents and back, its fingerprint."""
+
+import json
+import logging
+import re
+import shutil
+
+import numpy as np
+import pytest
+from tiny_model import RESOLUTION, VAE, write_model
+
+from dspo_jax import convert
+from dspo_jax.pipeline import load_pipeline
+
+START, END = 512, 513
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A copy of the model that a test may spoil; its folder has the same name."""
+    return shutil.copytree(tiny_model, tmp_path / tiny_model.name)
+
+
+def test_captions_are_padded_with_the_end_token(tiny_model):
+    tokens = load_pipeline(tiny_model).tokenize(["ab", ""])
+    assert tokens.shape == (2, 1, 77)
+    assert tokens.dtype == np.int32
+    assert tokens[0, 0, [0, 3]].tolist() == [START, END]
+    assert set(tokens[0, 0, 4:]) == {END}
+    assert tokens[1, 0].tolist() == [START] + [END] * 76
+
+
+def test_a_long_caption_is_cut_with_one_warning(tiny_model, caplog):
+    pipe = load_pipeline(tiny_model)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        fitting = pipe.tokenize(["x" * 75])
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        cut = pipe.tokenize(["short", "y" + "x" * 89, "x" * 100])
+    assert cut.shape == (3, 1, 77)
+    assert cut[1, 0, -1] == END
+    assert END not in cut[1, 0, :-1]
+    assert fitting[0, 0, -1] == END
+    (record,) = caplog.records
+    assert re.match("2 caption\\(s\\) longer than 77 tokens were cut, first 'yx+'$", record.getMessage())
+
+
+def test_moments_and_images_match_diffusers(tiny_model):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    from torch_modules import assert_close, to_nchw, to_nhwc
+
+    theirs = diffusers.AutoencoderKL.from_pretrained(tiny_model / "vae")
+    pipe = load_pipeline(tiny_model)
+    draw = np.random.default_rng(0)
+    images = draw.uniform(-1, 1, (2, RESOLUTION, RESOLUTION, 3)).astype(np.float32)
+    latents = draw.standard_normal((2, 4, 4, 4), np.float32)
+    with torch.no_grad():
+        posterior = theirs.encode(to_nchw(images)).latent_dist
+        decoded = theirs.decode(to_nchw(latents) / VAE["scaling_factor"]).sample
+    moments = pipe.encode_moments(images)
+    assert moments.shape == (2, 4, 4, 2 * pipe.latent_channels)
+    assert moments.dtype == np.float32
+    scaled = [VAE["scaling_factor"] * to_nhwc(part) for part in (posterior.mean, posterior.std)]
+    assert_close(moments, np.concatenate(scaled, axis=-1), 1e-4)
+    assert_close(pipe.decode(latents), to_nhwc(decoded), 1e-4)
+    assert pipe.vae_scale_factor == 4
+
+
+def test_the_fingerprint_follows_the_vae_and_the_tokenizer_only(tiny_model, model, tmp_path):
+    original = load_pipeline(tiny_model).fingerprint()
+    assert json.loads(json.dumps(original)) == original
+    assert load_pipeline(model).fingerprint() == original
+
+    other = write_model(tmp_path / "other", seed=1)
+    shutil.copytree(other / "unet", model / "unet", dirs_exist_ok=True)
+    assert load_pipeline(model).fingerprint() == original
+
+    shutil.copytree(other / "vae", model / "vae", dirs_exist_ok=True)
+    changed = load_pipeline(model).fingerprint()
+    assert changed.pop("vae_sha256") != original["vae_sha256"]
+    assert changed.items() <= original.items()
+
+    with (model / "tokenizer" / "merges.txt").open("a") as merges:
+        merges.write("\n")
+    assert load_pipeline(model).fingerprint()["tokenizer_sha256"] != original["tokenizer_sha256"]
+
+
+def test_the_fingerprint_names_what_latents_depend_on(tiny_model):
+    fingerprint = load_pipeline(tiny_model).fingerprint()
+    assert fingerprint["model"] == tiny_model.name
+    assert fingerprint["scaling_factor"] == VAE["scaling_factor"]
+    assert fingerprint["vae_scale_factor"] == 4
+    assert fingerprint["latent_channels"] == 4
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_weights_are_read_as_stored_or_as_asked(component, tiny_model):
+    pipe = load_pipeline(tiny_model)
+    for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16")):
+        leaves = convert.flatten(pipe.read_params(component, dtype)).values()
+        assert {str(leaf.dtype) for leaf in leaves} == {expected}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "vae/config.json",
+    ],
+)
+def test_a_missing_file_is_named(name, model):
+    (model / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(model / name))}: no such file; [^\n]+$"):
+        load_pipeline(model)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"^{re.escape(str(tmp_path))}: neither a diffusers folder .no model_ind"
+    ):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_malformed_json_is_named(name, model):
+    (model / name).write_text("{")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(model / name))}: not valid JSON [^\n]+$"):
+        load_pipeline(model)
+
+
+@pytest.mark.parametrize("class_name", ["FluxPipeline", None])
+def test_another_pipeline_class_is_refused(class_name, model):
+    (model / "model_index.json").write_text(json.dumps({"_class_name": class_name} if class_name else {}))
+    with pytest.raises(
+        ValueError, match=f"model_index.json: _class_name = {class_name!r} is not supported; allowed: Sta"
+    ):
+        load_pipeline(model)

@@ -1,0 +1,413 @@
+"""The loop around the step: stopping and resuming anywhere, and every refusal before the first step."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import write_model, write_pairs
+from tiny_run import make_config
+
+from dspo_jax import train as train_module
+from dspo_jax.data import loader
+from dspo_jax.metrics import read_metrics
+from dspo_jax.step import TrainState
+from dspo_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_reproducible(workdir):
+    """The lines of metrics.jsonl without what a clock measured."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [
+        {name: value for name, value in record.items() if name not in ("wall_seconds", "pairs_per_second")}
+        for record in records
+    ]
+
+
+def saved_steps(workdir):
+    folder = workdir / "checkpoints"
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        if folder.exists()
+        else []
+    )
+
+
+class FakeStep:
+    """Takes the place of the compiled step: notes the examples it is given, and can be interrupted."""
+
+    def __init__(self):
+        self.seen: list[list[int]] = []
+        self.interrupt: dict[int, signal.Signals | Exception] = {}
+
+    def compile(self, state):
+        del state
+        return self
+
+    def __call__(self, state, reference, batch, key):
+        del reference, key
+        step = int(state.step) + 1
+        event = self.interrupt.pop(step, None)
+        if isinstance(event, Exception):
+            raise event
+        if event is not None:
+            signal.raise_signal(event)
+        self.seen.append(np.asarray(batch["index"]).tolist())
+        state = TrainState(state.step + 1, state.params, state.opt_state, state.task)
+        return state, {"loss": np.float32(step), "first_token_sum": np.asarray(batch["tokens"]).sum()}
+
+
+@pytest.fixture
+def fake_step(monkeypatch):
+    fake = FakeStep()
+    monkeypatch.setattr(train_module, "compile_step", fake.compile)
+    return fake
+
+
+@pytest.fixture
+def config(shallow_model, tiny_pairs):
+    return make_config(shallow_model, tiny_pairs, {"steps": 12, "checkpoint.every": 4})
+
+
+def test_a_run_writes_its_config_metrics_and_checkpoints(config, fake_step, tmp_path):
+    config.log_every = 5
+    result = train(config, tmp_path / "run")
+    assert result == {"step": 12, "before": {}, "after": {}}
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == config.to_dict()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(record["step"], record["loss"]) for record in records] == [(5, 5), (10, 10), (12, 12)]
+    assert saved_steps(tmp_path / "run") == [4, 8, 12]
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+    assert fake_step.seen == np.arange(12 * 8).reshape(12, 8).tolist()
+
+
+def test_a_finished_run_does_nothing_and_can_be_prolonged(config, fake_step, tmp_path):
+    train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run") == {"step": 12, "before": {}, "after": {}}
+    assert len(fake_step.seen) == 12
+    config.steps = 14
+    assert train(config, tmp_path / "run")["step"] == 14
+    assert fake_step.seen[12:] == np.arange(12 * 8, 14 * 8).reshape(2, 8).tolist()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
+    config, fake_step, tmp_path, number
+):
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    train(config, undisturbed)
+    expected, fake_step.seen = fake_step.seen, []
+    handler = signal.getsignal(number)
+
+    fake_step.interrupt = {6: number}
+    assert train(config, stopped)["step"] == 6
+    assert saved_steps(stopped) == [4, 6]
+    assert signal.getsignal(number) is handler
+    assert train(config, stopped)["step"] == 12
+    assert fake_step.seen == expected
+    assert read_reproducible(stopped) == read_reproducible(undisturbed)
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint(config, fake_step, tmp_path):
+    undisturbed, crashed = tmp_path / "undisturbed", tmp_path / "crashed"
+    train(config, undisturbed)
+    expected, fake_step.seen = fake_step.seen, []
+
+    fake_step.interrupt = {7: RuntimeError("the device is gone")}
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        train(config, crashed)
+    train(config, crashed)
+    assert fake_step.seen == expected[:6] + expected[4:]  # steps 5 and 6 again
+    assert read_reproducible(crashed) == read_reproducible(undisturbed)
+
+
+def test_a_checkpoint_is_never_ahead_of_the_metrics(config, fake_step, tmp_path, monkeypatch):
+    """A run that is killed just after a checkpoint must have written the line of that step."""
+    lines = []
+
+    class Checkpoints(train_module.Checkpoints):
+        def save(self, step, state, extra, wait=False):
+            lines.append((step, read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]))
+            super().save(step, state, extra, wait)
+
+    monkeypatch.setattr(train_module, "Checkpoints", Checkpoints)
+    train(config, tmp_path)
+    assert lines == [(4, 4), (8, 8), (12, 12)]
+
+
+def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
+    config, fake_step, tmp_path, monkeypatch
+):
+    positions = {}
+
+    class Checkpoints(train_module.Checkpoints):
+        def save(self, step, state, extra, wait=False):
+            positions[step] = extra["data"]
+            super().save(step, state, extra, wait)
+
+    monkeypatch.setattr(train_module, "Checkpoints", Checkpoints)
+    train(config, tmp_path)
+
+    def keys(position, count):
+        batches = loader.train_batches(config.data.path, batch_size=8, seed=0)
+        if position is not None:
+            batches.set_state(position)
+        keys = [next(batches)["key"] for _ in range(count)]
+        batches.close()
+        return keys
+
+    whole = keys(None, 12)
+    assert sorted(itertools.chain(*whole[:3])) == sorted(f"train {i}" for i in range(24))  # an epoch
+    assert keys(positions[4], 8) == whole[4:]
+    assert keys(positions[8], 4) == whole[8:]
+
+
+# The command, with a real step on one device.
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def command(shallow_model, tiny_pairs):
+    """Starts `python -m dspo_jax.train`."""
+    changes = {
+        "model": shallow_model,
+        "data.path": tiny_pairs,
+        "steps": STEPS,
+        "batch_size": 4,
+        "log_every": 1,
+        "objective.reward_scale": 10.0,
+        "objective.score_weight": 1.0,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 5,
+        "validation.every": 40,
+        "validation.draws": 2,
+        "validation.batch_size": 6,
+    }
+    flags = ["--config=configs/common.py", *(f"--config.{key}={value}" for key, value in changes.items())]
+
+    def start(workdir, *more):
+        return subprocess.Popen(
+            [sys.executable, "-m", "dspo_jax.train", *flags, f"--workdir={workdir}", *more],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = command(workdir)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return workdir, output
+
+
+def last_step(workdir):
+    path = workdir / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    return records[-1]["step"] if records else 0
+
+
+def stop_when(process, reached, number):
+    """Sends a signal as soon as `reached()`; returns the exit status."""
+    while not reached():
+        if process.poll() is not None:
+            pytest.fail(f"ended before it could be stopped: {process.communicate()[1]}")
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate()
+    return process.returncode
+
+
+def test_stopped_interrupted_and_killed_the_command_gives_the_same_metrics(command, undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+
+    assert stop_when(command(workdir), lambda: last_step(workdir) >= 8, signal.SIGTERM) == 0
+    stopped = last_step(workdir)
+    assert 8 <= stopped < STEPS
+    assert saved_steps(workdir)[-1] == stopped
+
+    assert stop_when(command(workdir), lambda: last_step(workdir) >= stopped + 8, signal.SIGINT) == 0
+    interrupted = last_step(workdir)
+    assert stopped + 8 <= interrupted < STEPS
+    assert saved_steps(workdir)[-1] == interrupted
+
+    def beyond_a_checkpoint():
+        return interrupted < saved_steps(workdir)[-1] < last_step(workdir)
+
+    assert stop_when(command(workdir), beyond_a_checkpoint, signal.SIGKILL) == -signal.SIGKILL
+    assert last_step(workdir) < STEPS
+
+    process = command(workdir)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    records = read_reproducible(workdir)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records if "validation/margin" in record] == [0, 40, 80, STEPS]
+    assert records == read_reproducible(undisturbed[0])
+
+
+def test_the_command_reports_the_held_out_accuracy_before_and_after(undisturbed):
+    workdir, output = undisturbed
+    lines = output.splitlines()
+    assert lines[0] == f"{workdir}: step {STEPS}"
+    # Wilson's interval for three of the six pairs: at step 0 every one of them is a tie.
+    assert lines[1] == "held-out implicit accuracy before: 0.500 [0.188, 0.812]"
+    assert lines[2].startswith("held-out implicit accuracy after: 0.")
+    first = read_metrics(workdir / "metrics.jsonl")[0]
+    assert (first["step"], first["validation/margin"], first["validation/implicit_accuracy"]) == (0, 0, 0.5)
+    assert first["validation/winner_drift"] == 0
+
+
+def test_the_command_refuses_an_unknown_key_with_the_nearest_one(command, tmp_path):
+    process = command(tmp_path / "run", "--config.bach_size=4")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.startswith(
+        "error: --config.bach_size: unknown key 'bach_size'; did you mean --config.batch_size? (config has: "
+    )
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "config.model is not set: give --config.model=DIR, a diffusers folder"),
+        (
+            {"data.path": None},
+            "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode",
+        ),
+        (
+            {"objective.name": "dpso"},
+            "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
+            "(allowed: ddpm, diffusion_dpo, dspo, sft)",
+        ),
+        (
+            {"objective.name": "sft", "objective.beta": 1.0},
+            "argument of objective 'sft' = 'beta': unknown (allowed: reduction, time_weight)",
+        ),
+        (
+            {"batch_size": 12},
+            "config.batch_size / config.accumulation = 12: not a multiple of 8, the ways the mesh splits a "
+            "batch (data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
+        ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
+        ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
+        ({"caption_dropout": 1.5}, "config.caption_dropout = 1.5: must be between 0 and 1"),
+        (
+            {"compute_dtype": "float16"},
+            "config.compute_dtype = 'float16': unknown; did you mean 'bfloat16'? "
+            "(allowed: bfloat16, float32)",
+        ),
+        (
+            {"data.split": "trian"},
+            "{data}: split = 'trian': unknown; did you mean 'train'? (allowed: train, validation)",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, message):
+    message = message.replace("{data}", str(config.data.path))
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=r"config|split|objective") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == message
+
+
+def test_shards_of_another_model_are_refused(config, tmp_path):
+    other = write_pairs(tmp_path / "pairs", write_model(tmp_path / "other", seed=7), train=2, validation=2)
+    config.data.path = str(other)
+    with pytest.raises(ValueError, match="the shards were encoded with another model") as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith(f"{other}: model.vae_sha256 = ")
+    assert message.endswith("('other'); encode the data again with this one")
+
+
+def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_model, tmp_path):
+    singles = write_pairs(tmp_path / "singles", tiny_model, train=2, validation=2, images=1)
+    config.data.path = str(singles)
+    with pytest.raises(ValueError, match="single images") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.objective.name = 'dspo': compares winner and loser, but {singles} holds single images; "
+        "use sft or ddpm, or encode pairs"
+    )
+
+
+def test_an_empty_split_is_refused(config, tiny_model, tmp_path):
+    empty = write_pairs(tmp_path / "empty", tiny_model, train=0, validation=2)
+    config.data.path = str(empty)
+    with pytest.raises(ValueError, match="split 'train' is empty") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{empty}: ")
+
+
+def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
+    data = Path(shutil.copytree(tiny_pairs, tmp_path / "pairs"))
+    shard = next(data.glob("*-train.array_record-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    config.data.path = str(data)
+    with pytest.raises(ValueError, match="truncated") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{shard}: ")
+
+
+def test_a_checkpoint_folder_that_is_none_is_refused(config, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match="not a checkpoint directory") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{folder}: not a checkpoint directory: it holds 'holiday.jpg'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 3}, "config.seed = 0, now it is 3"),
+        ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate = 0.001, now it is 0.5"),
+        ({"objective.name": "sft"}, "config.objective.name = 'dspo', now it is 'sft'"),
+    ],
+)
+def test_resuming_with_another_config_is_refused(config, fake_step, tmp_path, changes, named):
+    train_module.claim_workdir(tmp_path, config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match="this run was started with") as caught:
+        train(config, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'config.json'}: this run was started with {named}; "
+        "resume with the same config or choose another --workdir"
+    )
+
+
+def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
+    train_module.claim_workdir(tmp_path, config)
+    changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
+    config.update_from_flattened_dict(changes)
+    train_module.claim_workdir(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
+
+
+def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
+    config.optimizer.schedule = "cosine"
+    train_module.claim_workdir(tmp_path, config)
+    config.steps = 99
+    with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
+        train_module.claim_workdir(tmp_path, config)

@@ -1,0 +1,137 @@
+"""The validation scalars against NumPy, and that they do not depend on how the split is batched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import write_pairs
+
+from dspo_jax.schedule import Schedule
+from dspo_jax.sharding import make_mesh
+from dspo_jax.validate import Validator, summarise
+
+SCHEDULE = Schedule.scaled_linear()
+
+
+def linear_forward(params, reference, noisy, timesteps, tokens):
+    """A network of one weight whose answer depends on everything it is given."""
+    shift = jnp.sin(timesteps + tokens.sum((1, 2))[:, None])[..., None, None, None]
+    return params["w"] * noisy + shift, reference["w"] * noisy + shift
+
+
+@pytest.fixture
+def make_validator(tiny_pairs):
+    def make(
+        forward=linear_forward, *, directory=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"
+    ):
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        return Validator(
+            forward, SCHEDULE, mesh, directory=directory, split=split, batch_size=batch_size, draws=draws
+        )
+
+    return make
+
+
+def test_a_policy_that_is_the_reference_has_margin_0_and_accuracy_one_half(make_validator):
+    weights = {"w": jnp.float32(0.7)}
+    scores = make_validator()(weights, weights)
+    assert scores["winner_error"] > 0
+    assert scores["loser_error"] > 0
+    assert {scores[name] for name in ("winner_drift", "loser_drift", "margin")} == {0.0}
+    # Timesteps are the midpoints of three bins of 1000.
+    for name in (
+        "implicit_accuracy",
+        "implicit_accuracy_t166",
+        "implicit_accuracy_t500",
+        "implicit_accuracy_t833",
+    ):
+        assert scores[name] == 0.5
+
+
+def test_a_policy_that_improves_on_winners_only_is_always_right(make_validator):
+    def forward(params, reference, noisy, timesteps, tokens):
+        bad = jnp.full(noisy.shape, 10.0)
+        return bad.at[:, 0].set(0.0), bad
+
+    scores = make_validator(forward)({}, {})
+    assert scores["implicit_accuracy"] == 1
+    assert scores["implicit_accuracy_low"] == pytest.approx(0.60966, abs=1e-5)  # Wilson's for 6 of 6
+    assert scores["implicit_accuracy_high"] == 1
+    assert scores["loser_drift"] == 0
+    assert scores["margin"] == pytest.approx(-scores["winner_drift"])
+    assert scores["margin"] > 50
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 4), (1, 1), (2, 4), (4, 8)])
+def test_neither_the_batch_size_nor_the_mesh_changes_the_scores(make_validator, devices, batch_size):
+    params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
+    expected = make_validator(batch_size=6)(params, reference)
+    actual = make_validator(devices=devices, batch_size=batch_size)(params, reference)
+    assert actual == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_call_draws_the_same_noise(make_validator):
+    validator = make_validator()
+    params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
+    first = validator(params, reference)
+    assert validator(params, reference) == first
+    assert validator({"w": jnp.float32(0.8)}, reference) != first
+
+
+def test_single_images_have_errors_and_no_margin(make_validator, tiny_model, tmp_path):
+    params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
+    singles = write_pairs(tmp_path / "singles", tiny_model, images=1)
+    scores = make_validator(directory=singles)(params, reference)
+    assert set(scores) == {"winner_error", "winner_drift"}
+
+
+def test_without_a_reference_there_are_only_errors(make_validator):
+    def forward(params, reference, noisy, timesteps, tokens):
+        return params["w"] * noisy, None
+
+    scores = make_validator(forward)({"w": jnp.float32(0.7)}, {})
+    assert set(scores) == {"winner_error", "loser_error"}
+
+
+def test_summary_of_pairs_by_hand():
+    # Two draws, three examples, (winner, loser).
+    error = np.array([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]], np.float32)
+    drift = np.array([[[-1, 1], [2, -1], [0, 0]], [[-3, 0], [1, 2], [0, 0]]], np.float32)
+    # Margins, loser minus winner: [2, -3, 0] at t = 250 and [3, 1, 0] at t = 750; means [2.5, -1, 0].
+    scores = summarise(np.stack([error, drift]), np.array([250, 750]))
+    low, high = scores.pop("implicit_accuracy_low"), scores.pop("implicit_accuracy_high")
+    assert scores == pytest.approx(
+        {
+            "winner_error": 6,
+            "loser_error": 7,
+            "winner_drift": -1 / 6,
+            "loser_drift": 1 / 3,
+            "margin": 0.5,
+            "implicit_accuracy": 0.5,  # right, wrong, tie
+            "implicit_accuracy_t250": 0.5,
+            "implicit_accuracy_t750": 5 / 6,
+        }
+    )
+    # Wilson's for 1.5 of 3: centre 1/2, half width z / (2 sqrt(n + z^2)).
+    assert (low, high) == pytest.approx((0.5 - 0.37467, 0.5 + 0.37467), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"devices": 8, "batch_size": 12},
+            "config.validation.batch_size = 12: not a multiple of 8, the ways the mesh splits a batch "
+            "(data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        ({"draws": 0}, "config.validation.draws = 0: must be at least 1"),
+        (
+            {"split": "valid"},
+            "split = 'valid': unknown; did you mean 'validation'? (allowed: train, validation)",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(make_validator, change, message):
+    with pytest.raises(ValueError, match=r"config|split") as caught:
+        make_validator(**change)
+    assert str(caught.value).endswith(message)
