@@ -1,6 +1,6 @@
 """DSPO on the emoji pairs from the shipped base model: minutes on a laptop CPU.
 
-    python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
+python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
 """
 
 from ml_collections import ConfigDict

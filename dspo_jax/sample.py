@@ -47,8 +47,9 @@ class Sampler:
           negative_prompt: what the unconditional half is given.
         """
         self._pipe = pipe
-        self._params = jax.device_put({name: pipe.read_params(name, "float32") for name in ("unet",
-        "text_encoder")}) self._negative = pipe.tokenize([negative_prompt])
+        components = ("unet", "text_encoder")
+        self._params = jax.device_put({name: pipe.read_params(name, "float32") for name in components})
+        self._negative = pipe.tokenize([negative_prompt])
         settings = samplers.ddim_settings(pipe.scheduler_config)
 
         def draw(params: Any, tokens: jax.Array, negative: jax.Array, latents: jax.Array) -> jax.Array:
@@ -77,11 +78,12 @@ class Sampler:
 
 
 def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:
-    """Standard normal noise [B, side, side, channels] that depends on each job's seed and prompt number only."""
+    """Standard normal noise [B, side, side, channels] that depends on a job's seed and prompt number only."""
 
     def draw(seed: jax.Array, prompt_index: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), prompt_index), (side, side,
-        channels))
+        return jax.random.normal(
+            jax.random.fold_in(jax.random.key(seed), prompt_index), (side, side, channels)
+        )
 
     return jax.vmap(draw)(
         jnp.asarray([job.seed for job in jobs]), jnp.asarray([job.prompt_index for job in jobs])
@@ -91,13 +93,14 @@ def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:
 def draw_jobs(
     sampler: Sampler, pipe: Pipeline, jobs: Sequence[Job], batch_size: int, label: str
 ) -> Iterator[tuple[Job, np.ndarray]]:
-    """Yields every job with its image [H, W, 3] uint8. The last batch is filled up, so that nothing recompiles."""
+    """Yields every job with its image [H, W, 3] uint8. The last batch is filled up: nothing recompiles."""
     side = pipe.unet.config["sample_size"]
     with Progress(f"sample {label}", len(jobs)) as progress:
         for start in range(0, len(jobs), batch_size):
             part = list(jobs[start : start + batch_size])
             full = part + [part[-1]] * (batch_size - len(part))
-            images = sampler.sample([job.prompt for job in full], initial_latents(full, side, pipe.latent_channels))
+            latents = initial_latents(full, side, pipe.latent_channels)
+            images = sampler.sample([job.prompt for job in full], latents)
             progress.update(start + len(part))
             yield from zip(part, images[: len(part)], strict=True)
 
@@ -136,7 +139,8 @@ def contact_sheet(
     count = len(rows[0][1])
     row_height = _LABEL_HEIGHT + height + _MARGIN
     gaps = _MARGIN * (count + 1) + _MARGIN * (len(columns) - 1)
-    sheet = Image.new("RGB", (count * width + gaps, _LABEL_HEIGHT + len(rows) * row_height + _MARGIN), "white")
+    size = (count * width + gaps, _LABEL_HEIGHT + len(rows) * row_height + _MARGIN)
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     lefts, x = [], _MARGIN
     for heading, span in columns:
@@ -235,9 +239,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("model", None, "A diffusers folder or a training workdir; may be repeated.",
-    required=True) flags.DEFINE_string("prompts", None, "A prompt, or a .txt file with one a line.",
-    required=True) flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+    flags.DEFINE_multi_string(
+        "model", None, "A diffusers folder or a training workdir; may be repeated.", required=True
+    )
+    flags.DEFINE_string("prompts", None, "A prompt, or a .txt file with one a line.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write to.", required=True)
     flags.DEFINE_integer("steps", 50, "DDIM steps.")
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); 1 is no guidance.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image each.")

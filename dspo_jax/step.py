@@ -55,7 +55,10 @@ class Task:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What changes from step to step, and all that a checkpoint holds. `params` has "unet" and maybe "text_encoder"."""
+    """What changes from step to step, and all that a checkpoint holds.
+
+    `params` has "unet" and, where it is trained, "text_encoder".
+    """
 
     step: jax.Array
     params: Params
@@ -70,8 +73,8 @@ class TrainState:
 def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Everything random about a batch, drawn from (key, index of the example) alone.
 
-    So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C] (UNet
-    units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
+    So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C]
+    (UNet units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
     """
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
@@ -95,8 +98,8 @@ def predict(
 ) -> jax.Array:
     """The UNet's output for noisy latents [B, P, h, w, C], timesteps [B, P] and token ids [B, E, 77].
 
-    `params` holds "unet" and "text_encoder". A pair is folded into the batch as (winner 0, loser 0, winner 1, ...),
-    and its text is encoded once. Returns [B, P, h, w, C] in the compute dtype.
+    `params` holds "unet" and "text_encoder". A pair is folded into the batch as (winner 0, loser 0, winner 1,
+    ...), and its text is encoded once. Returns [B, P, h, w, C] in the compute dtype.
     """
     pairs, images = noisy.shape[:2]
     text_BSF = task.pipe.encode_text(params["text_encoder"], tokens)
@@ -111,8 +114,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What the policy and, where the objective needs it, the reference say about the same noisy latents.
 
-    The reference is stored in the compute dtype and the policy is rounded to it here, so that the two agree exactly
-    until the first update.
+    The reference is stored in the compute dtype and the policy is rounded to it here, so that the two agree
+    exactly until the first update.
     """
     policy = {**reference, **jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)}
     return (
@@ -150,11 +153,13 @@ def train_step(
       state: may be donated.
       reference: the frozen tree in the compute dtype: "text_encoder" unless it is trained and no reference is
         needed, and "unet" for an objective that needs a reference.
-      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `preference` [B], `index` [B] uint32 (unique over the run).
+      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `preference` [B], `index` [B] uint32 (unique over
+        the run).
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:
-      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, the objective's own.
+      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, and the
+      objective's own.
     """
     task = state.task
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

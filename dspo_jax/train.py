@@ -2,8 +2,9 @@
 
     python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
 
-Every key of the config, with its default, stands in configs/common.py. The same command resumes a run that was
-stopped, by Ctrl-C, SIGTERM or a crash. The workdir holds config.json, checkpoints/, metrics.jsonl, tensorboard/.
+Every key of the config, with its default, stands in configs/common.py. The same command resumes a run that
+was stopped, by Ctrl-C, SIGTERM or a crash. The workdir holds config.json, checkpoints/, metrics.jsonl,
+tensorboard/.
 """
 
 import json
@@ -52,7 +53,8 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
             raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
     if config.batch_size % config.accumulation:
         raise ValueError(
-            f"config.accumulation = {config.accumulation}: must divide config.batch_size = {config.batch_size}"
+            f"config.accumulation = {config.accumulation}: must divide "
+            f"config.batch_size = {config.batch_size}"
         )
     arguments = {name: value for name, value in config.objective.to_dict().items() if value is not None}
     optimizer, learning_rate = make_optimizer(config.optimizer.to_dict(), config.steps)
@@ -71,7 +73,7 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
 
 
 def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]:
-    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model and sharded."""
+    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model, sharded."""
 
     def place(params: Params) -> Params:
         return jax.device_put(params, make_shardings(params, mesh))
@@ -100,8 +102,8 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
     images = manifest["images_per_example"]
     if objective.needs_loser and images == 1:
         raise ValueError(
-            f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} holds "
-            "single images; use sft or ddpm, or encode pairs"
+            f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} "
+            "holds single images; use sft or ddpm, or encode pairs"
         )
 
 
@@ -109,7 +111,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Write config.json into a fresh workdir, or check that it is the one this run was started with.
 
     Raises:
-      ValueError: the workdir belongs to a run with another config; only what does not change the result may differ.
+      ValueError: the workdir belongs to a run with another config; only what does not change the result may
+        differ.
     """
     may_differ = {"log_every", "checkpoint", "validation", "mesh"}
     if config.optimizer.schedule == "constant":
@@ -158,8 +161,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop.
 
     Returns:
-      `step` reached, and `before` and `after`: the validation scalars at step 0 (of this process's first validation)
-      and at the last validation; empty where validation is off.
+      `step` reached, and `before` and `after`: the validation scalars at step 0 (of this process's first
+      validation) and at the last validation; empty where validation is off.
     """
     if not config.model:
         raise ValueError("config.model is not set: give --config.model=DIR, a diffusers folder")
@@ -245,7 +248,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             inputs = {name: batch[name] for name in INPUTS}
             inputs["index"] = inputs["index"].astype(np.uint32)
             state, metrics = step_fn(state, reference, shard_batch(inputs, mesh), key)
-            # The metrics of a step are read only after the next one has been dispatched: the device never waits.
+            # The metrics of a step are read only after the next one was dispatched: the device never waits.
             if pending is not None:
                 log(*pending)
                 pending = None
@@ -254,7 +257,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if step % config.log_every == 0 or last:
                 pending = (step, metrics)
             saving = last or step % config.checkpoint.every == 0
-            # Nor is a checkpoint ever ahead of the metrics: a run killed just after it would never write them.
+            # But before a checkpoint: a run that is killed just after it would never write them.
             if saving and pending is not None:
                 log(*pending)
                 pending = None
@@ -313,7 +316,8 @@ def main(argv: Sequence[str]) -> None:
         if "implicit_accuracy" in scores:
             low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
             print(
-                f"held-out implicit accuracy {when}: {scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+                f"held-out implicit accuracy {when}: "
+                f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
 
 

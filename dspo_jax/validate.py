@@ -1,6 +1,7 @@
 """Held-out pairs: does the model rank them as people did? Implicit accuracy, margins and errors by timestep.
 
-The implicit reward of an image is the decrease of its denoising error against the reference (Diffusion-DPO, S4.1).
+The implicit reward of an image is the decrease of its denoising error against the reference (Diffusion-DPO,
+S4.1).
 Every call uses the same noise and the same timesteps, so that curves over a run compare like with like.
 """
 
@@ -50,7 +51,8 @@ class Validator:
           directory: a dataset written by `dspo_jax.encode`.
           split: the held-out split.
           batch_size: examples in one call.
-          draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal bins.
+          draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal
+            bins.
 
         Raises:
           ValueError: a batch size that the mesh cannot split, no draw, or a split that is missing or empty.
@@ -111,7 +113,7 @@ class Validator:
     def _judge_examples(
         self, params: Any, reference: Any, examples: Mapping[str, Any], timestep: int
     ) -> np.ndarray:
-        """[2 or 1 (no reference), B, P] on the host; a short last batch is filled up with its first example."""
+        """[2 or 1 (no reference), B, P] on the host; a short last batch is filled with its first example."""
         count = len(examples["index"])
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
         batch = {name: examples[name][take] for name in ("moments", "tokens")}

@@ -57,8 +57,9 @@ def test_images_do_not_depend_on_the_batch_size(tiny_model: Path) -> None:
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-def test_exported_folder_gives_the_same_image_in_diffusers(run: Path, tiny_model: Path, tmp_path: Path) ->
-None:
+def test_exported_folder_gives_the_same_image_in_diffusers(
+    run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     exported = tmp_path / "exported"

@@ -1,4 +1,4 @@
-"""The emoji that people tweet, each with its name and its category: what the shipped base model is trained on.
+"""The emoji that people tweet, each with its name and category: what the shipped base model learns.
 
     python -m dspo_jax.encode --config configs/encode/emoji_images.py --config.model=MODEL_DIR --out OUT
 

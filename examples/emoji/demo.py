@@ -1,4 +1,4 @@
-"""The whole path in minutes on a CPU: encode real pairs, align the shipped model with DSPO, measure, sample, export.
+"""The whole path in minutes on a CPU: encode real pairs, align the shipped model, measure, sample, export.
 
     python -m examples.emoji.demo
 
@@ -96,8 +96,8 @@ def run_demo(out: Path, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "The pairs' order is the affect of tweets that use an emoji, not a judgement of its picture; held-out pairs "
-        "share emoji with one another, so the interval is a little too narrow.",
+        "The pairs' order is the affect of tweets that use an emoji, not a judgement of its picture; held-out "
+        "pairs share emoji with one another, so the interval is a little too narrow.",
         highlight=False,
     )
 
