@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from dspo_jax import checkpoint, cli
 from dspo_jax.models import Model, Params, build_model
 
-# How torch stores each kind of leaf: (last part of its path, number of axes) -> (torch's name, axes in its order).
+# How torch stores each kind of leaf: (last part of its path, axes) -> (torch's name, order of the axes).
 _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("kernel", 4): ("weight", (3, 2, 0, 1)),  # convolution: HWIO -> OIHW
     ("kernel", 2): ("weight", (1, 0)),  # linear: IO -> OI
@@ -31,7 +31,7 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
 }
 
 _FILES = {"CLIPTextModel": "model.safetensors"}
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("float32"),
     "float16": np.dtype("float16"),
     "bfloat16": jax.numpy.dtype("bfloat16"),
@@ -136,8 +136,8 @@ def read_params(folder: Path, model: Model, dtype: str | None = None) -> Params:
                 if value.shape != abstract.shape:
                     shape = tuple(abstract.shape[axis] for axis in axes)
                     raise ValueError(
-                        f"{path}: tensor {name} has shape {tuple(file.get_slice(name).get_shape())}, config.json "
-                        f"asks for {shape}; is it of the same model?"
+                        f"{path}: tensor {name} has shape {tuple(file.get_slice(name).get_shape())}, "
+                        f"config.json asks for {shape}; is it of the same model?"
                     )
                 leaves[leaf_path] = value.astype(_DTYPES[dtype]) if dtype else value
     except SafetensorError as error:
@@ -252,7 +252,8 @@ def _model_card(run: Path, base: Path, step: int) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"# {run.name}\n\nTrained with dspo_jax (`python -m dspo_jax.train`).\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# {run.name}\n\nTrained with dspo_jax (`python -m dspo_jax.train`).\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
         "The licences of the base model and of the preference data apply to this model too.\n"
     )
 

@@ -89,7 +89,7 @@ class Pipeline:
         return states
 
     def encode_moments(self, images: np.ndarray) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1] -> mean and deviation, joined: [N, h, w, 2C] in UNet units, float32."""
+        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32."""
         return self._moments(self._vae_params, images)
 
     def decode(self, latents: jax.Array) -> jax.Array:

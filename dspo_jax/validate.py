@@ -92,11 +92,11 @@ class Validator:
     def __call__(self, params: Any, reference: Any) -> dict[str, float]:
         """Scalars of the whole split.
 
-        `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for pairs
-        `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
-        `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one half),
-        with the ends of its 95 % interval (Wilson; it takes the pairs as independent) and its value in each
-        timestep bin.
+        `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for
+        pairs `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
+        `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one
+        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent) and its value in
+        each timestep bin.
         """
         results = [
             np.stack([self._judge_examples(params, reference, examples, t) for t in self._timesteps], axis=1)

@@ -1,4 +1,4 @@
-"""A diffusers folder of Stable Diffusion 1.5's shape with random weights, small enough to compile in seconds."""
+"""A diffusers folder of Stable Diffusion 1.5's shape with random weights, compiled in seconds."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def write_model(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0
 
 
 def random_params(model: Model, draw: np.random.Generator) -> Params:
-    """Float32 weights, norms near one and biases near zero. `Model.init` would take half a minute to compile."""
+    """Float32 weights, norms near one and biases near zero; `Model.init` compiles for half a minute."""
 
     def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = draw.standard_normal(abstract.shape, np.float32)

@@ -1,7 +1,7 @@
 """Models as values: a `Model` is an architecture; its parameters are a nested dict passed to every call."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from dspo_jax.models.vae import AutoencoderKL
 
 Params = dict[str, Any]
 
-_CLASSES: dict[str, type[nnx.Module]] = {
+_CLASSES: dict[str, Callable[..., nnx.Module]] = {
     "UNet2DConditionModel": UNet2DCondition,
     "AutoencoderKL": AutoencoderKL,
     "CLIPTextModel": CLIPTextModel,
@@ -50,7 +50,7 @@ class Model:
         return _string_keys(nnx.to_pure_dict(self._state))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Pure, but not to be jitted: one program of it compiles for minutes on a CPU."""
+        """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes on a CPU."""
         module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 

@@ -264,7 +264,7 @@ class Transformer2DModel(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        # In NHWC a 1x1 convolution and a linear layer act on the last axis alike: only the kernels differ in shape.
+        # In NHWC a 1x1 convolution and a linear layer act on the last axis alike; only their kernels differ.
         batch, height, width, channels = x.shape
         h = self.norm(x)
         h = self.proj_in(h).reshape(batch, height * width, channels)

@@ -142,7 +142,7 @@ class UNet2DCondition(nnx.Module):
                 cfg["projection_class_embeddings_input_dim"], temb, rngs=rngs
             )
 
-        self.down_blocks = nnx.List([])
+        self.down_blocks: nnx.List = nnx.List([])
         skips = [channels[0]]
         width = channels[0]
         for level, kind in enumerate(cfg["down_block_types"]):
@@ -163,7 +163,7 @@ class UNet2DCondition(nnx.Module):
         self.mid_block.resnets = nnx.List([resnet(width, width), resnet(width, width)])
         self.mid_block.attentions = nnx.List([transformer(levels - 1)])
 
-        self.up_blocks = nnx.List([])
+        self.up_blocks: nnx.List = nnx.List([])
         for index, kind in enumerate(cfg["up_block_types"]):
             level = levels - 1 - index
             block = _Block()

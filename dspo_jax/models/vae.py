@@ -45,9 +45,9 @@ class _SpatialAttention(Attention):
         super().__init__(channels, 1, channels, bias=True, rngs=rngs)
         self.group_norm = GroupNorm(channels, groups, _EPSILON)
 
-    def __call__(self, x: jax.Array, context: None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         batch, height, width, channels = x.shape
-        h = super().__call__(self.group_norm(x).reshape(batch, height * width, channels))
+        h = super().__call__(self.group_norm(x).reshape(batch, height * width, channels), context)
         return x + h.reshape(x.shape)
 
 
@@ -95,7 +95,7 @@ class _Encoder(nnx.Module):
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
         channels, groups = list(cfg["block_out_channels"]), cfg["norm_num_groups"]
         self.conv_in = conv2d(cfg["in_channels"], channels[0], 3, rngs=rngs)
-        self.down_blocks = nnx.List([])
+        self.down_blocks: nnx.List = nnx.List([])
         width = channels[0]
         for level, features in enumerate(channels):
             block = _Level(width, features, cfg["layers_per_block"], groups, rngs=rngs)
@@ -119,7 +119,7 @@ class _Decoder(nnx.Module):
         channels, groups = list(cfg["block_out_channels"])[::-1], cfg["norm_num_groups"]
         self.conv_in = conv2d(cfg["latent_channels"], channels[0], 3, rngs=rngs)
         self.mid_block = _MidBlock(channels[0], groups, attention=cfg["mid_block_add_attention"], rngs=rngs)
-        self.up_blocks = nnx.List([])
+        self.up_blocks: nnx.List = nnx.List([])
         width = channels[0]
         for level, features in enumerate(channels):
             block = _Level(width, features, cfg["layers_per_block"] + 1, groups, rngs=rngs)
