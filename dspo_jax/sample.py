@@ -208,8 +208,8 @@ def sample(
                     "guidance_scale": guidance_scale,
                 }
             )
-    with (out / "manifest.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with (out / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
+        manifest.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     rows = [
         (prompt, [images[i, label, seed] for label in models for seed in seeds])
         for i, prompt in enumerate(prompts)

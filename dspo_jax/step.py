@@ -158,8 +158,8 @@ def train_step(
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:
-      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, and the
-      objective's own.
+      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, and
+      the objective's own.
     """
     task = state.task
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

@@ -73,7 +73,7 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
 
 
 def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]:
-    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model, sharded."""
+    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model."""
 
     def place(params: Params) -> Params:
         return jax.device_put(params, make_shardings(params, mesh))

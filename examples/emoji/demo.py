@@ -96,8 +96,8 @@ def run_demo(out: Path, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "The pairs' order is the affect of tweets that use an emoji, not a judgement of its picture; held-out "
-        "pairs share emoji with one another, so the interval is a little too narrow.",
+        "The pairs' order is the affect of tweets that use an emoji, not a judgement of its picture; "
+        "held-out pairs share emoji with one another, so the interval is a little too narrow.",
         highlight=False,
     )
 

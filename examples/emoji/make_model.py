@@ -3,8 +3,8 @@
     python examples/emoji/make_tokenizer.py --out build/emoji/tokenizer
     python examples/emoji/make_model.py --tokenizer build/emoji/tokenizer --out build/emoji/fresh
 
-Writes a complete diffusers folder of SD1.5's shape at a hundredth of its size. The UNet and the text encoder in
-it are random: `configs/emoji_base.py` trains them.
+Writes a complete diffusers folder of SD1.5's shape at a hundredth of its size. The UNet and the text encoder
+in it are random: `configs/emoji_base.py` trains them.
 """
 
 import json
@@ -113,8 +113,8 @@ def load_images() -> np.ndarray:
 def vae_loss(model: Model, params: Params, images: jax.Array, key: jax.Array) -> jax.Array:
     """Absolute and squared error of a sampled reconstruction, its edges, and a light pull towards N(0, 1).
 
-    The edge term (differences between neighbouring pixels) stands in for a perceptual loss: flat art lives by its
-    outlines.
+    The edge term (differences between neighbouring pixels) stands in for a perceptual loss: flat art lives by
+    its outlines.
     """
     mean, logvar = model.apply(params, images, method="encode")
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
