@@ -153,8 +153,8 @@ def train_step(
       state: may be donated.
       reference: the frozen tree in the compute dtype: "text_encoder" unless it is trained and no reference is
         needed, and "unet" for an objective that needs a reference.
-      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `preference` [B], `index` [B] uint32 (unique over
-        the run).
+      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `preference` [B], `index` [B] uint32 (unique
+        over the run).
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:

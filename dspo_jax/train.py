@@ -10,7 +10,7 @@ tensorboard/.
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -92,7 +92,7 @@ def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]
 
 
 def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None:
-    """Refuse data that was encoded with another model, or single images where the objective compares two."""
+    """Refuses data that is damaged, empty or made with another model, or single images where two compare."""
     if not config.data.path:
         raise ValueError(
             "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode"
@@ -105,6 +105,9 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} "
             "holds single images; use sft or ddpm, or encode pairs"
         )
+    for split in (config.data.split, *([config.validation.split] if config.validation.every else ())):
+        loader.num_examples(config.data.path, split)  # raises where there are none
+    shards.verify_shards(config.data.path, manifest)
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -206,16 +209,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             draws=config.validation.draws,
         )
     result: dict[str, Any] = {"step": start, "before": {}, "after": {}}
-    if start >= config.steps:
-        logging.info("%s: already at step %d of %d", workdir, start, config.steps)
-        return result
-
     with (
-        MetricsWriter(workdir, start) as writer,
+        closing(batches),
         checkpoints,
+        MetricsWriter(workdir, start) as writer,
         stop_requests() as stop_requested,
         Progress("train", config.steps, start) as progress,
     ):
+        if start >= config.steps:
+            logging.info("%s: already at step %d of %d", workdir, start, config.steps)
+            return result
 
         def check(step: int) -> None:
             if validator is None:
@@ -269,7 +272,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 logging.info("asked to stop: saved step %d; the same command resumes it", step)
                 break
         result["step"] = step
-    batches.close()
     return result
 
 

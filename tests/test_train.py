@@ -328,6 +328,8 @@ def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, messa
     with pytest.raises(ValueError, match=r"config|split|objective") as caught:
         train(config, tmp_path / "run")
     assert str(caught.value) == message
+    # Had it been claimed, the corrected command would be refused as another run's.
+    assert not (tmp_path / "run").exists()
 
 
 def test_shards_of_another_model_are_refused(config, tmp_path):

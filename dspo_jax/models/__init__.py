@@ -50,7 +50,7 @@ class Model:
         return _string_keys(nnx.to_pure_dict(self._state))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes on a CPU."""
+        """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
         module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
