@@ -185,7 +185,7 @@ def train_step(
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     metrics |= {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": task.learning_rate(state.step),
     }
     params = optax.apply_updates(state.params, updates)

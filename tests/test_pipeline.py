@@ -80,8 +80,8 @@ def test_the_fingerprint_follows_the_vae_and_the_tokenizer_only(tiny_model, mode
     assert changed.pop("vae_sha256") != original["vae_sha256"]
     assert changed.items() <= original.items()
 
-    with (model / "tokenizer" / "merges.txt").open("a") as merges:
-        merges.write("\n")
+    with (model / "tokenizer" / "vocab.json").open("a") as vocab:
+        vocab.write("\n")
     assert load_pipeline(model).fingerprint()["tokenizer_sha256"] != original["tokenizer_sha256"]
 
 

@@ -56,7 +56,7 @@ def test_a_policy_that_improves_on_winners_only_is_always_right(make_validator):
     scores = make_validator(forward)({}, {})
     assert scores["implicit_accuracy"] == 1
     assert scores["implicit_accuracy_low"] == pytest.approx(0.60966, abs=1e-5)  # Wilson's for 6 of 6
-    assert scores["implicit_accuracy_high"] == 1
+    assert scores["implicit_accuracy_high"] == pytest.approx(1)
     assert scores["loser_drift"] == 0
     assert scores["margin"] == pytest.approx(-scores["winner_drift"])
     assert scores["margin"] > 50

@@ -1,4 +1,4 @@
-"""A training run that compiles in seconds: its model, its config, its batches."""
+"""A short training run: its model, its config, its batches, and what it leaves behind."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import common
 from dspo_jax import convert
 from dspo_jax.data import loader
+from dspo_jax.metrics import read_metrics
 from dspo_jax.models import build_model
 from dspo_jax.step import INPUTS
 
@@ -64,3 +65,22 @@ def read_batches(pairs: Path, *, batch_size: int, count: int) -> list[dict[str, 
         {name: batch[name] for name in INPUTS} | {"index": batch["index"].astype(np.uint32)}
         for batch in batches
     ]
+
+
+def read_reproducible(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [
+        {name: value for name, value in record.items() if name not in ("wall_seconds", "pairs_per_second")}
+        for record in records
+    ]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The complete checkpoints of a run."""
+    folder = workdir / "checkpoints"
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        if folder.exists()
+        else []
+    )

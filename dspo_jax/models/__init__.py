@@ -7,16 +7,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dspo_jax.models.clip import CLIPTextModel
-from dspo_jax.models.unet import UNet2DCondition
-from dspo_jax.models.vae import AutoencoderKL
+from dspo_jax.models.clip import CLIPTextModel, read_clip_config
+from dspo_jax.models.unet import UNet2DCondition, read_unet_config
+from dspo_jax.models.vae import AutoencoderKL, read_vae_config
 
 Params = dict[str, Any]
 
-_CLASSES: dict[str, Callable[..., nnx.Module]] = {
-    "UNet2DConditionModel": UNet2DCondition,
-    "AutoencoderKL": AutoencoderKL,
-    "CLIPTextModel": CLIPTextModel,
+_Read = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+# What checks a class's config, and what builds it. Two things, because JAX appends a paragraph of its own to
+# an error that is raised while it traces.
+_CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
+    "UNet2DConditionModel": (read_unet_config, UNet2DCondition),
+    "AutoencoderKL": (read_vae_config, AutoencoderKL),
+    "CLIPTextModel": (read_clip_config, CLIPTextModel),
 }
 
 
@@ -51,7 +55,8 @@ class Model:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
-        module = _CLASSES[self.class_name](self.config, rngs=nnx.Rngs(key))
+        read, build = _CLASSES[self.class_name]
+        module = build(read(self.config), rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
     def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
@@ -73,6 +78,8 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
     """
     if class_name not in _CLASSES:
         raise ValueError(f"model class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
-    module = nnx.eval_shape(lambda: _CLASSES[class_name](config, rngs=nnx.Rngs(0)))
+    read, build = _CLASSES[class_name]
+    cfg = read(config)
+    module = nnx.eval_shape(lambda: build(cfg, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(module, nnx.Param)
     return Model(class_name, dict(config), graph, state)

@@ -100,18 +100,27 @@ class _TextModel(nnx.Module):
         self.final_layer_norm = layer_norm(cfg["hidden_size"], cfg["layer_norm_eps"], rngs=rngs)
 
 
+def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a transformers `text_encoder/config.json`.
+
+    Raises:
+      ValueError: names the key and value of what is not supported.
+    """
+    cfg = {k: v for k, v in config.items() if k not in _UNREAD}
+    check_config(_NAME, cfg, _USED, _FIXED)
+    if cfg["hidden_act"] not in _ACTIVATIONS:
+        allowed = ", ".join(_ACTIVATIONS)
+        raise ValueError(
+            f"{_NAME} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}"
+        )
+    return cfg
+
+
 class CLIPTextModel(nnx.Module):
     """Token ids -> text states. Source: transformers' CLIPTextModel; names as in published checkpoints."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from a transformers `text_encoder/config.json`; ValueError names what is not supported."""
-        cfg = {k: v for k, v in config.items() if k not in _UNREAD}
-        check_config(_NAME, cfg, _USED, _FIXED)
-        if cfg["hidden_act"] not in _ACTIVATIONS:
-            allowed = ", ".join(_ACTIVATIONS)
-            raise ValueError(
-                f"{_NAME} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}"
-            )
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from what `read_clip_config` returns."""
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 

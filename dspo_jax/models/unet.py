@@ -80,36 +80,44 @@ class _Block(nnx.Module):
         return zip(self.resnets, attentions, strict=True)
 
 
+def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a diffusers `unet/config.json` and fill in defaults; what may differ by level becomes a list.
+
+    Raises:
+      ValueError: names the key and value of what is not supported.
+    """
+    cfg = {**_OPTIONAL, **config}
+    check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
+    levels = len(cfg["block_out_channels"])
+    for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+        for kind in per_level(_NAME, key, cfg[key], levels):
+            if kind not in known:
+                raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {', '.join(known)}")
+    # diffusers' historical misnomer: attention_head_dim holds the number of heads.
+    heads = cfg["num_attention_heads"] or cfg["attention_head_dim"]
+    cfg["heads"] = per_level(_NAME, "attention_head_dim", heads, levels)
+    for key in ("transformer_layers_per_block", "layers_per_block"):
+        cfg[key] = per_level(_NAME, key, cfg[key], levels)
+    if not isinstance(cfg["cross_attention_dim"], int):
+        raise ValueError(
+            f"{_NAME} config: cross_attention_dim = {cfg['cross_attention_dim']!r} must be one integer"
+        )
+    if cfg["addition_embed_type"] not in (None, "text_time"):
+        raise ValueError(
+            f"{_NAME} config: addition_embed_type = {cfg['addition_embed_type']!r} is not supported; "
+            "allowed: None, 'text_time'"
+        )
+    return cfg
+
+
 class UNet2DCondition(nnx.Module):
     """Predicts eps or v of noisy latents under a text condition. Source: diffusers' UNet2DConditionModel."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from a diffusers `unet/config.json`; ValueError names the key of what is not supported."""
-        cfg = {**_OPTIONAL, **config}
-        check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
-        if cfg["addition_embed_type"] not in (None, "text_time"):
-            raise ValueError(
-                f"{_NAME} config: addition_embed_type = {cfg['addition_embed_type']!r} is not supported; "
-                "allowed: None, 'text_time'"
-            )
-        channels = list(cfg["block_out_channels"])
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from what `read_unet_config` returns."""
+        channels: list[int] = cfg["block_out_channels"]
         levels = len(channels)
-        for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            for kind in cfg[key]:
-                if kind not in known:
-                    raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {', '.join(known)}")
-            per_level(_NAME, key, cfg[key], levels)
-        # diffusers' historical misnomer: attention_head_dim holds the number of heads.
-        heads = per_level(
-            _NAME, "attention_head_dim", cfg["num_attention_heads"] or cfg["attention_head_dim"], levels
-        )
-        depths = per_level(_NAME, "transformer_layers_per_block", cfg["transformer_layers_per_block"], levels)
-        layers = per_level(_NAME, "layers_per_block", cfg["layers_per_block"], levels)
-        if not isinstance(cfg["cross_attention_dim"], int):
-            raise ValueError(
-                f"{_NAME} config: cross_attention_dim = {cfg['cross_attention_dim']!r} must be one integer"
-            )
-
+        heads, depths, layers = cfg["heads"], cfg["transformer_layers_per_block"], cfg["layers_per_block"]
         self.in_channels = cfg["in_channels"]
         self.time_features = channels[0]
         self.flip_sin_to_cos = cfg["flip_sin_to_cos"]

@@ -137,21 +137,27 @@ class _Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
+def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a diffusers `vae/config.json` and fill in defaults.
+
+    Raises:
+      ValueError: names the key and value of what is not supported.
+    """
+    cfg = {**_OPTIONAL, **config}
+    check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
+    levels = len(cfg["block_out_channels"])
+    for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        for kind in per_level(_NAME, key, cfg[key], levels):
+            if kind != known:
+                raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {known}")
+    return cfg
+
+
 class AutoencoderKL(nnx.Module):
     """Images <-> posterior moments and latents, in the VAE's own units. Source: diffusers' AutoencoderKL."""
 
-    def __init__(self, config: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from a diffusers `vae/config.json`; ValueError names the key of what is not supported."""
-        cfg = {**_OPTIONAL, **config}
-        check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
-        levels = len(cfg["block_out_channels"])
-        for key, known in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            for kind in per_level(_NAME, key, cfg[key], levels):
-                if kind != known:
-                    raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {known}")
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from what `read_vae_config` returns."""
         self.encoder = _Encoder(cfg, rngs=rngs)
         self.decoder = _Decoder(cfg, rngs=rngs)
         channels = cfg["latent_channels"]
