@@ -164,22 +164,21 @@ def train_step(
     task = state.task
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(state.params, task, reference, part, key)), None
+    def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:
+        return grad_fn(state.params, task, reference, part, key)
 
     if task.accumulation == 1:
-        (loss, metrics), grads = grad_fn(state.params, task, reference, batch, key)
+        (loss, metrics), grads = evaluate(batch)
     else:
         # Part k takes every accumulation-th example, so that each device keeps working on its own.
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch
         )
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(grad_fn, state.params, task, reference, first, key),
+        shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
         )
-        total, _ = jax.lax.scan(add_part, zeros, parts)
         (loss, metrics), grads = jax.tree.map(lambda x: x / task.accumulation, total)
 
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
