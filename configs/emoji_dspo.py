@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
     config.model = "examples/emoji/model"
     config.data.path = "runs/emoji_pairs"
     config.objective.name = "dspo"
+    # Far from the published 0.001, with which DSPO is numerically SFT on the winners.
+    config.objective.reward_scale = 2000.0
+    config.objective.score_weight = 1.0
     config.batch_size = 32
     config.steps = 100
     config.log_every = 5
@@ -21,4 +24,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 10
     config.checkpoint.every = 50
     config.validation.every = 100
+    config.validation.draws = 4
     return config

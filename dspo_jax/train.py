@@ -281,8 +281,9 @@ def write_metrics(
     """One line of metrics, and the progress bar."""
     speed = clock.lap()
     writer.write(step, {**values, "pairs_per_second": speed})
-    shown = {name: values[name] for name in ("loss", "implicit_accuracy") if name in values}
-    progress.update(step, {"pairs/s": speed, **shown})
+    shown = {"pairs/s": speed}
+    shown |= {name: values[name] for name in ("loss", "implicit_accuracy") if name in values}
+    progress.update(step, shown)
 
 
 def describe(config: ConfigDict, task: Task, mesh: jax.sharding.Mesh, state: TrainState, start: int) -> None:
