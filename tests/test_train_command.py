@@ -18,7 +18,7 @@ STEPS = 100
 
 @pytest.fixture(scope="module")
 def command(shallow_model, tiny_pairs):
-    """Starts the command, on one device."""
+    """Starts the command, on one device, with TensorFlow and torch not to be had."""
     changes = {
         "model": shallow_model,
         "data.path": tiny_pairs,
@@ -38,9 +38,9 @@ def command(shallow_model, tiny_pairs):
 
     def start(workdir, *more):
         return subprocess.Popen(
-            [sys.executable, "-m", "dspo_jax.train", *flags, f"--workdir={workdir}", *more],
+            [sys.executable, "-m", "blocked_imports", "dspo_jax.train", *flags, f"--workdir={workdir}", *more],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": ""},
+            env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT / "tests")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
