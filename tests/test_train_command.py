@@ -34,11 +34,12 @@ def command(shallow_model, tiny_pairs):
         "validation.draws": 2,
         "validation.batch_size": 6,
     }
+    module = ["-m", "blocked_imports", "dspo_jax.train"]
     flags = ["--config=configs/common.py", *(f"--config.{key}={value}" for key, value in changes.items())]
 
     def start(workdir, *more):
         return subprocess.Popen(
-            [sys.executable, "-m", "blocked_imports", "dspo_jax.train", *flags, f"--workdir={workdir}", *more],
+            [sys.executable, *module, *flags, f"--workdir={workdir}", *more],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT / "tests")},
             stdout=subprocess.PIPE,
