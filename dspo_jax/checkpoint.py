@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 
 _STATE = "state"
 _EXTRA = "extra"
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# One call of Orbax takes 50 ms, however small the array: `SavedParams.read` reads this much at once.
+# Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
 _READ_AHEAD_BYTES = 64 * 2**20
 
 
@@ -187,7 +188,8 @@ class SavedParams:
                 f"{self.path}: the saved state has no {subtree!r} (it has: {', '.join(sorted(saved))})"
             )
         self._reader = ocp.Checkpointer(handler)
-        self._saved = _flatten(saved[subtree])
+        # Sorted, as a file of safetensors is: neighbours are wanted together.
+        self._saved = dict(sorted(traverse_util.flatten_dict(saved[subtree]).items()))
         self.arrays = {
             ".".join(key): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in self._saved.items()
         }
@@ -210,7 +212,7 @@ class SavedParams:
                 if group and size > _READ_AHEAD_BYTES:
                     break
                 group.append(following)
-            restored = _flatten(self._restore([self._keys[member] for member in group]))
+            restored = traverse_util.flatten_dict(self._restore([self._keys[member] for member in group]))
             self._ahead = {member: restored[self._keys[member]] for member in group}
         return self._ahead.pop(name)
 
@@ -219,7 +221,7 @@ class SavedParams:
         return self._restore(list(self._saved))
 
     def _restore(self, keys: list[tuple[str, ...]]) -> dict[str, Any]:
-        wanted = {self._subtree: _unflatten({key: self._saved[key] for key in keys})}
+        wanted = {self._subtree: traverse_util.unflatten_dict({key: self._saved[key] for key in keys})}
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted, is_leaf=_is_array_metadata
         )
@@ -261,22 +263,6 @@ def restore_params(
     """
     with SavedParams(directory, step, subtree) as saved:
         return saved.read_all(), saved.step
-
-
-def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Nested dicts of arrays, or of Orbax's descriptions of them, by their keys."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array_metadata)
-    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
-
-
-def _unflatten(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for (*parents, last), leaf in leaves.items():
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
 
 
 def _is_array_metadata(node: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from flax import traverse_util
 
 from dspo_jax import checkpoint, cli, ldm, model_dir
 from dspo_jax.model_card import make_card
@@ -44,20 +45,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 def flatten(params: Params) -> dict[str, Any]:
     """A nested tree as {"a.b.c": leaf}."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {".".join(entry.key for entry in path): leaf for path, leaf in leaves}
+    return traverse_util.flatten_dict(params, sep=".")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Params:
     """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(leaves, sep=".")
 
 
 def _torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
@@ -254,9 +247,20 @@ def export(
 
 
 def read_models(folder: Path) -> dict[str, Model]:
-    """The architectures of a diffusers folder's networks, by component."""
+    """The architectures of a diffusers folder's networks, by component.
+
+    Raises:
+      ValueError: a config.json that is not supported, or of another class than model_index.json says.
+    """
     components = model_dir.list_components(read_json(folder / "model_index.json"))
-    return {name: read_model(folder / name) for name in components if name in _NETWORKS}
+    models = {name: read_model(folder / name) for name in components if name in _NETWORKS}
+    for name, model in models.items():
+        if model.class_name != components[name]:
+            raise ValueError(
+                f"{folder / name / 'config.json'}: is of class {model.class_name}, but model_index.json "
+                f"says {components[name]}; correct the one that is wrong, or fetch the model again"
+            )
+    return models
 
 
 def _trained_tensors(

@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 from dspo_jax.metrics import read_metrics
 from dspo_jax.model_dir import is_hub_id, read_json
@@ -32,13 +34,17 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
     if is_hub_id(base):
         header.append(f"base_model: {base}")
     name = base if is_hub_id(base) else Path(base).name
+    settings = {
+        key: value
+        for key, value in sorted(flatten_dict(config, sep=".").items())
+        if key.partition(".")[0] not in _UNINTERESTING and value is not None
+    }
     sections = [
         "---\n" + "\n".join(header) + "\n---",
         f"# {run.name}",
         f"`{name}` after {step} steps of `{config['objective']['name']}`, trained with dspo_jax "
         "(`python -m dspo_jax.train`) and exported with `python -m dspo_jax.convert export`.",
-        "## Training\n\n"
-        + _table(dict(_flatten({k: v for k, v in config.items() if k not in _UNINTERESTING}))),
+        "## Training\n\n" + _table(settings),
         "## Data\n\n" + _table(_describe_data(Path(config["data"]["path"]))),
     ]
     metrics = _last_metrics(run / "metrics.jsonl", step)
@@ -50,14 +56,6 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
         "to this model too. Add the licence to the first lines of this file before you publish it."
     )
     return "\n\n".join(sections) + "\n"
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in sorted(config.items()):
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield prefix + key, value
 
 
 def _table(rows: Mapping[str, Any]) -> str:

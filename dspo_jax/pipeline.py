@@ -18,13 +18,17 @@ from dspo_jax.model_dir import find_model, find_weights
 from dspo_jax.models import Model, Params
 from dspo_jax.schedule import Schedule
 
-# Class of a pipeline -> its text encoders and their classes.
+# Class of a pipeline -> its text encoders.
 _PIPELINES = {
-    "StableDiffusionPipeline": {"text_encoder": "CLIPTextModel"},
-    "StableDiffusionXLPipeline": {
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-    },
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+# Component -> the classes that may take its part.
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
 _TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
@@ -238,26 +242,27 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         raise ValueError(
             f"{index_file}: _class_name = {class_name!r} is not supported; allowed: {', '.join(_PIPELINES)}"
         )
-    classes = _PIPELINES[class_name]
+    encoders = _PIPELINES[class_name]
+    models = convert.read_models(path)
+    for name in ("unet", "vae", *encoders):
+        if name not in models or models[name].class_name not in _CLASSES[name]:
+            found = models[name].class_name if name in models else "absent"
+            raise ValueError(
+                f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(_CLASSES[name])}"
+            )
     scheduler_config = convert.read_json(path / "scheduler" / "scheduler_config.json")
     pipe = Pipeline(
         path=path,
-        unet=convert.read_model(path / "unet"),
-        vae=convert.read_model(path / "vae"),
-        text_encoders={name: convert.read_model(path / name) for name in classes},
-        tokenizers=tuple(_read_tokenizer(folder) for folder in _tokenizer_folders(path, classes)),
+        unet=models["unet"],
+        vae=models["vae"],
+        text_encoders={name: models[name] for name in encoders},
+        tokenizers=tuple(_read_tokenizer(folder) for folder in _tokenizer_folders(path, encoders)),
         schedule=Schedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
         # diffusers' pipeline class has True as its default.
-        zero_empty_captions=len(classes) > 1 and index.get("force_zeros_for_empty_prompt", True),
+        zero_empty_captions=len(encoders) > 1 and index.get("force_zeros_for_empty_prompt", True),
         trained=trained,
     )
-    for name, model in pipe.text_encoders.items():
-        if model.class_name != classes[name]:
-            raise ValueError(
-                f"{path / name / 'config.json'}: class {model.class_name} does not belong in a {class_name}, "
-                f"which needs {classes[name]}"
-            )
     _check_sizes(pipe)
     return pipe
 

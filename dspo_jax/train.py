@@ -9,17 +9,17 @@ tensorboard/.
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from dspo_jax import cli, spelling
@@ -48,7 +48,7 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
     for key in ("caption_dropout", "positive_ratio"):
         if not 0 <= config[key] <= 1:
             raise ValueError(f"config.{key} = {config[key]}: must be between 0 and 1")
-    values = flatten(config.to_dict())
+    values = flatten_dict(config.to_dict(), sep=".")
     for key in ("steps", "batch_size", "accumulation", "log_every", "checkpoint.every"):
         if values[key] < 1:
             raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
@@ -128,7 +128,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if path.is_file():
-        mine, theirs = flatten(ours), flatten(json.loads(path.read_text()))
+        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, json.loads(path.read_text())))
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
                 raise ValueError(
@@ -137,14 +137,6 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
                 )
     workdir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested config by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def edit_json(path, **changes):
             "sdxl",
             "text_encoder_2",
             {"architectures": ["CLIPTextModel"]},
-            "class CLIPTextModel does not belong in a StableDiffusionXLPipeline, which needs CLIPText",
+            "is of class CLIPTextModel, but model_index.json says CLIPTextModelWithProjection; correct",
         ),
     ],
 )
@@ -128,10 +128,21 @@ def test_parts_of_different_models_are_refused(
         load_pipeline(model)
 
 
+def test_a_part_of_another_kind_is_refused(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit_json(model / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
+    encoder = model / "text_encoder" / "config.json"
+    edit_json(encoder, architectures=["CLIPTextModelWithProjection"], projection_dim=8)
+    message = "text_encoder is CLIPTextModelWithProjection, but a StableDiffusionPipeline needs CLIPTextModel"
+    with pytest.raises(ValueError, match=f"^{re.escape(str(model / 'model_index.json'))}: {message}$"):
+        load_pipeline(model)
+
+
 def test_a_tiny_autoencoder_can_stand_in_for_the_vae(tiny_model, tmp_path):
     """Its latents are the UNet's, and its posterior has no width."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(model / "vae")
+    edit_json(model / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     config = {
         "_class_name": "AutoencoderTiny",
         "act_fn": "relu",

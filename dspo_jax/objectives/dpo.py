@@ -5,6 +5,7 @@ right with probability p.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,7 @@ def _negative_log_sigmoid(margin: jax.Array) -> jax.Array:
     return jax.nn.softplus(-margin)
 
 
-def _dpo_notes(values_per_image: int, *, beta: float, reduction: str, time_weight: str) -> list[str]:
-    del time_weight  # common to all the conventions
+def _dpo_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
     return [describe_scale("diffusion_dpo", "beta", beta, reduction, values_per_image)]
 
 
@@ -55,8 +55,7 @@ def diffusion_dpo(
     return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
-def _l2_notes(values_per_image: int, *, beta: float, reduction: str, time_weight: str) -> list[str]:
-    del time_weight
+def _l2_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
     return [
         describe_scale("diffusion_dpo_l2", "beta", beta, reduction, values_per_image),
         "warning: diffusion_dpo_l2: its gradient is exactly zero where the policy equals the reference, "
@@ -93,8 +92,8 @@ def diffusion_dpo_l2(
     return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
-def _ipo_notes(values_per_image: int, *, beta: float, reduction: str, time_weight: str) -> list[str]:
-    del values_per_image, time_weight
+def _ipo_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
+    del values_per_image
     return [
         f"ipo: the margin -D ({reduction}, without 1/2) is pulled to 1 / (2 beta) = {1 / (2 * beta):g}; "
         f"the loss starts at {1 / (2 * beta) ** 2:g} and its gradient at {1 / beta:g} times that of D, to be "
@@ -128,10 +127,7 @@ def ipo(
     return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
-def _dmpo_notes(
-    values_per_image: int, *, beta: float, alpha: float, reduction: str, time_weight: str
-) -> list[str]:
-    del time_weight
+def _dmpo_notes(values_per_image: int, *, beta: float, alpha: float, reduction: str, **_: Any) -> list[str]:
     notes = [describe_scale("dmpo", "beta", beta, reduction, values_per_image)]
     if alpha >= 0.5:
         effect = "zero" if alpha == 0.5 else "reversed: it trains towards the loser"
@@ -176,10 +172,7 @@ def dmpo(
     return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
-def _sdpo_notes(
-    values_per_image: int, *, beta: float, mu: float, reduction: str, time_weight: str
-) -> list[str]:
-    del mu, time_weight
+def _sdpo_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
     return [describe_scale("sdpo", "beta", beta, reduction, values_per_image)]
 
 

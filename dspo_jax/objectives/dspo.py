@@ -7,6 +7,8 @@ preference p < 1 makes the matched score that of p log sigmoid(z) + (1 - p) log 
 is G = p - sigmoid(z).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -66,6 +68,33 @@ def _match_score(
     return loss * schedule.denoising_weight(timesteps) if time_weight == "paper" else loss
 
 
+def _match_gated_score(
+    predictions: Predictions,
+    schedule: Schedule,
+    data: jax.Array,
+    *,
+    scales: tuple[float, float],
+    detach: bool,
+    reduction: str,
+    time_weight: str,
+) -> LossAndMetrics:
+    """Loss and metrics where the coefficient is s G.
+
+    `data` [B, P, h, w, C] takes the target's part; `scales` are the lambda inside G, and s.
+    """
+    scale, weight = scales
+    margin = reward_margin(predictions, schedule, scale=scale, reduction=reduction, time_weight=time_weight)
+    loss = _match_score(
+        predictions,
+        schedule,
+        predictions.policy[:, 0] - data[:, 0],
+        weight * _gate(predictions, margin, detach),
+        reduction=reduction,
+        time_weight=time_weight,
+    )
+    return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
+
+
 def _warn_of_weight(name: str, weight: float, gate: float, is_sft: bool) -> list[str]:
     """Warns where the gradient at the start, (1 - s G) times that of SFT, is SFT's, zero or reversed."""
     coefficient = "s * G" if gate < 1 else "s"
@@ -97,9 +126,8 @@ def _notes(
     score_weight: float | None,
     detach: bool,
     reduction: str,
-    time_weight: str,
+    **_: Any,
 ) -> list[str]:
-    del time_weight  # common to all the conventions
     scale, weight = _resolve_scales(lam, gamma, reward_scale, score_weight)
     # Undetached, a second gradient flows through G: relative to the first it is about s * scale / 8 times the
     # (small) correlation of (e - y) with (e - r), with the scale in the mean convention.
@@ -139,17 +167,15 @@ def dspo(
       reduction: "mean" (released code) or "sum" (paper) over an image.
       time_weight: "none" (released code), or "paper" for Eq. 12 with w(t) inside z.
     """
-    scale, weight = _resolve_scales(lam, gamma, reward_scale, score_weight)
-    margin = reward_margin(predictions, schedule, scale=scale, reduction=reduction, time_weight=time_weight)
-    loss = _match_score(
+    return _match_gated_score(
         predictions,
         schedule,
-        predictions.policy[:, 0] - predictions.target[:, 0],
-        weight * _gate(predictions, margin, detach),
+        predictions.target,
+        scales=_resolve_scales(lam, gamma, reward_scale, score_weight),
+        detach=detach,
         reduction=reduction,
         time_weight=time_weight,
     )
-    return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
 def _ref_notes(
@@ -159,12 +185,10 @@ def _ref_notes(
     gamma: float,
     reward_scale: float | None,
     score_weight: float | None,
-    detach: bool,
     reduction: str,
-    time_weight: str,
+    **_: Any,
 ) -> list[str]:
-    del detach, time_weight
-    scale, _ = _resolve_scales(lam, gamma, reward_scale, score_weight)
+    scale = _resolve_scales(lam, gamma, reward_scale, score_weight)[0]
     return [
         describe_scale("dspo_ref", "reward_scale", scale, reduction, values_per_image),
         "warning: dspo_ref: loss and gradient are exactly zero where the policy equals the reference, which "
@@ -194,30 +218,22 @@ def dspo_ref(
     Takes the arguments of `dspo`; the target enters through G only.
     """
     assert predictions.reference is not None
-    scale, weight = _resolve_scales(lam, gamma, reward_scale, score_weight)
-    margin = reward_margin(predictions, schedule, scale=scale, reduction=reduction, time_weight=time_weight)
-    loss = _match_score(
+    return _match_gated_score(
         predictions,
         schedule,
-        predictions.policy[:, 0] - predictions.reference[:, 0],
-        weight * _gate(predictions, margin, detach),
+        predictions.reference,
+        scales=_resolve_scales(lam, gamma, reward_scale, score_weight),
+        detach=detach,
         reduction=reduction,
         time_weight=time_weight,
     )
-    return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
 
 
 def _e_notes(
-    values_per_image: int,
-    *,
-    lam: float,
-    gamma: float,
-    score_weight: float | None,
-    reduction: str,
-    time_weight: str,
+    values_per_image: int, *, lam: float, gamma: float, score_weight: float | None, **_: Any
 ) -> list[str]:
-    del values_per_image, reduction, time_weight
-    _, weight = _resolve_scales(lam, gamma, None, score_weight)
+    del values_per_image
+    weight = _resolve_scales(lam, gamma, None, score_weight)[1]
     return _warn_of_weight("dspo_e", weight, 1.0, weight <= NEGLIGIBLE_SCORE_WEIGHT)
 
 
@@ -258,10 +274,7 @@ def dspo_e(
     return loss, collect_metrics(predictions, reduction=reduction)
 
 
-def _sdxl_notes(
-    values_per_image: int, *, beta: float, released_switch: bool, reduction: str, time_weight: str
-) -> list[str]:
-    del released_switch, time_weight
+def _sdxl_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
     return [describe_scale("dspo_sdxl", "beta", beta, reduction, values_per_image)]
 
 

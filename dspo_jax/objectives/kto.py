@@ -1,5 +1,7 @@
 """Diffusion-KTO: single images with a thumb up or down, no pairs (Li et al. 2024)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,8 +10,7 @@ from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
 from dspo_jax.schedule import Schedule
 
 
-def _notes(values_per_image: int, *, beta: float, reduction: str, time_weight: str) -> list[str]:
-    del time_weight
+def _notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
     return [describe_scale("kto", "beta", beta, reduction, values_per_image, half=False)]
 
 

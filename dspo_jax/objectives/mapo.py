@@ -1,5 +1,7 @@
 """MaPO: margin-aware preference optimization, without a reference (Hong et al. 2024)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,15 +19,9 @@ def _score(error: jax.Array, kappa: float) -> jax.Array:
 
 
 def _notes(
-    values_per_image: int,
-    *,
-    margin_weight: float,
-    kappa: float,
-    scale: float,
-    reduction: str,
-    time_weight: str,
+    values_per_image: int, *, margin_weight: float, scale: float, reduction: str, **_: Any
 ) -> list[str]:
-    del values_per_image, kappa, time_weight
+    del values_per_image
     notes = []
     if margin_weight * scale == 0:
         notes.append("warning: mapo: margin_weight * scale = 0 leaves only SE(e_w): this run is SFT")

@@ -156,7 +156,8 @@ def register(
       needs_reference: see `Objective`.
       needs_loser: see `Objective`.
       images: see `Objective`.
-      notes: `(values_per_image, **hyperparameters) -> lines` for `Objective.notes`.
+      notes: `(values_per_image, **hyperparameters) -> lines` for `Objective.notes`; it names the
+        hyperparameters that it reads.
     """
 
     def enter(loss: Callable[..., LossAndMetrics]) -> Callable[..., LossAndMetrics]:
