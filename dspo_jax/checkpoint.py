@@ -23,6 +23,8 @@ _EXTRA = "extra"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
 _READ_AHEAD_BYTES = 64 * 2**20
+# Of an array that several devices hold, each writes its part if that is at least this much.
+_SPLIT_BYTES = 2**20
 
 
 class Checkpoints:
@@ -49,7 +51,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_handlers={_STATE: ocp.StandardCheckpointHandler(), _EXTRA: ocp.JsonCheckpointHandler()},
+            item_handlers={_STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True),
         )
 
@@ -75,7 +77,7 @@ class Checkpoints:
         with self._name_save_errors(step):
             self._saving = step
             items = ocp.args.Composite(
-                **{_STATE: ocp.args.StandardSave(state), _EXTRA: ocp.args.JsonSave(extra)}
+                **{_STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
             )
             self._manager.save(step, args=items, force=True)
         if wait:
@@ -118,9 +120,9 @@ class Checkpoints:
             saved = self._manager.item_metadata(step)[_STATE].tree
         _refuse_different_state(self._directory / str(step), saved, abstract_state)
         with _name_restore_errors(self._directory / str(step)):
-            items = ocp.args.Composite(
-                **{_STATE: ocp.args.StandardRestore(abstract_state), _EXTRA: ocp.args.JsonRestore()}
-            )
+            shardings = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+            state = ocp.args.PyTreeRestore(abstract_state, restore_args=shardings)
+            items = ocp.args.Composite(**{_STATE: state, _EXTRA: ocp.args.JsonRestore()})
             restored = self._manager.restore(step, args=items)
         logging.info("Restored step %d from %s", step, self._directory)
         return restored[_STATE], restored[_EXTRA], step
@@ -263,6 +265,18 @@ def restore_params(
     """
     with SavedParams(directory, step, subtree) as saved:
         return saved.read_all(), saved.step
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's own, but for arrays with copies on several devices.
+
+    Every device writes a part of its copy, and cutting the part out is a dispatch for each array and device:
+    worth it for large arrays only.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SPLIT_BYTES)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    )
 
 
 def _is_array_metadata(node: Any) -> bool:
