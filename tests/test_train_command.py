@@ -29,7 +29,7 @@ def command(shallow_model, tiny_pairs):
         "objective.score_weight": 1.0,
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,
-        "checkpoint.every": 5,
+        "checkpoint.every": 10,
         "validation.every": 40,
         "validation.draws": 2,
         "validation.batch_size": 6,
