@@ -102,6 +102,7 @@ class Encoder:
                     "tokens": np.asarray(tokens[i], np.int32),
                     "micro_conditioning": micro_conditioning,
                     "preference": np.float32(row.preference),
+                    "loser_won": np.bool_(row.loser_won),
                     "caption": row.caption,
                     "key": row.key,
                 }

@@ -19,7 +19,7 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 # What the step reads of a batch; captions and keys stay on the host.
-INPUTS = ("moments", "tokens", "micro_conditioning", "preference", "index")
+INPUTS = ("moments", "tokens", "micro_conditioning", "preference", "loser_won", "index")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,12 +102,13 @@ def choose_images(
 
     Args:
       task: `task.objective.images` decides, and `task.positive_ratio` for one drawn image.
-      batch: `preference` and `index` are read.
+      batch: `preference`, `loser_won` and `index` are read.
       key: of the run.
       *arrays: [B, P, ...].
 
     Returns:
       The arrays [B, P', ...] and the preference [B]: of drawn images, the probability that it is a liked one.
+      A loser that won another pair is liked, as in the released code of Diffusion-KTO.
     """
     images, preference = arrays[0].shape[1], batch["preference"]
     if task.objective.images == "all" or images == 1:
@@ -125,7 +126,8 @@ def choose_images(
     chosen = [
         jnp.take_along_axis(array, drawn.reshape(-1, *(1,) * (array.ndim - 1)), axis=1) for array in arrays
     ]
-    return chosen, jnp.where(drawn == 0, preference, 1 - preference)
+    liked_loser = jnp.where(batch["loser_won"], 1.0, 1 - preference)
+    return chosen, jnp.where(drawn == 0, preference, liked_loser)
 
 
 def predict(
@@ -228,7 +230,7 @@ def train_step(
       reference: the frozen tree in the compute dtype: the text encoders unless they are trained and no
         reference is needed, and "unet" for an objective that needs a reference.
       batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `micro_conditioning` [B, P, 6], `preference`
-        [B], `index` [B] uint32 (unique over the run).
+        and `loser_won` [B], `index` [B] uint32 (unique over the run).
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:

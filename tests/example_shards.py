@@ -28,6 +28,7 @@ def make_example(i: int, *, images: int = 2) -> dict[str, Any]:
         "tokens": np.full((1, 77), i, np.int32),
         "micro_conditioning": np.tile(np.asarray([20 + i, 30, 0, 4, 16, 16], np.int32), (images, 1)),
         "preference": np.float32(0.75),
+        "loser_won": np.bool_(True),
         "caption": f"caption «{i}»",
         "key": str(i),
     }

@@ -81,7 +81,7 @@ class Greys:
         for i in range(self.num_examples(split)):
             grey = 10 * i + 1
             loser = b"corrupt" if split == "train" and i in self.broken else png((grey - 1,) * 3)
-            yield PreferencePair("x" * (i + 1), png((grey,) * 3), loser, 0.9, f"{split}-{i}")
+            yield PreferencePair("x" * (i + 1), png((grey,) * 3), loser, 0.9, f"{split}-{i}", i % 2 == 1)
 
 
 @pytest.fixture
@@ -116,6 +116,7 @@ def test_shards_hold_the_rows_in_order(pipe, config, tmp_path):
     for i, row in enumerate(rows):
         assert row["caption"].decode() == "x" * (i + 1)
         assert row["preference"] == np.float32(0.9)
+        assert row["loser_won"] == (i % 2 == 1)
         assert row["tokens"][:, 0].tolist() == [i + 1, -i - 1]
         expected = np.asarray([10 * i + 1, 10 * i]) / 127.5 - 1
         np.testing.assert_allclose(

@@ -46,6 +46,7 @@ def test_a_batch_has_the_documented_arrays(train_batches):
         "tokens": ((3, 1, 77), np.int32),
         "micro_conditioning": ((3, 2, 6), np.int32),
         "preference": ((3,), np.float32),
+        "loser_won": ((3,), np.bool_),
         "index": ((3,), np.int64),
     }
     assert {name: (batch[name].shape, batch[name].dtype) for name in expected} == expected
@@ -53,7 +54,7 @@ def test_a_batch_has_the_documented_arrays(train_batches):
     for row, key in enumerate(batch["key"]):
         written = make_example(int(key))
         assert batch["caption"][row] == written["caption"]
-        for name in ("moments", "tokens", "micro_conditioning", "preference"):
+        for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won"):
             np.testing.assert_array_equal(batch[name][row], written[name])
 
 

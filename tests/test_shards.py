@@ -31,6 +31,7 @@ def test_tfds_opens_the_folder_and_gives_back_what_was_written(dataset):
             assert read[name].dtype == written[name].dtype
             np.testing.assert_array_equal(read[name], written[name])
         assert read["preference"] == written["preference"]
+        assert read["loser_won"] == written["loser_won"]
         assert read["caption"].decode() == written["caption"]
         assert read["key"].decode() == written["key"]
 

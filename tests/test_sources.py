@@ -226,6 +226,12 @@ class TestEmojiPairs:
         assert "1f60d>1f62d" in keys
         assert "1f62d>1f60d" not in keys
 
+    def test_a_loser_that_won_another_pair_is_marked(self, rows):
+        for of_split in rows.values():
+            winners = {row.meta["winner"] for row in of_split}
+            assert [row.loser_won for row in of_split] == [row.meta["loser"] in winners for row in of_split]
+            assert {row.loser_won for row in of_split} == {True, False}
+
     def test_the_z_statistic_is_that_of_the_counts(self):
         # From the ranking's rows, in tweets negative/neutral/positive: 1f60d 329/1390/4640, 1f62d
         # 2412/1218/1896.

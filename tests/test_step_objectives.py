@@ -95,6 +95,7 @@ def make_batch(count=PAIRS, images=2):
         "tokens": jnp.asarray(rng.integers(0, 50, (count, 1, 77)), jnp.int32),
         "micro_conditioning": jnp.zeros((count, images, 6), jnp.int32),
         "preference": jnp.asarray(rng.uniform(0.5, 1.0, count), jnp.float32),
+        "loser_won": jnp.zeros(count, bool),
         "index": jnp.arange(count, dtype=jnp.uint32),
     }
 
@@ -179,13 +180,18 @@ def test_the_winner_is_noised_alike_whatever_is_run_of_the_pair():
 
 def test_kto_draws_one_labelled_image_of_each_pair():
     task, key, count = make_task("kto"), jax.random.key(3), 4000
-    batch = {"index": jnp.arange(count, dtype=jnp.uint32), "preference": jnp.full(count, 0.9)}
+    batch = {
+        "index": jnp.arange(count, dtype=jnp.uint32),
+        "preference": jnp.full(count, 0.9),
+        "loser_won": jnp.arange(count) % 2 == 1,
+    }
     image = jnp.broadcast_to(jnp.arange(2.0), (count, 2))
     (chosen,), liked = choose_images(task, batch, key, image)
     assert chosen.shape == (count, 1)
     drawn = np.asarray(chosen[:, 0])
-    # The winner is liked with the probability of the label, the loser with what is left.
-    np.testing.assert_allclose(liked, np.where(drawn == 0, 0.9, 0.1), rtol=1e-6)
+    # The winner is liked with the probability of the label, the loser with what is left, or for what it won.
+    expected = np.where(drawn == 0, 0.9, np.where(batch["loser_won"], 1.0, 0.1))
+    np.testing.assert_allclose(liked, expected, rtol=1e-6)
     assert abs((drawn == 0).mean() - 0.8) < 4 * np.sqrt(0.8 * 0.2 / count)
     # By the example, not by its place in the batch.
     order = np.array([7, 3, 3999])

@@ -228,6 +228,7 @@ def write_pairs(
                     "tokens": tokens[i],
                     "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
                     "preference": np.float32(1.0),
+                    "loser_won": np.bool_(False),
                     "caption": caption,
                     "key": caption,
                 }

@@ -22,7 +22,7 @@ _EPOCHS = 2**30
 
 Batch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
-`preference` [B] float32, `caption` and `key` lists of B strings, and `index` [B] int64, the example's
+`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings, and `index` [B] int64, the example's
 position in the stream: unique over the run, it seeds what is drawn for the example. With several processes B
 is the process's share."""
 
@@ -158,7 +158,8 @@ def _share(
 
 def _add_index(index: int, example: dict[str, Any]) -> dict[str, Any]:
     # TFDS hands scalars over as Python numbers, which would be stacked in float64.
-    return {**example, "preference": np.float32(example["preference"]), "index": np.int64(index)}
+    scalars = {"preference": np.float32(example["preference"]), "loser_won": np.bool_(example["loser_won"])}
+    return {**example, **scalars, "index": np.int64(index)}
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> Batch:

@@ -21,7 +21,7 @@ from tensorflow_datasets.core import example_serializer, naming
 
 from dspo_jax.data.sources import BadRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _DATASET_NAME = "pairs"
 # One record a group: a random read touches one record only. (The default compression makes SD1.5 moments 6 %
@@ -40,7 +40,7 @@ def feature_spec(moments_shape: Sequence[int], num_text_encoders: int) -> tfds.f
     Returns:
       Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), `tokens` [E, 77]
       int32, `micro_conditioning` [P, 6] int32 (original height, width, crop top, left, target height, width;
-      pixels), `preference` float32, `caption` and `key`.
+      pixels), `preference` float32, `loser_won` bool, `caption` and `key`.
     """
 
     def raw(shape: Sequence[int], dtype: type) -> tfds.features.Tensor:
@@ -53,6 +53,7 @@ def feature_spec(moments_shape: Sequence[int], num_text_encoders: int) -> tfds.f
             "tokens": raw((num_text_encoders, 77), np.int32),
             "micro_conditioning": raw((moments_shape[0], 6), np.int32),
             "preference": tfds.features.Scalar(np.float32),
+            "loser_won": tfds.features.Scalar(np.bool_),
             "caption": tfds.features.Text(),
             "key": tfds.features.Text(),
         }

@@ -45,6 +45,8 @@ class PreferencePair:
       loser: the other image; None for single-image data.
       preference: probability in [0.5, 1] that the winner is preferred; 1.0 is a hard label.
       key: stable identifier of the row, unique within its split.
+      loser_won: whether the loser is the winner of another pair of the split, which makes it a liked image
+        where images are labelled one by one (KTO).
       meta: whatever else the source knows (JSON-able); it is not written to the shards.
     """
 
@@ -53,6 +55,7 @@ class PreferencePair:
     loser: Image.Image | bytes | None = None
     preference: float = 1.0
     key: str = ""
+    loser_won: bool = False
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -364,12 +367,15 @@ class EmojiPairs:
 
     def pairs(self, split: str) -> Iterator[PreferencePair]:
         sentiment = load_sentiment()
-        for winner, loser, z in self._chosen(split):
+        chosen = self._chosen(split)
+        winners = {winner.codepoints for winner, _, _ in chosen}
+        for winner, loser, z in chosen:
             yield PreferencePair(
                 caption=winner.category,
                 winner=winner.path.read_bytes(),
                 loser=loser.path.read_bytes(),
                 key=f"{winner.codepoints}>{loser.codepoints}",
+                loser_won=loser.codepoints in winners,
                 meta={
                     "winner": winner.name,
                     "loser": loser.name,
