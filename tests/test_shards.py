@@ -165,7 +165,7 @@ def test_a_folder_without_manifest_is_not_a_dataset(tmp_path):
         ("{", "damaged manifest"),
         ("[]", "damaged manifest"),
         ("{}", "damaged manifest"),
-        ('{"format_version": 0}', "reads 1"),
+        ('{"format_version": 0}', "reads 2"),
     ],
 )
 def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, text, message):
