@@ -22,9 +22,9 @@ _EPOCHS = 2**30
 
 Batch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
-`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings, and `index` [B] int64, the example's
-position in the stream: unique over the run, it seeds what is drawn for the example. With several processes B
-is the process's share."""
+`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings, and `index` [B] int64,
+the example's position in the stream: unique over the run, it seeds what is drawn for the example. With
+several processes B is the process's share."""
 
 
 class BatchIterator:
