@@ -47,6 +47,12 @@ def get_config() -> ConfigDict:
     config.positive_ratio = 0.8
     # Whether the text encoders are trained with the UNet.
     config.train_text_encoder = False
+    # Adapters are trained in place of whole networks if the rank is above 0. They go beside the layers whose
+    # paths, or ends of paths, one of these regular expressions matches: here the projections of all attention
+    # layers. Also, for example, r"ff\.net\.0\.proj", r"conv\d", r"proj_(in|out)".
+    config.lora = ConfigDict()
+    config.lora.rank = 0
+    config.lora.targets = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
     # What the networks compute in, "float32" or "bfloat16"; losses and the optimizer stay in float32.
     config.compute_dtype = "float32"
     # Steps between two lines of metrics.

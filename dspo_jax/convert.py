@@ -4,6 +4,7 @@
     python -m dspo_jax.convert import --model=fine_tune.safetensors --base=DIR --out=model
     python -m dspo_jax.convert export --run=runs/emoji --out=exported
     python -m dspo_jax.convert export --run=runs/emoji --out=exported.safetensors
+    python -m dspo_jax.convert export --run=runs/lora --out=adapters.safetensors --lora=diffusers
 
 A parameter's path is its state-dict name except for the last part (`kernel`, `scale` and `embedding` are
 torch's `weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
@@ -19,9 +20,8 @@ import numpy as np
 from absl import flags
 from flax import traverse_util
 
-from dspo_jax import checkpoint, cli, ldm, model_dir
-from dspo_jax.model_card import make_card
-from dspo_jax.model_dir import find_model, open_stored, read_json, stored_name, weights_file
+from dspo_jax import cli, model_dir
+from dspo_jax.model_dir import open_stored, read_json, stored_name, weights_file
 from dspo_jax.models import Model, Params, build_model
 from dspo_jax.tensors import Tensor, name_write_errors, write_tensors
 
@@ -36,7 +36,8 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
 
 # Components that parameters are read of; others (a safety checker) are carried along.
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_DTYPES: dict[str, np.dtype[Any]] = {
+ADAPTER_FORMATS = ("diffusers", "kohya")
+DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("float32"),
     "float16": np.dtype("float16"),
     "bfloat16": jax.numpy.dtype("bfloat16"),
@@ -53,7 +54,8 @@ def unflatten(leaves: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(leaves, sep=".")
 
 
-def _torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
+def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
+    """Torch's name of the leaf at `path`, which has `ndim` axes, and their order there."""
     parent, _, leaf = path.rpartition(".")
     name, axes = _LAYOUT[leaf, ndim]
     return f"{parent}.{name}", axes
@@ -63,7 +65,7 @@ def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Name and shape of each of a model's tensors, as torch has them."""
     shapes = {}
     for path, leaf in flatten(model.abstract_params()).items():
-        name, axes = _torch_layout(path, len(leaf.shape))
+        name, axes = torch_layout(path, len(leaf.shape))
         shapes[name] = tuple(leaf.shape[axis] for axis in axes)
     return shapes
 
@@ -75,11 +77,11 @@ def to_torch(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shape = tuple(leaf.shape[axis] for axis in axes)
         return Tensor(shape, leaf.dtype, lambda: leaf.read().transpose(axes))
 
-    layouts = {path: _torch_layout(path, len(leaf.shape)) for path, leaf in leaves.items()}
+    layouts = {path: torch_layout(path, len(leaf.shape)) for path, leaf in leaves.items()}
     return {name: transposed(leaves[path], axes) for path, (name, axes) in layouts.items()}
 
 
-def _cast(name: str, tensor: Tensor, dtype: np.dtype[Any], file: Path) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: np.dtype[Any], file: Path) -> Tensor:
     """`tensor` in another dtype, refused when it is read and does not fit; `file` is for that message."""
 
     def read() -> np.ndarray:
@@ -158,9 +160,9 @@ def read_params(folder: Path, model: Model, dtype: str | None = None) -> Params:
     opened = open_component(folder, model)
     leaves = {}
     for path, abstract in flatten(model.abstract_params()).items():
-        name, axes = _torch_layout(path, len(abstract.shape))
+        name, axes = torch_layout(path, len(abstract.shape))
         value = opened[name].read().transpose(np.argsort(axes))
-        leaves[path] = value.astype(_DTYPES[dtype]) if dtype else value
+        leaves[path] = value.astype(DTYPES[dtype]) if dtype else value
     return unflatten(leaves)
 
 
@@ -187,7 +189,7 @@ def write_params(
     file = weights_file(folder, model.class_name)
     stored = open_stored(like, model.class_name) if like else {}
     tensors = {
-        stored_name(name, stored): _cast(name, tensor, _DTYPES[dtype] if dtype else tensor.dtype, file)
+        stored_name(name, stored): cast(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, file)
         for name, tensor in to_torch(
             {path: leaf_tensor(leaf) for path, leaf in flatten(params).items()}
         ).items()
@@ -199,51 +201,6 @@ def write_params(
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tensors(file, tensors)
-
-
-def export(
-    run: Path,
-    out: Path,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-    base: str | Path | None = None,
-) -> int:
-    """Write a training run as a complete model: its base, with the trained components replaced.
-
-    Everything else is the base's, bit for bit. Tensors are read and written one at a time; the result
-    appears under its name when it is complete.
-
-    Args:
-      run: the workdir.
-      out: a diffusers folder or, if it ends in `.safetensors`, a single file in the original layout; must not
-        exist.
-      step: which checkpoint; None means the newest.
-      dtype: of the trained components; None means as the base has them.
-      base: the model that the run started from (folder or hub id), if it is no longer where the run found it.
-
-    Returns:
-      The exported step.
-
-    Raises:
-      FileNotFoundError: no such run, checkpoint or base.
-      OSError: the disk is too small.
-      ValueError: `out` exists, the base is another model, or a weight is not finite or does not fit `dtype`.
-    """
-    model_dir.refuse_existing(out)
-    name = str(base or read_config(run)["model"])
-    folder = find_model(name)
-    with checkpoint.SavedParams(run / "checkpoints", step) as saved:
-        models = read_models(folder)
-        trained = {
-            component: _trained_tensors(saved, component, folder / component, models, out, dtype)
-            for component in sorted({path.partition(".")[0] for path in saved.arrays})
-        }
-        if out.suffix == ".safetensors":
-            write_single(out, folder, trained, models)
-        else:
-            model_dir.write_folder(out, folder, trained, make_card(run, name, folder, saved.step))
-    return saved.step
 
 
 def read_models(folder: Path) -> dict[str, Model]:
@@ -263,85 +220,39 @@ def read_models(folder: Path) -> dict[str, Model]:
     return models
 
 
-def _trained_tensors(
-    saved: checkpoint.SavedParams,
-    component: str,
-    folder: Path,
-    models: Mapping[str, Model],
-    out: Path,
-    dtype: str | None,
-) -> dict[str, Tensor]:
-    """A component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
-
-    def leaf_tensor(path: str, array: jax.ShapeDtypeStruct) -> Tensor:
-        return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: saved.read(path))
-
-    leaves = {
-        path.partition(".")[2]: leaf_tensor(path, array)
-        for path, array in saved.arrays.items()
-        if path.startswith(f"{component}.")
-    }
-    wanted = flatten(models[component].abstract_params()) if component in models else {}
-    for path in sorted(leaves.keys() | wanted.keys()):
-        have = leaves[path].shape if path in leaves else None
-        want = tuple(wanted[path].shape) if path in wanted else None
-        if have != want:
-            raise ValueError(
-                f"{saved.path}: {component}.{path} is {have or 'absent'} there and {want or 'absent'} in "
-                f"{folder}; name the model that the run started from with --base"
-            )
-    stored = open_component(folder, models[component])
-    file = weights_file(out / component, models[component].class_name)
-    return {
-        name: _cast(name, tensor, _DTYPES[dtype] if dtype else stored[name].dtype, file)
-        for name, tensor in to_torch(leaves).items()
-    }
-
-
-def write_single(
-    out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], models: Mapping[str, Model]
-) -> None:
-    """Write a single-file checkpoint in the original layout: `base` with some components replaced.
-
-    Raises:
-      OSError: the disk is too small.
-      ValueError: a component that such a file cannot hold.
-    """
-    components = {name: open_component(base / name, model) for name, model in models.items()} | dict(replaced)
-    try:
-        single = ldm.join(
-            components, ldm.make_layouts({name: model.config for name, model in models.items()})
-        )
-    except ValueError as error:
-        raise ValueError(f"--out={out}: {error}; export a folder instead") from error
-    size = sum(tensor.nbytes for tensor in single.values())
-    model_dir.require_space(out, size)
-    with model_dir.appear(out) as partial:
-        write_tensors(partial, single, max_shard_bytes=size)
-
-
-_COMMANDS = {"import": ("model", "base", "out"), "export": ("run", "step", "dtype", "base", "out")}
+_COMMANDS = {"import": ("model", "base", "out"), "export": ("run", "step", "dtype", "base", "lora", "out")}
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     settings = flags.FLAGS
     command = argv[1]
-    for name in ("model", "run", "step", "dtype", "base"):
+    for name in ("model", "run", "step", "dtype", "base", "lora"):
         if name not in _COMMANDS[command] and settings[name].present:
             raise ValueError(f"--{name}={settings[name].value}: not an option of {command}")
     needed = _COMMANDS[command][0]
     if settings[needed].value is None:
         raise ValueError(f"--{needed} is missing: name what to {command}")
     out = Path(settings.out)
+    # Imported here, as both import this file.
     if command == "import":
-        from dspo_jax.import_model import import_model  # it checks with pipeline.py, which imports this file
+        from dspo_jax.import_model import import_model
 
         import_model(settings.model, out, base=settings.base)
         print(f"{out}: diffusers folder of {settings.model}")
     else:
-        step = export(Path(settings.run), out, step=settings.step, dtype=settings.dtype, base=settings.base)
+        from dspo_jax.export_model import export
+
+        step = export(
+            Path(settings.run),
+            out,
+            step=settings.step,
+            dtype=settings.dtype,
+            base=settings.base,
+            adapters=settings.lora,
+        )
         kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
+        kind = f"adapters for {settings.lora}" if settings.lora else kind
         print(f"{out}: {kind} of {settings.run} at step {step}")
 
 
@@ -357,6 +268,13 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("step", None, "export: which checkpoint; default: the newest.")
     flags.DEFINE_enum(
-        "dtype", None, list(_DTYPES), "export: of the trained components; default: as in the base model."
+        "dtype", None, list(DTYPES), "export: of the trained components; default: as in the base model."
+    )
+    flags.DEFINE_enum(
+        "lora",
+        None,
+        ADAPTER_FORMATS,
+        "export of a run with LoRA: only the adapters, as diffusers or as kohya names them; "
+        "default: the whole model with the adapters added.",
     )
     cli.run(main, commands=tuple(_COMMANDS))

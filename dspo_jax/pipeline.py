@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from dspo_jax import checkpoint, convert
 from dspo_jax.model_dir import find_model, find_weights
-from dspo_jax.models import Model, Params
+from dspo_jax.models import Model, Params, lora
 from dspo_jax.schedule import Schedule
 
 # Class of a pipeline -> its text encoders.
@@ -57,7 +57,8 @@ class Pipeline:
       schedule: the forward process and the prediction type.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
       zero_empty_captions: whether the text of an empty caption is zeros and not what the encoders say.
-      trained: components whose weights a training run has replaced, e.g. {"unet": params}.
+      trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
+        the adapters.
     """
 
     path: Path
@@ -87,11 +88,19 @@ class Pipeline:
 
     def read_params(self, component: str, dtype: str | None = None) -> Params:
         """The weights of "unet", "vae" or a text encoder as arrays; `dtype` None keeps the stored one."""
-        if component in self.trained:
-            params = self.trained[component]
-            return jax.tree.map(lambda leaf: leaf.astype(dtype), params) if dtype else params
+        trained = self.trained.get(component, {})
+        if trained and not lora.find_ranks(trained):
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
         models = {"unet": self.unet, "vae": self.vae, **self.text_encoders}
-        return convert.read_params(self.path / component, models[component], dtype)
+        folder = self.path / component
+        if not trained:
+            return convert.read_params(folder, models[component], dtype)
+        stored = convert.read_params(folder, models[component])
+        try:
+            folded = lora.fold(stored, trained)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; is it the model that the run started from?") from error
+        return jax.tree.map(lambda leaf, old: leaf.astype(dtype or old.dtype), folded, stored)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids [N, E, 77] int32 of N captions; longer ones are cut at 77 tokens, with a warning."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dspo_jax.models import Params
+from dspo_jax.models import Params, lora
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipeline import Pipeline
 
@@ -57,7 +57,8 @@ class Task:
 class TrainState:
     """What changes from step to step, and all that a checkpoint holds.
 
-    `params` has "unet" and, where they are trained, the text encoders.
+    `params` has "unet" and, where they are trained, the text encoders; of each all parameters, or with LoRA
+    the adapters alone.
     """
 
     step: jax.Array
@@ -168,7 +169,7 @@ def policy_params(task: Task, params: Params, reference: Params) -> Params:
 
     The reference is stored in the compute dtype, so the two agree exactly until the first update.
     """
-    return {**reference, **jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)}
+    return lora.combine(reference, jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params))
 
 
 def forward(
@@ -228,7 +229,8 @@ def train_step(
     Args:
       state: may be donated.
       reference: the frozen tree in the compute dtype: the text encoders unless they are trained and no
-        reference is needed, and "unet" for an objective that needs a reference.
+        reference is needed, and "unet" for an objective that needs a reference. With LoRA the base model,
+        with adapters that add nothing.
       batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `micro_conditioning` [B, P, 6], `preference`
         and `loser_won` [B], `index` [B] uint32 (unique over the run).
       key: of the run, the same for every step: an example's randomness follows from its index.

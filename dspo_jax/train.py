@@ -8,6 +8,7 @@ tensorboard/.
 """
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -26,7 +27,7 @@ from dspo_jax import cli, spelling
 from dspo_jax.checkpoint import Checkpoints
 from dspo_jax.data import loader, shards
 from dspo_jax.metrics import VALIDATION_PREFIX, Clock, MetricsWriter, Progress, read_validations
-from dspo_jax.models import Params
+from dspo_jax.models import Params, lora
 from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.optim import make_optimizer
 from dspo_jax.pipeline import Pipeline, load_pipeline
@@ -73,18 +74,53 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
     )
 
 
-def make_state(task: Task, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]:
-    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model."""
+def make_adapters(config: ConfigDict, pipe: Pipeline) -> Params:
+    """What is trained with LoRA at its start: adapters of the trained networks, or none where it is off.
+
+    Raises:
+      ValueError: a rank below 0, a pattern that is no regular expression, or a network without a match.
+    """
+    if config.lora.rank < 0:
+        raise ValueError(f"config.lora.rank = {config.lora.rank}: must be at least 1, or 0 to turn LoRA off")
+    if config.lora.rank == 0:
+        return {}
+    models = {"unet": pipe.unet, **(pipe.text_encoders if config.train_text_encoder else {})}
+    key = jax.random.key(config.seed)
+    try:
+        return {
+            name: lora.init_adapters(model.abstract_params(), config.lora.targets, config.lora.rank, key)
+            for name, model in models.items()
+        }
+    except (ValueError, re.error) as error:
+        raise ValueError(f"config.lora.targets = {config.lora.targets}: {error}") from error
+
+
+def make_state(
+    task: Task, mesh: jax.sharding.Mesh, adapters: Params | None = None
+) -> tuple[TrainState, Params]:
+    """The state at step 0 (float32) and the frozen reference (compute dtype), read from the model.
+
+    With adapters these are what is trained. The reference has them too, as they start: they add nothing, and
+    policy and reference remain one program.
+    """
 
     def place(params: Params) -> Params:
         return jax.device_put(params, make_shardings(params, mesh))
 
     networks = ("unet", *task.pipe.text_encoders)
-    trained = networks if task.train_text_encoder else ("unet",)
-    params = {name: place(task.pipe.read_params(name, "float32")) for name in trained}
-    # What is not trained; and all of it where the objective looks at the reference.
-    frozen = [name for name in networks if task.objective.needs_reference or name not in trained]
+    if adapters:
+        params = place(adapters)
+        frozen = networks
+    else:
+        trained = networks if task.train_text_encoder else ("unet",)
+        params = {name: place(task.pipe.read_params(name, "float32")) for name in trained}
+        # What is not trained; and all of it where the objective looks at the reference.
+        frozen = tuple(name for name in networks if task.objective.needs_reference or name not in trained)
     reference = {name: place(task.pipe.read_params(name, task.compute_dtype)) for name in frozen}
+    if adapters:
+        reference = lora.combine(
+            reference, jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)
+        )
     shardings = make_shardings(jax.eval_shape(task.optimizer.init, params), mesh)
     opt_state = jax.jit(task.optimizer.init, out_shardings=shardings)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
@@ -163,6 +199,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         raise ValueError("config.model is not set: give --config.model=DIR, a diffusers folder")
     pipe = load_pipeline(config.model)
     task = make_task(config, pipe)
+    adapters = make_adapters(config, pipe)
     check_data(config, pipe, task.objective)
     mesh = make_mesh(config.mesh.to_dict())
     check_batch_size(
@@ -170,7 +207,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
     )
     claim_workdir(workdir, config)
 
-    state, reference = make_state(task, mesh)
+    state, reference = make_state(task, mesh, adapters)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.max_to_keep)
     batches = loader.train_batches(
         config.data.path, batch_size=config.batch_size, seed=config.seed, split=config.data.split
@@ -291,7 +328,7 @@ def describe(config: ConfigDict, task: Task, mesh: jax.sharding.Mesh, state: Tra
         "%s: %d trainable parameters (%s), %d examples, %d a step, steps %d to %d",
         task.objective.name,
         count,
-        " and ".join(state.params),
+        " and ".join(state.params) + (f", LoRA of rank {config.lora.rank}" if config.lora.rank else ""),
         examples,
         config.batch_size,
         start,

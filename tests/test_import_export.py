@@ -21,6 +21,7 @@ from tiny_model import write_model
 from configs import common
 from dspo_jax import convert, model_dir, tensors
 from dspo_jax.checkpoint import Checkpoints
+from dspo_jax.export_model import export
 from dspo_jax.import_model import import_model
 from dspo_jax.pipeline import load_pipeline
 
@@ -301,7 +302,7 @@ def test_a_hub_id_is_a_model(tiny_model, tmp_path, out, monkeypatch):
     assert load_pipeline("somebody/tiny").path == snapshot
     run = make_run(tmp_path / "run", "somebody/tiny", trained=("unet",))
     assert load_pipeline(run).path == snapshot
-    convert.export(run, tmp_path / "exported")
+    export(run, tmp_path / "exported")
     assert "base_model: somebody/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
     with refused("somebody/other: no such folder, and the model hub did not give it", OSError):
         import_model("somebody/other", out.with_name("other"))
@@ -351,7 +352,7 @@ def test_import_then_export_changes_no_tensor(family, out, tmp_path):
     import_model(family, out)
     run = make_run(tmp_path / "source" / "run", out)
     exported = out.with_name("exported")
-    assert convert.export(run, exported) == 3
+    assert export(run, exported) == 3
     after = contents(exported)
     del after["README.md"]
     assert after == contents(family)
@@ -359,7 +360,7 @@ def test_import_then_export_changes_no_tensor(family, out, tmp_path):
 
 def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path):
     single = out.with_name("single.safetensors")
-    assert convert.export(make_run(tmp_path / "source" / "run", family), single) == 3
+    assert export(make_run(tmp_path / "source" / "run", family), single) == 3
     import_model(single, out, base=family)
     imported = contents(out)
     assert imported.pop("README.md").startswith(b"# single\n")
@@ -372,13 +373,13 @@ def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path
     import_model(single, today, base=out)
     assert "vae:encoder.mid_block.attentions.0.to_q.weight" in contents(today)
     again = out.with_name("again.safetensors")
-    convert.export(make_run(tmp_path / "source" / "again", today), again)
+    export(make_run(tmp_path / "source" / "again", today), again)
     assert again.read_bytes() == single.read_bytes()
 
 
 def test_a_single_file_without_vae_takes_the_bases(published, run, out, caplog):
     single = out.with_name("single.safetensors")
-    convert.export(run, single, step=1)
+    export(run, single, step=1)
     edit(single, lambda values: [values.pop(name) for name in list(values) if name.startswith("first_stage")])
     with caplog.at_level("INFO", logger="absl"):
         import_model(single, out, base=published)
@@ -390,7 +391,7 @@ def test_a_single_file_without_vae_takes_the_bases(published, run, out, caplog):
 
 def test_a_single_file_that_does_not_fit_is_refused(model, run, out):
     single = out.parent.parent / "single.safetensors"
-    convert.export(run, single)
+    export(run, single)
     name = "model.diffusion_model.input_blocks.0.0.weight"
     edit(single, lambda values: values.pop(name))
     with refused(f"{single}: tensor {name} is missing; is --base of the same architecture"):
@@ -407,7 +408,7 @@ def test_a_single_file_that_does_not_fit_is_refused(model, run, out):
 def test_trained_components_get_the_dtype_asked_for(dtype, model, tmp_path, out):
     write_config(model / "text_encoder", torch_dtype="float32")
     run = make_run(tmp_path / "source" / "run", model, steps=(1, 3), change=0.25)
-    assert convert.export(run, out, step=1, dtype=dtype) == 1
+    assert export(run, out, step=1, dtype=dtype) == 1
     before, after = contents(model), contents(out)
     for name in (name for name in before if ":" in name):
         shape, stored, value = after[name]
@@ -435,7 +436,7 @@ def test_the_card_says_what_made_the_model(run, tiny_model, out):
         "splits": {"train": {"num_examples": 24, "skipped": {"too small": 2}}},
     }
     (run / "pairs" / "manifest.json").write_text(json.dumps(manifest))
-    convert.export(run, out, base=out.parent / "base")
+    export(run, out, base=out.parent / "base")
     card = (out / "README.md").read_text()
     for part in (
         "---\nlibrary_name: diffusers\n",
@@ -458,14 +459,14 @@ def test_the_card_says_what_made_the_model(run, tiny_model, out):
 def test_a_run_is_exported_over_its_own_base_only(run, model, out):
     write_config(model / "unet", block_out_channels=[8, 8])
     with refused(rf"{run}/checkpoints/3: unet\..* there and .* in {model}/unet; name the model that the run"):
-        convert.export(run, out, base=model)
+        export(run, out, base=model)
     with refused(r"absent/model: no such folder, and the model hub did not give it", OSError):
-        convert.export(run, out, base="absent/model")
+        export(run, out, base="absent/model")
     shutil.rmtree(model / "unet")
     with refused(f"{model}/unet/config.json: no such file", FileNotFoundError):
-        convert.export(run, out, base=model)
+        export(run, out, base=model)
     with refused(".*holds no step 2", FileNotFoundError):
-        convert.export(run, out, step=2)
+        export(run, out, step=2)
     assert_nothing_written(out)
 
 
@@ -474,7 +475,7 @@ def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_
     run = make_run(tmp_path / "source" / "run", tiny_model, trained=("unet",), change=1e5)
     out = out.with_name(name)
     with refused(f"{out}/{UNET_FILE}: tensor .* overflows float16; use float32 or bfloat16"):
-        convert.export(run, out, dtype="float16")
+        export(run, out, dtype="float16")
     assert_nothing_written(out)
 
 
@@ -484,7 +485,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(name, run, tiny_mod
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     message = rf"--out={re.escape(str(out))}: needs 0\.\d\d GB and the disk has 0\.00 GB free; make room"
     with refused(message, OSError):
-        convert.export(run, out)
+        export(run, out)
     if name == "out":
         with refused(message, OSError):
             import_model(tiny_model, out)
@@ -499,7 +500,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(run, out, monkeypatch):
 
     monkeypatch.setattr(tensors, "write_tensors", write)
     with refused(f".*/{TEXT_FILE}: not written: no space left on the disk", OSError):
-        convert.export(run, out)
+        export(run, out)
     assert_nothing_written(out)
 
 

@@ -14,10 +14,11 @@ from tiny_model import write_model
 
 from configs import common
 from configs.encode import common as encode_common
-from dspo_jax import convert, sample, train
+from dspo_jax import sample, train
 from dspo_jax.data import sources
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.encode import encode
+from dspo_jax.export_model import export
 from dspo_jax.pipeline import load_pipeline
 
 STEPS = 3
@@ -72,7 +73,7 @@ def test_images_do_not_depend_on_the_batch_size(tiny_model: Path) -> None:
 def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    assert convert.export(run, exported) == 2
+    assert export(run, exported) == 2
     latents = sample.initial_latents(_jobs(1), 4, 4)
     ours = _sampler(run).sample(PROMPTS[:1], latents)
     theirs_pipe = diffusers.DiffusionPipeline.from_pretrained(exported, local_files_only=True)
@@ -133,16 +134,16 @@ def test_export_copies_what_was_not_trained_and_refuses_an_existing_folder(
     run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     exported = tmp_path / "exported"
-    convert.export(run, exported, dtype="bfloat16")
+    export(run, exported, dtype="bfloat16")
     for name in ("vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "model_index.json"):
         assert (exported / name).read_bytes() == (tiny_model / name).read_bytes()
     unet = load_pipeline(exported).read_params("unet")
     assert all(leaf.dtype == jax.numpy.bfloat16 for leaf in jax.tree.leaves(unet))
     assert "| objective.name | sft |" in (exported / "README.md").read_text()
     with pytest.raises(ValueError, match="exists already"):
-        convert.export(run, exported)
+        export(run, exported)
     with pytest.raises(FileNotFoundError, match="no step 9"):
-        convert.export(run, tmp_path / "other", step=9)
+        export(run, tmp_path / "other", step=9)
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]  # nothing half-written
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dspo_jax.models import lora
 from dspo_jax.models.clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -16,7 +17,7 @@ from dspo_jax.models.clip import (
 from dspo_jax.models.unet import UNet2DCondition, read_unet_config
 from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
 
-Params = dict[str, Any]
+Params = lora.Params
 
 _Read = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -64,17 +65,21 @@ class Model:
       class_name: its class in diffusers or transformers.
       config: the parsed config.json.
       settings: the same with defaults filled in and lists for each level spelled out, as the modules read it.
+
+    Parameters may hold adapters (models/lora.py) besides what `abstract_params` names.
     """
 
     class_name: str
     config: Mapping[str, Any] = dataclasses.field(hash=False)
     settings: Mapping[str, Any] = dataclasses.field(repr=False, hash=False, compare=False)
-    _graph: nnx.GraphDef = dataclasses.field(repr=False)
-    _state: nnx.State = dataclasses.field(repr=False, hash=False, compare=False)
+    # Ranks of the adapters -> (graph, state of shapes), made when they are first met.
+    _variants: dict[tuple[tuple[str, int], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
+        default_factory=dict, repr=False, hash=False, compare=False
+    )
 
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
-        return _string_keys(nnx.to_pure_dict(self._state))
+        return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
@@ -84,9 +89,21 @@ class Model:
 
     def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
-        state = jax.tree.map(lambda leaf: leaf, self._state)
+        graph, shapes = self._variant(lora.find_ranks(params))
+        state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, _nnx_keys(params))
-        return getattr(nnx.merge(self._graph, state), method)(*args, **kwargs)
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    def _variant(self, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
+        def build() -> nnx.Module:
+            module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
+            lora.attach(module, ranks, rngs=_SameKey())
+            return module
+
+        key = tuple(sorted(ranks.items()))
+        if key not in self._variants:
+            self._variants[key] = nnx.split(nnx.eval_shape(build), nnx.Param)
+        return self._variants[key]
 
 
 def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
@@ -101,8 +118,5 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
     """
     if class_name not in _CLASSES:
         raise ValueError(f"model class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
-    read, build = _CLASSES[class_name]
-    cfg = read(config)
-    module = nnx.eval_shape(lambda: build(cfg, rngs=_SameKey()))
-    graph, state = nnx.split(module, nnx.Param)
-    return Model(class_name, dict(config), cfg, graph, state)
+    read, _ = _CLASSES[class_name]
+    return Model(class_name, dict(config), read(config))

@@ -18,8 +18,9 @@ from rich.table import Table
 
 from configs import emoji_dspo
 from configs.encode import emoji
-from dspo_jax import cli, convert, metrics, sample, train
+from dspo_jax import cli, metrics, sample, train
 from dspo_jax.encode import encode
+from dspo_jax.export_model import export
 
 MODEL = Path(__file__).parent / "model"
 # Categories are what the pairs compare; the names show what the model still draws.
@@ -76,7 +77,7 @@ def run_demo(out: Path, console: Console) -> None:
     announce("export: a diffusers folder")
     exported = out / "exported"
     if not exported.exists():
-        convert.export(out / "run", exported)
+        export(out / "run", exported)
     rows.append(("aligned model", "a folder for diffusers' StableDiffusionPipeline", "exported/"))
 
     table = Table(title=f"results in {out}/, {time.perf_counter() - started:.0f} s")

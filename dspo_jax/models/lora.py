@@ -1,0 +1,136 @@
+"""LoRA: low-rank matrices beside the kernels of chosen layers (Hu et al. 2021, arXiv 2106.09685).
+
+An adapter is part of a parameter tree. Where `lora_A.kernel` and `lora_B.kernel` lie beside the `kernel` of a
+linear layer or a convolution, the layer gives y + lora_B(lora_A(x)); these are PEFT's names and its form,
+with the scale alpha / rank fixed at 1, as in diffusers' trainers. A tree without adapters is the base model,
+and one whose `lora_B` is zero computes the same.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Params = dict[str, Any]
+
+_A, _B = ".lora_A.kernel", ".lora_B.kernel"
+
+
+class _LoRALinear(nnx.Linear):
+    def __init__(self, base: nnx.Linear, rank: int, rngs: Any):
+        inputs, outputs = base.in_features, base.out_features
+        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs)
+        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, rngs=rngs)
+        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + self.lora_B(self.lora_A(x))
+
+
+class _LoRAConv(nnx.Conv):
+    def __init__(self, base: nnx.Conv, rank: int, rngs: Any):
+        window = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
+        inputs, outputs = base.in_features, base.out_features
+        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window)
+        self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window)
+        self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + self.lora_B(self.lora_A(x))
+
+
+def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: Any) -> None:
+    """Puts layers with adapters in the place of those at the dotted paths `ranks`."""
+    for path, rank in ranks.items():
+        *parents, last = path.split(".")
+        parent: Any = module
+        for name in parents:
+            parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
+        layer = parent[int(last)] if last.isdigit() else getattr(parent, last)
+        adapted = (_LoRAConv if isinstance(layer, nnx.Conv) else _LoRALinear)(layer, rank, rngs)
+        if last.isdigit():
+            parent[int(last)] = adapted
+        else:
+            setattr(parent, last, adapted)
+
+
+def find_ranks(params: Params) -> dict[str, int]:
+    """Path of each layer that has an adapter in `params` -> its rank."""
+    leaves = flatten_dict(params, sep=".")
+    return {path.removesuffix(_A): leaf.shape[-1] for path, leaf in leaves.items() if path.endswith(_A)}
+
+
+def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Array) -> Params:
+    """Fresh float32 adapters: A normal with deviation 1 / rank (PEFT's "gaussian"), B zero.
+
+    Args:
+      params: the base model's tree; only shapes are read.
+      targets: regular expressions; a layer is adapted if one matches its path, or the end of it after a dot.
+      rank: r of every adapter: A is [in, r], B [r, out]; of a k x k kernel [k, k, in, r], [1, 1, r, out].
+      key: of the draw.
+
+    Returns:
+      A tree of adapters only.
+
+    Raises:
+      ValueError: `rank` is below 1, or no layer matches.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank}: must be at least 1")
+    pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(targets)})")
+    layers = {
+        path.removesuffix(".kernel"): leaf.shape
+        for path, leaf in sorted(flatten_dict(params, sep=".").items())
+        if path.endswith(".kernel")
+    }
+    chosen = {path: shape for path, shape in layers.items() if pattern.fullmatch(path)}
+    if not chosen:
+        raise ValueError(
+            f"{', '.join(targets)}: no layer matches; there are, for example, {_examples(layers)}"
+        )
+    adapters = {}
+    for number, (path, (*window, inputs, outputs)) in enumerate(chosen.items()):
+        draw = jax.random.normal(jax.random.fold_in(key, number), (*window, inputs, rank))
+        adapters[path + _A] = draw / rank
+        adapters[path + _B] = jnp.zeros((*(1 for _ in window), rank, outputs))
+    return unflatten_dict(adapters, sep=".")
+
+
+def _examples(layers: Mapping[str, Any]) -> str:
+    ends = dict.fromkeys(re.sub(r".*\.(?=[^.]*[a-z])", "", path) for path in layers)
+    return ", ".join(list(ends)[:12])
+
+
+def combine(base: Params, other: Params) -> Params:
+    """`base` with the leaves of `other` added, or put in the place of those it has too."""
+    return unflatten_dict(flatten_dict(base) | flatten_dict(other))
+
+
+def product(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
+    """What an adapter adds to its layer's kernel, float32, in the kernel's shape."""
+    a, b = (np.asarray(matrix, np.float32) for matrix in (lora_A, lora_B))
+    return (a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])).reshape(*a.shape[:-1], b.shape[-1])
+
+
+def fold(base: Params, adapters: Params) -> Params:
+    """The base model with every adapter added to its layer's kernel, as float32 NumPy arrays there.
+
+    Raises:
+      ValueError: an adapter of a layer that the base model has not, or has in another shape.
+    """
+    kernels, leaves = flatten_dict(base, sep="."), flatten_dict(adapters, sep=".")
+    for path in find_ranks(adapters):
+        added = product(leaves[path + _A], leaves[path + _B])
+        kernel = kernels.get(path + ".kernel")
+        if kernel is None or kernel.shape != added.shape:
+            found = "absent" if kernel is None else kernel.shape
+            raise ValueError(
+                f"adapter of {path} is for a kernel {added.shape}, which is {found} in the model"
+            )
+        kernels[path + ".kernel"] = np.asarray(kernel, np.float32) + added
+    return unflatten_dict(kernels, sep=".")
