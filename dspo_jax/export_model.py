@@ -233,4 +233,4 @@ def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -
 
 
 def _scalar(value: int) -> Tensor:
-    return Tensor((), np.dtype("float32"), lambda: np.float32(value).reshape(()))
+    return Tensor((), np.dtype("float32"), lambda: np.asarray(value, np.float32))

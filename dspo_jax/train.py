@@ -118,9 +118,9 @@ def make_state(
         frozen = tuple(name for name in networks if task.objective.needs_reference or name not in trained)
     reference = {name: place(task.pipe.read_params(name, task.compute_dtype)) for name in frozen}
     if adapters:
-        reference = lora.combine(
-            reference, jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)
-        )
+        # Copies: the step donates the state, so nothing of it may be in the reference.
+        copies = jax.tree.map(lambda leaf: jnp.array(leaf, task.compute_dtype), adapters)
+        reference = lora.combine(reference, place(copies))
     shardings = make_shardings(jax.eval_shape(task.optimizer.init, params), mesh)
     opt_state = jax.jit(task.optimizer.init, out_shardings=shardings)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))

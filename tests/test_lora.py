@@ -121,7 +121,7 @@ def test_a_run_starts_at_the_reference(run):
     assert before["validation/implicit_accuracy"] == 0.5
     assert before["validation/winner_drift"] == 0
     first = next(record for record in records if "loss" in record)
-    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-4)  # at beta = 5000 rounding shows
     assert records[-1]["validation/winner_drift"] != 0
 
 
@@ -132,19 +132,17 @@ def test_only_adapters_are_saved_and_all_of_them_moved(run, shallow_model, tiny_
         assert set(saved.arrays) == set(start)
         assert all(re.search(r"\.lora_[AB]\.kernel$", path) for path in saved.arrays)
         assert [path for path in start if np.array_equal(saved.read(path), start[path])] == []
-    with SavedParams(run / "checkpoints", subtree="opt_state") as saved:
-        moments = [path for path in saved.arrays if "kernel" in path]
-        assert moments
-        assert all("lora_" in path for path in moments)
 
 
-def test_the_reference_is_the_base_model(shallow_model, tiny_pairs):
+def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"lora.rank": 2, "objective.name": "sft"})
     pipe = load_pipeline(shallow_model)
     task = train.make_task(config, pipe)
     adapters = train.make_adapters(config, pipe)
     state, reference = train.make_state(task, make_mesh(config.mesh.to_dict()), adapters)
     assert set(state.params) == {"unet"}
+    num_adapted = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * num_adapted + 8  # two moments
     assert set(reference) == {"unet", "text_encoder"}
     of_layers = {p: leaf for p, leaf in convert.flatten(reference).items() if "lora_" not in p}
     base = {name: pipe.read_params(name) for name in reference}

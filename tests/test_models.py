@@ -145,6 +145,14 @@ def test_a_text_and_time_embedding_without_its_size_is_refused(key):
         build_model(UNET, published.SDXL_UNET | {key: None})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_encoder_computes_in_the_dtype_of_its_parameters(dtype):
+    model = build_model(CLIP, tiny.TEXT_ENCODER)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), model.abstract_params())
+    text = jax.eval_shape(model.apply, params, jnp.zeros((2, 77), jnp.int32))
+    assert {text.last.dtype, text.pooled.dtype} == {jnp.dtype(dtype)}
+
+
 @pytest.mark.parametrize(
     ("class_name", "config", "parameters"),
     [

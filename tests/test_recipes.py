@@ -11,9 +11,7 @@ from dspo_jax.optim import make_optimizer
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "pick_a_pic.py")
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name not in NOT_RECIPES)
-PUBLISHED = [
-    name for name in RECIPES if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora")
-]
+PUBLISHED = [name for name in RECIPES if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora")]
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
 

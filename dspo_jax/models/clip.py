@@ -82,8 +82,11 @@ class _Embeddings(nnx.Module):
         )
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        positions = jnp.arange(input_ids.shape[1])
-        return self.token_embedding(input_ids) + self.position_embedding(positions)[None]
+        # Not by calling nnx.Embed, which gives the dtype that its table was made with.
+        tokens, positions = (
+            table.embedding[...] for table in (self.token_embedding, self.position_embedding)
+        )
+        return tokens[input_ids] + positions[None, : input_ids.shape[1]]
 
 
 class _Encoder(nnx.Module):

@@ -28,20 +28,20 @@ class _LoRALinear(nnx.Linear):
         self.lora_A = nnx.Linear(inputs, rank, use_bias=False, rngs=rngs)
         self.lora_B = nnx.Linear(rank, outputs, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x) + self.lora_B(self.lora_A(x))
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
 
 
 class _LoRAConv(nnx.Conv):
     def __init__(self, base: nnx.Conv, rank: int, rngs: Any):
-        window = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
+        window: Any = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
         inputs, outputs = base.in_features, base.out_features
         super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window)
         self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window)
         self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x) + self.lora_B(self.lora_A(x))
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
 
 
 def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: Any) -> None:
