@@ -77,3 +77,41 @@ def shallow_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) ->
     from tiny_run import make_shallow
 
     return make_shallow(Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "shallow")))
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of `tiny_model` that a test may spoil."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "source" / "tiny"))
+
+
+@pytest.fixture
+def published(model: Path) -> Path:
+    """`model` as published ones are."""
+    from model_folders import publish
+
+    return publish(model)
+
+
+@pytest.fixture(params=["sd15", "sd21", "sdxl"])
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A published model of each family."""
+    from model_folders import publish
+    from tiny_model import write_model
+
+    return publish(write_model(tmp_path / "source" / "tiny", family=request.param))
+
+
+@pytest.fixture
+def full_run(tiny_model: Path, tmp_path: Path) -> Path:
+    """A workdir with checkpoints 1 and 3 of every parameter of `tiny_model`'s UNet and text encoder."""
+    from model_folders import make_run
+
+    return make_run(tmp_path / "source" / "run", tiny_model, steps=(1, 3), change=0.25)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A name in an empty folder, which stays empty where writing is refused."""
+    (tmp_path / "target").mkdir()
+    return tmp_path / "target" / "out"
