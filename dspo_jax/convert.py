@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from dspo_jax import cli, model_dir
 from dspo_jax.model_dir import open_stored, read_json, stored_name, weights_file
-from dspo_jax.models import Model, Params, build_model
+from dspo_jax.models import Model, Params, build_model, lora
 from dspo_jax.tensors import Tensor, name_write_errors, write_tensors
 
 # How torch stores each kind of leaf: (last part of its path, axes) -> (torch's name, order of the axes).
@@ -52,6 +52,15 @@ def flatten(params: Params) -> dict[str, Any]:
 def unflatten(leaves: Mapping[str, Any]) -> Params:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(leaves, sep=".")
+
+
+def leaf_tensors(params: Params) -> dict[str, Tensor]:
+    """The leaves of a tree in memory, by path."""
+
+    def tensor(leaf: Any) -> Tensor:
+        return Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+
+    return {path: tensor(leaf) for path, leaf in flatten(params).items()}
 
 
 def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
@@ -146,23 +155,61 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
     return opened
 
 
-def read_params(folder: Path, model: Model, dtype: str | None = None) -> Params:
+def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A component under torch's names, with adapters added to their layers' kernels, which become float32.
+
+    Args:
+      stored: the component's tensors under torch's names.
+      leaves: the adapters' leaves by path.
+
+    Raises:
+      ValueError: an adapter of a layer that the component has not, or has in another shape.
+    """
+
+    def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+        def read() -> np.ndarray:
+            added = lora.product(lora_A.read(), lora_B.read()).transpose(axes)
+            return kernel.read().astype(np.float32) + added
+
+        return Tensor(kernel.shape, np.dtype("float32"), read)
+
+    folded = dict(stored)
+    for layer in lora.find_ranks(dict(leaves)):
+        lora_A, lora_B = (leaves[f"{layer}.{matrix}.kernel"] for matrix in ("lora_A", "lora_B"))
+        name, axes = torch_layout(f"{layer}.kernel", len(lora_A.shape))
+        shape = (*lora_A.shape[:-1], lora_B.shape[-1])
+        want = tuple(shape[axis] for axis in axes)
+        have = stored[name].shape if name in stored else None
+        if have != want:
+            raise ValueError(f"an adapter for {name} {want}, which is {have or 'absent'}")
+        folded[name] = add(stored[name], lora_A, lora_B, axes)
+    return folded
+
+
+def read_params(
+    folder: Path, model: Model, dtype: str | None = None, adapters: Params | None = None
+) -> Params:
     """Read a component's weights as a tree of NumPy arrays.
 
     Args:
       folder: holds the safetensors file or files.
       model: the architecture; its paths and shapes decide what they must hold.
       dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
+      adapters: a tree of adapters to add.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_component`.
+      FileNotFoundError, ValueError: as `open_component`; or the adapters are of another model.
     """
-    opened = open_component(folder, model)
+    stored = open_component(folder, model)
+    try:
+        opened = fold_adapters(stored, leaf_tensors(adapters)) if adapters else stored
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; is it the model that the run started from?") from error
     leaves = {}
     for path, abstract in flatten(model.abstract_params()).items():
         name, axes = torch_layout(path, len(abstract.shape))
         value = opened[name].read().transpose(np.argsort(axes))
-        leaves[path] = value.astype(DTYPES[dtype]) if dtype else value
+        leaves[path] = value.astype(DTYPES[dtype] if dtype else stored[name].dtype, copy=False)
     return unflatten(leaves)
 
 
@@ -183,16 +230,11 @@ def write_params(
       ValueError: a value that is not finite or overflows `dtype`.
     """
 
-    def leaf_tensor(leaf: Any) -> Tensor:
-        return Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
-
     file = weights_file(folder, model.class_name)
     stored = open_stored(like, model.class_name) if like else {}
     tensors = {
         stored_name(name, stored): cast(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, file)
-        for name, tensor in to_torch(
-            {path: leaf_tensor(leaf) for path, leaf in flatten(params).items()}
-        ).items()
+        for name, tensor in to_torch(leaf_tensors(params)).items()
     }
     for tensor in tensors.values():
         tensor.read()  # refuse before anything is written: it is all in memory anyway

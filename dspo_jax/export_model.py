@@ -17,11 +17,11 @@ from dspo_jax.convert import (
     DTYPES,
     cast,
     flatten,
+    fold_adapters,
     open_component,
     read_config,
     read_models,
     to_torch,
-    torch_layout,
 )
 from dspo_jax.model_card import make_card
 from dspo_jax.model_dir import find_model, weights_file
@@ -99,7 +99,7 @@ def _trained_tensors(
     if lora.find_ranks(dict(leaves)):
         stored = open_component(folder, models[component])
         try:
-            folded = _fold_adapters(stored, leaves)
+            folded = fold_adapters(stored, leaves)
         except ValueError as error:
             raise ValueError(
                 f"{saved.path}: {error} in {folder}; name the model that the run started from with --base"
@@ -134,29 +134,6 @@ def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:
         for path, array in saved.arrays.items()
         if path.startswith(f"{component}.")
     }
-
-
-def _fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A component under torch's names, with the adapters among `leaves` added to their layers' kernels."""
-
-    def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
-        def read() -> np.ndarray:
-            added = lora.product(lora_A.read(), lora_B.read()).transpose(axes)
-            return kernel.read().astype(np.float32) + added
-
-        return Tensor(kernel.shape, np.dtype("float32"), read)
-
-    folded = dict(stored)
-    for layer in lora.find_ranks(dict(leaves)):
-        lora_A, lora_B = (leaves[f"{layer}.{matrix}.kernel"] for matrix in ("lora_A", "lora_B"))
-        name, axes = torch_layout(f"{layer}.kernel", len(lora_A.shape))
-        shape = (*lora_A.shape[:-1], lora_B.shape[-1])
-        want = tuple(shape[axis] for axis in axes)
-        have = stored[name].shape if name in stored else None
-        if have != want:
-            raise ValueError(f"an adapter for {name} {want}, which is {have or 'absent'}")
-        folded[name] = add(stored[name], lora_A, lora_B, axes)
-    return folded
 
 
 def _dtype(asked: str | None, tensor: Tensor) -> np.dtype[Any]:

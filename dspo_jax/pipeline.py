@@ -92,15 +92,7 @@ class Pipeline:
         if trained and not lora.find_ranks(trained):
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
         models = {"unet": self.unet, "vae": self.vae, **self.text_encoders}
-        folder = self.path / component
-        if not trained:
-            return convert.read_params(folder, models[component], dtype)
-        stored = convert.read_params(folder, models[component])
-        try:
-            folded = lora.fold(stored, trained)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}; is it the model that the run started from?") from error
-        return jax.tree.map(lambda leaf, old: leaf.astype(dtype or old.dtype), folded, stored)
+        return convert.read_params(self.path / component, models[component], dtype, adapters=trained)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids [N, E, 77] int32 of N captions; longer ones are cut at 77 tokens, with a warning."""

@@ -78,10 +78,8 @@ def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Ar
       A tree of adapters only.
 
     Raises:
-      ValueError: `rank` is below 1, or no layer matches.
+      ValueError: no layer matches.
     """
-    if rank < 1:
-        raise ValueError(f"rank {rank}: must be at least 1")
     pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(targets)})")
     layers = {
         path.removesuffix(".kernel"): leaf.shape
@@ -115,22 +113,3 @@ def product(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
     """What an adapter adds to its layer's kernel, float32, in the kernel's shape."""
     a, b = (np.asarray(matrix, np.float32) for matrix in (lora_A, lora_B))
     return (a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])).reshape(*a.shape[:-1], b.shape[-1])
-
-
-def fold(base: Params, adapters: Params) -> Params:
-    """The base model with every adapter added to its layer's kernel, as float32 NumPy arrays there.
-
-    Raises:
-      ValueError: an adapter of a layer that the base model has not, or has in another shape.
-    """
-    kernels, leaves = flatten_dict(base, sep="."), flatten_dict(adapters, sep=".")
-    for path in find_ranks(adapters):
-        added = product(leaves[path + _A], leaves[path + _B])
-        kernel = kernels.get(path + ".kernel")
-        if kernel is None or kernel.shape != added.shape:
-            found = "absent" if kernel is None else kernel.shape
-            raise ValueError(
-                f"adapter of {path} is for a kernel {added.shape}, which is {found} in the model"
-            )
-        kernels[path + ".kernel"] = np.asarray(kernel, np.float32) + added
-    return unflatten_dict(kernels, sep=".")
