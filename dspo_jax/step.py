@@ -167,7 +167,7 @@ def predict(
 def policy_params(task: Task, params: Params, reference: Params) -> Params:
     """The policy as `predict` takes it: trained parameters in the compute dtype, the rest of the reference.
 
-    The reference is stored in the compute dtype, so the two agree exactly until the first update.
+    The reference is stored in the compute dtype, so until the first update the two are the same numbers.
     """
     return lora.combine(reference, jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params))
 
