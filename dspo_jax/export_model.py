@@ -94,33 +94,28 @@ def _trained_tensors(
     dtype: str | None,
 ) -> dict[str, Tensor]:
     """A component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
+    fix = "name the model that the run started from with --base"
+    if component not in models:
+        raise ValueError(f"{saved.path}: holds {component}, which is absent in {folder.parent}; {fix}")
     leaves = _saved_leaves(saved, component)
-    file = weights_file(out / component, models[component].class_name)
-    if lora.find_ranks(dict(leaves)):
-        stored = open_component(folder, models[component])
-        try:
-            folded = fold_adapters(stored, leaves)
-        except ValueError as error:
-            raise ValueError(
-                f"{saved.path}: {error} in {folder}; name the model that the run started from with --base"
-            ) from error
-        return {
-            name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in folded.items()
-        }
-    wanted = flatten(models[component].abstract_params()) if component in models else {}
-    for path in sorted(leaves.keys() | wanted.keys()):
-        have = leaves[path].shape if path in leaves else None
-        want = tuple(wanted[path].shape) if path in wanted else None
-        if have != want:
-            raise ValueError(
-                f"{saved.path}: {component}.{path} is {have or 'absent'} there and {want or 'absent'} in "
-                f"{folder}; name the model that the run started from with --base"
-            )
+    adapted = bool(lora.find_ranks(dict(leaves)))
+    if not adapted:
+        wanted = flatten(models[component].abstract_params())
+        for path in sorted(leaves.keys() | wanted.keys()):
+            have = leaves[path].shape if path in leaves else None
+            want = tuple(wanted[path].shape) if path in wanted else None
+            if have != want:
+                raise ValueError(
+                    f"{saved.path}: {component}.{path} is {have or 'absent'} there and {want or 'absent'} in "
+                    f"{folder}; {fix}"
+                )
     stored = open_component(folder, models[component])
-    return {
-        name: cast(name, tensor, _dtype(dtype, stored[name]), file)
-        for name, tensor in to_torch(leaves).items()
-    }
+    try:
+        tensors = fold_adapters(stored, leaves) if adapted else to_torch(leaves)
+    except ValueError as error:
+        raise ValueError(f"{saved.path}: {error} in {folder}; {fix}") from error
+    file = weights_file(out / component, models[component].class_name)
+    return {name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in tensors.items()}
 
 
 def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:

@@ -113,6 +113,11 @@ def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):
         export(full_run, out, base=model)
     with refused(r"absent/model: no such folder, and the model hub did not give it", OSError):
         export(full_run, out, base="absent/model")
+    index = json.loads((model / "model_index.json").read_text())
+    del index["text_encoder"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with refused(f"{full_run}/checkpoints/3: holds text_encoder, which is absent in {model}; name the model"):
+        export(full_run, out, base=model)
     shutil.rmtree(model / "unet")
     with refused(f"{model}/unet/config.json: no such file", FileNotFoundError):
         export(full_run, out, base=model)
