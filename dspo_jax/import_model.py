@@ -51,9 +51,8 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
 def _import_folder(folder: Path, out: Path) -> None:
     if (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: a training run; use `convert export --run={folder}`")
-    networks = convert.read_models(folder)
+    networks = load_pipeline(folder).networks  # checks whether they fit together, tokenizers and schedule too
     classes = model_dir.list_components(model_dir.read_json(folder / "model_index.json"))
-    load_pipeline(folder)  # do they fit together; tokenizers and schedule
     for name, class_name in classes.items():
         if name in networks:
             convert.open_component(folder / name, networks[name])
@@ -68,8 +67,7 @@ def _import_folder(folder: Path, out: Path) -> None:
 
 
 def _import_single(path: Path, base: Path, out: Path) -> None:
-    load_pipeline(base)
-    networks = convert.read_models(base)
+    networks = load_pipeline(base).networks
     single = tensors.open_file(path)
     try:
         layouts = ldm.make_layouts({name: model.config for name, model in networks.items()})

@@ -72,6 +72,11 @@ class Pipeline:
     trained: Mapping[str, Params]
 
     @property
+    def networks(self) -> dict[str, Model]:
+        """All architectures by component."""
+        return {"unet": self.unet, "vae": self.vae, **self.text_encoders}
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the VAE's latents."""
         return self.vae.settings["latent_channels"]
@@ -91,8 +96,7 @@ class Pipeline:
         trained = self.trained.get(component, {})
         if trained and not lora.find_ranks(trained):
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
-        models = {"unet": self.unet, "vae": self.vae, **self.text_encoders}
-        return convert.read_params(self.path / component, models[component], dtype, adapters=trained)
+        return convert.read_params(self.path / component, self.networks[component], dtype, adapters=trained)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids [N, E, 77] int32 of N captions; longer ones are cut at 77 tokens, with a warning."""
