@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from transformers import CLIPTokenizer
 
-from dspo_jax import checkpoint, convert
+from dspo_jax import convert, saved_params
 from dspo_jax.model_dir import find_model, find_weights
 from dspo_jax.models import Model, Params, lora
 from dspo_jax.schedule import Schedule
@@ -121,16 +121,18 @@ class Pipeline:
         """Token ids [E, 77] int32 of the empty caption."""
         return self.tokenize([""])[0]
 
-    def encode_text(self, params: Mapping[str, Params], tokens: jax.Array) -> Text:
+    def encode_text(self, params: Mapping[str, Params], tokens: jax.Array, *, remat: str = "none") -> Text:
         """Token ids [B, E, 77] -> what the UNet is told. Pure; `params` holds the text encoders by component.
 
         Stable Diffusion 1 and 2 read the last states. SDXL reads the penultimate ones of both encoders side
         by side and the second one's pooled state, and zeros for an empty caption if its model_index.json says
         `force_zeros_for_empty_prompt`: so it was trained without captions, and so diffusers draws without a
         negative prompt. (The released Diffusion-DPO trainer encodes the captions that it drops.)
+
+        `remat` is a policy of models/remat.py for the backward pass; an unknown one is a ValueError.
         """
         states = [
-            model.apply(params[name], tokens[:, i])
+            model.apply(params[name], tokens[:, i], remat=remat)
             for i, (name, model) in enumerate(self.text_encoders.items())
         ]
         if len(states) == 1:
@@ -148,6 +150,8 @@ class Pipeline:
         timesteps: jax.Array,
         text: Text,
         micro_conditioning: jax.Array,
+        *,
+        remat: str = "none",
     ) -> jax.Array:
         """The UNet's output for noisy latents. Pure; `params` holds "unet".
 
@@ -158,12 +162,16 @@ class Pipeline:
           text: of B captions.
           micro_conditioning: [B, 6] pixels: original height and width, top and left of the crop, target
             height and width (SDXL, section 2.2). Only SDXL reads it.
+          remat: a policy of models/remat.py for the backward pass.
 
         Returns:
           [B, h, w, C] in the dtype of `latents`: eps or v, as `schedule.prediction_type` says.
+
+        Raises:
+          ValueError: an unknown policy.
         """
         if text.pooled is None:
-            return self.unet.apply(params["unet"], latents, timesteps, text.states)
+            return self.unet.apply(params["unet"], latents, timesteps, text.states, remat=remat)
         return self.unet.apply(
             params["unet"],
             latents,
@@ -171,6 +179,7 @@ class Pipeline:
             text.states,
             text_embeds=text.pooled,
             time_ids=micro_conditioning,
+            remat=remat,
         )
 
     def encode_moments(self, images: np.ndarray) -> jax.Array:
@@ -232,7 +241,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     trained: Mapping[str, Params] = {}
     if (path / "checkpoints").is_dir():
         base = find_model(convert.read_config(path)["model"])
-        trained, step = checkpoint.restore_params(path / "checkpoints", step)
+        trained, step = saved_params.restore_params(path / "checkpoints", step)
         logging.info("%s: %s from step %d over %s", path, " and ".join(trained), step, base)
         path = base
     index_file = path / "model_index.json"

@@ -259,3 +259,21 @@ def test_parameter_paths_are_the_state_dict_names(class_name):
     paths = flatten(build_model(class_name, CONFIGS[class_name]).abstract_params())
     assert {path.removeprefix("text_model.").rpartition(".")[0] for path in paths} == theirs
     assert len(paths) == len(list(module.parameters()))
+
+
+def test_long_attention_in_parts_gives_the_same_values_and_gradients(monkeypatch):
+    draw = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(draw.standard_normal((2, 50, 3, 8)), jnp.float32) for _ in range(3))
+
+    def outputs():
+        loss, grads = jax.value_and_grad(
+            lambda *inputs: jnp.square(attention(*inputs)).sum(), argnums=(0, 1, 2)
+        )(query, key, value)
+        return attention(query, key, value), loss, *grads
+
+    whole = outputs()
+    monkeypatch.setattr("dspo_jax.models.attention._AT_A_TIME", 50 * 50 // 7)  # parts of 7 and of 6 queries
+    for actual, expected in zip(outputs(), whole, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    kept = jax.vjp(attention, query, key, value)[1]
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) < 2 * 50 * 50 * 3  # the weights alone are that

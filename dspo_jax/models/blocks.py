@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspo_jax.models.attention import attention
+from dspo_jax.models.remat import run_block
 
 
 def conv2d(
@@ -269,12 +270,13 @@ class Transformer2DModel(nnx.Module):
             else conv2d(channels, channels, 1, rngs=rngs)
         )
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array, remat: str = "none") -> jax.Array:
         # In NHWC a 1x1 convolution and a linear layer act on the last axis alike; only their kernels differ.
         batch, height, width, channels = x.shape
-        h = self.norm(x)
+        # The norm too: its float32 intermediate results are larger than what a block keeps.
+        h = run_block(self.norm, remat, x)
         h = self.proj_in(h).reshape(batch, height * width, channels)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = run_block(block, remat, h, context)
         h = self.proj_out(h.reshape(batch, height, width, channels))
         return x + h

@@ -10,6 +10,7 @@ from flax import nnx
 from dspo_jax.models.attention import attention
 from dspo_jax.models.blocks import layer_norm
 from dspo_jax.models.config import check_config
+from dspo_jax.models.remat import run_block
 
 _USED = {
     "vocab_size",
@@ -152,13 +153,16 @@ class CLIPTextModel(nnx.Module):
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 
-    def __call__(self, input_ids: jax.Array) -> TextStates:
-        """The states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing."""
+    def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
+        """The states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing.
+
+        `remat` is a policy of models/remat.py, by which each layer is a block.
+        """
         *layers, last_layer = self.text_model.encoder.layers
         penultimate = self.text_model.embeddings(input_ids)
         for layer in layers:
-            penultimate = layer(penultimate)
-        last = self.text_model.final_layer_norm(last_layer(penultimate))
+            penultimate = run_block(layer, remat, penultimate)
+        last = self.text_model.final_layer_norm(run_block(last_layer, remat, penultimate))
         # Configs written before transformers 4.31 say eos_token_id = 2, whatever the tokenizer: the end token
         # was then found as the highest id.
         end_scores = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
@@ -176,7 +180,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             cfg["hidden_size"], cfg["projection_dim"], use_bias=False, rngs=rngs
         )
 
-    def __call__(self, input_ids: jax.Array) -> TextStates:
+    def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
         """As `CLIPTextModel`, but with `pooled` [B, projection_dim]."""
-        states = super().__call__(input_ids)
+        states = super().__call__(input_ids, remat=remat)
         return states._replace(pooled=self.text_projection(states.pooled))

@@ -18,6 +18,7 @@ from dspo_jax.models.blocks import (
     sinusoidal_embedding,
 )
 from dspo_jax.models.config import check_config, per_level
+from dspo_jax.models.remat import run_block
 
 _NAME = "UNet2DConditionModel"
 
@@ -201,6 +202,7 @@ class UNet2DCondition(nnx.Module):
         *,
         text_embeds: jax.Array | None = None,
         time_ids: jax.Array | None = None,
+        remat: str = "none",
     ) -> jax.Array:
         """Predict the target of the noisy latents.
 
@@ -210,13 +212,14 @@ class UNet2DCondition(nnx.Module):
           encoder_hidden_states: [B, S, cross_attention_dim] text states.
           text_embeds: [B, F] pooled text (SDXL only).
           time_ids: [B, 6] original h, w, crop top, left, target h, w (SDXL only).
+          remat: a policy of models/remat.py, by which each resnet and transformer block is a block.
 
         Returns:
           [B, h, w, out_channels] in the dtype of `sample`.
 
         Raises:
           ValueError: a spatial size that cannot be halved level by level; SDXL's conditions missing or
-            unexpected.
+            unexpected; an unknown policy.
         """
         dtype = sample.dtype
         if sample.shape[1] % self.downscale or sample.shape[2] % self.downscale:
@@ -245,23 +248,23 @@ class UNet2DCondition(nnx.Module):
         skips = [x]
         for block in self.down_blocks:
             for resnet, transformer in block.layers():
-                x = resnet(x, temb)
+                x = run_block(resnet, remat, x, temb)
                 if transformer is not None:
-                    x = transformer(x, context)
+                    x = transformer(x, context, remat)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, temb)
-        x = self.mid_block.attentions[0](x, context)
-        x = self.mid_block.resnets[1](x, temb)
+        x = run_block(self.mid_block.resnets[0], remat, x, temb)
+        x = self.mid_block.attentions[0](x, context, remat)
+        x = run_block(self.mid_block.resnets[1], remat, x, temb)
 
         for block in self.up_blocks:
             for resnet, transformer in block.layers():
-                x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
+                x = run_block(resnet, remat, jnp.concatenate([x, skips.pop()], axis=-1), temb)
                 if transformer is not None:
-                    x = transformer(x, context)
+                    x = transformer(x, context, remat)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x)
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))

@@ -1,0 +1,47 @@
+"""Rematerialisation: what is kept of a block for its backward pass, and what is computed a second time.
+
+"none" keeps every intermediate result. "blocks" keeps a block's inputs only and runs the block again before
+its backward pass, which costs up to a further forward pass (Chen et al. 2016, arXiv 1604.06174). "dots" keeps
+the outputs of linear layers and convolutions as well, so that norms, activations and the products and softmax
+of attention are computed again, and little arithmetic. None of them changes what is computed.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.extend.core import primitives
+
+from dspo_jax import spelling
+
+POLICIES = ("none", "blocks", "dots")
+
+
+def check_policy(policy: str) -> None:
+    """Refuses a name that is not in `POLICIES` by a ValueError; for before a trace, which would add to it."""
+    if policy not in POLICIES:
+        raise ValueError(spelling.unknown("config.remat", policy, POLICIES))
+
+
+def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
+    """`block(*inputs)`, rematerialised as `policy` says; "none" adds nothing to the program.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    check_policy(policy)
+    if policy == "none":
+        return block(*inputs)
+    graph, state = nnx.split(block)
+
+    def run(state: nnx.State, *inputs: jax.Array) -> Any:
+        return nnx.merge(graph, state)(*inputs)
+
+    saveable = _is_layer_output if policy == "dots" else jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(run, policy=saveable)(state, *inputs)
+
+
+def _is_layer_output(primitive: Any, *args: Any, **params: Any) -> Any:
+    # Attention's products have batch dimensions, linear layers have none.
+    is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is primitives.conv_general_dilated_p or is_linear(primitive, *args, **params)
