@@ -159,6 +159,17 @@ class Schedule:
         alpha_bar = jnp.take(self.alphas_cumprod, t)
         return alpha_bar / (1 - alpha_bar)
 
+    def min_snr_weight(self, t: ArrayLike, gamma: float) -> jax.Array:
+        """Min-SNR-gamma: the weight of the squared error of the prediction, of the shape of `t`.
+
+        It is min(SNR, gamma) for the error of x_0 (Hang et al. 2023, arXiv 2303.09556): what a constant
+        weight of eps comes to, but no more than gamma. An error of x_0 is one of eps divided by sqrt(SNR),
+        and one of v times sqrt(1 - abar) = 1 / sqrt(SNR + 1), so this is min(SNR, gamma) / SNR for eps and
+        min(SNR, gamma) / (SNR + 1) for v, as in diffusers' training scripts (--snr_gamma).
+        """
+        snr = self.snr(t)
+        return jnp.minimum(snr, gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+
     def reward_weight(self, t: ArrayLike) -> jax.Array:
         """The papers' time weight of the implicit reward, of the shape of `t`.
 

@@ -30,6 +30,14 @@ def time_weights(betas, t, prediction_type):
     return w, variance * preference_score**2, data_score / preference_score
 
 
+def min_snr_weight(betas, t, prediction_type, gamma):
+    """min(SNR, gamma) on the error of x_0, per squared error of the prediction."""
+    alpha_bar = np.prod(1 - betas[: t + 1])
+    # x_0 = (x_t - sqrt(1 - abar) eps) / sqrt(abar) = sqrt(abar) x_t - sqrt(1 - abar) v.
+    of_x0 = (1 - alpha_bar) / (alpha_bar if prediction_type == "epsilon" else 1)
+    return min(alpha_bar / (1 - alpha_bar), gamma) * of_x0
+
+
 def kl_bernoulli(p, q):
     return sum(a * np.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)))
 
@@ -90,10 +98,12 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
         if len(policy) == 2:
             m |= {"loser_error": errors[i, 1], "loser_drift": drift[1], "margin": drift[1] - drift[0]}
 
-        if name == "ddpm":
-            loss = np.mean(a * b**2 * errors[i])
-        elif name == "sft":
-            loss = a[0] * b[0] ** 2 * errors[i, 0]
+        if name in ("ddpm", "sft"):
+            weighted = a * b**2 * errors[i]
+            if h["min_snr_gamma"] is not None:
+                times = arrays["timesteps"][i]
+                weighted *= [min_snr_weight(betas, t, prediction_type, h["min_snr_gamma"]) for t in times]
+            loss = weighted.mean() if name == "ddpm" else weighted[0]
         elif name == "dspo_e":
             step = h["score_weight"] * (policy[0] - reference[0])
             loss = a[0] * reduce((b[0] * (policy[0] - target[0]) - step) ** 2)

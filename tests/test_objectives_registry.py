@@ -74,7 +74,7 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
         (
             "sft",
             {"detach": True},
-            r"argument of objective 'sft' = 'detach': .*allowed: reduction, time_weight",
+            r"argument of objective 'sft' = 'detach': .*allowed: min_snr_gamma, reduction, time_weight",
         ),
         ("dspo", {"reduction": "men"}, r"config\.objective\.reduction = 'men': .*did you mean 'mean'\?"),
         ("dspo", {"time_weight": None}, r"config\.objective\.time_weight = 'None': .*none, paper"),
@@ -86,6 +86,13 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
         ("dmpo", {"alpha": 0.0}, r"config\.objective\.alpha = 0\.0: .*above 0 and below 1"),
         ("dmpo", {"alpha": 1.0}, r"config\.objective\.alpha = 1\.0: .*above 0 and below 1"),
         ("mapo", {"kappa": 0.0}, r"config\.objective\.kappa = 0\.0: .*above zero"),
+        ("sft", {"min_snr_gamma": 0.0}, r"config\.objective\.min_snr_gamma = 0\.0: .*above zero"),
+        (
+            "ddpm",
+            {"min_snr_gamma": 5.0, "time_weight": "paper"},
+            r"^config\.objective\.min_snr_gamma = 5\.0: .*config\.objective\.time_weight = 'paper'$",
+        ),
+        ("dspo", {"min_snr_gamma": 5.0}, r"argument of objective 'dspo' = 'min_snr_gamma': unknown"),
         ("sdpo", {"mu": 1.5}, r"config\.objective\.mu = 1\.5: .*between 0 and 1"),
         ("dspo_e", {"detach": True}, r"'dspo_e' = 'detach': .*allowed: gamma, lam, reduction, score_weight"),
         ("mapo", {"beta": 1.0}, r"argument of objective 'mapo' = 'beta': .*kappa, margin_weight"),

@@ -1,4 +1,4 @@
-"""The optimizer against torch's AdamW, the schedules against their formulas, and every refusal."""
+"""The optimizers against torch and their formulas, the schedules against theirs, and every refusal."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import torch
 from ml_collections import ConfigDict
 from torch.optim.adamw import adamw
 
-from dspo_jax.optim import make_optimizer, make_schedule
+from dspo_jax.optim import make_optimizer, make_schedule, peak_rate
 
 
 def config(**changes):
@@ -23,6 +23,8 @@ def config(**changes):
         "max_grad_norm": 1.0,
         "schedule": "constant",
         "warmup_steps": 0,
+        "moment_dtype": "float32",
+        "scale_lr": False,
     }
     return ConfigDict({**defaults, **changes})
 
@@ -42,7 +44,7 @@ def test_adamw_agrees_with_torch(max_grad_norm):
     first, second = ([torch.zeros_like(parameter) for parameter in theirs.values()] for _ in range(2))
     steps = [torch.tensor(0.0) for _ in theirs]
     ours = jax.tree.map(jnp.asarray, start)
-    optimizer, _ = make_optimizer(config(max_grad_norm=max_grad_norm), total_steps=5)
+    optimizer, _ = make_optimizer(config(max_grad_norm=max_grad_norm), total_steps=5, batch_size=1)
     state = optimizer.init(ours)
     for gradient in gradients:
         for name, parameter in theirs.items():
@@ -86,7 +88,7 @@ def test_adafactor_takes_a_step_of_the_learning_rate_and_factors_its_moments():
     }
     start = {name: random.normal(size=value.shape) for name, value in gradient.items()}
     start, gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (start, gradient))
-    optimizer, _ = make_optimizer(config(name="adafactor"), total_steps=5)
+    optimizer, _ = make_optimizer(config(name="adafactor"), total_steps=5, batch_size=1)
     state = optimizer.init(start)
     held = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert (128,) in held
@@ -95,6 +97,72 @@ def test_adafactor_takes_a_step_of_the_learning_rate_and_factors_its_moments():
     # A gradient whose squares are a product of rows and columns is factored without loss.
     for name, update in updates.items():
         np.testing.assert_allclose(update, -1e-2 * (signs[name] + 1e-2 * start[name]), rtol=1e-4, atol=1e-7)
+
+
+def test_lion_follows_its_formula():
+    """Algorithm 2 of the paper in float64, with a rate that changes at every step."""
+    random = np.random.default_rng(0)
+    start = {"kernel": random.normal(size=(5, 3)), "bias": random.normal(size=3)}
+    gradients = [jax.tree.map(lambda p: random.normal(size=p.shape), start) for _ in range(6)]
+    changes = {"b1": 0.8, "b2": 0.6, "weight_decay": 0.3, "max_grad_norm": 0.0}
+    optimizer, _ = make_optimizer(
+        config(name="lion", schedule="linear", warmup_steps=2, **changes), total_steps=8, batch_size=1
+    )
+    ours = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), start)
+    state = optimizer.init(ours)
+    momenta, expected = {name: 0.0 for name in start}, dict(start)
+    by_momentum = 0
+    for gradient, rate in zip(gradients, 1e-2 * np.array([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6]), strict=True):
+        for name, g in gradient.items():
+            direction = np.sign(0.8 * momenta[name] + 0.2 * g)
+            by_momentum += np.sum(direction != np.sign(g))
+            expected[name] = expected[name] - rate * (direction + 0.3 * expected[name])
+            momenta[name] = 0.6 * momenta[name] + 0.4 * g
+        given = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradient)
+        updates, state = optimizer.update(given, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    assert by_momentum > 10
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-6)
+
+
+def held_dtypes(optimizer, params):
+    return sorted(str(leaf.dtype) for leaf in jax.tree.leaves(optimizer.init(params)) if leaf.shape)
+
+
+@pytest.mark.parametrize(("name", "second"), [("adamw", ["float32"]), ("lion", [])])
+def test_the_first_moment_is_stored_in_its_dtype(name, second):
+    params = jnp.ones((300,))
+    gradients = jnp.asarray(np.random.default_rng(0).normal(size=(20, 300)), jnp.float32)
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        changes = {"name": name, "moment_dtype": dtype, "b2": 0.99, "weight_decay": 0.0}
+        optimizer, _ = make_optimizer(config(**changes), total_steps=5, batch_size=1)
+        assert held_dtypes(optimizer, params) == sorted([dtype, *second])
+        state, now = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, now)
+            assert updates.dtype == jnp.float32
+            now = optax.apply_updates(now, updates)
+        assert str(jax.tree.leaves(state)[1].dtype) == dtype  # after the count
+        moved[dtype] = now - params
+    difference = np.linalg.norm(moved["bfloat16"] - moved["float32"]) / np.linalg.norm(moved["float32"])
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion"])
+def test_a_scaled_rate_is_that_of_one_example_times_the_batch(name):
+    given = {"name": name, "schedule": "cosine", "warmup_steps": 2}
+    scaled = config(learning_rate=1e-3, scale_lr=True, **given)
+    assert peak_rate(scaled, 8) == 8e-3
+    params, gradient = jnp.ones((3,)), jnp.arange(1.0, 4.0)
+    steps = []
+    for each, batch_size in ((scaled, 8), (config(learning_rate=8e-3, **given), 999)):
+        optimizer, rate = make_optimizer(each, total_steps=10, batch_size=batch_size)
+        np.testing.assert_allclose(rate(1), 8e-3, rtol=1e-6)
+        steps.append(optimizer.update(gradient, optimizer.init(params), params)[0])
+    assert np.abs(steps[0]).min() > 1e-3
+    np.testing.assert_allclose(*steps, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +180,30 @@ def test_schedules_follow_their_formula(schedule, decay):
     np.testing.assert_allclose(rate(jnp.arange(4, 25)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("warmup_steps", "expected"),
+    [
+        # Updates 1 to 4 warm up; the 9th has sqrt(4 / 9) of the peak, the 16th a half.
+        (4, {0: 0.5, 1: 1.0, 3: 2.0, 4: 2 * 0.8**0.5, 8: 4 / 3, 15: 1.0, 399: 0.2}),
+        (0, {0: 2.0, 3: 1.0, 15: 0.5, 399: 0.1}),
+    ],
+)
+def test_inverse_sqrt_by_hand(warmup_steps, expected):
+    given = config(schedule="inverse_sqrt", warmup_steps=warmup_steps, learning_rate=2.0)
+    for total_steps in (2, 1000):  # not read, and the warm-up may be longer than the run
+        rate = make_schedule(given, total_steps)
+        np.testing.assert_allclose([rate(done) for done in expected], list(expected.values()), rtol=1e-6)
+
+
 def test_a_missing_key_is_named():
     incomplete = config()
     del incomplete["eps"]
     with pytest.raises(ValueError, match=r"config\.optimizer\.eps: missing"):
-        make_optimizer(incomplete, total_steps=10)
+        make_optimizer(incomplete, total_steps=10, batch_size=1)
 
 
 def test_the_optimizer_uses_the_schedule_it_returns():
-    optimizer, rate = make_optimizer(config(warmup_steps=3, weight_decay=0.0), total_steps=10)
+    optimizer, rate = make_optimizer(config(warmup_steps=3, weight_decay=0.0), total_steps=10, batch_size=1)
     params = jnp.ones((2,))
     state = optimizer.init(params)
     for step in range(5):
@@ -134,7 +217,7 @@ def test_the_optimizer_uses_the_schedule_it_returns():
     [
         (
             {"name": "adam"},
-            r"config\.optimizer\.name = 'adam': unknown; did you mean 'adamw'\?.*adafactor, adamw\)",
+            r"config\.optimizer\.name = 'adam': unknown; did you mean 'adamw'\?.*adafactor, adamw, lion\)",
         ),
         ({"schedule": "cosin"}, r"config\.optimizer\.schedule = 'cosin': unknown; did you mean 'cosine'\?"),
         (
@@ -142,6 +225,22 @@ def test_the_optimizer_uses_the_schedule_it_returns():
             r"a key of config\.optimizer = 'wieght_decay': unknown; did you mean 'weight_decay'\?",
         ),
         ({"learning_rate": -1.0}, r"config\.optimizer\.learning_rate = -1\.0: must not be negative"),
+        (
+            {"moment_dtype": "bflot16"},
+            r"config\.optimizer\.moment_dtype = 'bflot16': unknown; did you mean 'bfloat16'\?.*float32\)",
+        ),
+        (
+            {"name": "adafactor", "moment_dtype": "bfloat16"},
+            r"config\.optimizer\.moment_dtype = 'bfloat16': adafactor keeps no first moment",
+        ),
+        (
+            {"name": "lion", "moment_dtype": "bfloat16"},
+            r"config\.optimizer\.b2 = 0\.999: is 1 in bfloat16, .* use 0\.99 or less",
+        ),
+        (
+            {"b1": 0.9985, "moment_dtype": "bfloat16"},
+            r"config\.optimizer\.b1 = 0\.9985: is 1 in bfloat16, .* use 0\.99 or less",
+        ),
         ({"b2": 1.0}, r"config\.optimizer\.b2 = 1\.0: must be at least 0 and below 1"),
         ({"max_grad_norm": -1.0}, r"config\.optimizer\.max_grad_norm = -1\.0: must not be negative"),
         (
@@ -151,5 +250,5 @@ def test_the_optimizer_uses_the_schedule_it_returns():
     ],
 )
 def test_refusals(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_optimizer(config(**changes), total_steps=10)
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        make_optimizer(config(**changes), total_steps=10, batch_size=1)

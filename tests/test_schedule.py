@@ -104,6 +104,24 @@ def test_snr():
     np.testing.assert_allclose(schedule.snr(TIMESTEPS), expected[:, 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weight_is_that_of_diffusers_training_scripts(prediction_type):
+    """As examples/text_to_image/train_text_to_image.py computes it."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    from diffusers.training_utils import compute_snr
+
+    betas = {key: STABLE_DIFFUSION[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+    scheduler = diffusers.DDPMScheduler(**betas, prediction_type=prediction_type)
+    snr = compute_snr(scheduler, torch.arange(1000))
+    weights = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    weights = weights / snr if prediction_type == "epsilon" else weights / (snr + 1)
+    ours = Schedule.scaled_linear(prediction_type=prediction_type).min_snr_weight(np.arange(1000), 5.0)
+    np.testing.assert_allclose(ours, weights.numpy(), rtol=1e-4)
+    assert (snr > 5).sum() == 147  # docs/objectives.md
+    stated = {"epsilon": [0.004, 1.0, 1.0], "v_prediction": [0.004, 0.83, 0.005]}
+    np.testing.assert_allclose(ours[np.array([0, 147, 999])], stated[prediction_type], rtol=0.1)
+
+
 def test_is_a_pytree_whose_prediction_type_is_static(images):
     x0, noise = images
     schedule = Schedule.scaled_linear(prediction_type="v_prediction")

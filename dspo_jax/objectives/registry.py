@@ -21,6 +21,7 @@ _LIMITS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "alpha": ("above 0 and below 1", lambda value: 0 < value < 1),
     "beta": ("above zero", lambda value: value > 0),
     "kappa": ("above zero", lambda value: value > 0),
+    "min_snr_gamma": ("above zero", lambda value: value > 0),
     "mu": ("between 0 and 1", lambda value: 0 <= value <= 1),
 }
 
@@ -174,6 +175,11 @@ def register(
                     raise ValueError(spelling.unknown(f"argument of objective {name!r}", argument, defaults))
                 _check_value(f"config.objective.{argument}", value, defaults[argument])
             values = {**defaults, **hyperparameters}
+            if values.get("min_snr_gamma") is not None and values["time_weight"] != "none":
+                raise ValueError(
+                    f"config.objective.min_snr_gamma = {values['min_snr_gamma']!r}: is a time weight of its "
+                    f"own; leave it out, or config.objective.time_weight = {values['time_weight']!r}"
+                )
             return Objective(name, values, needs_reference, needs_loser, images, loss, notes)
 
         _REGISTRY[name] = build
