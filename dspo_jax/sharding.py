@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspo_jax import spelling
@@ -20,48 +21,91 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 Rule = tuple[str, PartitionSpec]
 
+# First match decides; an axis that does not divide is left whole. What enters a block of attention or
+# feed-forward is split over its heads or hidden units, and what leaves it along the same axis, so that one
+# sum over `tensor` is all the communication of a block (Shoeybi et al. 2019, "Megatron-LM", section 3). What
+# no rule names is split over `fsdp` alone.
+RULES: tuple[Rule, ...] = (
+    # The UNet's attention and feed-forward; CLIP's.
+    (r"(to_[qkv]|ff\.net\.0\.proj)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(to_out\.0|ff\.net\.2)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"([qkv]_proj|fc1)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(out_proj|fc2)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(ff\.net\.0\.proj|[qkv]_proj|fc1)\.bias$", PartitionSpec("tensor")),
+    # Gathering what is so small costs more than holding it.
+    (r"\.(bias|scale)$", PartitionSpec()),
+)
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+
+def make_mesh(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,
+    dcn_sizes: Mapping[str, int] | None = None,
+) -> Mesh:
     """Arranges the devices as a mesh with the axes `data`, `fsdp`, `tensor`.
 
     Args:
       sizes: size by axis name; an absent axis has size 1, one of them may be -1: all devices the others
-        leave.
+        leave. Within a slice where there are several.
       devices: the devices to use; all of `jax.devices()` by default, over all processes.
+      dcn_sizes: by axis name, how many slices lie along it, which the slower network connects: the axis gets
+        the product of both sizes. A slice is one of several of TPUs, or else what one process holds. All 1,
+        or None: the devices are taken as one slice.
 
     Raises:
       ValueError: an unknown axis, a size that is no positive integer, or sizes whose product is not the
-        number of devices.
+        number of devices or of slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    if set((dcn_sizes or {}).values()) <= {1}:
+        shape = _fill(sizes, len(devices), "config.mesh", "devices of this run")
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    return Mesh(arrange(sizes, devices, dcn_sizes or {}), MESH_AXES, axis_types=axis_types)
+
+
+def arrange(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device], dcn_sizes: Mapping[str, int]
+) -> np.ndarray:
+    """The devices of several slices as an array with the axes of `MESH_AXES`; see `make_mesh`."""
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    by_process = len(slices) == 1
+    count = len({device.process_index for device in devices} if by_process else slices)
+    dcn_shape = _fill(dcn_sizes, count, "config.mesh.dcn", "processes" if by_process else "slices")
+    shape = _fill(sizes, len(devices) // count, "config.mesh", "devices of each slice")
+    return mesh_utils.create_hybrid_device_mesh(
+        shape, dcn_shape, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
+
+
+def _fill(sizes: Mapping[str, int], available: int, key: str, of_what: str) -> list[int]:
+    """The sizes in the order of `MESH_AXES`, with -1 replaced, which must multiply to `available`."""
     for axis, size in sizes.items():
         if axis not in MESH_AXES:
-            raise ValueError(spelling.unknown("config.mesh", axis, MESH_AXES))
+            raise ValueError(spelling.unknown(key, axis, MESH_AXES))
         if size != -1 and size < 1:
-            raise ValueError(
-                f"config.mesh.{axis} = {size}: must be positive, or -1 for all devices that are left"
-            )
+            raise ValueError(f"{key}.{axis} = {size}: must be positive, or -1 for all devices that are left")
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     product = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1:
-        raise ValueError(f"config.mesh = {product}: only one axis can be -1")
+        raise ValueError(f"{key} = {product}: only one axis can be -1")
     taken = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % taken == 0:
-        shape[shape.index(-1)] = len(devices) // taken
-    if -1 in shape or math.prod(shape) != len(devices):
+    if -1 in shape and available % taken == 0:
+        shape[shape.index(-1)] = available // taken
+    if -1 in shape or math.prod(shape) != available:
         raise ValueError(
-            f"config.mesh = {product}: does not fit the {len(devices)} devices of this run; "
+            f"{key} = {product}: does not fit the {available} {of_what}; "
             "set one axis to -1 and the product of the others to a divisor of that"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return shape
 
 
-def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
+def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
     """Chooses a sharding for every array of a tree by its path; the first rule that matches decides.
 
-    An array that no rule matches is split over `fsdp` along its largest axis that divides evenly, or else
-    replicated. Optimizer moments have their parameter's path as the end of their own, so the same rules split
-    them alike.
+    An axis that a rule would split unevenly stays whole. An array that no rule matches, or that has fewer
+    axes than the rule, is split over `fsdp` along its largest axis that divides evenly, or else replicated.
+    Optimizer moments have their parameter's path as the end of their own, so the same rules split them alike.
 
     Args:
       tree: pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -70,20 +114,47 @@ def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
 
     Returns:
       The same tree with a `NamedSharding` for every array.
-
-    Raises:
-      ValueError: a rule asks for a split that the array's shape does not allow.
     """
 
     def choose(path: tuple[Any, ...], array: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         for pattern, spec in rules:
-            if re.search(pattern, name):
-                _refuse_uneven_split(name, array.shape, pattern, spec, mesh)
-                return NamedSharding(mesh, spec)
+            if re.search(pattern, name) and len(spec) <= len(array.shape):
+                return NamedSharding(mesh, _keep_even_splits(array.shape, spec, mesh))
         return NamedSharding(mesh, _split_largest_axis(array.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays as global arrays: each device is given its part, and none ever holds more.
+
+    With several processes each has the same whole arrays on the host.
+    """
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What one device holds of a tree of arrays, or of `jax.ShapeDtypeStruct` with a sharding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def replicated_bytes(tree: Any) -> tuple[int, str]:
+    """Of the same, what every device holds whole: its bytes, and the path of the largest such array."""
+    whole = [
+        (leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path, simple=True, separator="."))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.sharding.is_fully_replicated
+    ]
+    return sum(size for size, _ in whole), max(whole, default=(0, ""))[1]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -112,16 +183,45 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str = "config.batch_size"
         )
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch this process reads: (its number, of how many).
+
+    Processes whose devices differ along `tensor` alone read the same part.
+
+    Raises:
+      ValueError: the devices of a process do not lie together along the batch.
+    """
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])  # one for each part of the batch
+    parts: dict[int, list[int]] = {}
+    for row, devices in enumerate(rows):
+        for process in {device.process_index for device in devices}:
+            parts.setdefault(process, []).append(row)
+    mine = parts[jax.process_index()]
+    size = len(mine)
+    if any(len(part) != size or part[0] % size or part[-1] - part[0] != size - 1 for part in parts.values()):
+        raise ValueError(
+            f"config.mesh = {dict(mesh.shape)}: the devices of a process do not lie together along the "
+            "batch; make `tensor` a divisor or a multiple of the devices of a process"
+        )
+    return mine[0] // size, len(rows) // size
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's part of a batch on its devices as global arrays, split over (`data`, `fsdp`).
 
     Args:
-      batch: arrays with the process-local part of the batch as leading axis (the whole batch when there is
-        one process).
+      batch: arrays with the part that `batch_share` names as leading axis (the whole batch when there is one
+        process).
       mesh: from `make_mesh`.
     """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    _, parts = batch_share(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, array, (array.shape[0] * parts, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
 
 
 def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -133,18 +233,10 @@ def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
-def _refuse_uneven_split(
-    name: str, shape: tuple[int, ...], pattern: str, spec: PartitionSpec, mesh: Mesh
-) -> None:
-    if len(spec) > len(shape):
-        raise ValueError(
-            f"sharding rule {pattern!r}: {spec} has {len(spec)} axes, but {name} has shape {list(shape)}"
+def _keep_even_splits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec(
+        *(
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for size, axis in zip(shape, spec, strict=False)
         )
-    for size, axes in zip(shape, spec, strict=False):
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        ways = math.prod(mesh.shape[axis] for axis in names)
-        if size % ways:
-            raise ValueError(
-                f"sharding rule {pattern!r}: {spec} splits {name} of shape {list(shape)} unevenly: "
-                f"{size} is not a multiple of {' x '.join(names)} = {ways}"
-            )
+    )
