@@ -1,4 +1,4 @@
-"""Saving and restoring the state of a run. The only file that knows Orbax.
+"""Saving and restoring the state of a run. With saved_params.py the only file that knows Orbax.
 
 A checkpoint directory holds one folder per saved step, named by the step. A folder gets that name only when
 everything in it has been written, so a save that was cut short (SIGKILL, full disk) never looks like a
@@ -6,7 +6,7 @@ checkpoint.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import WARNING, LogRecord
 from pathlib import Path
@@ -16,19 +16,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import traverse_util
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-_STATE = "state"
+STATE = "state"
 _EXTRA = "extra"
+_SCORE = "score"
+_UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
-_READ_AHEAD_BYTES = 64 * 2**20
 # Of an array that several devices hold, each writes its part if that is at least this much.
 _SPLIT_BYTES = 2**20
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read."""
+
+
 class Checkpoints:
-    """The checkpoints of one run: at most `max_to_keep` of them, written in the background.
+    """The checkpoints of one run: the newest `max_to_keep` and the best, written in the background.
 
     With several processes, all of them make the same calls in the same order.
     """
@@ -38,24 +43,35 @@ class Checkpoints:
 
         Args:
           directory: a local folder.
-          max_to_keep: how many checkpoints to keep, the newest ones; None keeps all. An old one is deleted
-            only after the new one is complete.
+          max_to_keep: how many checkpoints to keep, the newest ones; None keeps all. The one with the best
+            score is kept besides. An old one is deleted only after the new one is complete.
 
         Raises:
           ValueError: `directory` holds other files than checkpoints.
           NotADirectoryError: `directory` is a file.
         """
-        _hush_orbax()
+        hush_orbax()
         self._directory = Path(directory).absolute()
-        _refuse_foreign_folder(self._directory)
+        refuse_foreign_folder(self._directory)
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_handlers={_STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True),
+            item_handlers={STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_score,  # also makes Orbax write the scores
+                preservation_policy=keep.AnyPreservationPolicy(
+                    [
+                        keep.LatestN(max_to_keep),
+                        keep.BestN(get_metric_fn=_score, n=1),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
         )
 
-    def save(self, step: int, state: Any, extra: dict[str, Any], wait: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, extra: dict[str, Any], score: float | None = None, wait: bool = False
+    ) -> None:
         """Saves `state` and `extra` as step `step`; does nothing when that step is saved already.
 
         The arrays are read before this returns or held until they are written, so the caller may donate them
@@ -65,6 +81,7 @@ class Checkpoints:
           step: number of optimizer updates done.
           state: pytree of JAX arrays.
           extra: whatever else a resumed run needs, such as the position in the data; JSON types only.
+          score: how good the model is, higher is better; None: not known, and never the best.
           wait: return only when the checkpoint is complete on disk.
 
         Raises:
@@ -77,9 +94,10 @@ class Checkpoints:
         with self._name_save_errors(step):
             self._saving = step
             items = ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
+                **{STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
             )
-            self._manager.save(step, args=items, force=True)
+            metrics = {_SCORE: _UNKNOWN if score is None else score}
+            self._manager.save(step, args=items, metrics=metrics, force=True)
         if wait:
             self.wait()
 
@@ -98,6 +116,45 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best checkpoint that is kept, or None where none has a score."""
+        self.wait()
+        scores = [(_score(self._manager.metrics(step)), step) for step in self._manager.all_steps()]
+        score, step = max(scores, default=(_UNKNOWN, 0))
+        return None if score == _UNKNOWN else (step, score)
+
+    def restore_newest(
+        self, abstract_state: Any, fallback: bool, agree: Callable[[bool], bool] = bool
+    ) -> tuple[Any, dict[str, Any], int]:
+        """`restore` of the newest checkpoint, or with `fallback` of the newest that is not damaged.
+
+        A damaged one is reported and renamed, so that the run can save that step again.
+
+        Args:
+          abstract_state: as `restore`.
+          fallback: whether to go on with an older one.
+          agree: with several processes, tells them all whether one of them says yes.
+        """
+        while True:
+            newest = self.latest_step()
+            try:
+                restored, damage = self.restore(abstract_state), None
+            except DamagedCheckpoint as error:
+                restored, damage = None, error
+            if not agree(damage is not None) and restored is not None:
+                return restored
+            if damage is None:
+                damage = DamagedCheckpoint(f"{self._directory / str(newest)}: damaged for another process")
+            if not fallback or len(self._manager.all_steps()) < 2:
+                raise damage
+            logging.error("%s: config.checkpoint.fallback: using the one before it", damage)
+            if jax.process_index() == 0:
+                folder = self._directory / str(newest)
+                folder.rename(folder.with_name(f"{newest}.damaged"))
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoint set aside")
+            self._manager.reload()
+
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
         """Reads a checkpoint back into the structure, dtypes and shardings of `abstract_state`.
 
@@ -112,20 +169,21 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          ValueError: it is damaged, or its arrays differ from `abstract_state` in name, shape or dtype.
+          DamagedCheckpoint: it cannot be read.
+          ValueError: its arrays differ from `abstract_state` in name, shape or dtype.
         """
         self.wait()
-        step = _choose_step(self._directory, self._manager.all_steps(), step)
-        with _name_restore_errors(self._directory / str(step)):
-            saved = self._manager.item_metadata(step)[_STATE].tree
+        step = choose_step(self._directory, self._manager.all_steps(), step)
+        with name_restore_errors(self._directory / str(step)):
+            saved = self._manager.item_metadata(step)[STATE].tree
         _refuse_different_state(self._directory / str(step), saved, abstract_state)
-        with _name_restore_errors(self._directory / str(step)):
+        with name_restore_errors(self._directory / str(step)):
             shardings = ocp.checkpoint_utils.construct_restore_args(abstract_state)
             state = ocp.args.PyTreeRestore(abstract_state, restore_args=shardings)
-            items = ocp.args.Composite(**{_STATE: state, _EXTRA: ocp.args.JsonRestore()})
+            items = ocp.args.Composite(**{STATE: state, _EXTRA: ocp.args.JsonRestore()})
             restored = self._manager.restore(step, args=items)
         logging.info("Restored step %d from %s", step, self._directory)
-        return restored[_STATE], restored[_EXTRA], step
+        return restored[STATE], restored[_EXTRA], step
 
     def close(self) -> None:
         """Waits for the save under way and releases the background threads.
@@ -163,108 +221,8 @@ class Checkpoints:
             ) from error
 
 
-class SavedParams:
-    """One named subtree of a saved state, read a part at a time. A context manager.
-
-    Attributes:
-      step: of the checkpoint.
-      path: its folder.
-      arrays: dotted name -> shape and dtype of every array, e.g. "unet.conv_in.kernel"; nothing is read yet.
-    """
-
-    def __init__(self, directory: str | Path, step: int | None = None, subtree: str = "params"):
-        """Opens a checkpoint; arguments and errors as `restore_params`."""
-        _hush_orbax()
-        directory = Path(directory).absolute()
-        if not directory.exists():
-            raise FileNotFoundError(f"{directory}: no such checkpoint directory")
-        _refuse_foreign_folder(directory)
-        self.step = _choose_step(directory, _complete_steps(directory), step)
-        self.path = directory / str(self.step)
-        self._subtree = subtree
-        handler = ocp.PyTreeCheckpointHandler()
-        with _name_restore_errors(self.path):
-            saved = handler.metadata(self.path / _STATE).tree
-        if not isinstance(saved.get(subtree), dict):
-            raise ValueError(
-                f"{self.path}: the saved state has no {subtree!r} (it has: {', '.join(sorted(saved))})"
-            )
-        self._reader = ocp.Checkpointer(handler)
-        # Sorted, as a file of safetensors is: neighbours are wanted together.
-        self._saved = dict(sorted(traverse_util.flatten_dict(saved[subtree]).items()))
-        self.arrays = {
-            ".".join(key): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in self._saved.items()
-        }
-        self._keys = dict(zip(self.arrays, self._saved, strict=True))
-        self._ahead: dict[str, np.ndarray] = {}
-
-    def read(self, name: str) -> np.ndarray:
-        """One array. Cheap in the order of `arrays`: a few of those that follow are read with it and kept.
-
-        Raises:
-          ValueError: the checkpoint is damaged.
-        """
-        if name not in self._ahead:
-            names = list(self.arrays)
-            group: list[str] = []
-            size = 0
-            for following in names[names.index(name) :]:
-                array = self.arrays[following]
-                size += array.size * array.dtype.itemsize
-                if group and size > _READ_AHEAD_BYTES:
-                    break
-                group.append(following)
-            restored = traverse_util.flatten_dict(self._restore([self._keys[member] for member in group]))
-            self._ahead = {member: restored[self._keys[member]] for member in group}
-        return self._ahead.pop(name)
-
-    def read_all(self) -> dict[str, Any]:
-        """The whole subtree as nested dicts with the keys it was saved with."""
-        return self._restore(list(self._saved))
-
-    def _restore(self, keys: list[tuple[str, ...]]) -> dict[str, Any]:
-        wanted = {self._subtree: traverse_util.unflatten_dict({key: self._saved[key] for key in keys})}
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted, is_leaf=_is_array_metadata
-        )
-        with _name_restore_errors(self.path):
-            restored = self._reader.restore(
-                self.path / _STATE,
-                args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
-            )
-        return restored[self._subtree]
-
-    def close(self) -> None:
-        """Releases Orbax's threads."""
-        self._reader.close()
-
-    def __enter__(self) -> "SavedParams":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def restore_params(
-    directory: str | Path, step: int | None = None, subtree: str = "params"
-) -> tuple[dict[str, Any], int]:
-    """Reads one named subtree of a saved state as nested dicts of NumPy arrays, and nothing else of it.
-
-    Args:
-      directory: what `Checkpoints` was given.
-      step: which checkpoint; None means the newest.
-      subtree: top-level name in the saved state.
-
-    Returns:
-      (nested dict with the keys and dtypes it was saved with, step).
-
-    Raises:
-      FileNotFoundError: there is no such directory or no such checkpoint.
-      ValueError: `directory` holds something else, the checkpoint is damaged, or the state has no such
-        subtree.
-    """
-    with SavedParams(directory, step, subtree) as saved:
-        return saved.read_all(), saved.step
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[_SCORE]
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
@@ -279,11 +237,11 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def _is_array_metadata(node: Any) -> bool:
+def is_array_metadata(node: Any) -> bool:
     return hasattr(node, "shape") and hasattr(node, "dtype")
 
 
-def _refuse_foreign_folder(directory: Path) -> None:
+def refuse_foreign_folder(directory: Path) -> None:
     """Refuses a path that is neither absent, nor empty, nor a checkpoint directory; leaves it alone."""
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory}: is a file, not a checkpoint directory")
@@ -295,11 +253,7 @@ def _refuse_foreign_folder(directory: Path) -> None:
         )
 
 
-def _complete_steps(directory: Path) -> list[int]:
-    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
-
-
-def _choose_step(directory: Path, steps: list[int], step: int | None) -> int:
+def choose_step(directory: Path, steps: list[int], step: int | None) -> int:
     if not steps:
         raise FileNotFoundError(f"{directory}: holds no complete checkpoint")
     if step is None:
@@ -315,7 +269,7 @@ def _refuse_different_state(path: Path, saved: Any, wanted: Any) -> None:
     """Compares names, shapes and dtypes, without reading arrays; Orbax would cast a dtype silently."""
 
     def by_name(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array_metadata)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array_metadata)
         return {
             jax.tree_util.keystr(key, simple=True, separator="."): (tuple(leaf.shape), np.dtype(leaf.dtype))
             for key, leaf in leaves
@@ -344,11 +298,11 @@ def _refuse_different_state(path: Path, saved: Any, wanted: Any) -> None:
 
 
 @contextmanager
-def _name_restore_errors(path: Path) -> Iterator[None]:
+def name_restore_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises anything up to a bare Exception for damaged files
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"{path}: damaged checkpoint: {_reason(error)}; move this folder away to use the one before it"
         ) from error
 
@@ -374,5 +328,5 @@ class _OrbaxFilter:
 _ORBAX_FILTER = _OrbaxFilter()
 
 
-def _hush_orbax() -> None:
+def hush_orbax() -> None:
     logging.get_absl_logger().addFilter(_ORBAX_FILTER)

@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dspo_jax import sharding
-from dspo_jax.checkpoint import Checkpoints, restore_params
+from dspo_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dspo_jax.saved_params import restore_params
 
 
 @functools.partial(
@@ -133,6 +135,29 @@ def test_only_the_newest_are_kept_and_a_saved_step_is_not_saved_again(tmp_path):
     np.testing.assert_array_equal(restore_params(tmp_path / "checkpoints")[0]["a"], [3.0, 3.0])
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    state = {"params": {"a": jnp.zeros((2,))}}
+    scores = {1: 0.5, 2: 0.7, 3: None, 4: 0.6, 5: None}
+    with Checkpoints(tmp_path / "checkpoints", max_to_keep=2) as checkpoints:
+        assert checkpoints.best() is None
+        for step, score in scores.items():
+            checkpoints.save(step, state, {}, score)
+        assert checkpoints.best() == (2, 0.7)
+        assert checkpoints.latest_step() == 5
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+    with Checkpoints(tmp_path / "checkpoints", max_to_keep=2) as checkpoints:  # as a resumed run finds it
+        assert checkpoints.best() == (2, 0.7)
+
+
+def test_what_leaves_a_run_is_the_moving_average_where_there_is_one(tmp_path):
+    state = {"params": {"unet": {"a": jnp.zeros((2,))}}, "ema": {"unet": {"a": jnp.ones((2,))}}}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {})
+    np.testing.assert_array_equal(restore_params(tmp_path / "checkpoints")[0]["unet"]["a"], [1, 1])
+    trained, _ = restore_params(tmp_path / "checkpoints", subtree="params")
+    np.testing.assert_array_equal(trained["unet"]["a"], [0, 0])
+
+
 def test_an_interrupted_save_is_ignored_and_cleared(saved):
     os.rename(saved / "2", saved / "2.orbax-checkpoint-tmp")
     assert restore_params(saved)[1] == 1
@@ -223,6 +248,43 @@ def test_a_damaged_checkpoint_is_one_clear_error(saved, damaged):
             checkpoints.restore(abstract(make_state()))
         assert "\n" not in str(caught.value)
         assert_bit_identical(checkpoints.restore(abstract(make_state()), step=1)[0], make_state(1))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+def test_a_damaged_newest_checkpoint_is_passed_over_only_when_asked(saved, caplog):
+    os.truncate(saved / "2" / "state" / "_METADATA", 10)
+    state = abstract(make_state())
+    with Checkpoints(saved) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match=r"checkpoints/2: damaged checkpoint"):
+            checkpoints.restore_newest(state, fallback=False)
+        assert (saved / "2").is_dir()
+        restored, extra, step = checkpoints.restore_newest(state, fallback=True)
+        assert (step, extra) == (1, {"position": 1})
+        assert_bit_identical(restored, make_state(1))
+        assert "checkpoints/2: damaged checkpoint" in caplog.text
+        checkpoints.save(2, make_state(2), {}, wait=True)  # the step is free again
+    assert sorted(entry.name for entry in saved.iterdir()) == ["1", "2", "2.damaged"]
+    assert restore_params(saved)[1] == 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+def test_the_only_checkpoint_is_never_given_up_and_another_config_is_not_damage(saved):
+    other = changed(lambda blocks: blocks.update({"11": jax.ShapeDtypeStruct((1,), jnp.float32)}))
+    with (
+        Checkpoints(saved) as checkpoints,
+        pytest.raises(ValueError, match="which the checkpoint does not have"),
+    ):
+        checkpoints.restore_newest(other, fallback=True)
+    assert (saved / "2").is_dir()
+    shutil.rmtree(saved / "1")
+    os.truncate(saved / "2" / "state" / "_METADATA", 10)
+    with Checkpoints(saved) as checkpoints, pytest.raises(DamagedCheckpoint):
+        checkpoints.restore_newest(abstract(make_state()), fallback=True)
+    assert (saved / "2").is_dir()
 
 
 def save_twice(directory, wait, limit=None):
