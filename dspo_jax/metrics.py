@@ -1,12 +1,12 @@
-"""What a run says about itself: metrics on disk, honest speed, a progress bar, intervals around shares."""
+"""What a run says about itself: metrics on disk and at W&B, a progress bar, intervals around shares."""
 
+import importlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
 
 
 class MetricsWriter:
-    """Writes each step's metrics to `metrics.jsonl` and `tensorboard/` in a workdir.
+    """Writes each step's metrics to `metrics.jsonl` and `tensorboard/` in a workdir, and to W&B if asked.
 
     A line of `metrics.jsonl` is `{"step": ..., "wall_seconds": ..., <name>: <float>, ...}`; wall_seconds is
     the age of the run without the time between a stop and its resumption. Each line is handed to the
@@ -51,37 +51,65 @@ class MetricsWriter:
     reads them.
     """
 
-    def __init__(self, workdir: str | Path, step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        step: int = 0,
+        *,
+        active: bool = True,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
         """Opens the files, dropping what was written after `step`: a resumed run writes those steps again.
 
         Args:
           workdir: folder of the run; created if absent.
           step: the restored step, 0 for a fresh start.
+          active: False opens and writes nothing: for all processes of a run but the first.
+          wandb_project: also log to this project of Weights & Biases. A resumed run goes on in the run whose
+            id `wandb_run_id` in the workdir holds; of steps that are written again W&B keeps the first.
+          config: shown with the W&B run.
+
+        Raises:
+          ValueError: a `wandb_project` without the package wandb.
         """
+        self._active, self._wandb = active, None
+        if not active:
+            return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
+        if wandb_project:
+            self._wandb = _start_wandb(workdir, wandb_project, config)
         path = workdir / "metrics.jsonl"
         self._seconds_before = _keep_until(path, step) - time.perf_counter()
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = _import_summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line and one TensorBoard point per metric.
+        """Appends one line, and one point per metric to TensorBoard and W&B.
 
         Args:
           step: number of optimizer updates done.
           metrics: scalars (Python, NumPy or JAX); reading a JAX array waits for the device.
         """
+        if not self._active:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         wall_seconds = round(self._seconds_before + time.perf_counter(), 3)
         self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes what is open."""
+        if not self._active:
+            return
         self._file.close()
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -136,6 +164,21 @@ def _import_summary_writer() -> Any:
     return SummaryWriter
 
 
+def _start_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
+    """Starts or resumes the workdir's W&B run."""
+    try:
+        wandb = importlib.import_module("wandb")  # as a statement, mypy would want it installed
+    except ImportError as error:
+        raise ValueError(
+            f"config.wandb_project = {project!r}: needs the package wandb: pip install 'dspo_jax[wandb]'"
+        ) from error
+    id_file = workdir / "wandb_run_id"
+    known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+    run = wandb.init(project=project, config=config, id=known, resume="allow", dir=str(workdir))
+    id_file.write_text(run.id + "\n", encoding="utf-8")
+    return run
+
+
 def _keep_until(path: Path, step: int) -> float:
     """Drops the records after `step` from a metrics file; returns the wall_seconds of the last one kept."""
     if not path.exists():
@@ -145,56 +188,6 @@ def _keep_until(path: Path, step: int) -> float:
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(partial, path)
     return float(kept[-1]["wall_seconds"]) if kept else 0.0
-
-
-class Clock:
-    """Pairs per second of training alone, over restarts: no compilation, evaluation or checkpoints."""
-
-    def __init__(self, seconds: float = 0.0, pairs: int = 0, now: Callable[[], float] = time.perf_counter):
-        """Starts with what `state()` gave before a restart.
-
-        Args:
-          seconds: training seconds so far.
-          pairs: pairs seen in those seconds.
-          now: a clock in seconds.
-        """
-        self.seconds = seconds
-        self.pairs = pairs
-        self._now = now
-        self._last: float | None = None
-        self._lap_start = (seconds, pairs)
-
-    def tick(self, pairs: int) -> None:
-        """Counts one finished step of `pairs` pairs; the first only starts the clock: it compiled."""
-        now = self._now()
-        if self._last is not None:
-            self.seconds += now - self._last
-            self.pairs += pairs
-        self._last = now
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time spent inside."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            if self._last is not None:
-                self._last += self._now() - start
-
-    def lap(self) -> float:
-        """Pairs per second since the previous call (0 when no time was counted)."""
-        seconds, pairs = self.seconds - self._lap_start[0], self.pairs - self._lap_start[1]
-        self._lap_start = (self.seconds, self.pairs)
-        return pairs / seconds if seconds > 0 else 0.0
-
-    def mean(self) -> float:
-        """Pairs per second over the whole run, restarts included (0 when no time was counted)."""
-        return self.pairs / self.seconds if self.seconds > 0 else 0.0
-
-    def state(self) -> dict[str, Any]:
-        """What `Clock(**state)` needs to go on after a restart; JSON types."""
-        return {"seconds": self.seconds, "pairs": self.pairs}
 
 
 class Progress:
@@ -208,6 +201,8 @@ class Progress:
         every_seconds: float = 30.0,
         console: Console | None = None,
         now: Callable[[], float] = time.monotonic,
+        *,
+        active: bool = True,
     ):
         """Prepares the bar; use it as a context manager.
 
@@ -218,14 +213,16 @@ class Progress:
           every_seconds: pause between two plain lines; the first and the last step always get one.
           console: where to draw; standard error by default.
           now: a clock in seconds.
+          active: False shows nothing: for all processes of a run but the first.
         """
+        self._active = active
         self._label, self._total, self._start = label, total, done
         self._every_seconds, self._now = every_seconds, now
         self._console = console or Console(stderr=True)
         self._start_time = now()
         self._last_line: float | None = None
         self._bar: RichProgress | None = None
-        if self._console.is_terminal:
+        if active and self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -240,6 +237,8 @@ class Progress:
 
     def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `done` steps are done, and a few numbers, e.g. `{"pairs/s": 12.3, "loss": 0.69}`."""
+        if not self._active:
+            return
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         if self._bar is not None:
             self._bar.update(self._task, completed=done, metrics=shown)

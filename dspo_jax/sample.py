@@ -6,6 +6,7 @@ Each model draws every prompt from the same initial noise, which depends on (see
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
 from dspo_jax import cli, samplers
 from dspo_jax.metrics import Progress
+from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import batch_sharding, replicated
 
 _LABEL_HEIGHT = 14
 _MARGIN = 4
@@ -37,46 +41,82 @@ class Job:
 class Sampler:
     """Draws images with one model; compiled once for a batch size."""
 
-    def __init__(self, pipe: Pipeline, *, steps: int, guidance_scale: float, negative_prompt: str = ""):
-        """Read the weights.
+    def __init__(
+        self,
+        pipe: Pipeline,
+        *,
+        steps: int,
+        guidance_scale: float,
+        negative_prompt: str = "",
+        compute_dtype: str = "float32",
+        mesh: Mesh | None = None,
+    ):
+        """Prepares the program.
 
         Args:
           pipe: the model.
           steps: DDIM steps, each one pass of the UNet over the batch twice (with and without the prompt).
           guidance_scale: s in uncond + s (cond - uncond); 1 is no guidance.
           negative_prompt: what the unconditional half is given.
+          compute_dtype: of the UNet; what stands between its passes is float32.
+          mesh: splits the batch over these devices, over all processes, which must then all call alike; None
+            is one device.
         """
-        self._pipe = pipe
-        components = ("unet", *pipe.text_encoders)
-        self._params = jax.device_put({name: pipe.read_params(name, "float32") for name in components})
-        self._negative = pipe.tokenize([negative_prompt])
+        self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
+        negative = pipe.tokenize([negative_prompt])
         settings = samplers.ddim_settings(pipe.scheduler_config)
 
-        def draw(params: Any, tokens: jax.Array, negative: jax.Array, latents: jax.Array) -> jax.Array:
-            batch = latents.shape[0]
-            both = jnp.concatenate([jnp.broadcast_to(negative, tokens.shape), tokens])
-            text = pipe.encode_text(params, both)
+        def draw(params: Any, tokens: jax.Array, latents: jax.Array) -> jax.Array:
+            # Without and with the prompt side by side, so that both are on the device that holds the latents.
+            both = jnp.stack([jnp.broadcast_to(negative, tokens.shape), tokens], axis=1)
+            text = pipe.encode_text(params, both.reshape(-1, *tokens.shape[1:]))
+            doubled = 2 * latents.shape[0]
             height, width = (side * pipe.vae_scale_factor for side in latents.shape[1:3])
-            whole = jnp.asarray([[height, width, 0, 0, height, width]] * 2 * batch)
+            whole = jnp.asarray([[height, width, 0, 0, height, width]] * doubled)
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                doubled = jnp.concatenate([x, x])
-                output = pipe.predict(params, doubled, jnp.full(2 * batch, t), text, whole)
-                uncond, cond = jnp.split(output, 2)
+                noisy = jnp.repeat(x, 2, axis=0).astype(compute_dtype)
+                output = pipe.predict(params, noisy, jnp.full(doubled, t), text, whole).astype(jnp.float32)
+                uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
                 return uncond + guidance_scale * (cond - uncond)
 
             return samplers.ddim(predict, latents, pipe.schedule, num_inference_steps=steps, **settings)
 
-        self._draw = jax.jit(draw)
+        self._draw = jax.jit(draw, out_shardings=replicated(mesh) if mesh else None)
 
-    def sample_latents(self, prompts: Sequence[str], latents: jax.Array) -> jax.Array:
-        """Final latents [B, h, w, C] (UNet units) from B prompts and standard normal noise of that shape."""
-        return self._draw(self._params, self._pipe.tokenize(prompts), self._negative, latents)
+    @functools.cached_property
+    def _stored_params(self) -> Params:
+        components = ("unet", *self._pipe.text_encoders)
+        return jax.device_put({name: self._pipe.read_params(name, self._dtype) for name in components})
+
+    def sample_latents(
+        self, prompts: Sequence[str], latents: jax.Array | np.ndarray, params: Params | None = None
+    ) -> jax.Array:
+        """Final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
+
+        Args:
+          prompts: B of them; with a mesh a multiple of the ways it splits a batch.
+          latents: standard normal noise [B, h, w, C], with a mesh the same in every process.
+          params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
+        """
+        inputs: tuple[Any, ...] = (self._pipe.tokenize(prompts), latents)
+        if self._mesh is not None:
+            sharding = batch_sharding(self._mesh)
+            whole = [np.asarray(array) for array in inputs]
+            inputs = tuple(
+                jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for array in whole
+            )
+        return self._draw(self._stored_params if params is None else params, *inputs)
 
     def sample(self, prompts: Sequence[str], latents: jax.Array) -> np.ndarray:
-        """Images [B, H, W, 3] uint8."""
-        images = np.asarray(self._pipe.decode(self.sample_latents(prompts, latents)))
-        return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
+        """Images [B, H, W, 3] uint8, drawn with the model's own weights."""
+        return decode_pixels(self._pipe, self.sample_latents(prompts, latents))
+
+
+def decode_pixels(pipe: Pipeline, latents: jax.Array) -> np.ndarray:
+    """Latents [B, h, w, C] in UNet units -> images [B, H, W, 3] uint8; black where they are not finite."""
+    images = np.nan_to_num(np.asarray(pipe.decode(latents)), nan=-1.0)
+    return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
 
 
 def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:

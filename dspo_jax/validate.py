@@ -19,7 +19,7 @@ from dspo_jax.metrics import binomial_interval
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
 from dspo_jax.schedule import Schedule
-from dspo_jax.sharding import check_batch_size, shard_batch
+from dspo_jax.sharding import batch_share, check_batch_size, replicated, shard_batch
 
 # (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, 77], micro-conditioning
 # [B, P, 6]) -> the UNet's output.
@@ -96,7 +96,9 @@ class Validator:
 
         # The networks are a program of their own, run for the policy and again for the reference: compiled
         # together with the scores, the two are fused differently, and equal weights differ in the last bit.
-        self._add_noise, self._predict, self._score = jax.jit(add_noise), jax.jit(predict), jax.jit(score)
+        self._add_noise, self._predict = jax.jit(add_noise), jax.jit(predict)
+        # What every process reads of the result must be on every device.
+        self._score = jax.jit(score, out_shardings=replicated(mesh))
 
     def __call__(self, policy: Any, reference: Any) -> dict[str, float]:
         """Scalars of the whole split.
@@ -106,8 +108,10 @@ class Validator:
         `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for
         pairs `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
         `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one
-        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent) and its value in
-        each timestep bin.
+        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent).
+
+        With `_t500` and the like at the end, those of one timestep bin: the drifts, margin and accuracy, or
+        the errors where there is no reference.
         """
         results = [
             np.stack([self._judge_examples(policy, reference, examples, t) for t in self._timesteps], axis=1)
@@ -127,6 +131,8 @@ class Validator:
         """[2 or 1 (no reference), B, P] on the host; a short last batch is filled with its first example."""
         count = len(examples["index"])
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
+        share, shares = batch_share(self._mesh)
+        take = np.split(take, shares)[share]
         batch = {name: examples[name][take] for name in ("moments", "tokens", "micro_conditioning")}
         batch["index"] = examples["index"][take].astype(np.uint32)
         placed = shard_batch(batch, self._mesh)
@@ -147,12 +153,17 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
       timesteps: [D].
     """
     images = ("winner", "loser")[: values.shape[3]]
-    means_SP = values.mean((1, 2))
-    summary = {f"{image}_error": float(means_SP[0, i]) for i, image in enumerate(images)}
-    if len(values) == 1:
-        return summary
-    summary |= {f"{image}_drift": float(means_SP[1, i]) for i, image in enumerate(images)}
-    if len(images) == 1:
+    measures = ("error", "drift")[: len(values)]
+    means_SDP = values.mean(2)
+    summary = {
+        f"{image}_{measure}": float(means_SDP[s, :, p].mean())
+        for s, measure in enumerate(measures)
+        for p, image in enumerate(images)
+    }
+    for d, timestep in enumerate(timesteps):
+        for p, image in enumerate(images):
+            summary[f"{image}_{measures[-1]}_t{timestep}"] = float(means_SDP[-1, d, p])
+    if measures[-1] != "drift" or len(images) == 1:
         return summary
     margins_DN = values[1, :, :, 1] - values[1, :, :, 0]
     correct_N = 0.5 + 0.5 * np.sign(margins_DN.mean(0))
@@ -164,5 +175,6 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
         "implicit_accuracy_high": high,
     }
     for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
+        summary[f"margin_t{timestep}"] = float(margins_N.mean())
         summary[f"implicit_accuracy_t{timestep}"] = float((0.5 + 0.5 * np.sign(margins_N)).mean())
     return summary

@@ -1,27 +1,18 @@
-"""Metrics on disk, the clock, the progress line and the interval."""
+"""Metrics on disk and at W&B, the progress line and the interval."""
 
 import io
-import json
 import math
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_time import FakeTime
 from rich.console import Console
 
-from dspo_jax.metrics import Clock, MetricsWriter, Progress, binomial_interval, read_metrics, read_validations
-
-
-class FakeTime:
-    """A clock that moves only when told."""
-
-    def __init__(self):
-        self.seconds = 100.0
-
-    def __call__(self):
-        return self.seconds
+from dspo_jax.metrics import MetricsWriter, Progress, binomial_interval, read_metrics, read_validations
 
 
 def test_one_line_a_step_with_exact_floats(tmp_path):
@@ -108,6 +99,62 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     assert points == [(7, "loss", 0.25)]
 
 
+def test_an_inactive_writer_leaves_the_files_alone(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with MetricsWriter(tmp_path, active=False, wandb_project="aligned") as writer:
+        writer.write(1, {"loss": 2.0})
+    with MetricsWriter(tmp_path / "other", active=False) as writer:
+        writer.write(1, {"loss": 2.0})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "other").exists()
+
+
+class FakeWandb(types.ModuleType):
+    """Takes the place of the package wandb and notes what is done with it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls = []
+
+    def init(self, **arguments):
+        self.calls.append(("init", arguments))
+        return types.SimpleNamespace(
+            id=arguments["id"] or "new-id",
+            log=lambda values, step: self.calls.append(("log", values, step)),
+            finish=lambda: self.calls.append(("finish",)),
+        )
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    known = {"project": "aligned", "config": {"seed": 3}, "resume": "allow", "dir": str(tmp_path)}
+    for step in (1, 2):
+        with MetricsWriter(tmp_path, step - 1, wandb_project="aligned", config={"seed": 3}) as writer:
+            writer.write(step, {"loss": np.float32(0.5)})
+    assert fake.calls == [
+        ("init", {**known, "id": None}),
+        ("log", {"loss": 0.5}, 1),
+        ("finish",),
+        ("init", {**known, "id": "new-id"}),
+        ("log", {"loss": 0.5}, 2),
+        ("finish",),
+    ]
+    assert (tmp_path / "wandb_run_id").read_text() == "new-id\n"
+
+
+def test_wandb_is_neither_loaded_nor_needed_without_a_project(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    MetricsWriter(tmp_path / "without").close()
+    with pytest.raises(ValueError, match="wandb") as caught:
+        MetricsWriter(tmp_path / "with", wandb_project="aligned")
+    assert str(caught.value) == (
+        "config.wandb_project = 'aligned': needs the package wandb: pip install 'dspo_jax[wandb]'"
+    )
+
+
 def test_writing_metrics_does_not_load_torch(tmp_path):
     code = (
         "import sys; from dspo_jax.metrics import MetricsWriter;"
@@ -117,40 +164,6 @@ def test_writing_metrics_does_not_load_torch(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
-
-
-def test_clock_leaves_out_compilation_and_pauses():
-    time = FakeTime()
-    clock = Clock(now=time)
-    time.seconds += 50  # compiling
-    clock.tick(8)
-    assert (clock.seconds, clock.pairs, clock.mean(), clock.lap()) == (0.0, 0, 0.0, 0.0)
-    for _ in range(4):
-        time.seconds += 2
-        clock.tick(8)
-    assert clock.lap() == 4.0
-    with clock.paused():
-        time.seconds += 1000
-    time.seconds += 1
-    clock.tick(8)
-    assert clock.lap() == 8.0
-    assert clock.seconds == 9.0
-    assert clock.mean() == 40 / 9
-
-
-def test_clock_survives_a_restart():
-    time = FakeTime()
-    clock = Clock(now=time)
-    clock.tick(8)
-    time.seconds += 2
-    clock.tick(8)
-    restarted = Clock(**json.loads(json.dumps(clock.state())), now=time)
-    time.seconds += 500
-    restarted.tick(8)
-    time.seconds += 6
-    restarted.tick(8)
-    assert restarted.mean() == 2.0
-    assert restarted.lap() == 8 / 6
 
 
 def test_progress_prints_plain_lines_without_a_terminal():
@@ -173,6 +186,15 @@ def test_progress_prints_plain_lines_without_a_terminal():
         "100/100",
     ]
     assert lines[-1].split()[4] == "0:00:00"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_inactive_progress_shows_nothing(terminal):
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal)
+    with Progress("train", total=10, console=console, active=False) as progress:
+        progress.update(10, {"loss": 0.5})
+    assert output.getvalue() == ""
 
 
 def test_progress_draws_a_bar_on_a_terminal():

@@ -39,7 +39,7 @@ def _train(model: Path, pairs: Path, workdir: Path) -> Path:
     config.batch_size, config.steps, config.objective.name = 8, 2, "sft"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
     config.train_text_encoder = True
-    config.validation.every = 0
+    config.validation.every = config.samples.every = 0
     train.train(config, workdir)
     return workdir
 

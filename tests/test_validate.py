@@ -37,15 +37,10 @@ def test_a_policy_that_is_the_reference_has_margin_0_and_accuracy_one_half(make_
     scores = make_validator()(weights, weights)
     assert scores["winner_error"] > 0
     assert scores["loser_error"] > 0
-    assert {scores[name] for name in ("winner_drift", "loser_drift", "margin")} == {0.0}
     # Timesteps are the midpoints of three bins of 1000.
-    for name in (
-        "implicit_accuracy",
-        "implicit_accuracy_t166",
-        "implicit_accuracy_t500",
-        "implicit_accuracy_t833",
-    ):
-        assert scores[name] == 0.5
+    for bin_ in ("", "_t166", "_t500", "_t833"):
+        assert {scores[name + bin_] for name in ("winner_drift", "loser_drift", "margin")} == {0.0}
+        assert scores["implicit_accuracy" + bin_] == 0.5
 
 
 def test_a_policy_that_improves_on_winners_only_is_always_right(make_validator):
@@ -81,12 +76,17 @@ def test_single_images_have_errors_and_no_margin(make_validator, tiny_model, tmp
     params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
     singles = write_pairs(tmp_path / "singles", tiny_model, images=1)
     scores = make_validator(directory=singles)(params, reference)
-    assert set(scores) == {"winner_error", "winner_drift"}
+    assert set(scores) == {
+        "winner_error",
+        *(f"winner_drift{bin_}" for bin_ in ("", "_t166", "_t500", "_t833")),
+    }
 
 
 def test_without_a_reference_there_are_only_errors(make_validator):
     scores = make_validator()({"w": jnp.float32(0.7)}, None)
-    assert set(scores) == {"winner_error", "loser_error"}
+    assert set(scores) == {
+        f"{image}_error{bin_}" for image in ("winner", "loser") for bin_ in ("", "_t166", "_t500", "_t833")
+    }
 
 
 def test_summary_of_pairs_by_hand():
@@ -104,12 +104,30 @@ def test_summary_of_pairs_by_hand():
             "loser_drift": 1 / 3,
             "margin": 0.5,
             "implicit_accuracy": 0.5,  # right, wrong, tie
+            "winner_drift_t250": 1 / 3,
+            "loser_drift_t250": 0,
+            "margin_t250": -1 / 3,
             "implicit_accuracy_t250": 0.5,
+            "winner_drift_t750": -2 / 3,
+            "loser_drift_t750": 2 / 3,
+            "margin_t750": 4 / 3,
             "implicit_accuracy_t750": 5 / 6,
         }
     )
     # Wilson's for 1.5 of 3: centre 1/2, half width z / (2 sqrt(n + z^2)).
     assert (low, high) == pytest.approx((0.5 - 0.37467, 0.5 + 0.37467), abs=1e-5)
+
+
+def test_summary_without_a_reference_by_hand():
+    error = np.array([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]], np.float32)
+    assert summarise(error[None], np.array([250, 750])) == {
+        "winner_error": 6,
+        "loser_error": 7,
+        "winner_error_t250": 3,
+        "loser_error_t250": 4,
+        "winner_error_t750": 9,
+        "loser_error_t750": 10,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dspo_jax.data import loader
+from dspo_jax.models import Params
+from dspo_jax.pipeline import Pipeline
+from dspo_jax.sample import Job, Sampler, contact_sheet, decode_pixels, initial_latents
+
+# In one call; few, as most of the memory belongs to the training.
+_IMAGES_PER_DEVICE = 4
+
+
+def first_captions(directory: str | Path, split: str, count: int = 4) -> list[str]:
+    """The captions of the first `count` examples of a split, for a run that names no prompts.
+
+    Raises:
+      ValueError: the split does not exist or is empty.
+    """
+    with closing(loader.eval_batches(directory, batch_size=count, split=split)) as batches:
+        return next(batches)["caption"]
+
+
+class SampleGrids:
+    """Draws a model before and while it is trained, and writes contact sheets of both.
+
+    Every process of a run must call it alike, as they compute together; the first one writes.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        params: Params,
+        mesh: Mesh,
+        workdir: str | Path,
+        *,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        compute_dtype: str,
+    ):
+        """Draws the images to compare with.
+
+        Args:
+          pipe: the model's architectures; of its weights only the VAE's are read.
+          params: UNet and text encoders at the start of the run, in the compute dtype, on the mesh.
+          mesh: the devices.
+          workdir: of the run.
+          prompts: rows.
+          seeds: columns under either heading.
+          num_inference_steps, guidance_scale: see `Sampler`.
+          compute_dtype: of the networks.
+
+        Raises:
+          ValueError: no prompt, no seed, or a number of steps that the schedule does not have.
+        """
+        for name, value in (("prompts", prompts), ("seeds", seeds)):
+            if not len(value):
+                raise ValueError(f"config.samples.{name} = {value}: needs at least one")
+        self._pipe, self._folder = pipe, Path(workdir) / "samples"
+        self._prompts, self._seeds = prompts, seeds
+        jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(jobs) // ways))
+        self._count = len(jobs)
+        jobs += [jobs[-1]] * (-len(jobs) % self._batch_size)
+        self._captions = [job.prompt for job in jobs]
+        self._noise = np.asarray(initial_latents(jobs, pipe.unet.config["sample_size"], pipe.latent_channels))
+        self._sampler = Sampler(
+            pipe,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            compute_dtype=compute_dtype,
+            mesh=mesh,
+        )
+        self._base = self._draw(params)
+
+    def write(self, step: int, params: Params) -> None:
+        """Writes workdir/samples/step_000500.png or the like: the base's images, and those of `params`."""
+        images = self._draw(params)
+        if not images:
+            return
+        columns = len(self._seeds)
+        rows = [
+            (prompt, self._base[i * columns :][:columns] + images[i * columns :][:columns])
+            for i, prompt in enumerate(self._prompts)
+        ]
+        headings = [("base", columns), (f"step {step}", columns)]
+        sheet = contact_sheet(rows, headings, scale=max(1, 128 // len(images[0])))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step:06d}.png"
+        partial = path.with_suffix(".png.tmp")
+        sheet.save(partial, format="PNG")
+        os.replace(partial, path)
+
+    def _draw(self, params: Params) -> list[np.ndarray]:
+        """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first."""
+        latents = np.concatenate(
+            [
+                self._sampler.sample_latents(self._captions[part], self._noise[part], params)
+                for part in (
+                    slice(start, start + self._batch_size)
+                    for start in range(0, len(self._captions), self._batch_size)
+                )
+            ]
+        )[: self._count]
+        if jax.process_index() != 0:
+            return []
+        # One at a time: a decoder takes more memory for an image than the UNet for its latents.
+        return [decode_pixels(self._pipe, jnp.asarray(image[None]))[0] for image in latents]
