@@ -16,6 +16,7 @@ _OBJECTIVE_ARGUMENTS = {
     "scale": float,  # mapo: scale of the margin
     "alpha": float,  # dmpo: probability of the loser in the target
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
+    "min_snr_gamma": float,  # ddpm, sft: cap of the weight of small t; 5 is its paper's
     "reduction": str,  # "mean" or "sum" over an image
     "time_weight": str,  # "none" or "paper"
 }
@@ -53,10 +54,26 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0
     config.lora.targets = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
-    # What the networks compute in, "float32" or "bfloat16"; losses and the optimizer stay in float32.
+    # Dtypes are "float32" or "bfloat16". What the networks compute in; losses and the optimizer are float32.
     config.compute_dtype = "float32"
+    # What the trained parameters are kept in. bfloat16 has 8 bits: an update below 1/512 of a weight is lost.
+    config.param_dtype = "float32"
+    # What the reference is kept in; None is the lesser of the two above.
+    config.reference_dtype = config_dict.placeholder(str)
+    # What the backward pass computes again rather than keep: "none"; "dots", all but the outputs of linear
+    # layers and convolutions; "blocks", whole blocks, which takes the least memory and a third more time.
+    config.remat = "none"
+    # Timesteps that are drawn, both ends included; None is the last of the model's schedule.
+    config.timesteps = ConfigDict()
+    config.timesteps.first = 0
+    config.timesteps.last = config_dict.placeholder(int)
+    # A moving average of the trained parameters with this decay is kept, validated and exported in their
+    # place; 0 turns it off.
+    config.ema_decay = 0.0
     # Steps between two lines of metrics.
     config.log_every = 10
+    # A project of Weights & Biases that the metrics also go to; needs pip install 'dspo_jax[wandb]'.
+    config.wandb_project = config_dict.placeholder(str)
 
     config.data = ConfigDict()
     # A dataset written by dspo_jax.encode.
@@ -70,15 +87,20 @@ def get_config() -> ConfigDict:
         config.objective[name] = config_dict.placeholder(kind)
 
     config.optimizer = ConfigDict()
-    # "adamw" or "adafactor".
+    # "adamw", "adafactor" or "lion".
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 2.048e-5
+    # Whether the rate is one example's, to be multiplied by batch_size.
+    config.optimizer.scale_lr = False
+    # After warm-up: "constant", "cosine", "inverse_sqrt" or "linear".
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 500
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 1e-2
+    # What the first moment of adamw and lion is stored in, "float32" or "bfloat16".
+    config.optimizer.moment_dtype = "float32"
     # Gradients are scaled down to this global norm; 0 turns it off.
     config.optimizer.max_grad_norm = 1.0
 
@@ -88,10 +110,31 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
+    # How many slices (several TPU slices, or the hosts of a cluster) lie along each axis; 1 everywhere lets
+    # JAX arrange all devices as one.
+    config.mesh.dcn = ConfigDict()
+    config.mesh.dcn.data = 1
+    config.mesh.dcn.fsdp = 1
+    config.mesh.dcn.tensor = 1
+
+    # An update with a loss or gradients that are not finite is skipped.
+    config.stability = ConfigDict()
+    # More skipped ones in a row than this stop the run.
+    config.stability.max_skipped = 10
+    # An update is skipped, too, if its loss is so many standard deviations above the running mean; 0 turns it
+    # off.
+    config.stability.loss_spike = 0.0
+    # Rather than stop, go back to the last checkpoint and on past the examples of the skipped updates.
+    config.stability.rollback = False
+
     config.checkpoint = ConfigDict()
-    # Steps between two checkpoints; the last step is always saved.
+    # Steps between two checkpoints; the last step is always saved, and each that the held-out pairs find
+    # better than all before.
     config.checkpoint.every = 500
+    # The newest so many are kept, and the best.
     config.checkpoint.max_to_keep = 3
+    # Resume from an older checkpoint if the newest is damaged.
+    config.checkpoint.fallback = False
 
     config.validation = ConfigDict()
     config.validation.split = "validation"
@@ -101,4 +144,23 @@ def get_config() -> ConfigDict:
     config.validation.draws = 8
     # Held-out examples in one call of the networks.
     config.validation.batch_size = 32
+
+    config.samples = ConfigDict()
+    # Steps between two grids of images, drawn by the model at the start beside the current one. 0 turns it
+    # off.
+    config.samples.every = 500
+    # One row of the grid each; none means the first captions of the validation split.
+    config.samples.prompts = ()
+    # One column each, under either model.
+    config.samples.seeds = (0,)
+    # DDIM steps of an image.
+    config.samples.num_inference_steps = 25
+    # s in uncond + s (cond - uncond); 1 is no guidance.
+    config.samples.guidance_scale = 7.5
+
+    config.profile = ConfigDict()
+    # Steps that are not traced after this process began, so that nothing compiles in the trace.
+    config.profile.start = 10
+    # Steps that are traced, into profile/ in the workdir; 0 turns it off.
+    config.profile.steps = 0
     return config

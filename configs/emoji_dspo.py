@@ -26,4 +26,6 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 50
     config.validation.every = 100
     config.validation.draws = 3
+    config.samples.prompts = ("smileys & emotion", "food & drink", "smiling face with sunglasses")
+    config.samples.guidance_scale = 4.0
     return config

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dspo_jax import stability
 from dspo_jax.models import Params, lora
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipeline import Pipeline
@@ -31,25 +32,39 @@ class Task:
       objective: from `get_objective`.
       optimizer: the gradient transformation.
       learning_rate: number of updates done -> learning rate of the next one.
-      compute_dtype: of the networks; losses, gradients and the optimizer are float32.
+      param_dtype: of the trained parameters.
+      compute_dtype: of the networks; losses, accumulated gradients and the optimizer are float32.
+      reference_dtype: what the frozen parameters are stored in.
+      remat: which activations the backward pass computes again, see models/remat.py.
+      timesteps: (first, last) that are drawn, both included.
       caption_dropout: probability of dropping the caption of a pair.
       share_noise: whether the images of a pair share timestep and noise.
       positive_ratio: probability that the image drawn of a pair is the winner, for an objective that takes
         one.
       accumulation: parts a batch is worked through in.
       train_text_encoder: whether the text encoder is among the trained parameters.
+      adapters: whether adapters alone are trained (models/lora.py).
+      ema_decay: of the moving average of the trained parameters; 0 keeps none.
+      loss_spike: see `stability.judge`.
     """
 
     pipe: Pipeline
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[jax.Array], jax.Array]
+    param_dtype: str
     compute_dtype: str
+    reference_dtype: str
+    remat: str
+    timesteps: tuple[int, int]
     caption_dropout: float
     share_noise: bool
     positive_ratio: float
     accumulation: int
     train_text_encoder: bool
+    adapters: bool
+    ema_decay: float
+    loss_spike: float
 
 
 @jax.tree_util.register_dataclass
@@ -58,17 +73,42 @@ class TrainState:
     """What changes from step to step, and all that a checkpoint holds.
 
     `params` has "unet" and, where they are trained, the text encoders; of each all parameters, or with LoRA
-    the adapters alone.
+    the adapters alone. `ema` is their moving average, or None where none is kept.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    ema: Params | None
+    health: stability.Health
     task: Task = dataclasses.field(metadata={"static": True})
 
     def arrays(self) -> dict[str, Any]:
         """The state without its task: what is saved."""
-        return {"step": self.step, "params": self.params, "opt_state": self.opt_state}
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in arrays.items() if name != "task" and value is not None}
+
+    @property
+    def result(self) -> Params:
+        """The parameters that a run is judged by and that leave it: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(task: Task, params: Params) -> TrainState:
+    """The state at step 0; jit it, or its parts share memory."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=task.optimizer.init(_float32(params)),
+        ema=_float32(params) if task.ema_decay else None,
+        health=stability.start(),
+        task=task,
+    )
+
+
+def _float32(params: Params) -> Params:
+    """What the optimizer sees: it works in float32, however the parameters are kept."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -80,13 +120,13 @@ def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
     shared = 1 if task.share_noise else images
-    num_timesteps = task.pipe.schedule.num_train_timesteps
+    first, last = task.timesteps
 
     def draw(index: jax.Array) -> tuple[jax.Array, ...]:
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         posterior = jax.random.normal(keys[0], mean.shape[1:])
         noise = jax.random.normal(keys[1], (shared, *mean.shape[2:]))
-        timesteps = jax.random.randint(keys[2], (shared,), 0, num_timesteps)
+        timesteps = jax.random.randint(keys[2], (shared,), first, last + 1)
         return posterior, noise, timesteps, jax.random.bernoulli(keys[3], task.caption_dropout)
 
     posterior, noise, timesteps, drop = jax.vmap(draw)(batch["index"])
@@ -154,22 +194,31 @@ def predict(
       ...), and its text is encoded once.
     """
     images = noisy.shape[1]
-    text = jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), task.pipe.encode_text(params, tokens))
+    text = jax.tree.map(
+        lambda x: jnp.repeat(x, images, axis=0), task.pipe.encode_text(params, tokens, remat=task.remat)
+    )
 
     def fold(x: jax.Array) -> jax.Array:
         return x.reshape(-1, *x.shape[2:])
 
     latents = fold(noisy.astype(task.compute_dtype))
-    output = task.pipe.predict(params, latents, fold(timesteps), text, fold(micro_conditioning))
+    output = task.pipe.predict(
+        params, latents, fold(timesteps), text, fold(micro_conditioning), remat=task.remat
+    )
     return output.reshape(noisy.shape)
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:
     """The policy as `predict` takes it: trained parameters in the compute dtype, the rest of the reference.
 
-    The reference is stored in the compute dtype, so until the first update the two are the same numbers.
+    Until the first update it is the same numbers as the reference (`start.make_task` sees to the dtypes).
     """
-    return lora.combine(reference, jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params))
+    return lora.combine(cast(task, reference), cast(task, params))
+
+
+def cast(task: Task, params: Params) -> Params:
+    """Parameters in the compute dtype, which `predict` takes."""
+    return jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)
 
 
 def forward(
@@ -195,7 +244,7 @@ def forward(
         return jnp.concatenate(outputs, axis=1)
 
     policy = run(policy_params(task, params, reference))
-    return policy, run(reference) if task.objective.needs_reference else None
+    return policy, run(cast(task, reference)) if task.objective.needs_reference else None
 
 
 def loss_fn(
@@ -236,40 +285,67 @@ def train_step(
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:
-      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, and
-      the objective's own.
+      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and
+      `skipped_in_a_row` (see `stability.Health`), and the objective's own. An update that is skipped leaves
+      everything but the step and those counts as it was.
     """
     task = state.task
+    (loss, metrics), grads = mean_gradient(state.params, task, reference, batch, key)
+    grad_norm = optax.tree.norm(grads)
+    updates_made = state.health.updates
+    good, health = stability.judge(state.health, loss, grad_norm, task.loss_spike)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, _float32(state.params))
+    params = optax.apply_updates(state.params, updates)
+    ema = None
+    if state.ema is not None:
+        decay = task.ema_decay
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+    metrics |= {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": task.learning_rate(updates_made),
+        "skipped": health.skipped.astype(jnp.float32),
+        "skipped_in_a_row": health.skipped_in_a_row.astype(jnp.float32),
+    }
+    params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
+    return TrainState(state.step + 1, params, opt_state, ema, health, task), metrics
+
+
+def mean_gradient(
+    params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
+) -> tuple[tuple[jax.Array, Metrics], Params]:
+    """Loss and metrics of a batch and the gradient of the loss in float32, part by part where it is split."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:
-        return grad_fn(state.params, task, reference, part, key)
+        results, grads = grad_fn(params, task, reference, part, key)
+        return results, _float32(grads)
 
     if task.accumulation == 1:
-        (loss, metrics), grads = evaluate(batch)
-    else:
-        # Part k takes every accumulation-th example, so that each device keeps working on its own.
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch
-        )
-        shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
-        )
-        (loss, metrics), grads = jax.tree.map(lambda x: x / task.accumulation, total)
-
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    metrics |= {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": task.learning_rate(state.step),
-    }
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, task), metrics
+        return evaluate(batch)
+    # Part k takes every accumulation-th example, so that each device keeps working on its own.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch)
+    shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
+    )
+    return jax.tree.map(lambda x: x / task.accumulation, total)
 
 
 def compile_step(state: TrainState) -> Any:
     """`train_step`, jitted; the new state is laid out as `state`, which is donated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    # By default XLA orders a program for the CPU for concurrency, at more than twice the memory.
+    device: Any = next(iter(state.step.sharding.device_set))
+    memory_first = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=memory_first if device.platform == "cpu" else None,
+    )

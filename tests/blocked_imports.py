@@ -2,12 +2,13 @@
 
     python -m blocked_imports dspo_jax.train --config ...
 
-Both still look installed, so that code which would load one of them where it happens to be installed is
-caught too.
+Both look installed, so that code which would load one where it happens to be is caught too. But torch only if
+it is: without its version, transformers would take it for a broken installation.
 """
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,13 @@ BLOCKED = ("tensorflow", "torch")
 
 
 class _Refuse(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self) -> None:
+        self._blocked = [name for name in BLOCKED if name != "torch" or importlib.util.find_spec(name)]
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in BLOCKED else None
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self._blocked else None
 
     def exec_module(self, module: ModuleType) -> NoReturn:
         # Not an ImportError: code that shrugs off a missing module must not hide that it tried.

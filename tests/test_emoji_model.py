@@ -10,8 +10,8 @@ from tiny_model import write_pairs
 from configs import emoji_dspo
 from dspo_jax.pipeline import load_pipeline
 from dspo_jax.sharding import make_mesh
+from dspo_jax.start import make_state, make_task
 from dspo_jax.step import policy_params, predict
-from dspo_jax.train import make_state, make_task
 from dspo_jax.validate import Validator
 
 MODEL = Path(__file__).parents[1] / "examples" / "emoji" / "model"

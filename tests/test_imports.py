@@ -48,6 +48,8 @@ def test_every_module_and_the_shards_work_without_tensorflow_and_torch(tmp_path)
 
 @pytest.mark.parametrize("name", ["tensorflow", "torch"])
 def test_the_block_works(name):
+    if name == "torch":
+        pytest.importorskip(name)
     result = run("-c", f"import blocked_imports; blocked_imports.install(); import {name}")
     assert result.returncode == 1
     assert result.stderr.endswith(f"AssertionError: {name} was imported\n")

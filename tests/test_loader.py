@@ -2,6 +2,10 @@
 unseen example."""
 
 import json
+import os
+import shutil
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +193,33 @@ def test_a_truncated_shard_is_refused_before_anything_is_read(tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused(train_batches, arguments, message):
     with pytest.raises(ValueError, match=message):
         train_batches(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.unlink(), None),  # an open file stays readable
+        (lambda shard: os.truncate(shard, 1000), r"{shard}: .*truncated"),
+        (
+            lambda shard: shard.write_bytes(bytes(shard.stat().st_size)),
+            r"{data}: a shard cannot be read: Corrupted.*; encode the data again$",
+        ),
+    ],
+    ids=["deleted", "cut short", "overwritten"],
+)
+def test_a_shard_that_is_damaged_during_a_run_is_one_clear_line(tiny_pairs, tmp_path, damage, message):
+    data = Path(shutil.copytree(tiny_pairs, tmp_path / "pairs"))
+    shard = next(data.glob("*-train.array_record-*"))
+    with closing(loader.train_batches(data, batch_size=8, seed=0, num_threads=1)) as batches:
+        next(batches)
+        damage(shard)
+
+        def read_on():
+            return [next(batches)["key"] for _ in range(40)]
+
+        if message is None:
+            assert len({key for keys in read_on() for key in keys}) == 24
+            return
+        with pytest.raises((OSError, ValueError), match=message.format(shard=shard, data=data)) as caught:
+            read_on()
+        assert "\n" not in str(caught.value)

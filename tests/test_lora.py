@@ -10,12 +10,12 @@ import tiny_model
 from safetensors.numpy import load_file
 from tiny_run import make_config
 
-from dspo_jax import convert, sample, train
-from dspo_jax.checkpoint import SavedParams, restore_params
+from dspo_jax import convert, sample, start, train
 from dspo_jax.export_model import export
 from dspo_jax.metrics import read_metrics
 from dspo_jax.models import build_model, lora
 from dspo_jax.pipeline import load_pipeline
+from dspo_jax.saved_params import SavedParams, restore_params
 from dspo_jax.sharding import make_mesh
 
 ATTENTION = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
@@ -105,7 +105,7 @@ def test_patterns_match_whole_ends_of_paths():
 def test_a_wrong_setting_is_refused(changes, message, shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"lora.rank": 2, **changes})
     with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
-        train.make_adapters(config, load_pipeline(shallow_model))
+        start.make_adapters(config, load_pipeline(shallow_model))
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +137,19 @@ def test_a_run_starts_at_the_reference(run):
 
 def test_only_adapters_are_saved_and_all_of_them_moved(run, shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, LORA)
-    start = convert.flatten(train.make_adapters(config, load_pipeline(shallow_model)))
+    before = convert.flatten(start.make_adapters(config, load_pipeline(shallow_model)))
     with SavedParams(run / "checkpoints") as saved:
-        assert set(saved.arrays) == set(start)
+        assert set(saved.arrays) == set(before)
         assert all(re.search(r"\.lora_[AB]\.kernel$", path) for path in saved.arrays)
-        assert [path for path in start if np.array_equal(saved.read(path), start[path])] == []
+        assert [path for path in before if np.array_equal(saved.read(path), before[path])] == []
 
 
 def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"lora.rank": 2, "objective.name": "sft"})
     pipe = load_pipeline(shallow_model)
-    task = train.make_task(config, pipe)
-    adapters = train.make_adapters(config, pipe)
-    state, reference = train.make_state(task, make_mesh(config.mesh.to_dict()), adapters)
+    task = start.make_task(config, pipe)
+    adapters = start.make_adapters(config, pipe)
+    state, reference = start.make_state(task, make_mesh({"data": -1}), adapters)
     assert set(state.params) == {"unet"}
     num_adapted = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) <= 2 * num_adapted + 8  # two moments

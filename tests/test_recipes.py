@@ -37,7 +37,7 @@ def test_recipe_is_accepted(name, variant):
     config = load(name).get_config(*([] if variant is None else [variant]))
     arguments = {key: value for key, value in config.objective.items() if value is not None}
     objective = get_objective(arguments.pop("name"), **arguments)
-    make_optimizer(config.optimizer.to_dict(), config.steps)
+    make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
     assert config.objective.name in name or objective.name == "dspo_sdxl" or name == "emoji_base"
 
 

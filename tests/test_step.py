@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny_run import make_config, read_batches
 
+from dspo_jax import start
 from dspo_jax import step as step_module
-from dspo_jax import train
 from dspo_jax.pipeline import Text, load_pipeline
 from dspo_jax.sharding import make_mesh, replicated, shard_batch
 from dspo_jax.step import Metrics, TrainState, compile_step, draw_noise, loss_fn, policy_params
@@ -49,8 +49,8 @@ class Run:
     def __init__(self, config, pipe, mesh_sizes):
         count = int(np.prod(list(mesh_sizes.values())))
         self.mesh = make_mesh(mesh_sizes, jax.devices()[:count])
-        self.task = train.make_task(config, pipe)
-        self.state, self.reference = train.make_state(self.task, self.mesh)
+        self.task = start.make_task(config, pipe)
+        self.state, self.reference = start.make_state(self.task, self.mesh)
         self.step = compile_step(self.state)
         self.key = jax.device_put(jax.random.key(config.seed), replicated(self.mesh))
 
@@ -175,7 +175,7 @@ def test_every_parameter_moves_and_the_reference_does_not(make_run, batches, var
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "accumulation"),
-    [(8, 1, 1), (2, 4, 2), (1, 1, 4)],
+    [(2, 4, 2), (1, 1, 4)],
 )
 def test_the_trajectory_depends_neither_on_the_mesh_nor_on_the_parts(
     make_run, batches, data, fsdp, accumulation
@@ -225,7 +225,7 @@ def test_one_step_gives_the_golden_metrics(make_run, batches, variant, request):
 
 @pytest.fixture
 def task(shallow_model, tiny_pairs, pipe):
-    return train.make_task(make_config(shallow_model, tiny_pairs), pipe)
+    return start.make_task(make_config(shallow_model, tiny_pairs), pipe)
 
 
 def make_moments(count, *, images=2, deviation=1.0):
@@ -319,10 +319,10 @@ def test_a_dropped_caption_becomes_the_empty_one_for_the_whole_pair(task, batche
 def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(task, batches):
     """With a network that adds up what it is given."""
 
-    def encode_text(params, tokens):
+    def encode_text(params, tokens, remat):
         return Text(params["text_encoder"] * tokens[:, 0, :, None].astype(jnp.float32), None)
 
-    def predict(params, latents, timesteps, text, micro_conditioning):
+    def predict(params, latents, timesteps, text, micro_conditioning, remat):
         added = timesteps + text.states.sum((1, 2)) + micro_conditioning @ jnp.arange(6)
         return params["unet"] * latents + added[:, None, None, None]
 

@@ -1,5 +1,6 @@
 """The loop around the step: stopping and resuming anywhere, and every refusal before the first step."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ from tiny_run import make_config, read_reproducible, saved_steps
 from dspo_jax import train as train_module
 from dspo_jax.data import loader
 from dspo_jax.metrics import read_metrics
-from dspo_jax.step import TrainState
+from dspo_jax.start import claim_workdir
 from dspo_jax.train import train
 
 
@@ -25,6 +26,7 @@ class FakeStep:
     def __init__(self):
         self.seen: list[list[int]] = []
         self.interrupt: dict[int, signal.Signals | Exception] = {}
+        self.bad: set[int] = set()  # examples whose update is skipped
 
     def compile(self, state):
         del state
@@ -39,8 +41,15 @@ class FakeStep:
         if event is not None:
             signal.raise_signal(event)
         self.seen.append(np.asarray(batch["index"]).tolist())
-        state = TrainState(state.step + 1, state.params, state.opt_state, state.task)
-        return state, {"loss": np.float32(step), "first_token_sum": np.asarray(batch["tokens"]).sum()}
+        health = state.health
+        in_a_row = health.skipped_in_a_row + 1 if self.bad & set(self.seen[-1]) else 0 * health.skipped
+        health = health._replace(skipped_in_a_row=in_a_row)
+        state = dataclasses.replace(state, step=state.step + 1, health=health)
+        return state, {
+            "loss": np.float32(step),
+            "first_token_sum": np.asarray(batch["tokens"]).sum(),
+            "skipped_in_a_row": in_a_row,
+        }
 
 
 @pytest.fixture
@@ -122,9 +131,9 @@ def test_a_checkpoint_is_never_ahead_of_the_metrics(config, fake_step, tmp_path,
     lines = []
 
     class Checkpoints(train_module.Checkpoints):
-        def save(self, step, state, extra, wait=False):
+        def save(self, step, state, extra, score=None, wait=False):
             lines.append((step, read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]))
-            super().save(step, state, extra, wait)
+            super().save(step, state, extra, score, wait)
 
     monkeypatch.setattr(train_module, "Checkpoints", Checkpoints)
     train(config, tmp_path)
@@ -137,9 +146,9 @@ def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
     positions = {}
 
     class Checkpoints(train_module.Checkpoints):
-        def save(self, step, state, extra, wait=False):
+        def save(self, step, state, extra, score=None, wait=False):
             positions[step] = extra["data"]
-            super().save(step, state, extra, wait)
+            super().save(step, state, extra, score, wait)
 
     monkeypatch.setattr(train_module, "Checkpoints", Checkpoints)
     train(config, tmp_path)
@@ -174,7 +183,7 @@ def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
         ),
         (
             {"objective.name": "sft", "objective.beta": 1.0},
-            "argument of objective 'sft' = 'beta': unknown (allowed: reduction, time_weight)",
+            "argument of objective 'sft' = 'beta': unknown (allowed: min_snr_gamma, reduction, time_weight)",
         ),
         (
             {"batch_size": 12},
@@ -184,6 +193,28 @@ def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
         ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
+        ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
+        ({"ema_decay": 1.0}, "config.ema_decay = 1.0: must be at least 0 and below 1"),
+        (
+            {"remat": "block"},
+            "config.remat = 'block': unknown; did you mean 'blocks'? (allowed: blocks, dots, none)",
+        ),
+        (
+            {"timesteps.first": 500, "timesteps.last": 100},
+            "config.timesteps.first = 500 and config.timesteps.last = 100: must be in order and between 0 "
+            "and 999",
+        ),
+        (
+            {"reference_dtype": "bfloat16"},
+            "config.reference_dtype = 'bfloat16': policy and reference would differ from the start, with "
+            "config.param_dtype = 'float32' and config.compute_dtype = 'float32'; leave reference_dtype "
+            "unset, or set it to 'float32'",
+        ),
+        (
+            {"mesh.fsdp": 3},
+            "config.mesh = data -1 x fsdp 3 x tensor 1: does not fit the 8 devices of this run; set one axis "
+            "to -1 and the product of the others to a divisor of that",
+        ),
         ({"caption_dropout": 1.5}, "config.caption_dropout = 1.5: must be between 0 and 1"),
         ({"positive_ratio": -0.1}, "config.positive_ratio = -0.1: must be between 0 and 1"),
         (
@@ -271,27 +302,124 @@ def test_a_checkpoint_folder_that_is_none_is_refused(config, tmp_path):
     ],
 )
 def test_resuming_with_another_config_is_refused(config, fake_step, tmp_path, changes, named):
-    train_module.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match="this run was started with") as caught:
         train(config, tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / 'config.json'}: this run was started with {named}; "
-        "resume with the same config or choose another --workdir"
+        "resume with the same config or choose another --workdir "
+        "(what may differ: checkpoint, log_every, mesh, profile, remat, samples, steps, validation, "
+        "wandb_project)"
     )
 
 
 def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
-    train_module.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
     config.update_from_flattened_dict(changes)
-    train_module.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
 
 
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
     config.optimizer.schedule = "cosine"
-    train_module.claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, config)
     config.steps = 99
     with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
-        train_module.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
+
+
+def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint(config, fake_step, tmp_path):
+    config.stability.max_skipped = 2
+    fake_step.bad = set(range(5 * 8, 7 * 8)) | set(range(8 * 8, 11 * 8))  # two in a row, then three
+    with pytest.raises(ValueError, match="updates in a row were skipped") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        "step 11: 3 updates in a row were skipped (config.stability.max_skipped = 2): their losses or "
+        "gradients were not finite, or the loss a spike; the last good checkpoint is "
+        f"{tmp_path}/run/checkpoints/8; lower config.optimizer.learning_rate, or go on from there past these "
+        "examples with --config.stability.rollback=true"
+    )
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped_in_a_row"] == 3
+
+
+def test_rolling_back_goes_on_from_the_checkpoint_with_later_examples(config, fake_step, tmp_path):
+    config.stability.max_skipped = 2
+    config.stability.rollback = True
+    fake_step.bad = set(range(5 * 8, 8 * 8))
+    assert train(config, tmp_path / "run") == 12
+    batches = np.arange(30 * 8).reshape(-1, 8).tolist()
+    # On from step 4 with what had not been seen.
+    assert fake_step.seen == batches[:16]
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(
+        range(1, 13)
+    )
+    assert saved_steps(tmp_path / "run") == [4, 8, 12]
+
+
+def test_a_run_rolls_back_to_a_checkpoint_only_once(config, fake_step, tmp_path):
+    config.stability.max_skipped = 2
+    config.stability.rollback = True
+    fake_step.bad = set(range(5 * 8, 100 * 8))
+    with pytest.raises(ValueError, match=r"the last good checkpoint is .*checkpoints/4;"):
+        train(config, tmp_path / "run")
+    assert len(fake_step.seen) == 8 + 4
+
+
+class FakeValidator:
+    """Finds the model of step 5 the best."""
+
+    def __init__(self, *arguments, **settings):
+        del arguments, settings
+        self.scores = iter([0.5, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5])
+
+    def __call__(self, policy, reference):
+        del policy, reference
+        accuracy = next(self.scores)
+        return {"implicit_accuracy": accuracy, "winner_error": 1.0}
+
+
+def test_the_best_model_by_held_out_pairs_is_saved_and_kept(config, fake_step, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "Validator", FakeValidator)
+    config.validation.every, config.checkpoint.every, config.checkpoint.max_to_keep = 5, 4, 1
+    config.steps = 16
+    train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [5, 16]
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+
+
+def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, fake_step, tmp_path):
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "12" / "extra" / "metadata").unlink()
+    with pytest.raises(ValueError, match=r"checkpoints/12: damaged checkpoint"):
+        train(config, tmp_path / "run")
+    config.checkpoint.fallback = True
+    assert train(config, tmp_path / "run") == 12
+    assert len(fake_step.seen) == 16
+
+
+def test_pictures_are_drawn_beside_the_base_and_do_not_change_the_run(shallow_model, tiny_pairs, tmp_path):
+    """The real step: two runs of three steps, one with samples, a profile and validation."""
+    changes = {"steps": 3, "ema_decay": 0.9}
+    train(make_config(shallow_model, tiny_pairs, changes), tmp_path / "plain")
+    watched = {
+        "samples.every": 2,
+        "samples.num_inference_steps": 2,
+        "samples.prompts": ("a", "b"),
+        "validation.every": 2,
+        "validation.batch_size": 8,
+        "profile.start": 0,
+        "profile.steps": 1,
+    }
+    train(make_config(shallow_model, tiny_pairs, changes | watched), tmp_path / "watched")
+    names = {path.name for path in (tmp_path / "watched" / "samples").iterdir()}
+    assert names == {"step_000002.png", "step_000003.png"}
+    assert any((tmp_path / "watched" / "profile").rglob("*.pb"))
+    plain, with_validation = read_reproducible(tmp_path / "plain"), read_reproducible(tmp_path / "watched")
+    assert [record for record in with_validation if "loss" in record] == plain
+    record = read_metrics(tmp_path / "plain" / "metrics.jsonl")[-1]
+    assert record["examples_seen"] == 24
+    assert record["host_memory_peak_gib"] > 0.1
+    assert 0 <= record["data_wait"] <= 1
+    assert record["tflops_per_device"] > 0

@@ -50,6 +50,7 @@ def make_config(model: Path, pairs: Path, changes: Mapping[str, Any] | None = No
             "optimizer.learning_rate": 1e-3,
             "optimizer.warmup_steps": 0,
             "validation.every": 0,
+            "samples.every": 0,
             **(changes or {}),
         }
     )
@@ -68,12 +69,17 @@ def read_batches(pairs: Path, *, batch_size: int, count: int) -> list[dict[str, 
 
 
 def read_reproducible(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock measured."""
+    """The lines of metrics.jsonl without what a clock or the memory's size decides."""
+    measured = {
+        "wall_seconds",
+        "pairs_per_second",
+        "data_wait",
+        "tflops_per_device",
+        "device_memory_peak_gib",
+        "host_memory_peak_gib",
+    }
     records = read_metrics(workdir / "metrics.jsonl")
-    return [
-        {name: value for name, value in record.items() if name not in ("wall_seconds", "pairs_per_second")}
-        for record in records
-    ]
+    return [{name: value for name, value in record.items() if name not in measured} for record in records]
 
 
 def saved_steps(workdir: Path) -> list[int]:

@@ -30,19 +30,35 @@ several processes B is the process's share."""
 class BatchIterator:
     """Iterates over batches; its position can be taken with `get_state` and restored with `set_state`."""
 
-    def __init__(self, batches: grain.MapDataset, identity: dict[str, Any], num_threads: int):
-        """Takes this process's batches, what decides their order (JSON-able), and how many threads read
-        ahead."""
+    def __init__(
+        self, batches: grain.MapDataset, identity: dict[str, Any], num_threads: int, directory: str | Path
+    ):
+        """Takes this process's batches, what decides their order (JSON-able), how many threads read ahead,
+        and from where."""
         # The buffer counts batches: enough to cover a slow read, few enough not to matter in memory.
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         self._iterator = iter(batches.to_iter_dataset(options))
         self._identity = identity
+        self._directory = directory
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        """The next batch.
+
+        Raises:
+          FileNotFoundError, ValueError: a shard has vanished or was cut short meanwhile, by name.
+          OSError: one cannot be read for another reason.
+        """
+        try:
+            return next(self._iterator)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # what array_record and Grain raise
+            shards.verify_shards(self._directory)
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"{self._directory}: a shard cannot be read: {reason}; encode the data again"
+            ) from error
 
     def get_state(self) -> str:
         """The position as a JSON string: the same in every process, and for any number of them."""
@@ -112,7 +128,8 @@ def train_batches(
     """
     examples = _open(directory, split).seed(seed).shuffle().repeat(_EPOCHS)
     identity = {"num_examples": num_examples(directory, split), "seed": seed, "batch_size": batch_size}
-    return BatchIterator(_share(examples, batch_size, process_index, process_count), identity, num_threads)
+    share = _share(examples, batch_size, process_index, process_count)
+    return BatchIterator(share, identity, num_threads, directory)
 
 
 def eval_batches(
@@ -132,7 +149,8 @@ def eval_batches(
     """
     identity = {"num_examples": num_examples(directory, split), "batch_size": batch_size}
     examples = _open(directory, split)
-    return BatchIterator(_share(examples, batch_size, process_index, process_count), identity, num_threads)
+    share = _share(examples, batch_size, process_index, process_count)
+    return BatchIterator(share, identity, num_threads, directory)
 
 
 def _open(directory: str | Path, split: str) -> grain.MapDataset:

@@ -1,0 +1,172 @@
+"""What a run takes, before its first step: devices, batches, parameters, memory, FLOPs."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dspo_jax.data import loader, shards
+from dspo_jax.models import Params
+from dspo_jax.optim import peak_rate
+from dspo_jax.sharding import batch_sharding, bytes_per_device, replicated, replicated_bytes
+from dspo_jax.start import make_state, prepare
+from dspo_jax.step import Task, TrainState, compile_step
+from dspo_jax.throughput import count_flops
+
+
+def abstract_batch(
+    task: Task, directory: str, batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a training batch of a dataset, with their sharding."""
+    manifest = shards.read_manifest(directory)
+    side = manifest["resolution"] // task.pipe.vae_scale_factor
+    images, encoders = manifest["images_per_example"], len(task.pipe.text_encoders)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "moments": ((images, side, side, 2 * task.pipe.latent_channels), jnp.float16),
+        "tokens": ((encoders, task.pipe.empty_tokens.shape[-1]), jnp.int32),
+        "micro_conditioning": ((images, 6), jnp.int32),
+        "preference": ((), jnp.float32),
+        "loser_won": ((), jnp.bool_),
+        "index": ((), jnp.uint32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def flops_per_pair(task: Task, batch: Mapping[str, Any]) -> float | None:
+    """FLOPs of the model for a pair: forward and backward of the policy, forward of the reference.
+
+    The backward pass of a network counts as two forward passes, or as one where adapters alone are trained
+    and kernels get no gradients. What rematerialisation computes again does not count, nor the optimizer.
+    None where nothing can be counted.
+
+    Args:
+      task: what is computed.
+      batch: arrays or shapes; the number of examples does not matter.
+    """
+    pipe, objective = task.pipe, task.objective
+    dtype = jnp.dtype(task.compute_dtype)
+
+    def shape(size: tuple[int, ...], dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    params = {
+        name: jax.tree.map(lambda leaf: shape(leaf.shape), pipe.networks[name].abstract_params())
+        for name in ("unet", *pipe.text_encoders)
+    }
+    tokens = shape((1, *batch["tokens"].shape[1:]), jnp.int32)
+    text = jax.eval_shape(pipe.encode_text, params, tokens)
+    stored = batch["moments"].shape[1]
+    inputs = (shape((1, *batch["moments"].shape[2:4], pipe.latent_channels)), shape((1,), jnp.int32), text)
+    unet = count_flops(pipe.predict, params, *inputs, shape((1, 6), jnp.int32))
+    encoders = count_flops(pipe.encode_text, params, tokens)
+    if unet is None or encoders is None:
+        return None
+    images = stored if objective.images == "all" else 1
+    with_gradient = 1 if objective.detaches_loser else images
+    references = 1 if objective.needs_reference else 0
+    backward = 1 if task.adapters else 2
+    trained_encoders = backward if task.train_text_encoder else 0
+    return unet * (images * (1 + references) + backward * with_gradient) + encoders * (
+        1 + references + trained_encoders
+    )
+
+
+def describe(
+    config: ConfigDict, task: Task, mesh: Mesh, state: TrainState, reference: Params
+) -> Iterator[str]:
+    """The lines that a user should see before the first step.
+
+    Args:
+      config: of the run.
+      task, mesh: from `start.prepare`.
+      state, reference: from `start.make_state`, abstract or not.
+    """
+    device, axes = mesh.devices.flat[0], " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    yield f"{config.model} over {config.data.path}"
+    yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    what = " and ".join(state.params) + (f", LoRA of rank {config.lora.rank}" if config.lora.rank else "")
+    yield (
+        f"{task.objective.name}: {count:,} trainable parameters ({what}), kept in {task.param_dtype}, "
+        f"computed in {task.compute_dtype}, remat {task.remat!r}"
+    )
+    examples = loader.num_examples(config.data.path, config.data.split)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    yield (
+        f"{examples:,} examples, {config.batch_size} a step: {config.accumulation} part(s) of "
+        f"{config.batch_size // config.accumulation // ways} on each of {ways} device(s) or groups of them; "
+        f"{config.steps} steps are {config.steps * config.batch_size / examples:.3g} epochs"
+    )
+    optimizer = config.optimizer
+    peak = peak_rate(optimizer, config.batch_size)
+    yield (
+        f"{optimizer.name}, learning rate {peak:g} for {config.batch_size} examples a step, which is "
+        f"{peak / config.batch_size:g} an example (what trainers that scale the rate by the batch are "
+        f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
+    )
+    gradients = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
+    )
+    parts = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "moving average": state.ema,
+        "gradients": gradients,
+        "reference": reference,
+    }
+    sizes = {name: bytes_per_device(part) for name, part in parts.items() if part is not None}
+    listed = ", ".join(f"{name} {_in_units(size)}" for name, size in sizes.items())
+    yield f"on each device: {listed}; together {_in_units(sum(sizes.values()))}, and activations"
+    if mesh.size > 1:
+        size, largest = replicated_bytes(parts)
+        yield f"of that the same on every device: {_in_units(size)}, the largest array {largest}"
+    side = shards.read_manifest(config.data.path)["resolution"] // task.pipe.vae_scale_factor
+    yield from task.objective.notes(side * side * task.pipe.latent_channels)
+
+
+def dry_run(config: ConfigDict) -> str:
+    """All that and what the compiled step needs, in lines; reads no weights, writes nothing, trains nothing.
+
+    Raises:
+      ValueError, OSError: what would stop the run.
+    """
+    task, mesh, adapters = prepare(config)
+    state, reference = make_state(task, mesh, adapters, abstract=True)
+    batch = abstract_batch(task, config.data.path, config.batch_size, mesh)
+    lines = list(describe(config, task, mesh, state, reference))
+    lines += [f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items()]
+    flops = flops_per_pair(task, batch)
+    if flops is not None:
+        lines.append(f"{flops / 1e12:.4g} TFLOP a pair, {flops * config.batch_size / 1e12:.4g} a step")
+    logging.info("compiling the step; for a full-size model that takes minutes")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    before = time.perf_counter()
+    memory = compile_step(state).lower(state, reference, batch, key).compile().memory_analysis()
+    lines.append(f"the step compiles in {time.perf_counter() - before:.0f} s")
+    if memory is not None:
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        lines.append(
+            f"on each device: arguments {_in_units(memory.argument_size_in_bytes)}, temporaries "
+            f"{_in_units(memory.temp_size_in_bytes)}; together {_in_units(needed)}"
+        )
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        if limit is not None:
+            verdict = "fits" if needed < limit else "does not fit"
+            lines.append(f"{verdict} into the {_in_units(limit)} of a device")
+    lines.append("no step was made, nothing was written")
+    return "\n".join(lines)
+
+
+def _in_units(size: int) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{size / 2 ** (10 * step):.3g} {units[step]}"

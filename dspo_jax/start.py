@@ -1,0 +1,276 @@
+"""What a run starts from: its config as a task, its parameters on the devices, its data, its workdir.
+
+Every refusal that needs no step is made here.
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from dspo_jax import distributed, spelling
+from dspo_jax.convert import DTYPES
+from dspo_jax.data import loader, shards
+from dspo_jax.models import Params, lora
+from dspo_jax.models.remat import POLICIES
+from dspo_jax.objectives import Objective, get_objective
+from dspo_jax.optim import ENDLESS_SCHEDULES, make_optimizer
+from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import check_batch_size, make_mesh, make_shardings, place
+from dspo_jax.step import Task, TrainState, init_state
+
+_DTYPES = ("float32", "bfloat16")
+
+# What a run may be resumed with differently, beside `steps` where the learning rate is constant: it decides
+# how the run is worked through and watched, not what comes out of it.
+MAY_DIFFER = (
+    "checkpoint",
+    "log_every",
+    "mesh",
+    "profile",
+    "remat",
+    "samples",
+    "validation",
+    "wandb_project",
+)
+
+
+def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
+    """Everything that can be refused before weights are read: (task, mesh, adapters or nothing).
+
+    Raises:
+      ValueError, OSError: a config, model or data that cannot be trained.
+    """
+    if not config.model:
+        raise ValueError("config.model is not set: give --config.model=DIR, a diffusers folder")
+    pipe = load_pipeline(config.model)
+    task = make_task(config, pipe)
+    adapters = make_adapters(config, pipe)
+    check_data(config, pipe, task.objective)
+    sizes = config.mesh.to_dict()
+    dcn_sizes = sizes.pop("dcn")
+    mesh = make_mesh(sizes, dcn_sizes=dcn_sizes)
+    check_batch_size(
+        config.batch_size // config.accumulation, mesh, "config.batch_size / config.accumulation"
+    )
+    return task, mesh, adapters
+
+
+def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
+    """What a config asks to be computed with a model.
+
+    Raises:
+      ValueError: a config value that is unknown or out of range, by key.
+    """
+    _check_values(config, pipe)
+    arguments = {name: value for name, value in config.objective.to_dict().items() if value is not None}
+    optimizer, learning_rate = make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
+    return Task(
+        pipe=pipe,
+        objective=get_objective(arguments.pop("name"), **arguments),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        reference_dtype=reference_dtype(config),
+        remat=config.remat,
+        timesteps=_timesteps(config, pipe),
+        caption_dropout=config.caption_dropout,
+        share_noise=config.share_noise,
+        positive_ratio=config.positive_ratio,
+        accumulation=config.accumulation,
+        train_text_encoder=config.train_text_encoder,
+        adapters=config.lora.rank > 0,
+        ema_decay=config.ema_decay,
+        loss_spike=config.stability.loss_spike,
+    )
+
+
+def _check_values(config: ConfigDict, pipe: Pipeline) -> None:
+    values = flatten_dict(config.to_dict(), sep=".")
+    allowed = {"compute_dtype": _DTYPES, "param_dtype": _DTYPES, "remat": POLICIES}
+    for key, choices in allowed.items():
+        if values[key] not in choices:
+            raise ValueError(spelling.unknown(f"config.{key}", values[key], choices))
+    if values["reference_dtype"] not in (None, *_DTYPES):
+        raise ValueError(spelling.unknown("config.reference_dtype", values["reference_dtype"], _DTYPES))
+    for key in ("caption_dropout", "positive_ratio"):
+        if not 0 <= values[key] <= 1:
+            raise ValueError(f"config.{key} = {values[key]}: must be between 0 and 1")
+    if not 0 <= values["ema_decay"] < 1:
+        raise ValueError(f"config.ema_decay = {values['ema_decay']}: must be at least 0 and below 1")
+    for key in (
+        "steps",
+        "batch_size",
+        "accumulation",
+        "log_every",
+        "checkpoint.every",
+        "checkpoint.max_to_keep",
+    ):
+        if values[key] < 1:
+            raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
+    for key in ("stability.loss_spike", "stability.max_skipped", "samples.every", "profile.steps"):
+        if values[key] < 0:
+            raise ValueError(f"config.{key} = {values[key]}: must not be negative")
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"config.accumulation = {config.accumulation}: must divide "
+            f"config.batch_size = {config.batch_size}"
+        )
+    # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
+    # otherwise, the two differ before the first update. (With LoRA they are one tree.)
+    rounded, theirs = (
+        "bfloat16" in (config.compute_dtype, dtype) for dtype in (config.param_dtype, reference_dtype(config))
+    )
+    if rounded != theirs and not config.lora.rank:
+        raise ValueError(
+            f"config.reference_dtype = {reference_dtype(config)!r}: policy and reference would differ from "
+            f"the start, with config.param_dtype = {config.param_dtype!r} and config.compute_dtype = "
+            f"{config.compute_dtype!r}; leave reference_dtype unset, or set it to {config.param_dtype!r}"
+        )
+    _timesteps(config, pipe)
+
+
+def _timesteps(config: ConfigDict, pipe: Pipeline) -> tuple[int, int]:
+    end = pipe.schedule.num_train_timesteps - 1
+    first, last = config.timesteps.first, end if config.timesteps.last is None else config.timesteps.last
+    if not 0 <= first <= last <= end:
+        raise ValueError(
+            f"config.timesteps.first = {first} and config.timesteps.last = {last}: must be in order and "
+            f"between 0 and {end}"
+        )
+    return first, last
+
+
+def reference_dtype(config: ConfigDict) -> str:
+    """What the reference is stored in: the compute dtype unless the config says otherwise."""
+    return config.reference_dtype or (
+        "bfloat16" if "bfloat16" in (config.param_dtype, config.compute_dtype) else "float32"
+    )
+
+
+def make_adapters(config: ConfigDict, pipe: Pipeline) -> Params:
+    """What is trained with LoRA at its start: adapters of the trained networks, or none where it is off.
+
+    Raises:
+      ValueError: a rank below 0, a pattern that is no regular expression, or a network without a match.
+    """
+    if config.lora.rank < 0:
+        raise ValueError(f"config.lora.rank = {config.lora.rank}: must be at least 1, or 0 to turn LoRA off")
+    if config.lora.rank == 0:
+        return {}
+    models = {"unet": pipe.unet, **(pipe.text_encoders if config.train_text_encoder else {})}
+    key = jax.random.key(config.seed)
+    try:
+        return {
+            name: lora.init_adapters(model.abstract_params(), config.lora.targets, config.lora.rank, key)
+            for name, model in models.items()
+        }
+    except (ValueError, re.error) as error:
+        raise ValueError(f"config.lora.targets = {config.lora.targets}: {error}") from error
+
+
+def make_state(
+    task: Task, mesh: Mesh, adapters: Params | None = None, *, abstract: bool = False
+) -> tuple[TrainState, Params]:
+    """The state at step 0 and the frozen reference, read from the model; every array is born sharded.
+
+    With adapters these are what is trained. The reference has them too, as they start: they add nothing, and
+    policy and reference remain one program.
+
+    Args:
+      task: from `make_task`.
+      mesh: from `sharding.make_mesh`.
+      adapters: from `make_adapters`.
+      abstract: read nothing, and return `jax.ShapeDtypeStruct` leaves with their sharding.
+    """
+
+    def put(params: Params, dtype: str) -> Params:
+        shardings = make_shardings(params, mesh)
+        if abstract:
+            return _abstract(params, shardings, dtype)
+        return place(jax.tree.map(lambda leaf: np.asarray(leaf, DTYPES[dtype]), params), shardings)
+
+    def read(name: str, dtype: str) -> Params:
+        pipe = task.pipe
+        return put(
+            pipe.networks[name].abstract_params() if abstract else pipe.read_params(name, dtype), dtype
+        )
+
+    networks = ("unet", *task.pipe.text_encoders)
+    trained = () if adapters else networks if task.train_text_encoder else ("unet",)
+    params = {name: read(name, task.param_dtype) for name in trained}
+    # What is not trained; and all of it where the objective looks at the reference.
+    frozen = [name for name in networks if task.objective.needs_reference or name not in trained]
+    reference = {name: read(name, task.reference_dtype) for name in frozen}
+    if adapters:
+        params = put(adapters, task.param_dtype)
+        reference = lora.combine(reference, put(adapters, task.reference_dtype))
+    shapes = jax.eval_shape(partial(init_state, task), params)
+    shardings = make_shardings(shapes, mesh)
+    if abstract:
+        return jax.tree.map(_abstract, shapes, shardings), reference
+    return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=shardings)(params), reference
+
+
+def _abstract(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
+    def leaf(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree, shardings)
+
+
+def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None:
+    """Refuses data that is damaged, empty or made with another model, or single images where two compare."""
+    if not config.data.path:
+        raise ValueError(
+            "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode"
+        )
+    manifest = shards.read_manifest(config.data.path)
+    shards.check_manifest(manifest, pipe.fingerprint(), path=Path(config.data.path))
+    images = manifest["images_per_example"]
+    if objective.needs_loser and images == 1:
+        raise ValueError(
+            f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} "
+            "holds single images; use sft or ddpm, or encode pairs"
+        )
+    if objective.images == "one" and images == 1:
+        raise ValueError(
+            f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
+            f"{config.data.path} holds single images without such labels; use sft or ddpm, or encode pairs"
+        )
+    for split in (config.data.split, *([config.validation.split] if config.validation.every else ())):
+        loader.num_examples(config.data.path, split)  # raises where there are none
+    shards.verify_shards(config.data.path, manifest)
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Write config.json into a fresh workdir, or check that it is the one this run was started with.
+
+    Raises:
+      ValueError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
+    """
+    may_differ = [*MAY_DIFFER, *(("steps",) if config.optimizer.schedule in ENDLESS_SCHEDULES else ())]
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if path.is_file():
+        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, json.loads(path.read_text())))
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
+                raise ValueError(
+                    f"{path}: this run was started with config.{key} = {theirs.get(key)!r}, now it is "
+                    f"{mine.get(key)!r}; resume with the same config or choose another --workdir "
+                    f"(what may differ: {', '.join(sorted(may_differ))})"
+                )
+    distributed.wait_for_all("config checked")
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    distributed.wait_for_all("config written")
