@@ -53,6 +53,7 @@ def run_demo(out: Path, console: Console) -> None:
     config = emoji_dspo.get_config()
     config.model = str(MODEL)
     config.data.path = str(out / "pairs")
+    config.samples.every = 0  # the sheet below shows more
     announce(f"train: {config.objective.name}, {config.steps} steps of {config.batch_size} pairs")
     step = train.train(config, out / "run")
     if step < config.steps:
