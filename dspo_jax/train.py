@@ -84,6 +84,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
         while True:
             position, clock = None, Clock()
             if checkpoints.latest_step() is not None:
+                del state  # or both would be in memory
                 arrays, extra, _ = checkpoints.restore_newest(
                     abstract, config.checkpoint.fallback, distributed.Vote(mesh).now
                 )
@@ -238,7 +239,7 @@ class Run:
                 score = self._watch(step, state, writer, clock) if watching else None
                 improved = score is not None and (best is None or score > best[1])
                 if score is not None and improved:
-                    best = (step, score)
+                    best = step, score
                 if saving or improved:
                     extra = {"data": batches.get_state(), "clock": clock.state()}
                     with clock.paused():
