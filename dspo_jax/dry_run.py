@@ -128,6 +128,8 @@ def describe(
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
         yield f"of that the same on every device: {_in_units(size)}, the largest array {largest}"
+    if task.param_dtype == "bfloat16":
+        yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
     side = shards.read_manifest(config.data.path)["resolution"] // task.pipe.vae_scale_factor
     yield from task.objective.notes(side * side * task.pipe.latent_channels)
 

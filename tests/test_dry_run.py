@@ -17,6 +17,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     monkeypatch.setattr(Pipeline, "read_params", lambda *given: pytest.fail("weights were read"))
     monkeypatch.chdir(tmp_path)
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "accumulation": 2, "batch_size": 16, "ema_decay": 0.9}
+    changes["param_dtype"] = "bfloat16"
     said = dry_run(make_config(shallow_model, tiny_pairs, changes))
     for line in (
         "8 cpu device(s) of 1 process(es), mesh data 2 x fsdp 4 x tensor 1",
@@ -30,6 +31,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     for words in ("12,364 trainable parameters", "moving average ", "TFLOP a pair", "the step compiles in"):
         assert words in said
     assert "temporaries" in said
+    assert "warning: parameters kept in bfloat16" in said
     assert not list(tmp_path.iterdir())
 
 
