@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import last_step
 from tiny_run import read_reproducible, saved_steps
 
 from dspo_jax.metrics import read_metrics
@@ -57,12 +58,6 @@ def undisturbed(command, tmp_path_factory):
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return workdir, output
-
-
-def last_step(workdir):
-    path = workdir / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
-    return records[-1]["step"] if records else 0
 
 
 def stop_when(process, reached, number):
