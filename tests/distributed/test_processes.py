@@ -53,13 +53,14 @@ def assert_same_to_rounding(workdir, expected):
         assert len(values[0]) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "accumulation": 2},
-        pytest.param({"lora.rank": 4, "mesh.dcn.data": 2, "mesh.fsdp": 4}, marks=pytest.mark.slow),
+        {"lora.rank": 4, "mesh.dcn.data": 2, "mesh.fsdp": 4},
         # The devices of both processes hold each layer together, and both read the whole batch.
-        pytest.param({"mesh.data": 1, "mesh.tensor": 8}, marks=pytest.mark.slow),
+        {"mesh.data": 1, "mesh.tensor": 8},
     ],
     ids=lambda changes: " ".join(changes),
 )
