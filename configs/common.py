@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
     # What the reference is kept in; None is the lesser of the two above.
     config.reference_dtype = config_dict.placeholder(str)
     # What the backward pass computes again rather than keep: "none"; "dots", all but the outputs of linear
-    # layers and convolutions; "blocks", whole blocks, which takes the least memory and a third more time.
+    # layers and convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward
+    # pass.
     config.remat = "none"
     # Timesteps that are drawn, both ends included; None is the last of the model's schedule.
     config.timesteps = ConfigDict()

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from dspo_jax import distributed
 
 STATE = "state"
 _EXTRA = "extra"
@@ -148,11 +149,10 @@ class Checkpoints:
             if not fallback or len(self._manager.all_steps()) < 2:
                 raise damage
             logging.error("%s: config.checkpoint.fallback: using the one before it", damage)
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 folder = self._directory / str(newest)
                 folder.rename(folder.with_name(f"{newest}.damaged"))
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoint set aside")
+            distributed.wait_for_all("damaged checkpoint set aside")
             self._manager.reload()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:

@@ -4,6 +4,7 @@ Every process runs the same program over the same global arrays. Only the first 
 checkpoint.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,9 +57,11 @@ def initialize_from_flags() -> None:
         return
     try:
         jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=values.heartbeat_timeout)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # not reached; or a launcher that does not say enough
         reason = str(error).splitlines()[0]
-        raise OSError(f"the processes of this run did not find one another: {reason}") from error
+        raise OSError(
+            f"the processes of this run did not find one another: {reason}; give {_listed(explicit)}"
+        ) from error
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -72,8 +75,10 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
             return True
     if environment.get("JAX_PLATFORMS", "tpu") not in ("", "tpu"):
         return False
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or any(Path("/dev").glob("accel[0-9]*")) or "MEGASCALE_NUM_SLICES" in environment
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in environment:
+        return True
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def is_first() -> bool:

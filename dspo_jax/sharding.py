@@ -215,13 +215,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
       mesh: from `make_mesh`.
     """
     sharding = batch_sharding(mesh)
-    _, parts = batch_share(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, array, (array.shape[0] * parts, *array.shape[1:])
-        )
-        for name, array in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -19,7 +19,7 @@ from dspo_jax import distributed, spelling
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import loader, shards
 from dspo_jax.models import Params, lora
-from dspo_jax.models.remat import POLICIES
+from dspo_jax.models.remat import check_policy
 from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.optim import ENDLESS_SCHEDULES, make_optimizer
 from dspo_jax.pipeline import Pipeline, load_pipeline
@@ -69,7 +69,7 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
     Raises:
       ValueError: a config value that is unknown or out of range, by key.
     """
-    _check_values(config, pipe)
+    _check_values(config)
     arguments = {name: value for name, value in config.objective.to_dict().items() if value is not None}
     optimizer, learning_rate = make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
     return Task(
@@ -93,14 +93,12 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
     )
 
 
-def _check_values(config: ConfigDict, pipe: Pipeline) -> None:
+def _check_values(config: ConfigDict) -> None:
     values = flatten_dict(config.to_dict(), sep=".")
-    allowed = {"compute_dtype": _DTYPES, "param_dtype": _DTYPES, "remat": POLICIES}
-    for key, choices in allowed.items():
-        if values[key] not in choices:
-            raise ValueError(spelling.unknown(f"config.{key}", values[key], choices))
-    if values["reference_dtype"] not in (None, *_DTYPES):
-        raise ValueError(spelling.unknown("config.reference_dtype", values["reference_dtype"], _DTYPES))
+    check_policy(config.remat)
+    for key in ("compute_dtype", "param_dtype", "reference_dtype"):
+        if values[key] not in _DTYPES and (key, values[key]) != ("reference_dtype", None):
+            raise ValueError(spelling.unknown(f"config.{key}", values[key], _DTYPES))
     for key in ("caption_dropout", "positive_ratio"):
         if not 0 <= values[key] <= 1:
             raise ValueError(f"config.{key} = {values[key]}: must be between 0 and 1")
@@ -135,7 +133,6 @@ def _check_values(config: ConfigDict, pipe: Pipeline) -> None:
             f"the start, with config.param_dtype = {config.param_dtype!r} and config.compute_dtype = "
             f"{config.compute_dtype!r}; leave reference_dtype unset, or set it to {config.param_dtype!r}"
         )
-    _timesteps(config, pipe)
 
 
 def _timesteps(config: ConfigDict, pipe: Pipeline) -> tuple[int, int]:
@@ -150,7 +147,7 @@ def _timesteps(config: ConfigDict, pipe: Pipeline) -> tuple[int, int]:
 
 
 def reference_dtype(config: ConfigDict) -> str:
-    """What the reference is stored in: the compute dtype unless the config says otherwise."""
+    """What the reference is stored in: the lesser of parameters and computation unless the config says."""
     return config.reference_dtype or (
         "bfloat16" if "bfloat16" in (config.param_dtype, config.compute_dtype) else "float32"
     )

@@ -277,7 +277,7 @@ def train_step(
 
     Args:
       state: may be donated.
-      reference: the frozen tree in the compute dtype: the text encoders unless they are trained and no
+      reference: the frozen tree, in `task.reference_dtype`: the text encoders unless they are trained and no
         reference is needed, and "unet" for an objective that needs a reference. With LoRA the base model,
         with adapters that add nothing.
       batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `micro_conditioning` [B, P, 6], `preference`
@@ -340,7 +340,7 @@ def mean_gradient(
 def compile_step(state: TrainState) -> Any:
     """`train_step`, jitted; the new state is laid out as `state`, which is donated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    # By default XLA orders a program for the CPU for concurrency, at more than twice the memory.
+    # By default XLA orders a program for the CPU for concurrency, at up to twice the temporaries.
     device: Any = next(iter(state.step.sharding.device_set))
     memory_first = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(

@@ -8,6 +8,7 @@ tensorboard/, curves.png and samples/. With --dry_run nothing is trained and not
 run would take.
 """
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -179,7 +180,8 @@ class Run:
             return start
         batches = self._open_data(position)
         first = distributed.is_first()
-        best = checkpoints.best()
+        found = checkpoints.best()
+        best = -math.inf if found is None else found[1]
         vote = distributed.Vote(self._mesh)
         pending: tuple[int, Metrics] | None = None
         with (
@@ -237,10 +239,9 @@ class Run:
                         log(*pending)
                         pending = None
                 score = self._watch(step, state, writer, clock) if watching else None
-                improved = score is not None and (best is None or score > best[1])
-                if score is not None and improved:
-                    best = step, score
-                if saving or improved:
+                if score is not None and score > best:
+                    best, saving = score, True
+                if saving:
                     extra = {"data": batches.get_state(), "clock": clock.state()}
                     with clock.paused():
                         checkpoints.save(step, state.arrays(), extra, score)
@@ -266,28 +267,26 @@ class Run:
 
     def _is_watched(self, step: int) -> bool:
         """Whether held-out pairs are judged or pictures drawn after a step."""
-        return any(
-            each.every and (step == self._config.steps or step % each.every == 0)
-            for each in (self._config.validation, self._config.samples)
+        return self._is_due(self._config.validation.every, step) or self._is_due(
+            self._config.samples.every, step
         )
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return every > 0 and (step == self._config.steps or step % every == 0)
 
     def _watch(self, step: int, state: TrainState, writer: MetricsWriter, clock: Clock) -> float | None:
         """Validates and draws what is due; returns the score of the held-out pairs if they were judged."""
         config, task, score = self._config, self._task, None
-
-        def due(every: int) -> bool:
-            return bool(every) and (step == config.steps or step % every == 0)
-
         with clock.paused():
             policy = policy_params(task, state.result, self._reference)
-            if self._validator is not None and due(config.validation.every):
+            if self._validator is not None and self._is_due(config.validation.every, step):
                 reference = cast(task, self._reference) if task.objective.needs_reference else None
                 scores = self._validator(policy, reference)
                 writer.write(step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
                 score = scores.get("implicit_accuracy", -scores["winner_error"])
                 if distributed.is_first():
                     draw_curves(self._workdir / "metrics.jsonl", self._workdir / "curves.png")
-            if self._grids is not None and step > 0 and due(config.samples.every):
+            if self._grids is not None and step > 0 and self._is_due(config.samples.every, step):
                 self._grids.write(step, policy)
         return score
 
