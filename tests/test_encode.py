@@ -17,7 +17,7 @@ from PIL import Image
 from configs.encode import common
 from dspo_jax import encode as encode_module
 from dspo_jax.data import loader, shards, sources
-from dspo_jax.data.sources import PreferencePair
+from dspo_jax.data.sources import PreferencePair, registry
 from dspo_jax.encode import encode, prepare_image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -77,8 +77,11 @@ class Greys:
     def num_examples(self, split: str) -> int:
         return self.count if split == "train" else 2
 
-    def pairs(self, split: str) -> Iterator[PreferencePair]:
-        for i in range(self.num_examples(split)):
+    def left_out(self, split: str) -> dict[str, int]:
+        return {}
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        for i in range(self.num_examples(split))[start:stop]:
             grey = 10 * i + 1
             loser = b"corrupt" if split == "train" and i in self.broken else png((grey - 1,) * 3)
             yield PreferencePair("x" * (i + 1), png((grey,) * 3), loser, 0.9, f"{split}-{i}", i % 2 == 1)
@@ -95,7 +98,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch):
     """A recipe for `Greys` at 16 pixels."""
-    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
     sources.register("greys")(Greys)
     config = common.get_config()
     common.set_source(config, "greys")

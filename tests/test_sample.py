@@ -16,7 +16,7 @@ from configs import common
 from configs.encode import common as encode_common
 from dspo_jax import sample, train
 from dspo_jax.data import sources
-from dspo_jax.data.sources import PreferencePair
+from dspo_jax.data.sources import PreferencePair, registry
 from dspo_jax.encode import encode
 from dspo_jax.export_model import export
 from dspo_jax.pipeline import load_pipeline
@@ -104,7 +104,7 @@ def test_other_families_go_from_pictures_to_the_same_image_in_diffusers(
 ) -> None:
     """Encode, train with the text encoders, export, sample."""
     model = write_model(tmp_path / "model", family=family)
-    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
     sources.register("greys")(Greys)
     config = encode_common.get_config()
     encode_common.set_source(config, "greys")
@@ -124,8 +124,11 @@ class Greys:
     def num_examples(self, split: str) -> int:
         return 10
 
-    def pairs(self, split: str) -> Iterator[PreferencePair]:
-        for i in range(10):
+    def left_out(self, split: str) -> dict[str, int]:
+        return {}
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        for i in range(10)[start:stop]:
             winner, loser = (Image.new("RGB", (20, 24), (10 * i + level,) * 3) for level in (1, 0))
             yield PreferencePair(f"grey {i}", winner, loser, 1.0, f"{split}-{i}")
 

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.splits = ()
 
     config.source = ConfigDict()
-    # Where the pairs come from: a name registered in dspo_jax/data/sources.py. The source's own arguments
+    # Where the pairs come from: a name registered in dspo_jax/data/sources/. The source's own arguments
     # stand beside it.
     config.source.name = config_dict.placeholder(str)
     # Largest share of a split's rows that may be unusable (undecodable image, empty caption, ...) before the

@@ -3,7 +3,7 @@ tweets.
 
     python -m dspo_jax.encode --config configs/encode/emoji.py --config.model=MODEL_DIR --out OUT
 
-Needs the `demo` extra. What the pairs are, and what they are not, stands in dspo_jax/data/sources.py
+Needs the `demo` extra. What the pairs are, and what they are not, stands in dspo_jax/data/sources/emoji.py
 (EmojiPairs).
 """
 

@@ -1,167 +1,21 @@
-"""Where preference pairs come from.
-
-A source is a small frozen dataclass: its fields are the arguments a config may set (`config.source.FIELD`),
-its docstring is the schema of its rows, and `pairs(split)` yields `PreferencePair`s in an order that never
-changes. One decorator line registers it by name. A source hands over image bytes as it finds them;
-`decode_pair` is the one place that decodes them and says what is wrong with a row.
-"""
+"""Emoji: real pictures and a human-derived order, small enough to come in Python packages."""
 
 import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import math
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from dspo_jax import spelling
-
-MAX_PIXELS = 64 * 1024 * 1024
-"""Larger images are refused before they are decoded: a decompression bomb is a bad row, not a dead run."""
-
-# Only raster formats whose decoders run no other program (PIL would hand EPS to Ghostscript).
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# What PIL's decoders raise on damaged files (SyntaxError: a broken PNG chunk; EOFError: a truncated GIF).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferencePair:
-    """One caption with the image people preferred and the one they did not.
-
-    Attributes:
-      caption: the prompt both images were made for.
-      winner: the preferred image, decoded or as the bytes of an image file.
-      loser: the other image; None for single-image data.
-      preference: probability in [0.5, 1] that the winner is preferred; 1.0 is a hard label.
-      key: stable identifier of the row, unique within its split.
-      loser_won: whether the loser is the winner of another pair of the split, which makes it a liked image
-        where images are labelled one by one (KTO).
-      meta: whatever else the source knows (JSON-able); it is not written to the shards.
-    """
-
-    caption: str
-    winner: Image.Image | bytes
-    loser: Image.Image | bytes | None = None
-    preference: float = 1.0
-    key: str = ""
-    loser_won: bool = False
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class BadRow(ValueError):
-    """A row that cannot be encoded. `reason` is a short phrase under which such rows are counted."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-
-
-def decode_image(data: Image.Image | bytes) -> Image.Image:
-    """Decodes an image file's bytes (or takes a PIL image) to RGB, upright, transparency composited over
-    white.
-
-    Raises:
-      BadRow: "undecodable image", "zero-size image" or "image over the pixel limit".
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_FORMATS) if isinstance(data, bytes) else data
-        if image.width * image.height > MAX_PIXELS:
-            raise BadRow(
-                "image over the pixel limit", f"{image.width}x{image.height} is over {MAX_PIXELS} pixels"
-            )
-        if image.width * image.height == 0:
-            raise BadRow("zero-size image", f"{image.width}x{image.height}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadRow("image over the pixel limit", str(error)) from error
-    except UnidentifiedImageError as error:
-        formats = ", ".join(_FORMATS)
-        raise BadRow("undecodable image", f"not one of {formats}, or damaged") from error
-    except _DECODE_ERRORS as error:
-        raise BadRow("undecodable image", str(error)) from error
-
-
-def decode_pair(pair: PreferencePair) -> list[Image.Image]:
-    """Checks a row and decodes its images: [winner, loser], or [winner] for single-image data.
-
-    Raises:
-      BadRow: "empty caption", "preference outside [0.5, 1]", "identical images", or any of `decode_image`'s.
-    """
-    if not pair.caption.strip():
-        raise BadRow("empty caption")
-    if not 0.5 <= pair.preference <= 1.0:  # also refuses NaN
-        raise BadRow("preference outside [0.5, 1]", str(pair.preference))
-    images = [decode_image(image) for image in (pair.winner, pair.loser) if image is not None]
-    if len(images) == 2 and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
-        raise BadRow("identical images")
-    return images
-
-
-class Source(Protocol):
-    """What every registered source provides, besides being a dataclass of its arguments."""
-
-    splits: ClassVar[tuple[str, ...]]
-    images_per_example: ClassVar[int]  # the pair axis P: 2 for pairs, 1 for single images
-
-    def num_examples(self, split: str) -> int:
-        """How many rows `pairs(split)` yields."""
-        ...
-
-    def pairs(self, split: str) -> Iterator[PreferencePair]:
-        """Yields the rows of a split, always in the same order."""
-        ...
-
-
-T = TypeVar("T")
-_SOURCES: dict[str, Any] = {}
-
-
-def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: makes a source (a dataclass) available to `get_source` under `name`."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        _SOURCES[name] = cls
-        return cls
-
-    return decorate
-
-
-def get_source(name: str, **arguments: Any) -> Source:
-    """Builds the source registered under `name`.
-
-    Raises:
-      ValueError: unknown name or argument; the message gives the nearest valid one.
-    """
-    if name not in _SOURCES:
-        raise ValueError(spelling.unknown("config.source.name", name, _SOURCES))
-    cls = _SOURCES[name]
-    fields = [field.name for field in dataclasses.fields(cls)]
-    for argument in arguments:
-        if argument not in fields:
-            raise ValueError(spelling.unknown(f"argument of config.source.name = {name!r}", argument, fields))
-    return cls(**arguments)
-
-
-# --- Emoji: real pictures and a human-derived order, small enough to come in Python packages ---
+from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.registry import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +104,17 @@ class EmojiImages:
     def num_examples(self, split: str) -> int:
         return 3 * len(self._emoji(split))
 
-    def pairs(self, split: str) -> Iterator[PreferencePair]:
-        for emoji in self._emoji(split):
-            picture = emoji.path.read_bytes()
-            for i, caption in enumerate((emoji.name, f"{emoji.category}: {emoji.name}", emoji.category)):
-                yield PreferencePair(caption, picture, key=f"{emoji.codepoints}/{i}")
+    def left_out(self, split: str) -> Mapping[str, int]:
+        return {}
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        captioned = (
+            (emoji, i, caption)
+            for emoji in self._emoji(split)
+            for i, caption in enumerate((emoji.name, f"{emoji.category}: {emoji.name}", emoji.category))
+        )
+        for emoji, i, caption in itertools.islice(captioned, start, stop):
+            yield PreferencePair(caption, emoji.path, key=f"{emoji.codepoints}/{i}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,15 +225,18 @@ class EmojiPairs:
     def num_examples(self, split: str) -> int:
         return len(self._chosen(split))
 
-    def pairs(self, split: str) -> Iterator[PreferencePair]:
+    def left_out(self, split: str) -> Mapping[str, int]:
+        return {}
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         sentiment = load_sentiment()
         chosen = self._chosen(split)
         winners = {winner.codepoints for winner, _, _ in chosen}
-        for winner, loser, z in chosen:
+        for winner, loser, z in chosen[start:stop]:
             yield PreferencePair(
                 caption=winner.category,
-                winner=winner.path.read_bytes(),
-                loser=loser.path.read_bytes(),
+                winner=winner.path,
+                loser=loser.path,
                 key=f"{winner.codepoints}>{loser.codepoints}",
                 loser_won=loser.codepoints in winners,
                 meta={

@@ -1,0 +1,23 @@
+"""Where preference pairs come from.
+
+A source is a small frozen dataclass: its fields are the arguments a config may set (`config.source.FIELD`),
+its docstring is the schema of its rows, and `pairs(split)` yields `PreferencePair`s in an order that never
+changes. One decorator line registers it by name. A source hands over images as it finds them;
+`decode_pair` is the one place that decodes them and says what is wrong with a row.
+"""
+
+from dspo_jax.data.sources import emoji
+from dspo_jax.data.sources.pairs import MAX_PIXELS, BadRow, PreferencePair, decode_image, decode_pair
+from dspo_jax.data.sources.registry import Source, get_source, register
+
+__all__ = [
+    "MAX_PIXELS",
+    "BadRow",
+    "PreferencePair",
+    "Source",
+    "decode_image",
+    "decode_pair",
+    "emoji",
+    "get_source",
+    "register",
+]

@@ -1,0 +1,105 @@
+"""A row of preference data, and the one place that decodes its images and says what is wrong with it."""
+
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64 * 1024 * 1024
+"""Larger images are refused before they are decoded: a decompression bomb is a bad row, not a dead run."""
+
+# Only raster formats whose decoders run no other program (PIL would hand EPS to Ghostscript).
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What PIL's decoders raise on damaged files (SyntaxError: a broken PNG chunk; EOFError: a truncated GIF).
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+
+
+ImageLike = Image.Image | bytes | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencePair:
+    """One caption with the image people preferred and the one they did not.
+
+    Attributes:
+      caption: the prompt both images were made for.
+      winner: the preferred image: decoded, as the bytes of an image file, or as such a file's path.
+      loser: the other image; None for single-image data.
+      preference: probability in [0.5, 1] that the winner is preferred; 1.0 is a hard label.
+      key: stable identifier of the row, unique within its split.
+      loser_won: whether the loser is the winner of another pair of the split, which makes it a liked image
+        where images are labelled one by one (KTO).
+      meta: whatever else the source knows (JSON-able); it is not written to the shards.
+    """
+
+    caption: str
+    winner: ImageLike
+    loser: ImageLike | None = None
+    preference: float = 1.0
+    key: str = ""
+    loser_won: bool = False
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class BadRow(ValueError):
+    """A row that cannot be encoded. `reason` is a short phrase under which such rows are counted."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def decode_image(data: ImageLike) -> Image.Image:
+    """Decodes an image to RGB, upright, transparency composited over white.
+
+    Raises:
+      BadRow: "missing image file", "undecodable image", "zero-size image" or "image over the pixel limit".
+    """
+    if isinstance(data, Path):
+        try:
+            data = data.read_bytes()
+        except OSError as error:
+            raise BadRow("missing image file", str(error)) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=_FORMATS) if isinstance(data, bytes) else data
+        if image.width * image.height > MAX_PIXELS:
+            raise BadRow(
+                "image over the pixel limit", f"{image.width}x{image.height} is over {MAX_PIXELS} pixels"
+            )
+        if image.width * image.height == 0:
+            raise BadRow("zero-size image", f"{image.width}x{image.height}")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except BadRow:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadRow("image over the pixel limit", str(error)) from error
+    except UnidentifiedImageError as error:
+        formats = ", ".join(_FORMATS)
+        raise BadRow("undecodable image", f"not one of {formats}, or damaged") from error
+    except _DECODE_ERRORS as error:
+        raise BadRow("undecodable image", str(error)) from error
+
+
+def decode_pair(pair: PreferencePair) -> list[Image.Image]:
+    """Checks a row and decodes its images: [winner, loser], or [winner] for single-image data.
+
+    Raises:
+      BadRow: "empty caption", "preference outside [0.5, 1]", "identical images", or any of `decode_image`'s.
+    """
+    if not pair.caption.strip():
+        raise BadRow("empty caption")
+    if not 0.5 <= pair.preference <= 1.0:  # also refuses NaN
+        raise BadRow("preference outside [0.5, 1]", str(pair.preference))
+    images = [decode_image(image) for image in (pair.winner, pair.loser) if image is not None]
+    if len(images) == 2 and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+        raise BadRow("identical images")
+    return images
