@@ -1,6 +1,8 @@
 """Diffusers folders of the shape of Stable Diffusion 1.5, 2.1 and XL with random weights: fast to compile."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,23 +210,33 @@ def write_pairs(
     validation: int = 6,
     images: int = 2,
     resolution: int = RESOLUTION,
+    buckets: Sequence[str] = (),
 ) -> Path:
-    """Writes shards of random latents that carry the fingerprint of `model`."""
+    """Writes shards of random latents that carry the fingerprint of `model`.
+
+    With buckets, so many examples of each.
+    """
+    from example_shards import fold_buckets
+
     from dspo_jax.data import shards
     from dspo_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(model)
     micro_conditioning = np.int32([resolution, resolution, 0, 0, resolution, resolution])
-    side = resolution // pipe.vae_scale_factor
-    features = shards.feature_spec((images, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers))
+    side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
+    stored = (images, *((None, None) if buckets else (side, side)), channels)
+    features = shards.feature_spec(stored, len(pipe.tokenizers))
+    sizes = {f"_{b}": [int(n) // pipe.vae_scale_factor for n in b.split("x")] for b in buckets}
+    sizes = sizes or {"": [side, side]}
     draw = np.random.default_rng(0)
     with shards.DatasetWriter(out, features) as writer:
-        for split, count in (("train", train), ("validation", validation)):
-            captions = [f"{split} {i}" for i in range(count)]
+        counts = {"train": train, "validation": validation}
+        for (split, count), (bucket, size) in itertools.product(counts.items(), sizes.items()):
+            captions = [f"{split}{bucket} {i}" for i in range(count)]
             tokens = pipe.tokenize(captions) if count else []
             examples = [
                 {
-                    "moments": np.abs(draw.standard_normal(features["moments"].shape)).astype(np.float16),
+                    "moments": np.abs(draw.standard_normal((images, *size, channels))).astype(np.float16),
                     "tokens": tokens[i],
                     "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
                     "preference": np.float32(1.0),
@@ -234,9 +246,11 @@ def write_pairs(
                 }
                 for i, caption in enumerate(captions)
             ]
-            writer.write_shard(split, 0, 1, examples)
+            writer.write_shard(split + bucket, 0, 1, examples)
         manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
-        writer.commit(manifest, {"train": {}, "validation": {}})
+        writer.commit(manifest, {split + bucket: {} for split in counts for bucket in sizes})
+    if buckets:
+        fold_buckets(out)
     return out
 
 
