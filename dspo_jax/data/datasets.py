@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import tensorflow_datasets as tfds
-
 from dspo_jax import spelling
 from dspo_jax.data import shards
 
@@ -28,17 +25,23 @@ class Dataset:
     def buckets(self, split: str) -> dict[str, int]:
         """The number of examples of each image size, "HEIGHTxWIDTH" in pixels; {} where a split is absent or
         empty. A dataset without buckets has one, its square."""
-        side = self.manifest["resolution"]
         counts: dict[str, int] = {}
-        for shard in self.manifest["splits"].get(split, {"shards": []})["shards"]:
-            bucket = shard.get("bucket", f"{side}x{side}")
+        for bucket, shard in self._shards(split):
             counts[bucket] = counts.get(bucket, 0) + shard["num_examples"]
         return {bucket: count for bucket, count in counts.items() if count}
 
-    def examples(self, split: str, bucket: str) -> grain.MapDataset:
-        """The examples of a bucket by their number."""
-        name = f"{split}_{bucket}" if "buckets" in self.manifest else split
-        return grain.MapDataset.source(tfds.builder_from_directory(self.folder).as_data_source(name))
+    def files(self, split: str, bucket: str) -> list[str]:
+        """The files that hold a bucket, as array_record takes them: each followed by [0:EXAMPLES]."""
+        return [
+            f"{self.folder / shard['file']}[0:{shard['num_examples']}]"
+            for of_bucket, shard in self._shards(split)
+            if of_bucket == bucket
+        ]
+
+    def _shards(self, split: str) -> list[tuple[str, Mapping[str, Any]]]:
+        square = "{0}x{0}".format(self.manifest["resolution"])
+        content = self.manifest["splits"].get(split, {"shards": []})
+        return [(shard.get("bucket", square), shard) for shard in content["shards"]]
 
 
 def read_datasets(path: str | Path) -> list[Dataset]:

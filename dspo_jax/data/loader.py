@@ -21,15 +21,10 @@ import numpy as np
 
 from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights, read_datasets
+from dspo_jax.data.records import Batch, Records
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
 _EPOCHS = 2**30
-
-Batch = dict[str, Any]
-"""`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
-`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings, and `index` [B] int64,
-the example's position in the stream: unique over the run, it seeds what is drawn for the example. With
-several processes B is the process's share."""
 
 
 class BatchIterator:
@@ -54,7 +49,10 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """The next batch, with one array more: `index` [B] int64, the examples' positions in the stream.
+
+        They are unique over the run and seed what is drawn for an example. With several processes B is the
+        process's share.
 
         Raises:
           FileNotFoundError, ValueError: a shard has vanished or was cut short meanwhile, by name.
@@ -154,16 +152,19 @@ def train_batches(
     share, seeds = batch_size // process_count, itertools.count(seed)
     batches, bucket_weights = [], []
     for bucket, row in mixing_weights(datasets, split, weights).items():
-        parts = [
-            dataset.examples(split, bucket) for dataset, drawn in zip(datasets, row, strict=True) if drawn
-        ]
-        proportions = [drawn for drawn in row if drawn]
+        records = Records(datasets, split, bucket)
+        ends = list(itertools.accumulate(dataset.buckets(split).get(bucket, 0) for dataset in datasets))
         if not weights:  # shuffled as one
-            parts, proportions = [grain.MapDataset.concatenate(parts)], [1]
-        streams = [part.seed(next(seeds)).shuffle().repeat(_EPOCHS) for part in parts]
-        mixed = grain.MapDataset.mix(streams, proportions)
+            ends, row = ends[-1:], [sum(row)]
+        # Streams of numbers of examples. They are read by the batch.
+        streams = [
+            grain.MapDataset.range(start, end).seed(next(seeds)).shuffle().repeat(_EPOCHS)
+            for start, end in itertools.pairwise([0, *ends])
+            if start < end
+        ]
+        mixed = grain.MapDataset.mix(streams, [drawn for drawn in row if drawn])
         # Process p of n reads the p-th of the n shares that each batch is cut into.
-        batches.append(mixed.batch(share, batch_fn=_stack)[process_index::process_count])
+        batches.append(mixed.batch(share, batch_fn=records.read)[process_index::process_count])
         bucket_weights.append(sum(row))
     numbered = grain.MapDataset.mix(batches, bucket_weights).map_with_index(
         partial(_add_index, first=process_index * share, stride=batch_size)
@@ -195,8 +196,8 @@ def eval_batches(
     _verify(datasets)
     batches, first = [], 0
     for bucket, count in buckets.items():
-        parts = [dataset.examples(split, bucket) for dataset in datasets if bucket in dataset.buckets(split)]
-        of_bucket = grain.MapDataset.concatenate(parts).batch(batch_size, batch_fn=_stack)
+        records = Records(datasets, split, bucket)
+        of_bucket = grain.MapDataset.range(count).batch(batch_size, batch_fn=records.read)
         batches.append(of_bucket.map_with_index(partial(_add_index, first=first, stride=batch_size)))
         first += count
     identity = {"num_examples": first, "batch_size": batch_size}
@@ -206,16 +207,6 @@ def eval_batches(
 def _verify(datasets: Sequence[Dataset]) -> None:
     for dataset in datasets:
         shards.verify_shards(dataset.folder, dataset.manifest)
-
-
-def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
-    batch: Batch = {}
-    for name in examples[0]:
-        values = [example[name] for example in examples]
-        is_text = isinstance(values[0], bytes)
-        batch[name] = [value.decode() for value in values] if is_text else np.stack(values)
-    # TFDS hands scalars over as Python numbers, which are stacked in float64.
-    return {**batch, "preference": np.float32(batch["preference"]), "loser_won": np.bool_(batch["loser_won"])}
 
 
 def _add_index(number: int, batch: Batch, *, first: int, stride: int) -> Batch:
