@@ -173,6 +173,9 @@ def _describe_mixture(
     if len(buckets) > 1:
         sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in buckets.items())
         yield f"{len(buckets)} image sizes, and the step is compiled for each: {sizes}"
+        small = [bucket for bucket, count in buckets.items() if count < config.batch_size]
+        if small:
+            yield f"warning: a batch holds examples twice where a size has fewer than it: {', '.join(small)}"
 
 
 def dry_run(config: ConfigDict) -> str:

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from example_shards import MANIFEST, write_buckets, write_dataset
+import tensorflow_datasets as tfds
+from example_shards import MANIFEST, make_example, write_buckets, write_dataset
 
 from dspo_jax.data import loader
 
@@ -192,6 +193,18 @@ def test_an_evaluation_reads_one_bucket_after_another(folder):
         (["203", "204"], (2, 8)),
     ]
     np.testing.assert_array_equal(np.concatenate([batch["index"] for batch in batches]), np.arange(10))
+
+
+def test_a_bucket_holds_what_was_written_and_tfds_opens_it_too(folder):
+    batch = list(loader.eval_batches(folder / "tall", batch_size=3))[-1]
+    source = tfds.builder_from_directory(folder / "tall").as_data_source("validation_8x32")
+    assert len(source) == len(batch["key"]) == 2
+    for row, theirs in enumerate(source):
+        written = make_example(203 + row, bucket="8x32")
+        for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won"):
+            np.testing.assert_array_equal(batch[name][row], written[name])
+            np.testing.assert_array_equal(theirs[name], written[name])
+        assert batch["caption"][row] == theirs["caption"].decode() == written["caption"]
 
 
 def test_an_evaluation_passes_over_a_dataset_that_holds_nothing_out(folder, tmp_path):
