@@ -39,6 +39,8 @@ class StubPipeline:
             "model": "stub",
             "vae_sha256": "a" * 64,
             "scaling_factor": 1.0,
+            "vae_scale_factor": self.vae_scale_factor,
+            "latent_channels": self.latent_channels,
             "tokenizer_sha256": ["b", "c"],
         }
 
