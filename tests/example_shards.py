@@ -1,13 +1,12 @@
 """Small datasets for tests of what reads shards."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dspo_jax.data import shards
+from dspo_jax.data.writer import DatasetWriter
 
 FINGERPRINT = {
     "model": "tiny",
@@ -34,16 +33,21 @@ def make_example(i: int, *, images: int = 2) -> dict[str, Any]:
     }
 
 
+def start_dataset(out: Path, num_shards: dict[str, int], *, images: int = 2) -> DatasetWriter:
+    """A writer of numbered examples."""
+    return DatasetWriter(out, shards.feature_spec((images, 4, 4, 6), 1), MANIFEST, num_shards)
+
+
 def write_dataset(
     out: Path, *, train: int = 10, validation: int = 5, rows_per_shard: int = 4, images: int = 2
 ) -> dict[str, Any]:
     """Writes a dataset of numbered examples (keys "0", "1", ... in each split) and returns its manifest."""
-    splits = {"train": train, "validation": validation}
-    with shards.DatasetWriter(out, shards.feature_spec((images, 4, 4, 6), 1)) as writer:
-        for split, count in splits.items():
-            numbers: Iterator[int] = iter(range(count))
-            num_shards = max(1, -(-count // rows_per_shard))
-            for shard in range(num_shards):
-                examples = (make_example(i, images=images) for i in itertools.islice(numbers, rows_per_shard))
-                writer.write_shard(split, shard, num_shards, examples)
-        return writer.commit(MANIFEST, {split: {} for split in splits})
+    counts = {"train": train, "validation": validation}
+    writer = start_dataset(
+        out, {split: max(1, -(-count // rows_per_shard)) for split, count in counts.items()}, images=images
+    )
+    for split, count in counts.items():
+        for number in range(max(1, -(-count // rows_per_shard))):
+            of_shard = range(count)[number * rows_per_shard : (number + 1) * rows_per_shard]
+            writer.write_shard(split, number, [make_example(i, images=images) for i in of_shard])
+    return writer.commit()

@@ -211,6 +211,7 @@ def write_pairs(
 ) -> Path:
     """Writes shards of random latents that carry the fingerprint of `model`."""
     from dspo_jax.data import shards
+    from dspo_jax.data.writer import DatasetWriter
     from dspo_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(model)
@@ -218,25 +219,25 @@ def write_pairs(
     side = resolution // pipe.vae_scale_factor
     features = shards.feature_spec((images, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers))
     draw = np.random.default_rng(0)
-    with shards.DatasetWriter(out, features) as writer:
-        for split, count in (("train", train), ("validation", validation)):
-            captions = [f"{split} {i}" for i in range(count)]
-            tokens = pipe.tokenize(captions) if count else []
-            examples = [
-                {
-                    "moments": np.abs(draw.standard_normal(features["moments"].shape)).astype(np.float16),
-                    "tokens": tokens[i],
-                    "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
-                    "preference": np.float32(1.0),
-                    "loser_won": np.bool_(False),
-                    "caption": caption,
-                    "key": caption,
-                }
-                for i, caption in enumerate(captions)
-            ]
-            writer.write_shard(split, 0, 1, examples)
-        manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
-        writer.commit(manifest, {"train": {}, "validation": {}})
+    manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
+    writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1})
+    for split, count in (("train", train), ("validation", validation)):
+        captions = [f"{split} {i}" for i in range(count)]
+        tokens = pipe.tokenize(captions) if count else []
+        examples = [
+            {
+                "moments": np.abs(draw.standard_normal(features["moments"].shape)).astype(np.float16),
+                "tokens": tokens[i],
+                "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
+                "preference": np.float32(1.0),
+                "loser_won": np.bool_(False),
+                "caption": caption,
+                "key": caption,
+            }
+            for i, caption in enumerate(captions)
+        ]
+        writer.write_shard(split, 0, examples)
+    writer.commit()
     return out
 
 

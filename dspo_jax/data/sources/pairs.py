@@ -49,7 +49,10 @@ class BadRow(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        return BadRow, (self.reason, self.detail)  # so that a process can hand it to another
 
 
 def decode_image(data: ImageLike) -> Image.Image:
