@@ -261,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     out = Path(flags.FLAGS.out)
     already_there = (out / shards.MANIFEST).is_file()
-    complete = encode(flags.FLAGS.config, out, _parse_share(flags.FLAGS.shard))
+    complete = encode(flags.FLAGS.config, out, parse_share(flags.FLAGS.shard))
     if not distributed.is_first():
         return
     seconds = time.perf_counter() - started
@@ -279,7 +279,12 @@ def main(argv: Sequence[str]) -> None:
     print("already encoded, verified" if already_there else f"encoded in {seconds:.1f} s")
 
 
-def _parse_share(text: str | None) -> tuple[int, int] | None:
+def parse_share(text: str | None) -> tuple[int, int] | None:
+    """ "1/4" -> (1, 4).
+
+    Raises:
+      ValueError: it is none of the shares.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)

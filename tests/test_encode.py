@@ -315,6 +315,14 @@ def test_two_shares_make_the_dataset_of_one(pipe, config, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("share", ["2/2", "1", "a/b", "-1/2"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=f"--shard={share}: must be I/N with I from 0 to N - 1"):
+        encode_module.parse_share(share)
+    assert encode_module.parse_share("3/4") == (3, 4)
+    assert encode_module.parse_share(None) is None
+
+
 def test_both_ways_round_are_stored_on_request(pipe, config, tmp_path):
     config.flip = "both"
     encode(config, tmp_path / "out")
