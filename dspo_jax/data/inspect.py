@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from PIL import Image
 from rich.filesize import decimal
 
 from dspo_jax import cli
@@ -31,7 +32,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['directory']}: {kind}, resolution {report['resolution']}",
         _line("encoded with", ", ".join([name, *_settings(model | report["encoding"])])),
-        _line("source", ", ".join([source["name"], *_settings(source.get("arguments", {}))])),
+        _line("source", ", ".join([source["name"], *_settings(source["arguments"])])),
     ]
     if report["checksums_verified"]:
         lines.append(_line("checksums", "as in the manifest"))
@@ -119,35 +120,53 @@ def _format(spread: Mapping[str, float]) -> str:
     return "{min:,.6g} to {max:,.6g}, median {median:,.6g}, 95 % up to {p95:,.6g}".format(**spread)
 
 
-def _load_model(path: str, directory: Path) -> Any:
-    """Reads the model that decodes, which must be the one that encoded."""
-    from dspo_jax.pipeline import load_pipeline  # here, as a report alone need not wait for JAX to start
+def choose_examples(
+    directory: Path, splits: Sequence[str], count: int, seed: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """Random examples of the splits, all examples being as likely, with the names of their splits, in order.
 
-    pipe = load_pipeline(path)
-    shards.check_manifest(
-        shards.read_manifest(directory), pipe.fingerprint(), path=directory / shards.MANIFEST
-    )
-    return pipe
-
-
-def _draw_random(pipe: Any, directory: Path, splits: Sequence[str], count: int, seed: int) -> Any:
-    """A sheet of random examples of the splits, all examples being as likely; in their stored order."""
-    from dspo_jax.data import sheet  # see `_load_model`
-
+    Raises:
+      ValueError: there is none, or a split does not fit the manifest.
+      OSError: a shard cannot be read.
+    """
     manifest = shards.read_manifest(directory)
-    opened = {name: Examples(directory, name, manifest) for name in splits}
+    opened = {split: Examples(directory, split, manifest) for split in splits}
     total = sum(map(len, opened.values()))
+    if not total:
+        raise ValueError(f"{directory}: no example to draw in {', '.join(splits)}")
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    rows, first = [], 0
-    for name, examples in opened.items():
+    found, first = [], 0
+    for split, examples in opened.items():
         numbers = chosen[(first <= chosen) & (chosen < first + len(examples))] - first
-        rows += [(name, example) for example in examples.read(numbers.tolist(), moments=True)]
+        found += [(split, example) for example in examples.read(numbers.tolist(), moments=True)]
         first += len(examples)
-    images = sheet.decode_examples(pipe, [example for _, example in rows])
+    return found
+
+
+def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[str, Any]]]) -> Image.Image:
+    """Draws what `choose_examples` has chosen.
+
+    Args:
+      model: the model directory that decodes.
+      directory: the dataset.
+      chosen: names of splits, and examples with `moments`.
+
+    Raises:
+      ValueError: the dataset was encoded with another model, or the model is damaged.
+      FileNotFoundError: no such model.
+    """
+    # Here, as a report alone need not wait for JAX to start.
+    from dspo_jax.data import sheet
+    from dspo_jax.pipeline import load_pipeline
+
+    pipe = load_pipeline(model)
+    manifest = shards.read_manifest(directory)
+    shards.check_manifest(manifest, pipe.fingerprint(), path=directory / shards.MANIFEST)
+    images = sheet.decode_examples(pipe, [example for _, example in chosen])
     return sheet.draw_sheet(
         [
-            (example["caption"], _notes(name, example), pixels)
-            for (name, example), pixels in zip(rows, images, strict=True)
+            (example["caption"], _notes(split, example), pixels)
+            for (split, example), pixels in zip(chosen, images, strict=True)
         ]
     )
 
@@ -160,7 +179,12 @@ def _notes(split: str, example: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _check_flags(settings: Any) -> None:
+def check_flags(settings: Any) -> None:
+    """Refuses options that say nothing or contradict each other.
+
+    Raises:
+      ValueError: names the option.
+    """
     if settings.pairs < 1:
         raise ValueError(f"--pairs={settings.pairs}: must be at least 1")
     if settings.sheet and not settings.model:
@@ -172,8 +196,7 @@ def _check_flags(settings: Any) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     settings, directory = flags.FLAGS, Path(argv[1])
-    _check_flags(settings)
-    pipe = _load_model(settings.model, directory) if settings.model else None
+    check_flags(settings)
     report = summarize_dataset(
         directory, split=settings.split, max_examples=settings.max_examples, checksums=settings.verify
     )
@@ -183,13 +206,14 @@ def main(argv: Sequence[str]) -> None:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         Path(settings.json).write_text(text, encoding="utf-8")
         print(f"{settings.json}: these numbers")
-    if pipe is None:
+    if not settings.model:
         print("no contact sheet: --model=MODEL_DIR, the model this was encoded with, draws one")
     else:
-        whole = directory.resolve()
-        path = Path(settings.sheet or whole.with_name(f"{whole.name}-contact_sheet.png"))
+        resolved = directory.resolve()  # "." has no name
+        path = Path(settings.sheet or resolved.with_name(f"{resolved.name}-contact_sheet.png"))
         partial = path.with_name(path.name + ".tmp")
-        picture = _draw_random(pipe, directory, list(report["splits"]), settings.pairs, settings.seed)
+        chosen = choose_examples(directory, list(report["splits"]), settings.pairs, settings.seed)
+        picture = draw_examples(settings.model, directory, chosen)
         picture.save(partial, format="PNG")
         os.replace(partial, path)
         print(f"{path}: contact sheet")

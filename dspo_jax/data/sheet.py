@@ -76,7 +76,7 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
         room = max(1, height // _LINE_HEIGHT - len(lines))
         wrapped = _wrap(caption, font)
         if len(wrapped) > room:
-            wrapped = [*wrapped[: room - 1], wrapped[room - 1] + " ..."]
+            wrapped[room - 1 :] = ["..."]
         lines = [(line, "black") for line in wrapped] + lines
         for number, (line, colour) in enumerate(lines):
             draw.text((MARGIN, top + number * _LINE_HEIGHT), line, colour, font)

@@ -32,7 +32,7 @@ class Examples:
         """
         content = manifest["splits"][split]
         self._where = f"{directory}: split {split!r}"
-        self._features = tfds.builder_from_directory(directory).info.features
+        self._features = tfds.features.FeaturesDict.from_config(str(directory))
         try:
             self._records = ArrayRecordDataSource(
                 [str(directory / each["file"]) for each in content["shards"]]
@@ -77,12 +77,16 @@ def describe(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
       ValueError: a key is missing or holds something else.
     """
-    report: dict[str, Any] = {}
     try:
-        for key in ("model", "resolution", "images_per_example", "source"):
-            report[key] = manifest[key]
-        report["encoding"] = manifest.get("encoding", {})
-        report["splits"] = {}
+        model, source = manifest["model"], manifest["source"]
+        report: dict[str, Any] = {
+            "model": {"model": model["model"], **model},
+            "resolution": manifest["resolution"],
+            "images_per_example": manifest["images_per_example"],
+            "source": {"name": source["name"], "arguments": dict(source.get("arguments", {}))},
+            "encoding": dict(manifest.get("encoding", {})),
+            "splits": {},
+        }
         for split, content in manifest["splits"].items():
             entry = report["splits"][split] = {
                 "num_examples": content["num_examples"],
@@ -205,6 +209,7 @@ def summarize_dataset(
     if split is not None and split not in splits:
         raise ValueError(spelling.unknown("--split", split, splits))
     shards.verify_shards(directory, manifest, checksums=checksums)
+    report["checksums_verified"] = checksums
     report["splits"] = {name: splits[name] for name in splits if split in (None, name)}
     captions = {}
     for name, content in report["splits"].items():
