@@ -92,8 +92,8 @@ def test_repeated_captions_and_those_that_train_has(tmp_path):
     report = summarize_dataset(write(tmp_path / "out", splits))["splits"]
     assert report["train"]["captions"]["distinct"] == 4
     assert report["train"]["captions"]["most_repeated"] == {"c": 3, "a": 2}
-    assert report["validation"]["captions_in_train"] == 3
-    assert report["test"]["captions_in_train"] == 0
+    assert report["validation"]["captions_in_train"] == {"examples": 3, "train_examples_read": 7}
+    assert report["test"]["captions_in_train"]["examples"] == 0
     assert "captions_in_train" not in report["train"]
     alone = summarize_dataset(tmp_path / "out", split="validation")["splits"]
     assert list(alone) == ["validation"]

@@ -67,7 +67,9 @@ def _format_split(name: str, content: Mapping[str, Any]) -> Iterator[str]:
     for caption, count in captions["most_repeated"].items():
         yield _line("", f"{count:,} x {textwrap.shorten(caption, 80, placeholder=' ...')!r}")
     if "captions_in_train" in content:
-        yield _line("", f"{_share(content['captions_in_train'], read)} have one that train has too")
+        shared = content["captions_in_train"]
+        among = f"one of the {shared['train_examples_read']:,} examples read of train"
+        yield _line("", f"{_share(shared['examples'], read)} have the caption of {among}")
     yield _line("image width", _format(images["width"]))
     yield _line("height", _format(images["height"]))
     yield _line("width : height", _format(images["width_by_height"]))

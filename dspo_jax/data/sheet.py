@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -18,7 +20,9 @@ TEXT_WIDTH = 250
 HEADING_HEIGHT = 24
 # Pictures are fitted into a square of this side, so that twelve rows can be looked through at a glance.
 PICTURE_SIDE = 256
-_FONT_SIZE, _LINE_HEIGHT = 13, 17
+# DejaVu Sans: Pillow's own font has no letter beyond English.
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_FONT_SIZE, _LINE_HEIGHT = 12, 17
 _DECODED_AT_ONCE = 4
 
 
@@ -66,10 +70,9 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
     left = MARGIN + TEXT_WIDTH + MARGIN
     size = (left + per_example * cell, HEADING_HEIGHT + sum(heights) + MARGIN * len(rows))
     sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
-    headings = (("winner", WINNER_COLOUR), ("loser", "black")) if per_example == 2 else (("image", "black"),)
-    for column, (heading, colour) in enumerate(headings):
-        draw.text((left + column * cell + FRAME, 4), heading, colour, font)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(_FONT, _FONT_SIZE)
+    for column, heading in enumerate(("winner", "loser") if per_example == 2 else ("image",)):
+        draw.text((left + column * cell + FRAME, 4), heading, "black", font)
     top = HEADING_HEIGHT
     for (caption, notes, _), images, height in zip(rows, fitted, heights, strict=True):
         lines = [(line, "dimgray") for note in notes for line in _wrap(note, font)]

@@ -193,8 +193,8 @@ def summarize_dataset(
 
     Returns:
       JSON-able: what `describe` returns, with what `summarize_examples` returns added to each split that is
-      not empty; and to others than "train" `captions_in_train`, how many examples have a caption that "train"
-      has too; and `directory`, `checksums_verified`.
+      not empty; and to others than "train" `captions_in_train`, how many `examples` have a caption that
+      "train" has too, as far as it was read; and `directory`, `checksums_verified`.
 
     Raises:
       FileNotFoundError: no dataset there, or a shard is missing.
@@ -219,7 +219,10 @@ def summarize_dataset(
             captions[name] = columns.captions
     known = set(captions.pop("train", ()))
     for name in captions if known else ():
-        report["splits"][name]["captions_in_train"] = sum(caption in known for caption in captions[name])
+        report["splits"][name]["captions_in_train"] = {
+            "examples": sum(caption in known for caption in captions[name]),
+            "train_examples_read": report["splits"]["train"]["examples_read"],
+        }
     return report
 
 
