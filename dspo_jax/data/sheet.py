@@ -86,8 +86,8 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
         for column, image in enumerate(images):
             is_winner = per_example == 2 and column == 0
             # The others' edges need a line too: their background may be as white as the sheet.
-            width, colour = (FRAME, WINNER_COLOUR) if is_winner else (1, "lightgray")
-            framed = ImageOps.expand(image, width, colour)
+            width = FRAME if is_winner else 1
+            framed = ImageOps.expand(image, width, WINNER_COLOUR if is_winner else "lightgray")
             sheet.paste(framed, (left + column * cell + FRAME - width, top + FRAME - width))
         top += height + MARGIN
     return sheet
