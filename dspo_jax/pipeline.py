@@ -194,6 +194,11 @@ class Pipeline:
         """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1], float32."""
         return self._images(self._vae_params, latents)
 
+    def decode_pixels(self, latents: jax.Array) -> np.ndarray:
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite."""
+        images = np.nan_to_num(np.asarray(self.decode(latents)), nan=-1.0)
+        return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
+
     @functools.cached_property
     def _vae_params(self) -> Params:
         return jax.device_put(self.read_params("vae", "float32"))
