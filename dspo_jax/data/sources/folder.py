@@ -170,9 +170,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     ) from error
                 yield reader.line_num, {**{name: value or None for name, value in row.items()}, **numbers}
         except csv.Error as error:
-            raise ValueError(
-                f"{file}:{reader.line_num}: not CSV ({error}); mend or delete the line"
-            ) from error
+            raise ValueError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
 
 
 def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:

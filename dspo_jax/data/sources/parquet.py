@@ -1,7 +1,7 @@
 """Parquet files of any origin that hold captions, images and perhaps preferences."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet_files import (
     Column,
-    ParquetFile,
+    files_of,
     find_files,
     image_bytes,
     read_index,
@@ -52,11 +52,6 @@ class Parquet(Selection):
     def file_splits(self) -> tuple[str, ...]:
         return tuple(find_files(require("path", self.path)))
 
-    def _files(self, split: str) -> Sequence[ParquetFile]:
-        """The files of a split; a `validation` that was held out is in those of `train`."""
-        files = find_files(self.path)
-        return files.get(split, files["train"])
-
     def _columns(self) -> dict[str, Column]:
         """The columns by argument."""
         columns = {}
@@ -71,7 +66,7 @@ class Parquet(Selection):
         return columns
 
     def candidates(self, split: str) -> Candidates:
-        rows = read_index(self._files(split), self._columns())
+        rows = read_index(files_of(self.path, split), self._columns())
         identity: tuple[str, ...] = ("file", "row")
         if "key" in rows.column_names:
             identity = ("key", *identity)
@@ -90,7 +85,7 @@ class Parquet(Selection):
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         index = self.selected(split).rows[start:stop]
         names = [column.name for column in self._columns().values()]
-        for position, row in read_rows(self._files(split), index, names):
+        for position, row in read_rows(files_of(self.path, split), index, names):
             preference, key = row.get(self.preference), row.get(self.key)
             yield PreferencePair(
                 caption=row[self.caption] or "",

@@ -25,8 +25,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT = re.compile(r"(?:^|[-.])((?:train|validation|valid|val|dev|test)(?:_unique)?)(?=$|[-_.\d])")
 # Of files whose footers and light columns are read at the same time: on the hub each is a few requests.
 _FILES_AT_ONCE = 16
-# What is read of a column at a time where rows are streamed, and rows that are decoded at a time. A file of
-# one huge row group, as pandas writes it, needs no more memory than others.
+# What is read of a column at a time where rows are streamed, and rows that are decoded at a time: so that of
+# a huge row group, as pandas writes it, no more than a few pages are in memory.
 _BUFFER_BYTES = 4 * 2**20
 _ROWS_AT_ONCE = 16
 
@@ -95,38 +95,53 @@ def _split_of(name: str) -> str:
     return "train"
 
 
+def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
+    """The files of a split; of a `validation` that was held out, those of `train`."""
+    files = find_files(path)
+    return files[split if split in files else "train"]
+
+
 def _list_hub(repository: str) -> list[str]:
     """Names of the parquet files of a dataset repository."""
     import huggingface_hub  # slow to import, and needed for the hub only
+    from huggingface_hub.errors import HTTPError  # of no connection, which is not an OSError
 
     root = f"datasets/{repository}"
     try:
         found = huggingface_hub.HfFileSystem().find(root)
-    except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, HTTPError) as error:
         raise OSError(
             f"config.source.path = {repository!r}: no such file or folder, and the hub gave no dataset of "
-            f"this name ({type(error).__name__}: {reason})"
+            f"this name ({type(error).__name__}: {_first_line(error)})"
         ) from error
     return [name.removeprefix(f"{root}/") for name in found if name.endswith(".parquet")]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def _open(file: ParquetFile, **options: Any) -> Iterator[pq.ParquetFile]:
     """Opens a file; what pyarrow and the hub raise while it is open names it."""
+    errors: tuple[type[Exception], ...] = (pa.ArrowException, OSError)
     with contextlib.ExitStack() as stack:
+        source: Any = file.location
         try:
-            source: Any = file.location
             if file.on_hub:
                 import huggingface_hub
+                from huggingface_hub.errors import HTTPError
 
+                errors = (*errors, HTTPError)
                 # pyarrow knows what it needs: reading ahead would fetch images that nobody asked for.
                 remote = huggingface_hub.HfFileSystem().open(file.location, "rb", cache_type="none")
                 source = stack.enter_context(remote)
             yield stack.enter_context(pq.ParquetFile(source, **options))
-        except (pa.ArrowException, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise OSError(f"{file.location}: cannot be read as parquet ({reason}); fetch it again") from error
+        except errors as error:
+            fix = "" if file.on_hub else "; fetch it again"
+            raise OSError(
+                f"{file.location}: cannot be read as parquet ({_first_line(error)}){fix}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +237,7 @@ def read_rows(
     file_of, rows = index["file"].to_numpy(), index["row"].to_numpy()
     for number in np.unique(file_of):
         file, wanted = files[number], rows[file_of == number]
-        with _open(file, buffer_size=_BUFFER_BYTES) as parquet:
+        with _open(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet:
             found = [name for name in columns if name in parquet.schema_arrow.names]
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             starts = np.cumsum([0, *sizes])

@@ -1,7 +1,7 @@
 """Pick-a-Pic: pairs of generated images that people chose between, from parquet files with its columns."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet_files import (
     Column,
-    ParquetFile,
+    files_of,
     find_files,
     image_bytes,
     read_index,
@@ -62,16 +62,18 @@ class PickAPic(Selection):
 
     images_per_example: ClassVar[int] = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.models, tuple):
+            raise ValueError(
+                f"config.source.models = {self.models!r}: must be a tuple of names, as ('A', 'B')"
+            )
+
     def file_splits(self) -> tuple[str, ...]:
         return tuple(find_files(require("path", self.path)))
 
-    def _files(self, split: str) -> Sequence[ParquetFile]:
-        """The files of a split; a `validation` that was held out is in those of `train`."""
-        files = find_files(self.path)
-        return files.get(split, files["train"])
-
     def candidates(self, split: str) -> Candidates:
-        rows = read_index(self._files(split), {column.name: column for column in _COLUMNS})
+        rows = read_index(files_of(self.path, split), {column.name: column for column in _COLUMNS})
         label = rows["label_0"].cast(pa.float64()).to_numpy()
         unlabelled = np.isnan(label)
         if "has_label" in rows.column_names:
@@ -97,7 +99,7 @@ class PickAPic(Selection):
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         index = self.selected(split).rows[start:stop]
-        rows = read_rows(self._files(split), index, [column.name for column in _COLUMNS])
+        rows = read_rows(files_of(self.path, split), index, [column.name for column in _COLUMNS])
         for loser_won, (key, row) in zip(index["loser_won"].to_numpy(), rows, strict=True):
             label = float(row["label_0"])
             first, second = (0, 1) if label > 0.5 else (1, 0)

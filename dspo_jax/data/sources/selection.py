@@ -142,8 +142,8 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
     candidates = source.candidates(file_split)
     rows = candidates.rows
     # One number for each different caption; spaces around it do not make it another.
-    encoded = pc.utf8_trim_whitespace(rows["caption"].cast(pa.large_string())).combine_chunks()
-    encoded = encoded.dictionary_encode()
+    text = rows["caption"].cast(pa.large_string()).fill_null("")
+    encoded = pc.utf8_trim_whitespace(text).combine_chunks().dictionary_encode()
     prompt, captions = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
     left_out: dict[str, np.ndarray] = {}
