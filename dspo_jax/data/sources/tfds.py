@@ -124,7 +124,7 @@ def _builder(source: Tfds) -> Any:
             continue
         fix = f"name one with --config.source.{argument}=FEATURE"
         if name not in features:
-            raise ValueError(f"{what}: no feature {name!r} (found: {', '.join(features)}); {fix}")
+            raise ValueError(f"{what}: no feature {name!r} (found: {', '.join(sorted(features))}); {fix}")
         found = type(features[name]).__name__
         if not isinstance(features[name], kind):
             raise ValueError(f"{what}: feature {name!r} is of type {found}, not {kind.__name__}; {fix}")
