@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 def load(name, *arguments):
     """The config and the source of a recipe, with arguments as on the command line."""
     values, argv = flags.FlagValues(), ["encode", *arguments]
-    config_flags.DEFINE_config_file("config", str(RECIPES / f"{name}.py"), flag_values=values)
     with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
+        config_flags.DEFINE_config_file("config", str(RECIPES / f"{name}.py"), flag_values=values)
         values(argv)
     settings = values.config.source.to_dict()
     name, _ = settings.pop("name"), settings.pop("max_skipped")

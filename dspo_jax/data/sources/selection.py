@@ -171,6 +171,7 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
             del members["validation"]
     else:
         members = {file_split: np.ones(rows.num_rows, bool)}
+    rows = rows.select(list(dict.fromkeys((*candidates.columns, *(candidates.images or ())))))
     selected = {}
     for split, member in members.items():
         counts = {reason: int((mask & member).sum()) for reason, mask in left_out.items()}
