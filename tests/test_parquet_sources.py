@@ -153,6 +153,17 @@ def test_where_all_is_train_captions_are_held_out(tmp_path):
     assert len(validation) >= 2
 
 
+def test_files_without_rows_do_no_harm(tmp_path):
+    empty = pa.table(pairs(1))[:0]
+    parquet_files.pq.write_table(empty, tmp_path / "a.parquet")
+    source = get_source("parquet", path=str(tmp_path))
+    assert (source.splits, source.num_examples("train"), list(source.pairs("train"))) == (("train",), 0, [])
+    parquet_files.write(tmp_path / "more" / "b.parquet", pairs(2))
+    parquet_files.pq.write_table(empty, tmp_path / "more" / "a.parquet")
+    both = get_source("parquet", path=str(tmp_path / "more"), validation_share=0.0)
+    assert [row.key for row in both.pairs("train")] == ["b/0", "b/1"]
+
+
 def test_keys_are_unique_where_file_names_are_not(tmp_path):
     for name in ("a/0.parquet", "b/0.parquet", "test/a/0.parquet"):
         parquet_files.write(tmp_path / name, pairs(2))

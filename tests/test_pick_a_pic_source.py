@@ -61,8 +61,8 @@ def test_what_is_known_of_the_images_follows_winner_and_loser(source):
 
 
 def test_a_loser_that_won_another_kept_pair_is_marked(source):
-    uids = {"image_0_uid": ["a", "b", "d", "e", None], "image_1_uid": ["b", "c", "c", "d", None]}
-    # a>b, b>c, tie of d and c, d>e, unknown: only b lost and won
+    uids = {"image_0_uid": ["a", "b", "d", "e", None], "image_1_uid": ["b", "c", "c", "a", None]}
+    # a>b, b>c, a tie of d and c, a>e, unknown: only b lost and won
     rows = source(pick_a_pic([1, 1, 0.5, 0, 1], **uids)).pairs("train")
     assert [row.loser_won for row in rows] == [True, False, False, False]
 
@@ -76,6 +76,12 @@ def test_winners_that_a_filter_removed_do_not_count(source):
 def test_only_the_columns_that_matter_are_needed(source):
     optional = ("label_1", "has_label", "image_0_uid", "image_1_uid", "model_0", "model_1", "ranking_id")
     (row,) = source(pick_a_pic([0], **dict.fromkeys(optional))).pairs("train")
+    assert (images(row), row.loser_won, set(row.meta.values())) == ([1, 0], False, {None})
+
+
+def test_columns_of_nothing_count_as_absent(source):
+    empty = {name: [None] for name in ("image_0_uid", "image_1_uid", "model_0", "model_1", "ranking_id")}
+    (row,) = source(pick_a_pic([0], **empty), one_pair_per_prompt=True).pairs("train")
     assert (images(row), row.loser_won, set(row.meta.values())) == ([1, 0], False, {None})
 
 

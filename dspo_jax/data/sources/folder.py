@@ -183,6 +183,8 @@ def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
         values[name] = "" if values[name] is None else values[name]
         if not isinstance(values[name], str):
             raise ValueError(f"{where}: {name} = {values[name]!r}: must be text")
+        if any("\ud800" <= character <= "\udfff" for character in values[name]):
+            raise ValueError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
     values["split"] = values["split"] or "train"
     if not re.fullmatch(r"\w+", values["split"]):
         raise ValueError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")

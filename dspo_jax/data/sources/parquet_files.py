@@ -146,7 +146,7 @@ def _open(file: ParquetFile, **options: Any) -> Iterator[pq.ParquetFile]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its name, what it must hold, and what to do in a file without it, or None if that is fine."""
+    """A column: its name, what it holds, and what to do in a file without it (None: nothing)."""
 
     name: str
     kind: str
@@ -173,7 +173,7 @@ def _check_columns(path: str, schema: pa.Schema, columns: Iterable[Column]) -> N
         if column.name in schema.names:
             fits, wanted = _KINDS[column.kind]
             kind = schema.field(column.name).type
-            if not fits(kind):
+            if not fits(kind) and not (column.fix is None and pa.types.is_null(kind)):
                 raise ValueError(f"{path}: column {column.name!r} is of type {kind}, but must hold {wanted}")
         elif column.fix is not None:
             found = ", ".join(schema.names)
@@ -203,7 +203,9 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
             light = {
                 name: column.name
                 for name, column in columns.items()
-                if column.kind != "image" and column.name in schema.names
+                if column.kind != "image"
+                and column.name in schema.names
+                and not pa.types.is_null(schema.field(column.name).type)
             }
             table = parquet.read(list(light.values()), use_threads=False)
             num_rows = parquet.metadata.num_rows
