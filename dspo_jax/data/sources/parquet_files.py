@@ -33,9 +33,8 @@ _ROWS_AT_ONCE = 16
 
 @dataclasses.dataclass(frozen=True)
 class ParquetFile:
-    """One file: its path relative to what was asked for, where it is, and the prefix of its rows' keys."""
+    """One file: where it is, and the prefix of its rows' keys."""
 
-    name: str
     location: str
     on_hub: bool
     key: str
@@ -70,21 +69,18 @@ def find_files(path: str) -> Mapping[str, tuple[ParquetFile, ...]]:
         )
     if not locations:
         raise FileNotFoundError(f"config.source.path = {path!r}: no .parquet file in it or its subfolders")
-    names: dict[str, list[PurePosixPath]] = {}
+    names: dict[str, list[str]] = {}
     for name in sorted(locations):
-        names.setdefault(_split_of(name), []).append(PurePosixPath(name))
-    return {
-        split: tuple(
-            ParquetFile(
-                str(name),
-                locations[str(name)],
-                on_hub,
-                name.stem if len({n.stem for n in of_split}) == len(of_split) else str(name.with_suffix("")),
-            )
-            for name in of_split
+        names.setdefault(_split_of(name), []).append(name)
+    files = {}
+    for split in sort_splits(list(names)):
+        keys = [PurePosixPath(name).stem for name in names[split]]
+        if len(set(keys)) < len(keys):
+            keys = [name.removesuffix(".parquet") for name in names[split]]
+        files[split] = tuple(
+            ParquetFile(locations[name], on_hub, key) for name, key in zip(names[split], keys, strict=True)
         )
-        for split, of_split in ((split, names[split]) for split in sort_splits(list(names)))
-    }
+    return files
 
 
 def _split_of(name: str) -> str:

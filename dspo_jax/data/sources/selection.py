@@ -146,24 +146,7 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
     encoded = pc.utf8_trim_whitespace(text).combine_chunks().dictionary_encode()
     prompt, captions = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
-    left_out: dict[str, np.ndarray] = {}
-    kept = np.ones(rows.num_rows, bool)
-
-    def leave_out(reason: str, mask: np.ndarray) -> None:
-        left_out[reason] = mask & kept
-        kept[mask] = False
-
-    for reason, mask in candidates.left_out.items():
-        leave_out(reason, mask)
-    if source.caption_pattern:
-        search = re.compile(source.caption_pattern).search
-        leave_out("caption_pattern", np.asarray([not search(caption) for caption in captions], bool)[prompt])
-    if source.min_margin:
-        leave_out("min_margin", ~(rows["margin"].to_numpy() >= source.min_margin))
-    if source.one_pair_per_prompt:
-        chosen = _choose_one(rows, np.flatnonzero(kept), prompt, captions, candidates.identity, source.seed)
-        leave_out("one_pair_per_prompt", ~np.isin(np.arange(rows.num_rows), chosen))
-
+    kept, left_out = _filter(source, candidates, prompt, captions)
     if source.file_splits() == ("train",):
         held_out = _hold_out(captions, np.unique(prompt[kept]), source.validation_share, source.seed)
         members = {"train": ~held_out[prompt], "validation": held_out[prompt]}
@@ -187,10 +170,35 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
     return selected
 
 
+def _filter(
+    source: Selection, candidates: Candidates, prompt: np.ndarray, captions: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Which rows [n] are kept, and which are left out by reason: each by the first that holds of it."""
+    rows = candidates.rows
+    left_out: dict[str, np.ndarray] = {}
+    kept = np.ones(rows.num_rows, bool)
+
+    def leave_out(reason: str, mask: np.ndarray) -> None:
+        left_out[reason] = mask & kept
+        kept[mask] = False
+
+    for reason, mask in candidates.left_out.items():
+        leave_out(reason, mask)
+    if source.caption_pattern:
+        search = re.compile(source.caption_pattern).search
+        leave_out("caption_pattern", np.asarray([not search(caption) for caption in captions], bool)[prompt])
+    if source.min_margin:
+        leave_out("min_margin", ~(rows["margin"].to_numpy() >= source.min_margin))
+    if source.one_pair_per_prompt:
+        chosen = _choose_one(rows, np.flatnonzero(kept), prompt, captions, candidates.identity, source.seed)
+        leave_out("one_pair_per_prompt", ~np.isin(np.arange(rows.num_rows), chosen))
+    return kept, left_out
+
+
 def _hold_out(captions: Sequence[str], kept: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Which captions [len(captions)] are held out; of those `kept` at least one is, and at least one is not.
 
-    Whether a caption is held out depends on nothing but itself, so that more data leaves the split as it is.
+    But for these two, whether a caption is held out depends on itself alone: more data does not move it.
     """
     if share == 0 or len(kept) < 2:
         return np.zeros(len(captions), bool)
