@@ -78,6 +78,25 @@ def test_an_empty_loser_is_for_single_images(source):
     assert (chosen.images_per_example, row.loser, images(row)) == (1, None, [0])
 
 
+def test_margins_are_of_the_preference(source):
+    chosen = source(pairs(3, preference=[0.75, None, 0.6]), min_margin=0.5)
+    assert [row.preference for row in chosen.pairs("train")] == [0.75, 1.0]
+    assert chosen.left_out("train") == {"min_margin": 1}
+
+
+def test_with_keys_one_pair_of_a_prompt_does_not_depend_on_the_order(tmp_path):
+    table = pa.table(
+        pairs(40, caption=[f"caption {i % 4}" for i in range(40)], key=[f"{i}" for i in range(40)])
+    )
+    kept = []
+    for name, order in {"a": range(40), "b": range(39, -1, -1)}.items():
+        path = parquet_files.write(tmp_path / f"{name}.parquet", table.take(list(order)).to_pydict())
+        source = get_source("parquet", path=str(path), one_pair_per_prompt=True, validation_share=0.0)
+        kept.append({row.key for row in source.pairs("train")})
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 4
+
+
 def test_a_preference_out_of_range_is_a_bad_row(source):
     (row,) = source(pairs(1, preference=[0.3])).pairs("train")
     with pytest.raises(BadRow, match="preference outside"):
