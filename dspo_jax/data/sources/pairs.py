@@ -64,7 +64,7 @@ def decode_image(data: ImageLike) -> Image.Image:
     if isinstance(data, Path):
         try:
             data = data.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise BadRow("missing image file", str(error)) from error
     try:
         with warnings.catch_warnings():
