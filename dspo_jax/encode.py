@@ -69,7 +69,11 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
     manifest = {
         "model": pipe.fingerprint(),
         "resolution": config.resolution,
-        "source": {"name": config.source.name, "arguments": _arguments(config)},
+        "source": {
+            "name": config.source.name,
+            "arguments": _arguments(config),
+            "rows_sha256": {split: source.digest(split) for split in splits},
+        },
         "encoding": {key: config[key] for key in _ENCODING},
     }
     if shards.is_complete(out, manifest, splits):
@@ -89,7 +93,8 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
     workers = len(os.sched_getaffinity(0)) if config.num_workers is None else config.num_workers
-    with worker_pool(workers, [__spec__.name]) as pool:
+    # What this module imports, which takes long; each worker imports the module itself.
+    with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
         encoder = Encoder(
             pipe,
             framing,

@@ -79,6 +79,8 @@ class Greys:
     broken: tuple[int, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ((8, 8),)
 
+    version: ClassVar[int] = 1
+
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     images_per_example: ClassVar[int] = 2
 
@@ -87,6 +89,9 @@ class Greys:
 
     def left_out(self, split: str) -> dict[str, int]:
         return {}
+
+    def digest(self, split: str) -> str:
+        return f"{split}, version {self.version}"
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         for i in range(self.num_examples(split))[start:stop]:
@@ -147,6 +152,7 @@ def test_shards_hold_the_rows_in_order(pipe, config, tmp_path):
     assert manifest["source"] == {
         "name": "greys",
         "arguments": {"count": 10, "broken": [], "sizes": [[8, 8]]},
+        "rows_sha256": {"train": "train, version 1", "validation": "validation, version 1"},
     }
     shards.check_manifest(shards.read_manifest(tmp_path / "out"), pipe.fingerprint(), 16)
 
@@ -202,6 +208,16 @@ def test_a_folder_with_another_dataset_is_refused_and_left_alone(pipe, config, t
     with pytest.raises(ValueError, match=r"holds another dataset \(resolution = 16 there, 32 here\)"):
         encode(config, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_rows_that_changed_since_are_not_taken_for_those_of_then(pipe, config, tmp_path, monkeypatch):
+    encode(config, tmp_path / "whole")
+    assert not encode(config, tmp_path / "part", (0, 2))
+    monkeypatch.setattr(Greys, "version", 2)
+    changed = r"source.rows_sha256.train = 'train, version 1' there, 'train, version 2' here"
+    for out in ("whole", "part"):
+        with pytest.raises(ValueError, match=changed):
+            encode(config, tmp_path / out)
 
 
 def test_a_corrupt_image_is_skipped_counted_and_listed(pipe, config, tmp_path):

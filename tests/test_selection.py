@@ -159,3 +159,22 @@ def test_draws_are_the_same_everywhere():
     # printf '0|split|a fox' | sha256sum
     assert draw(0, "split", "a fox") == pytest.approx(0.6946742713650487, abs=1e-12)
     assert 0.45 < sum(draw(1, str(i)) for i in range(1000)) / 1000 < 0.55
+
+
+def test_the_digest_changes_when_rows_do(write):
+    rows = [("a", "1.png", 1.0), ("b", "2.png", 0.9), ("c", "3.png", 0.8)]
+    others = {
+        "caption": [("A", "1.png", 1.0), *rows[1:]],
+        "winner": [("a", "4.png", 1.0), *rows[1:]],
+        "preference": [("a", "1.png", 0.7), *rows[1:]],
+        "order": [rows[1], rows[0], rows[2]],
+        "captions exchanged": [("b", "1.png", 1.0), ("a", "2.png", 0.9), rows[2]],
+        "fewer": rows[:2],
+    }
+    plain = write(rows)(validation_share=0.0).digest("train")
+    assert write(rows, "again")(validation_share=0.0).digest("train") == plain
+    assert write(rows, "filtered")(validation_share=0.0, min_margin=0.7).digest("train") != plain
+    digests = {
+        name: write(other, name)(validation_share=0.0).digest("train") for name, other in others.items()
+    }
+    assert len({plain, *digests.values()}) == 1 + len(others)

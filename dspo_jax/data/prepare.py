@@ -118,8 +118,8 @@ def worker_pool(num_workers: int, preload: Sequence[str] = ()) -> Iterator[Execu
 
     Args:
       num_workers: how many.
-      preload: modules that all of them share in memory. The program's own main module belongs there: every
-        process imports it.
+      preload: modules that all of them share in memory, imported once: what the program's main module
+        imports belongs there, as every process runs that module (but for what `__main__` does).
     """
     if num_workers == 0:
         yield None

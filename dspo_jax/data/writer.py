@@ -43,7 +43,7 @@ class DatasetWriter:
         Args:
           out: the dataset's folder; see `shards.is_complete` for what it may hold.
           features: see `shards.feature_spec`.
-          manifest: what makes the dataset (model, source, ...), free of dates and paths.
+          manifest: what makes the dataset (model, source, ...), free of dates.
           num_shards: into how many shards each split is divided.
           buckets: "HEIGHTxWIDTH" in pixels of the sizes that the images may have; each has files of its own.
             Empty: one size.

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,6 +67,10 @@ def load_emoji() -> tuple[Emoji, ...]:
     return tuple(sorted(emoji, key=lambda e: e.codepoints))
 
 
+def _digest(pairs: Iterable[PreferencePair]) -> str:
+    return hashlib.sha256(json.dumps([(pair.key, pair.caption) for pair in pairs]).encode()).hexdigest()
+
+
 @register("emoji_images")
 @dataclasses.dataclass(frozen=True)
 class EmojiImages:
@@ -106,6 +111,9 @@ class EmojiImages:
 
     def left_out(self, split: str) -> Mapping[str, int]:
         return {}
+
+    def digest(self, split: str) -> str:
+        return _digest(self.pairs(split))
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         captioned = (
@@ -222,6 +230,9 @@ class EmojiPairs:
 
     def left_out(self, split: str) -> Mapping[str, int]:
         return {}
+
+    def digest(self, split: str) -> str:
+        return _digest(self.pairs(split))
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         sentiment = load_sentiment()

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -60,10 +61,14 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """The rows of a split (the columns that its source needs and `loser_won`); those left out, by reason."""
+    """The rows of a split (the columns that its source needs and `loser_won`); those left out, by reason.
+
+    `digest` is the SHA-256 sum of the rows: which they are, their captions and margins, in order.
+    """
 
     rows: pa.Table
     left_out: Mapping[str, int]
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +140,9 @@ class Selection(abc.ABC):
     def left_out(self, split: str) -> Mapping[str, int]:
         return self.selected(split).left_out
 
+    def digest(self, split: str) -> str:
+        return self.selected(split).digest
+
 
 @functools.cache
 def _select(source: Selection, file_split: str) -> dict[str, Selected]:
@@ -154,7 +162,7 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
             del members["validation"]
     else:
         members = {file_split: np.ones(rows.num_rows, bool)}
-    rows = rows.select(list(dict.fromkeys((*candidates.columns, *(candidates.images or ())))))
+    rows = rows.select(list(dict.fromkeys((*candidates.columns, *(candidates.images or ()), "margin"))))
     selected = {}
     for split, member in members.items():
         counts = {reason: int((mask & member).sum()) for reason, mask in left_out.items()}
@@ -163,11 +171,20 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
         if candidates.images is not None:
             winner, loser = (of_split[name] for name in candidates.images)
             won = pc.is_in(loser, value_set=winner.combine_chunks(), skip_nulls=True).to_numpy()
+        digest = _digest(of_split, prompt[kept & member], captions)
         of_split = of_split.select(candidates.columns).append_column("loser_won", pa.array(won))
         selected[split] = Selected(
-            of_split.combine_chunks(), {reason: count for reason, count in counts.items() if count}
+            of_split.combine_chunks(), {reason: count for reason, count in counts.items() if count}, digest
         )
     return selected
+
+
+def _digest(rows: pa.Table, prompt: np.ndarray, captions: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps([captions[i] for i in np.unique(prompt)]).encode())
+    digest.update(np.unique(prompt, return_inverse=True)[1].astype(np.int64).tobytes())
+    for name in sorted(rows.column_names):
+        digest.update(json.dumps([name, rows[name].to_pylist()]).encode())
+    return digest.hexdigest()
 
 
 def _filter(
