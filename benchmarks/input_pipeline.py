@@ -7,6 +7,7 @@ tokens, 128 KiB each. `folder` gets them and must not exist; it is removed at th
 page cache: a disk that gives less than the printed MB/s is slower than that.
 """
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from tensorflow_datasets.core import example_serializer
 
 from dspo_jax import cli
 from dspo_jax.data import loader, shards
+from dspo_jax.data.writer import DatasetWriter
 
 MOMENTS = (2, 64, 64, 8)
 BATCH_SIZE, PAIRS_PER_SHARD = 64, 1000
@@ -59,11 +61,10 @@ def seconds(work: Callable[[], Any]) -> float:
 def write(folder: Path, count: int) -> None:
     """Writes pairs as `dspo_jax.encode` does, with sums."""
     pairs, num_shards = make_pairs(count), -(-count // PAIRS_PER_SHARD)
-    with shards.DatasetWriter(folder, shards.feature_spec(MOMENTS, 1)) as writer:
-        for shard in range(num_shards):
-            part = (pair for _, pair in zip(range(PAIRS_PER_SHARD), pairs, strict=False))
-            writer.write_shard("train", shard, num_shards, part)
-        writer.commit(MANIFEST, {"train": {}})
+    writer = DatasetWriter(folder, shards.feature_spec(MOMENTS, 1), MANIFEST, {"train": num_shards})
+    for number in range(num_shards):
+        writer.write_shard("train", number, itertools.islice(pairs, PAIRS_PER_SHARD))
+    writer.commit()
 
 
 def serialise(features: tfds.features.FeaturesDict, count: int) -> None:

@@ -19,7 +19,9 @@ EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 _PACKAGE = Path(__file__).parent
 
 
-def run(main: Callable[[Sequence[str]], Any], commands: Sequence[str] = ()) -> NoReturn:
+def run(
+    main: Callable[[Sequence[str]], Any], commands: Sequence[str] = (), operand: str | None = None
+) -> NoReturn:
     """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
 
     Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a ValueError or an
@@ -27,9 +29,10 @@ def run(main: Callable[[Sequence[str]], Any], commands: Sequence[str] = ()) -> N
     bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
 
     Args:
-      main: called with `[program name]`, or `[program name, command]`; it reads its flags through absl. An
-        integer it returns becomes the exit status.
+      main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
+        its flags through absl. An integer it returns becomes the exit status.
       commands: what the first argument may be, for a program that does several things.
+      operand: what the first argument stands for, e.g. "DIR", for a program that works on one thing.
     """
 
     def guarded_main(argv: Sequence[str]) -> Any:
@@ -37,7 +40,9 @@ def run(main: Callable[[Sequence[str]], Any], commands: Sequence[str] = ()) -> N
             _fail(f"name a command: {', '.join(commands)}")
         if commands and argv[1] not in commands:
             _fail(spelling.unknown("command", argv[1], commands))
-        if len(argv) > (2 if commands else 1):
+        if operand and len(argv) < 2:
+            _fail(f"{operand} is missing: name it before or after the options")
+        if len(argv) > (2 if commands or operand else 1):
             _fail(f"unexpected argument {argv[-1]!r}; options are written --name=value")
         try:
             return main(argv)

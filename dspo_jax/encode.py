@@ -1,23 +1,24 @@
-"""Encodes preference pairs once, so that training never sees an image: captions and pictures in, shards out.
+r"""Encodes preference pairs once, so that training never sees an image: captions, pictures in; shards out.
 
-    python -m dspo_jax.encode --config configs/encode/emoji.py --config.model=MODEL_DIR --out OUT
+    python -m dspo_jax.encode --config configs/encode/folder.py --config.source.path=DIR \
+        --config.model=MODEL_DIR --out OUT
 
-Every key of the config, with its default, stands in configs/encode/common.py.
+Every key of the config, with its default, stands in configs/encode/common.py. The same command goes on where
+a stopped one was. Several processes share the work as parts of one run (dspo_jax/distributed.py) or, without
+knowing of one another, with --shard=0/4 to --shard=3/4.
 """
 
-import hashlib
-import itertools
 import math
+import os
+import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-from absl import flags, logging
+import jax
+from absl import flags
 from ml_collections import ConfigDict, config_flags
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,227 +27,286 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
 
-from dspo_jax import cli, spelling
+from dspo_jax import cli, distributed, spelling
 from dspo_jax.data import shards
-from dspo_jax.data.sources import BadRow, PreferencePair, Source, decode_pair, get_source
+from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, Encoder
+from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
+from dspo_jax.data.sources import PreferencePair, Source, get_source
+from dspo_jax.data.writer import DatasetWriter
 from dspo_jax.pipeline import Pipeline, load_pipeline
 
-_FLIPS = ("none", "random")
+# How often this process looks at what the others have finished.
+_SECONDS_BETWEEN_LOOKS = 3.0
 
 
-def prepare_image(image: Image.Image, resolution: int, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes the shortest side to `resolution` (bilinear) and keeps the centre, as the released code does.
-
-    Returns:
-      Pixels [resolution, resolution, 3] uint8, and what SDXL is told about it, [6] int32: original height and
-      width, top and left of the crop in the resized image, target height and width.
-    """
-    width, height = image.size
-    resized_width, resized_height = (resolution * side // min(width, height) for side in (width, height))
-    left, top = round((resized_width - resolution) / 2), round((resized_height - resolution) / 2)
-    resized = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
-    if flip:
-        resized = ImageOps.mirror(resized)
-    square = resized.crop((left, top, left + resolution, top + resolution))
-    return np.asarray(square), np.asarray([height, width, top, left, resolution, resolution], np.int32)
-
-
-class Encoder:
-    """Turns a source's rows into shard examples with one model."""
-
-    def __init__(self, pipe: Pipeline, config: ConfigDict):
-        if config.flip not in _FLIPS:
-            raise ValueError(spelling.unknown("config.flip", config.flip, _FLIPS))
-        for key in ("resolution", "batch_size", "rows_per_shard"):
-            if config[key] < 1:
-                raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
-        if config.resolution % pipe.vae_scale_factor:
-            raise ValueError(
-                f"config.resolution = {config.resolution}: must be a multiple of {pipe.vae_scale_factor}, "
-                "the pixels per latent of this model's VAE"
-            )
-        self._pipe = pipe
-        self._config = config
-
-    def moments_shape(self, images_per_example: int) -> tuple[int, int, int, int]:
-        """[P, h, w, 2C] of the examples."""
-        side = self._config.resolution // self._pipe.vae_scale_factor
-        return images_per_example, side, side, 2 * self._pipe.latent_channels
-
-    def examples(self, rows: Iterable[PreferencePair], on_bad_row: "BadRowLog") -> Iterator[dict[str, Any]]:
-        """Yields the examples of the good rows in order; tells `on_bad_row` of the others."""
-        rows = iter(rows)
-        while batch := list(itertools.islice(rows, self._config.batch_size)):
-            decoded = []
-            for row in batch:
-                try:
-                    decoded.append((row, self._prepare(row)))
-                except BadRow as problem:
-                    on_bad_row(row, problem)
-            if not decoded:
-                continue
-            moments = self._encode_images(np.stack([pixels for _, (pixels, _) in decoded]))
-            tokens = self._pipe.tokenize([row.caption for row, _ in decoded])
-            for i, (row, (_, micro_conditioning)) in enumerate(decoded):
-                try:
-                    rounded = shards.to_float16(moments[i])
-                except BadRow as problem:
-                    on_bad_row(row, problem)
-                    continue
-                yield {
-                    "moments": rounded,
-                    "tokens": np.asarray(tokens[i], np.int32),
-                    "micro_conditioning": micro_conditioning,
-                    "preference": np.float32(row.preference),
-                    "loser_won": np.bool_(row.loser_won),
-                    "caption": row.caption,
-                    "key": row.key,
-                }
-
-    def _prepare(self, row: PreferencePair) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels [P, H, W, 3] uint8 and micro-conditioning [P, 6]; a pair is flipped whole or not at all."""
-        flip = False
-        if self._config.flip == "random":
-            flip = hashlib.sha256(f"{self._config.seed}|{row.key}".encode()).digest()[0] < 128
-        prepared = [prepare_image(image, self._config.resolution, flip) for image in decode_pair(row)]
-        return np.stack([pixels for pixels, _ in prepared]), np.stack([micro for _, micro in prepared])
-
-    def _encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels [n, P, H, W, 3] uint8 -> moments [n, P, h, w, 2C] float32."""
-        n, per_example = pixels.shape[:2]
-        # The VAE always sees a full batch, so that it is compiled once.
-        images = pixels.reshape(-1, *pixels.shape[2:]).astype(np.float32) / 127.5 - 1.0
-        missing = (self._config.batch_size - n) * per_example
-        padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.float32)])
-        moments = np.asarray(self._pipe.encode_moments(padded), np.float32)[: n * per_example]
-        return moments.reshape(n, per_example, *moments.shape[1:])
-
-
-class BadRowLog:
-    """Counts a split's unusable rows by reason and stops the run when there are too many."""
-
-    def __init__(self, split: str, num_rows: int, max_skipped: float):
-        self.reasons: Counter[str] = Counter()
-        self._split, self._num_rows, self._max_skipped = split, num_rows, max_skipped
-
-    def __call__(self, row: PreferencePair, problem: BadRow) -> None:
-        """Records a row.
-
-        Raises:
-          ValueError: more than `max_skipped` of the split's rows are unusable.
-        """
-        self.reasons[problem.reason] += 1
-        message = f"split {self._split!r}, row {row.key!r}: {problem}"
-        if self.reasons.total() > self._max_skipped * self._num_rows:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common())
-            raise ValueError(
-                f"config.source.max_skipped = {self._max_skipped:g}: exceeded by {self.reasons.total()} of "
-                f"{self._num_rows} rows ({reasons}); last: {message}; mend the source or raise the limit"
-            )
-        logging.warning("skipped %s", message)
-
-
-def encode(config: ConfigDict, out: Path) -> tuple[dict[str, Any], bool]:
-    """Encodes what `config` names into a dataset at `out`.
+def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) -> bool:
+    """Encodes what `config` names into a dataset at `out`: all of it that is not there yet.
 
     Args:
       config: see configs/encode/common.py.
-      out: the dataset's folder; it appears when it is complete.
+      out: the dataset's folder.
+      share: (i, n): of the shards, only every n-th from the i-th on. None: all of them or, where several
+        processes are one run, those of this process; the others are then waited for.
 
     Returns:
-      The dataset's manifest, and whether it was already there (then nothing is written).
+      Whether the dataset is complete; False if shards of other shares are missing.
 
     Raises:
       ValueError: a config value, the source's data or the content of `out` is refused.
       FileNotFoundError: the model or a file of the source is missing.
+      OSError: a shard cannot be written, or a process that decodes was ended.
     """
+    _check_values(config)
+    source = _open_source(config)
+    splits = _choose_splits(config, source)
+    pipe = load_pipeline(config.model)
+    framing = _frame(config, pipe)
+    manifest = {
+        "model": pipe.fingerprint(),
+        "resolution": config.resolution,
+        "source": {
+            "name": config.source.name,
+            "arguments": _arguments(config),
+            "rows_sha256": {split: source.digest(split) for split in splits},
+        },
+        "encoding": {key: config[key] for key in _ENCODING},
+    }
+    if shards.is_complete(out, manifest, splits):
+        return True
+    rows = {split: source.num_examples(split) for split in splits}
+    per_shard = config.rows_per_shard
+    num_shards = {split: math.ceil(count / per_shard) for split, count in rows.items()}
+    rows_of = {
+        (split, number): min(per_shard, rows[split] - number * per_shard)
+        for split in splits
+        for number in range(num_shards[split])
+    }
+    buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
+    side = None if buckets else config.resolution // pipe.vae_scale_factor
+    features = shards.feature_spec(
+        (source.images_per_example, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers)
+    )
+    writer = DatasetWriter(out, features, manifest, num_shards, buckets)
+    workers = len(os.sched_getaffinity(0)) if config.num_workers is None else config.num_workers
+    # What this module imports, which takes long; each worker imports the module itself.
+    with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
+        encoder = Encoder(
+            pipe,
+            framing,
+            batch_size=config.batch_size,
+            vae_dtype=config.vae_dtype,
+            pool=pool,
+            ahead=max(2 * config.batch_size, 4 * workers),
+        )
+        index, count = share or (jax.process_index(), jax.process_count())
+        with _Progress(writer, encoder, rows_of, source.images_per_example) as progress:
+            for split, number in list(rows_of)[index::count]:
+                if writer.is_written(split, number):
+                    continue
+                first = number * per_shard
+                of_shard = source.pairs(split, first, first + rows_of[split, number])
+                log = BadRowLog(split, rows[split], config.source.max_skipped, writer.skipped(split))
+                examples = encoder.examples(progress.track(of_shard), log)
+                writer.write_shard(split, number, examples, log.reasons)
+            while share is None and not _is_ready(out, writer, len(rows_of)):
+                time.sleep(_SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
+                progress.look()
+    if (out / shards.MANIFEST).is_file():
+        return True
+    if len(writer.finished()) < len(rows_of):
+        return False
+    for split in splits:
+        skipped = writer.skipped(split)
+        BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
+        if sum(skipped.values()) == rows[split]:
+            raise ValueError(
+                f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
+            )
+    writer.commit({split: source.left_out(split) for split in splits})
+    return True
+
+
+# What of the config decides the content of the shards, besides the model and the source.
+_ENCODING = (
+    "flip",
+    "seed",
+    "batch_size",
+    "rows_per_shard",
+    "vae_dtype",
+    "max_aspect_ratio",
+    "bucket_step",
+)
+
+
+def _check_values(config: ConfigDict) -> None:
     if not config.model:
         raise ValueError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
-    arguments = config.source.to_dict()
-    name, max_skipped = arguments.pop("name"), arguments.pop("max_skipped")
-    if not name:
+    if not config.source.name:
         raise ValueError("config.source.name is not set: start from a recipe in configs/encode")
-    source = get_source(name, **arguments)
-    splits = tuple(config.splits) or source.splits
+    for key, allowed in (("flip", FLIPS), ("vae_dtype", VAE_DTYPES)):
+        if config[key] not in allowed:
+            raise ValueError(spelling.unknown(f"config.{key}", config[key], allowed))
+    for key in ("resolution", "batch_size", "rows_per_shard", "bucket_step", "max_aspect_ratio"):
+        if config[key] < 1:
+            raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ValueError(f"config.num_workers = {config.num_workers}: must be at least 0")
+
+
+def _arguments(config: ConfigDict) -> dict[str, Any]:
+    """The source's own."""
+    return {
+        key: value for key, value in config.source.to_dict().items() if key not in ("name", "max_skipped")
+    }
+
+
+def _open_source(config: ConfigDict) -> Source:
+    return get_source(config.source.name, **_arguments(config))
+
+
+def _choose_splits(config: ConfigDict, source: Source) -> tuple[str, ...]:
+    splits = tuple(config.splits) or tuple(source.splits)
     for split in splits:
         if split not in source.splits:
             raise ValueError(spelling.unknown("config.splits", split, source.splits))
         if source.num_examples(split) == 0:
-            raise ValueError(f"config.source.name = {name!r}: split {split!r} is empty; check its arguments")
+            left_out = ", ".join(f"{reason}: {count}" for reason, count in source.left_out(split).items())
+            raise ValueError(
+                f"config.source.name = {config.source.name!r}: split {split!r} is empty; check its arguments"
+                + (f" (left out: {left_out})" if left_out else "")
+            )
+    return splits
 
-    pipe = load_pipeline(config.model)
-    encoder = Encoder(pipe, config)
-    manifest = {
-        "model": pipe.fingerprint(),
-        "resolution": config.resolution,
-        "source": {"name": name, "arguments": arguments},
-        "encoding": {key: config[key] for key in ("flip", "seed", "batch_size", "rows_per_shard")},
-    }
-    if shards.is_complete(out, manifest, splits):
-        return shards.read_manifest(out), True
-    features = shards.feature_spec(encoder.moments_shape(source.images_per_example), len(pipe.tokenizers))
-    logs = {split: BadRowLog(split, source.num_examples(split), max_skipped) for split in splits}
-    with shards.DatasetWriter(out, features) as writer, _progress_bar() as progress:
-        for split in splits:
-            rows = _track(progress, split, source)
-            num_shards = math.ceil(source.num_examples(split) / config.rows_per_shard)
-            written = 0
-            for shard in range(num_shards):
-                of_shard = itertools.islice(rows, config.rows_per_shard)
-                examples = encoder.examples(of_shard, logs[split])
-                written += writer.write_shard(split, shard, num_shards, examples)
-            if written == 0:
-                reasons = dict(logs[split].reasons)
-                raise ValueError(f"split {split!r} of source {name!r}: no usable row ({reasons})")
-        return writer.commit(manifest, {split: log.reasons for split, log in logs.items()}), False
+
+def _frame(config: ConfigDict, pipe: Pipeline) -> Framing:
+    sizes = bucket_sizes(config.resolution, config.bucket_step, config.max_aspect_ratio)
+    for key, value in (("resolution", sizes[0][0]), ("bucket_step", math.gcd(*sizes[-1]))):
+        if value % pipe.vae_scale_factor:
+            raise ValueError(
+                f"config.{key} = {config[key]}: must be a multiple of {pipe.vae_scale_factor}, the pixels "
+                "per latent of this model's VAE"
+            )
+    return Framing(sizes, config.flip, config.seed)
+
+
+def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
+    """Whether the dataset is finished or, in the process that finishes it, can be."""
+    if (out / shards.MANIFEST).is_file():
+        return True
+    return distributed.is_first() and len(writer.finished()) == num_shards
 
 
 class _ImagesPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         rows_per_second = task.finished_speed or task.speed or 0
-        return Text(f"{rows_per_second * task.fields['images_per_example']:.0f} images/s")
+        return Text(f"{rows_per_second * task.fields['images_per_row']:.0f} images/s")
 
 
-def _progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _ImagesPerSecond(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
+class _Progress:
+    """A bar over the rows of all processes, with images/s and the share of time spent waiting for images."""
 
+    def __init__(
+        self, writer: DatasetWriter, encoder: Encoder, rows_of: Mapping[tuple[str, int], int], images: int
+    ):
+        """Args: rows_of: rows of every shard; images: of a row."""
+        self._writer, self._encoder, self._rows_of = writer, encoder, rows_of
+        self._started = self._looked = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("encode"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _ImagesPerSecond(),
+            TextColumn("waiting {task.fields[waiting]:.0%}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        total = sum(rows_of.values())
+        self._task = self._bar.add_task(
+            "encode", total=total, completed=self._finished_rows(), images_per_row=images, waiting=0.0
+        )
 
-def _track(progress: Progress, split: str, source: Source) -> Iterator[PreferencePair]:
-    """The split's rows, advancing a progress bar as they are taken."""
-    total = source.num_examples(split)
-    task = progress.add_task(f"encode {split}", total=total, images_per_example=source.images_per_example)
-    for row in source.pairs(split):
-        yield row
-        progress.advance(task)
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.look()
+        self._bar.stop()
+
+    def track(self, rows: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
+        """The rows of a shard, advancing the bar as they are taken."""
+        self.look()
+        for taken, row in enumerate(rows, start=1):
+            yield row
+            self._bar.advance(self._task)
+            if time.perf_counter() - self._looked > _SECONDS_BETWEEN_LOOKS:
+                self.look(taken)
+
+    def look(self, taken: int = 0) -> None:
+        """Counts the finished shards of all processes and the rows taken of the one in work."""
+        self._looked = time.perf_counter()
+        waiting = self._encoder.seconds_waiting / max(self._looked - self._started, 1e-9)
+        self._bar.update(self._task, completed=self._finished_rows() + taken, waiting=waiting)
+
+    def _finished_rows(self) -> int:
+        return sum(self._rows_of[shard] for shard in self._writer.finished())
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    distributed.initialize_from_flags()
     started = time.perf_counter()
     out = Path(flags.FLAGS.out)
-    manifest, already_there = encode(flags.FLAGS.config, out)
-    for split, content in manifest["splits"].items():
-        skipped = "".join(f", {count} skipped: {reason}" for reason, count in content["skipped"].items())
-        num_shards = len(content["shards"])
-        print(f"{out}: {split}: {content['num_examples']} examples in {num_shards} shards{skipped}")
+    already_there = (out / shards.MANIFEST).is_file()
+    complete = encode(flags.FLAGS.config, out, parse_share(flags.FLAGS.shard))
+    if not distributed.is_first():
+        return
     seconds = time.perf_counter() - started
+    if not complete:
+        print(
+            f"{out}: share {flags.FLAGS.shard} encoded in {seconds:.1f} s; the last share to end finishes "
+            "the dataset"
+        )
+        return
+    for split, content in shards.read_manifest(out)["splits"].items():
+        notes = [f"{count} skipped: {reason}" for reason, count in content["skipped"].items()]
+        notes += [f"{count} left out: {reason}" for reason, count in content["left_out"].items()]
+        count, files = content["num_examples"], len(content["shards"])
+        print(", ".join([f"{out}: {split}: {count} examples in {files} shards", *notes]))
     print("already encoded, verified" if already_there else f"encoded in {seconds:.1f} s")
+
+
+def parse_share(text: str | None) -> tuple[int, int] | None:
+    """ "1/4" -> (1, 4).
+
+    Raises:
+      ValueError: it is none of the shares.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--shard={text}: must be I/N with I from 0 to N - 1, for example 0/4")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "What to encode, e.g. configs/encode/emoji.py.")
     flags.mark_flag_as_required("config")
-    flags.DEFINE_string("out", None, "Folder to write the dataset to.", required=True)
+    flags.DEFINE_string("out", None, "Folder of the dataset.", required=True)
+    flags.DEFINE_string(
+        "shard",
+        None,
+        "I/N: encode every N-th of the dataset's files from the I-th on (from 0), beside processes that do "
+        "the others; the last one to end finishes the dataset.",
+    )
+    distributed.define_flags()
     cli.run(main)

@@ -182,25 +182,26 @@ class Pipeline:
             remat=remat,
         )
 
-    def encode_moments(self, images: np.ndarray) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32."""
-        return self._moments(self._vae_params, images)
+    def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:
+        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
+
+        Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
+        """
+        mean, deviation = self.vae.apply(params["vae"], images, method="encode")
+        return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1], float32."""
         return self._images(self._vae_params, latents)
 
+    def decode_pixels(self, latents: jax.Array) -> np.ndarray:
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite."""
+        images = np.nan_to_num(np.asarray(self.decode(latents)), nan=-1.0)
+        return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
+
     @functools.cached_property
     def _vae_params(self) -> Params:
         return jax.device_put(self.read_params("vae", "float32"))
-
-    @functools.cached_property
-    def _moments(self) -> Any:
-        def moments(params: Params, images: jax.Array) -> jax.Array:
-            posterior = self.vae.apply(params, images, method="encode")
-            return self.scaling_factor * jnp.concatenate(posterior, axis=-1)
-
-        return jax.jit(moments)
 
     @functools.cached_property
     def _images(self) -> Any:

@@ -110,13 +110,7 @@ class Sampler:
 
     def sample(self, prompts: Sequence[str], latents: jax.Array) -> np.ndarray:
         """Images [B, H, W, 3] uint8, drawn with the model's own weights."""
-        return decode_pixels(self._pipe, self.sample_latents(prompts, latents))
-
-
-def decode_pixels(pipe: Pipeline, latents: jax.Array) -> np.ndarray:
-    """Latents [B, h, w, C] in UNet units -> images [B, H, W, 3] uint8; black where they are not finite."""
-    images = np.nan_to_num(np.asarray(pipe.decode(latents)), nan=-1.0)
-    return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
+        return self._pipe.decode_pixels(self.sample_latents(prompts, latents))
 
 
 def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dspo_jax.data import loader
 from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline
-from dspo_jax.sample import Job, Sampler, contact_sheet, decode_pixels, initial_latents
+from dspo_jax.sample import Job, Sampler, contact_sheet, initial_latents
 
 # In one call; few, as most of the memory belongs to the training.
 _IMAGES_PER_DEVICE = 4
@@ -121,4 +121,4 @@ class SampleGrids:
         if jax.process_index() != 0:
             return []
         # One at a time: a decoder takes more memory for an image than the UNet for its latents.
-        return [decode_pixels(self._pipe, jnp.asarray(image[None]))[0] for image in latents]
+        return [self._pipe.decode_pixels(jnp.asarray(image[None]))[0] for image in latents]

@@ -1,4 +1,4 @@
-"""Training commands of several processes over loopback, each with its own fake devices."""
+"""Commands as processes of their own, or several as one run, each with its own fake devices."""
 
 import os
 import socket
@@ -21,20 +21,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_training(
-    workdir: Path,
-    changes: Mapping[str, Any],
-    *,
-    processes: int,
-    devices: int,
-    more: Sequence[str] = (),
+def start(
+    module: str, flags: Sequence[str], logs: Path, *, processes: int = 1, devices: int = 1
 ) -> list[subprocess.Popen]:
-    """Starts `python -m dspo_jax.train` on configs/common.py with `changes` by dotted key.
+    """Starts `python -m module`; several processes find one another over loopback.
 
-    Each process has `devices` fake devices, and writes what it says into `workdir`-process-N.log.
+    Each has `devices` fake devices, and writes what it says into `logs`-process-N.log.
     """
-    flags = [f"--workdir={workdir}", "--config=configs/common.py"]
-    flags += [f"--config.{key}={value}" for key, value in changes.items()]
     address = f"localhost:{free_port()}"
     environment = {
         **os.environ,
@@ -47,17 +40,24 @@ def start_training(
             f"--num_processes={processes}",
             f"--process_id={number}",
         ]
-        with log_of(workdir, number).open("w") as log:
-            command = [
-                sys.executable,
-                "-m",
-                "dspo_jax.train",
-                *flags,
-                *more,
-                *(joined if processes > 1 else []),
-            ]
+        command = [sys.executable, "-m", module, *flags, *(joined if processes > 1 else [])]
+        with log_of(logs, number).open("w") as log:
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return started
+
+
+def start_training(
+    workdir: Path,
+    changes: Mapping[str, Any],
+    *,
+    processes: int,
+    devices: int,
+    more: Sequence[str] = (),
+) -> list[subprocess.Popen]:
+    """Starts `python -m dspo_jax.train` on configs/common.py with `changes` by dotted key."""
+    flags = [f"--workdir={workdir}", "--config=configs/common.py"]
+    flags += [f"--config.{key}={value}" for key, value in changes.items()]
+    return start("dspo_jax.train", [*flags, *more], workdir, processes=processes, devices=devices)
 
 
 def log_of(workdir: Path, number: int) -> Path:

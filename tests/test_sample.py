@@ -127,6 +127,9 @@ class Greys:
     def left_out(self, split: str) -> dict[str, int]:
         return {}
 
+    def digest(self, split: str) -> str:
+        return "digest of " + split
+
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         for i in range(10)[start:stop]:
             winner, loser = (Image.new("RGB", (20, 24), (10 * i + level,) * 3) for level in (1, 0))

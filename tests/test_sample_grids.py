@@ -105,7 +105,7 @@ def test_every_process_has_the_latents_and_only_the_first_decodes(pipe, tmp_path
     assert len(latents.sharding.device_set) == 8
 
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(sample_grids, "decode_pixels", None)
+    monkeypatch.setattr(Pipeline, "decode_pixels", None)
     make_grids(pipe, params, mesh, tmp_path, num_inference_steps=1).write(1, params)
     assert list(tmp_path.iterdir()) == []
 

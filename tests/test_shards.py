@@ -48,49 +48,6 @@ def test_manifest_lists_every_file_with_its_size_and_sum(dataset):
     shards.verify_shards(dataset, checksums=True)
 
 
-def test_rerun_is_byte_identical(dataset, tmp_path):
-    write_dataset(tmp_path / "again")
-    for path in dataset.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
-
-
-def test_a_split_may_have_an_empty_shard(tmp_path):
-    with shards.DatasetWriter(tmp_path / "out", shards.feature_spec((2, 4, 4, 6), 1)) as writer:
-        for shard, numbers in enumerate(([0, 1], [], [2])):
-            assert writer.write_shard("train", shard, 3, map(make_example, numbers)) == len(numbers)
-        writer.commit(MANIFEST, {"train": {"identical images": 2}})
-    source = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
-    assert [source[i]["key"] for i in range(len(source))] == [b"0", b"1", b"2"]
-    assert shards.read_manifest(tmp_path / "out")["splits"]["train"]["skipped"] == {"identical images": 2}
-
-
-def test_nothing_half_written_remains_after_an_error(tmp_path):
-    def failing():
-        yield make_example(0)
-        raise KeyboardInterrupt
-
-    with (
-        pytest.raises(KeyboardInterrupt),
-        shards.DatasetWriter(tmp_path / "out", shards.feature_spec((2, 4, 4, 6), 1)) as writer,
-    ):
-        writer.write_shard("train", 0, 1, failing())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    killed = shards.DatasetWriter(tmp_path / "out", shards.feature_spec((2, 4, 4, 6), 1)).__enter__()
-    killed.write_shard("train", 0, 9, [make_example(0)])
-    write_dataset(tmp_path / "out", train=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert len(tfds.builder_from_directory(tmp_path / "out").as_data_source("train")) == 1
-
-
-def test_an_unwritable_folder_is_an_os_error_that_names_the_file(tmp_path):
-    writer = shards.DatasetWriter(tmp_path / "out", shards.feature_spec((2, 4, 4, 6), 1))
-    with pytest.raises(OSError, match=r"pairs-train.array_record-00000-of-00001: cannot be written"):
-        writer.write_shard("train", 0, 1, [make_example(0)])  # not entered, so its folder does not exist
-
-
 @pytest.mark.parametrize("value", [1e5, np.inf, np.nan])
 def test_moments_that_float16_cannot_hold_are_a_bad_row(value):
     moments = np.zeros((2, 4, 4, 6), np.float32)

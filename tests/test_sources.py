@@ -6,17 +6,10 @@ import struct
 import zlib
 
 import pytest
+from image_files import image_bytes
 from PIL import Image
 
 from dspo_jax.data.sources import BadRow, PreferencePair, decode_image, decode_pair, get_source
-
-
-def image_bytes(color="red", size=(6, 4), mode="RGB", file_format="PNG", **arguments) -> bytes:
-    """A one-coloured image file."""
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, file_format, **arguments)
-    return buffer.getvalue()
-
 
 # --- Decoding
 # -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Diffusers folders of the shape of Stable Diffusion 1.5, 2.1 and XL with random weights: fast to compile."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,31 +213,33 @@ def write_pairs(
 ) -> Path:
     """Writes shards of random latents that carry the fingerprint of `model`.
 
-    With buckets, so many examples of each.
+    With buckets ("16x16"), so many examples of each.
     """
-    from example_shards import fold_buckets
-
     from dspo_jax.data import shards
+    from dspo_jax.data.writer import DatasetWriter
     from dspo_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(model)
-    micro_conditioning = np.int32([resolution, resolution, 0, 0, resolution, resolution])
-    side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
-    stored = (images, *((None, None) if buckets else (side, side)), channels)
-    features = shards.feature_spec(stored, len(pipe.tokenizers))
-    sizes = {f"_{b}": [int(n) // pipe.vae_scale_factor for n in b.split("x")] for b in buckets}
-    sizes = sizes or {"": [side, side]}
+    scale, channels = pipe.vae_scale_factor, 2 * pipe.latent_channels
+    stored = (None, None) if buckets else (resolution // scale, resolution // scale)
+    features = shards.feature_spec((images, *stored, channels), len(pipe.tokenizers))
     draw = np.random.default_rng(0)
-    with shards.DatasetWriter(out, features) as writer:
-        counts = {"train": train, "validation": validation}
-        for (split, count), (bucket, size) in itertools.product(counts.items(), sizes.items()):
-            captions = [f"{split}{bucket} {i}" for i in range(count)]
+    manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
+    writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1}, buckets)
+    for split, count in (("train", train), ("validation", validation)):
+        examples = []
+        for bucket in buckets or [f"{resolution}x{resolution}"]:
+            height, width = (int(side) for side in bucket.split("x"))
+            captions = [f"{split} {bucket} {i}" if buckets else f"{split} {i}" for i in range(count)]
             tokens = pipe.tokenize(captions) if count else []
-            examples = [
+            shape = (images, height // scale, width // scale, channels)
+            examples += [
                 {
-                    "moments": np.abs(draw.standard_normal((images, *size, channels))).astype(np.float16),
+                    "moments": np.abs(draw.standard_normal(shape)).astype(np.float16),
                     "tokens": tokens[i],
-                    "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
+                    "micro_conditioning": np.tile(
+                        np.int32([height, width, 0, 0, height, width]), (images, 1)
+                    ),
                     "preference": np.float32(1.0),
                     "loser_won": np.bool_(False),
                     "caption": caption,
@@ -246,11 +247,8 @@ def write_pairs(
                 }
                 for i, caption in enumerate(captions)
             ]
-            writer.write_shard(split + bucket, 0, 1, examples)
-        manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
-        writer.commit(manifest, {split + bucket: {} for split in counts for bucket in sizes})
-    if buckets:
-        fold_buckets(out)
+        writer.write_shard(split, 0, examples)
+    writer.commit()
     return out
 
 

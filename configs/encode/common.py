@@ -11,18 +11,27 @@ def get_config() -> ConfigDict:
     """The schema; a recipe sets `resolution` and `source`."""
     config = ConfigDict()
 
-    # The model whose VAE and tokenizers encode the data: a diffusers folder or a training workdir.
+    # The model whose VAE and tokenizers encode the data: a diffusers folder, a hub id or a training workdir.
     config.model = config_dict.placeholder(str)
     # Side of the square training images in pixels: the shortest side is resized to it (bilinear), the centre
     # is kept.
     config.resolution = 512
-    # Mirrors images left to right, both of a pair or neither: "none", or "random" (half of the examples).
+    # Largest ratio of the sides; 1 is the square, as in the papers. Above it, an image is cropped to the
+    # nearest of several shapes of about the same area, whose sides are multiples of `bucket_step`.
+    config.max_aspect_ratio = 1.0
+    config.bucket_step = 64
+    # Mirrors images left to right, both of a pair or neither: "none"; "random" (half of the examples);
+    # "both", each row is stored as it is and mirrored.
     config.flip = "none"
     # Of what encoding draws at random: which examples are flipped.
     config.seed = 0
-    # Examples in one call of the VAE.
+    # What the VAE computes in: "float32" or "bfloat16".
+    config.vae_dtype = "float32"
+    # Examples in one call of the VAE, over all devices of a process.
     config.batch_size = 16
-    # Source rows that go into one file.
+    # Processes that decode images, 0 to decode in the process of the VAE; None: one for each core.
+    config.num_workers = config_dict.placeholder(int)
+    # Source rows that go into one file. What is lost when a process is killed is the file it was at.
     config.rows_per_shard = 2048
     # Which splits of the source to encode; empty means all.
     config.splits = ()

@@ -16,5 +16,6 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
     config.resolution = 64
+    config.num_workers = 0  # such small pictures are decoded before other processes have started
     common.set_source(config, "emoji_pairs")
     return config

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
     config.resolution = 64
+    config.num_workers = 0  # such small pictures are decoded before other processes have started
     common.set_source(config, "emoji_images")
     # Those of the pairs (EmojiPairs.min_occurrences): a model of this size draws 400 emoji better than 1,600.
     config.source.min_occurrences = 20

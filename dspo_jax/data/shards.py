@@ -1,40 +1,34 @@
 """Encoded examples on disk: a TFDS dataset in ARRAY_RECORD files with a manifest that says what made it.
 
 `tensorflow_datasets.builder_from_directory(DIR).as_data_source(split)` opens the result; neither writing nor
-reading needs TensorFlow. A dataset appears under its final name only when it is complete.
+reading needs TensorFlow. The manifest is written last: a folder without one is no dataset, or not yet.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from tensorflow_datasets.core import example_serializer, naming
 
 from dspo_jax.data.sources import BadRow
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_DATASET_NAME = "pairs"
-# One record a group: a random read touches one record only. (The default compression makes SD1.5 moments 6 %
-# smaller and still writes faster than the examples are serialised.)
-_WRITER_OPTIONS = "group_size:1"
+DATASET_NAME = "pairs"
+UNFINISHED = ".unfinished"
+"""The folder within a dataset's that is there as long as it is being written."""
 _REMAKE = "delete the folder and run dspo_jax.encode again"
 
 
-def feature_spec(moments_shape: Sequence[int], num_text_encoders: int) -> tfds.features.FeaturesDict:
+def feature_spec(moments_shape: Sequence[int | None], num_text_encoders: int) -> tfds.features.FeaturesDict:
     """The TFDS schema of an example.
 
     Args:
-      moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images.
+      moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images; h and w are None
+        where images have several sizes.
       num_text_encoders: E, the number of token sequences a caption has.
 
     Returns:
@@ -43,7 +37,7 @@ def feature_spec(moments_shape: Sequence[int], num_text_encoders: int) -> tfds.f
       pixels), `preference` float32, `loser_won` bool, `caption` and `key`.
     """
 
-    def raw(shape: Sequence[int], dtype: type) -> tfds.features.Tensor:
+    def raw(shape: Sequence[int | None], dtype: type) -> tfds.features.Tensor:
         # As raw bytes: the default encoding, one protobuf number per value, is a hundred times slower.
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
@@ -60,6 +54,11 @@ def feature_spec(moments_shape: Sequence[int], num_text_encoders: int) -> tfds.f
     )
 
 
+def tfds_split(split: str, bucket: str | None = None) -> str:
+    """What TFDS calls the examples of a split; images of several sizes have a split for each."""
+    return f"{split}_{bucket}" if bucket else split
+
+
 def to_float16(moments: np.ndarray) -> np.ndarray:
     """Rounds an example's moments to the dtype of the shards.
 
@@ -73,105 +72,6 @@ def to_float16(moments: np.ndarray) -> np.ndarray:
     return rounded
 
 
-class DatasetWriter:
-    """Writes a dataset into a hidden folder beside `out` and gives it its name in `commit`.
-
-    A context manager: leaving it without `commit` (an error, Ctrl-C) removes what was written, and what a
-    killed run left behind is removed at the next start. The files depend on the examples only, so that a
-    rerun is byte-identical.
-    """
-
-    def __init__(self, out: Path, features: tfds.features.FeaturesDict):
-        """Args: out: the dataset's folder, which must not exist or be empty; features: see `feature_spec`."""
-        self._out = out
-        self._partial = out.parent / f".{out.name}.partial"
-        self._features = features
-        self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        self._shards: dict[str, list[dict[str, Any]]] = {}
-
-    def __enter__(self) -> Self:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def write_shard(
-        self, split: str, shard: int, num_shards: int, examples: Iterable[Mapping[str, Any]]
-    ) -> int:
-        """Writes one file of a split; shards must come in order. Returns the number of examples in it."""
-        path = self._partial / f"{_DATASET_NAME}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
-        with _name_write_errors(path):
-            writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
-        count = 0
-        for example in examples:
-            record = self._serializer.get_tf_example(self._features.encode_example(example))
-            with _name_write_errors(path):
-                # Deterministic: protobuf orders the features, which are a map, by a hash otherwise.
-                writer.write(record.SerializeToString(deterministic=True))
-            count += 1
-        with _name_write_errors(path):
-            writer.close()
-        self._shards.setdefault(split, []).append(
-            {"file": path.name, "num_examples": count, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-        )
-        return count
-
-    def commit(self, manifest: Mapping[str, Any], skipped: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-        """Writes TFDS's metadata and the manifest, and renames the folder to its final name.
-
-        Args:
-          manifest: what made the dataset (model, source, ...); compared by `is_complete`, so free of dates
-            and paths.
-          skipped: for each split, the number of rows left out by reason.
-
-        Returns:
-          The manifest as written, with `format_version`, `images_per_example` (P) and `splits` added.
-        """
-        tfds.folder_dataset.write_metadata(
-            data_dir=self._partial,
-            features=self._features,
-            split_infos=[
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[shard["num_examples"] for shard in shards],
-                    num_bytes=sum(shard["bytes"] for shard in shards),
-                    filename_template=naming.ShardedFileTemplate(
-                        data_dir=self._partial,
-                        dataset_name=_DATASET_NAME,
-                        split=split,
-                        filetype_suffix="array_record",
-                    ),
-                )
-                for split, shards in self._shards.items()
-            ],
-            version="1.0.0",
-            check_data=False,  # the check reads through TensorFlow
-        )
-        splits = {
-            split: {
-                "num_examples": sum(shard["num_examples"] for shard in shards),
-                "skipped": dict(sorted(skipped[split].items())),
-                "shards": shards,
-            }
-            for split, shards in self._shards.items()
-        }
-        complete = {
-            "format_version": FORMAT_VERSION,
-            **manifest,
-            "images_per_example": self._features["moments"].shape[0],
-            "splits": splits,
-        }
-        (self._partial / MANIFEST).write_text(
-            json.dumps(complete, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        self._partial.rename(self._out)
-        return complete
-
-
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """Reads the manifest of an encoded dataset.
 
@@ -181,6 +81,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
+        if (path.parent / UNFINISHED).is_dir():
+            raise FileNotFoundError(
+                f"{path}: no such file: {directory} is not finished; run dspo_jax.encode again, as it was "
+                "started"
+            )
         raise FileNotFoundError(f"{path}: no such file; {directory} is not a dataset made by dspo_jax.encode")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -253,16 +158,16 @@ def verify_shards(
                 raise ValueError(
                     f"{path}: {size} bytes, the manifest says {shard['bytes']}: truncated; {_REMAKE}"
                 )
-            if checksums and _sha256(path) != shard["sha256"]:
+            if checksums and sha256(path) != shard["sha256"]:
                 raise ValueError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 
 
 def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[str]) -> bool:
-    """Whether `out` already holds exactly the dataset about to be written (then intact), or nothing.
+    """Whether `out` already holds exactly the dataset about to be written, intact; else it is to be written.
 
     Args:
       out: the output folder.
-      manifest: what would be passed to `DatasetWriter.commit`.
+      manifest: what would be passed to `DatasetWriter`.
       splits: the splits that would be written.
 
     Raises:
@@ -275,12 +180,13 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
     if not out.is_dir():
         raise ValueError(f"--out={out}: exists and is not a folder; choose another")
     if not (out / MANIFEST).is_file():
+        if (out / UNFINISHED).is_dir():
+            return False
         raise ValueError(f"--out={out}: not empty and not an encoded dataset; choose another folder")
     there = read_manifest(out)
     wanted = {**manifest, "splits": sorted(splits)}
     found = {key: there.get(key) for key in manifest} | {"splits": sorted(there["splits"])}
-    # Through JSON, as a tuple read back is a list.
-    difference = next(_differences(found, json.loads(json.dumps(wanted))), None)
+    difference = first_difference(found, wanted)
     if difference is not None:
         key, theirs, ours = difference
         raise ValueError(
@@ -289,6 +195,12 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
         )
     verify_shards(out, there, checksums=True)
     return True
+
+
+def first_difference(theirs: Any, ours: Any) -> tuple[str, Any, Any] | None:
+    """(dotted key, value in theirs, value in ours) where two JSON trees first differ, or None."""
+    # Through JSON, as a tuple read back is a list.
+    return next(_differences(theirs, json.loads(json.dumps(ours))), None)
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -300,15 +212,7 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]
         yield key, a, b
 
 
-@contextlib.contextmanager
-def _name_write_errors(path: Path) -> Iterator[None]:
-    """Turns the array_record writer's RuntimeError (disk full, folder not writable) into an OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 sum of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

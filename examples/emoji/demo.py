@@ -19,6 +19,7 @@ from rich.table import Table
 from configs import emoji_dspo
 from configs.encode import emoji
 from dspo_jax import cli, metrics, sample, train
+from dspo_jax.data import shards
 from dspo_jax.encode import encode
 from dspo_jax.export_model import export
 
@@ -46,8 +47,9 @@ def run_demo(out: Path, console: Console) -> None:
     announce("encode: emoji pairs -> latents and token ids")
     config = emoji.get_config()
     config.model = str(MODEL)
-    manifest, _ = encode(config, out / "pairs")
-    counts = {name: split["num_examples"] for name, split in manifest["splits"].items()}
+    encode(config, out / "pairs")
+    splits = shards.read_manifest(out / "pairs")["splits"]
+    counts = {name: split["num_examples"] for name, split in splits.items()}
     rows.append(("pairs", f"{counts['train']} to train on, {counts['validation']} held out", "pairs/"))
 
     config = emoji_dspo.get_config()

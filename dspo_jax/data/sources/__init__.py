@@ -6,7 +6,7 @@ changes. One decorator line registers it by name. A source hands over images as 
 `decode_pair` is the one place that decodes them and says what is wrong with a row.
 """
 
-from dspo_jax.data.sources import emoji
+from dspo_jax.data.sources import emoji, folder, parquet, pick_a_pic, ranked, tfds
 from dspo_jax.data.sources.pairs import MAX_PIXELS, BadRow, PreferencePair, decode_image, decode_pair
 from dspo_jax.data.sources.registry import Source, get_source, register
 
@@ -18,6 +18,11 @@ __all__ = [
     "decode_image",
     "decode_pair",
     "emoji",
+    "folder",
     "get_source",
+    "parquet",
+    "pick_a_pic",
+    "ranked",
     "register",
+    "tfds",
 ]

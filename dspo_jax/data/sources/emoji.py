@@ -10,12 +10,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
+from dspo_jax.data.sources.selection import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,10 @@ def load_emoji() -> tuple[Emoji, ...]:
     return tuple(sorted(emoji, key=lambda e: e.codepoints))
 
 
+def _digest(pairs: Iterable[PreferencePair]) -> str:
+    return hashlib.sha256(json.dumps([(pair.key, pair.caption) for pair in pairs]).encode()).hexdigest()
+
+
 @register("emoji_images")
 @dataclasses.dataclass(frozen=True)
 class EmojiImages:
@@ -106,6 +111,9 @@ class EmojiImages:
 
     def left_out(self, split: str) -> Mapping[str, int]:
         return {}
+
+    def digest(self, split: str) -> str:
+        return _digest(self.pairs(split))
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         captioned = (
@@ -181,11 +189,6 @@ class EmojiPairs:
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     images_per_example: ClassVar[int] = 2
 
-    def _draw(self, *what: str) -> float:
-        """A number in [0, 1) that depends on the seed and the strings only: the same on every machine."""
-        digest = hashlib.sha256("|".join((str(self.seed), *what)).encode()).digest()
-        return int.from_bytes(digest[:6]) / 2**48
-
     def _members(self, split: str) -> dict[str, list[Emoji]]:
         """Emoji of a split by category; the share is held out in each, before any threshold is applied."""
         categories: dict[str, list[Emoji]] = {}
@@ -194,7 +197,7 @@ class EmojiPairs:
                 categories.setdefault(emoji.category, []).append(emoji)
         members = {}
         for category, all_emoji in categories.items():
-            all_emoji.sort(key=lambda emoji: self._draw("split", emoji.codepoints))
+            all_emoji.sort(key=lambda emoji: draw(self.seed, "split", emoji.codepoints))
             held_out = round(self.validation_share * len(all_emoji))
             members[category] = all_emoji[:held_out] if split == "validation" else all_emoji[held_out:]
         return members
@@ -213,7 +216,7 @@ class EmojiPairs:
                 z = margin / math.sqrt(won.variance + lost.variance)
                 if z >= self.min_z and margin >= self.min_margin:
                     significant.append((winner, loser, z))
-        significant.sort(key=lambda pair: self._draw("pair", pair[0].codepoints, pair[1].codepoints))
+        significant.sort(key=lambda pair: draw(self.seed, "pair", pair[0].codepoints, pair[1].codepoints))
         uses: Counter[str] = Counter()
         chosen = []
         for winner, loser, z in significant:
@@ -227,6 +230,9 @@ class EmojiPairs:
 
     def left_out(self, split: str) -> Mapping[str, int]:
         return {}
+
+    def digest(self, split: str) -> str:
+        return _digest(self.pairs(split))
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         sentiment = load_sentiment()

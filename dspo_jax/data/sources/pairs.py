@@ -49,7 +49,10 @@ class BadRow(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        return BadRow, (self.reason, self.detail)  # so that a process can hand it to another
 
 
 def decode_image(data: ImageLike) -> Image.Image:
@@ -61,7 +64,7 @@ def decode_image(data: ImageLike) -> Image.Image:
     if isinstance(data, Path):
         try:
             data = data.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise BadRow("missing image file", str(error)) from error
     try:
         with warnings.catch_warnings():

@@ -32,6 +32,10 @@ class Source(Protocol):
         """How many rows of the files are not among the split's, by reason: a tie, a filter, ..."""
         ...
 
+    def digest(self, split: str) -> str:
+        """Changes when the split's rows do, so that what was made of others is not taken for theirs."""
+        ...
+
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         """Yields rows `start` to `stop` of a split, always in the same order; reads no other row's images."""
         ...

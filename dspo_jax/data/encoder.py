@@ -1,0 +1,169 @@
+"""Prepared rows to shard examples: the VAE over full batches on every device, token ids, bad rows counted."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dspo_jax import sharding
+from dspo_jax.data import shards
+from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
+from dspo_jax.data.sources import BadRow, PreferencePair
+from dspo_jax.models import Params
+from dspo_jax.pipeline import Pipeline
+
+VAE_DTYPES = ("float32", "bfloat16")
+"""In float16 SDXL's VAE gives NaN."""
+
+_Batch = list[tuple[PreferencePair, Prepared]]
+
+
+class BadRowLog:
+    """Counts unusable rows by reason and stops the run when a split has too many.
+
+    Attributes:
+      reasons: those met by this log.
+    """
+
+    def __init__(self, split: str, num_rows: int, max_skipped: float, before: Mapping[str, int]):
+        """Args: split, and its number of rows; max_skipped: allowed share; before: those known already."""
+        self.reasons: Counter[str] = Counter()
+        self._split, self._num_rows, self._max_skipped = split, num_rows, max_skipped
+        self._before = Counter(before)
+
+    def __call__(self, row: PreferencePair, problem: BadRow) -> None:
+        """Records a row.
+
+        Raises:
+          ValueError: more than `max_skipped` of the split's rows are unusable.
+        """
+        self.reasons[problem.reason] += 1
+        message = f"split {self._split!r}, row {row.key!r}: {problem}"
+        self.check(f"; last: {message}")
+        logging.warning("skipped %s", message)
+
+    def check(self, detail: str = "") -> None:
+        """Raises the same for what is counted so far."""
+        known = self._before + self.reasons
+        if known.total() > self._max_skipped * self._num_rows:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in known.most_common())
+            raise ValueError(
+                f"config.source.max_skipped = {self._max_skipped:g}: exceeded by {known.total()} of "
+                f"{self._num_rows} rows of split {self._split!r} ({reasons}){detail}; mend the source or "
+                "raise the limit"
+            )
+
+
+class Encoder:
+    """Turns rows into shard examples with one model, on all devices of this process.
+
+    Attributes:
+      seconds_waiting: for images to be decoded.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        framing: Framing,
+        *,
+        batch_size: int,
+        vae_dtype: str = "float32",
+        pool: Executor | None = None,
+        ahead: int = 0,
+    ):
+        """Reads the VAE's weights.
+
+        Args:
+          pipe: gives VAE and tokenizers.
+          framing: of the images.
+          batch_size: examples in one call of the VAE.
+          vae_dtype: what the VAE computes in, one of `VAE_DTYPES`.
+          pool: from `prepare.worker_pool`.
+          ahead: rows that the pool works on at a time.
+        """
+        self.seconds_waiting = 0.0
+        self._pipe, self._framing, self._batch_size = pipe, framing, batch_size
+        self._pool, self._ahead = pool, ahead
+        self._devices = jax.local_devices()
+        mesh = sharding.make_mesh({"data": len(self._devices)}, self._devices)
+        whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        self._params = jax.device_put({"vae": pipe.read_params("vae", vae_dtype)}, whole)
+
+        def moments(params: Mapping[str, Params], images: jax.Array) -> jax.Array:
+            return pipe.encode_moments(params, (images.astype(jnp.float32) / 127.5 - 1.0).astype(vae_dtype))
+
+        self._moments = jax.jit(moments, in_shardings=(whole, self._split), out_shardings=self._split)
+
+    def examples(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:
+        """Yields the examples of the good rows, those of one size in order; tells `on_bad_row` of the others.
+
+        The VAE works on a batch while the images of the next are awaited.
+        """
+        before: tuple[_Batch, jax.Array] | None = None
+        for batch in self._batches(rows, on_bad_row):
+            encoding = self._encode([prepared.pixels for _, prepared in batch])
+            if before is not None:
+                yield from self._finish(*before, on_bad_row)
+            before = batch, encoding
+        if before is not None:
+            yield from self._finish(*before, on_bad_row)
+
+    def _batches(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[_Batch]:
+        """Full batches of images of one size; at the end one of each size with what is left."""
+        waiting: dict[tuple[int, ...], _Batch] = {}
+        for row, prepared in self._timed(prepare_rows(rows, self._framing, self._pool, self._ahead)):
+            if isinstance(prepared, BadRow):
+                on_bad_row(row, prepared)
+                continue
+            for example in prepared:
+                batch = waiting.setdefault(example.pixels.shape, [])
+                batch.append((row, example))
+                if len(batch) == self._batch_size:
+                    yield waiting.pop(example.pixels.shape)
+        yield from waiting.values()
+
+    def _timed(self, prepared: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            started = time.perf_counter()
+            following = next(prepared, None)
+            self.seconds_waiting += time.perf_counter() - started
+            if following is None:
+                return
+            yield following
+
+    def _encode(self, pixels: Sequence[np.ndarray]) -> jax.Array:
+        """[P, H, W, 3] uint8 of up to a batch of examples -> moments [N, h, w, 2C], still being computed."""
+        images = np.concatenate(pixels)
+        # The VAE always sees a full batch, so that it is compiled once for each size.
+        full = self._batch_size * len(pixels[0])
+        full += -full % len(self._devices)
+        padded = np.zeros((full, *images.shape[1:]), np.uint8)
+        padded[: len(images)] = images
+        return self._moments(self._params, jax.device_put(padded, self._split))
+
+    def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:
+        tokens = self._pipe.tokenize([row.caption for row, _ in batch])
+        per_example = len(batch[0][1].pixels)
+        moments = np.asarray(encoding)[: len(batch) * per_example]
+        moments = moments.reshape(len(batch), per_example, *moments.shape[1:])
+        for i, (row, prepared) in enumerate(batch):
+            try:
+                rounded = shards.to_float16(moments[i])
+            except BadRow as problem:
+                on_bad_row(row, problem)
+                continue
+            yield {
+                "moments": rounded,
+                "tokens": np.asarray(tokens[i], np.int32),
+                "micro_conditioning": prepared.micro_conditioning,
+                "preference": np.float32(row.preference),
+                "loser_won": np.bool_(row.loser_won),
+                "caption": row.caption,
+                "key": prepared.key,
+            }

@@ -1,0 +1,189 @@
+"""Rows to pixels: images decoded, resized, cropped and mirrored, in processes of their own."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dspo_jax.data.sources.pairs import BadRow, PreferencePair, decode_pair
+
+FLIPS = ("none", "random", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """What becomes of an image.
+
+    Attributes:
+      sizes: (height, width) in pixels of what comes out; with several, the winner's shape decides for both
+        images of a pair.
+      flip: "none"; "random", half of the examples mirrored; "both", each row as it is and mirrored. The
+        images of a pair are mirrored together. (The released code mirrors them independently.)
+      seed: decides, with a row's key, whether "random" mirrors it.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    flip: str = "none"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An example before the VAE: `pixels` [P, H, W, 3] uint8 and `micro_conditioning` [P, 6] int32."""
+
+    key: str
+    pixels: np.ndarray
+    micro_conditioning: np.ndarray
+
+
+def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
+    """(height, width) of aspect-ratio buckets, the square first.
+
+    Both sides are multiples of `step`, the area is as large as it can be without exceeding that of the square
+    (SDXL, section 2.3 and appendix I: multiples of 64 of about 1024 x 1024), and the longer side is at most
+    `max_aspect_ratio` times the shorter one.
+    """
+    sizes = {(resolution, resolution)}
+    for height in range(step, resolution, step):
+        width = resolution**2 // height // step * step
+        if width <= max_aspect_ratio * height:
+            sizes |= {(height, width), (width, height)}
+    return tuple(sorted(sizes, key=lambda size: (abs(math.log(size[0] / size[1])), size)))
+
+
+def prepare_image(
+    image: Image.Image, size: tuple[int, int], flip: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resizes an image (bilinear) until it just covers `size`, and keeps the centre, as released code does.
+
+    Args:
+      image: RGB.
+      size: height and width of what comes out.
+      flip: whether to mirror it left to right.
+
+    Returns:
+      Pixels [height, width, 3] uint8, and what SDXL is told about it, [6] int32: original height and width,
+      top and left of the crop in the resized image, target height and width.
+    """
+    (width, height), (target_height, target_width) = image.size, size
+    if target_width * height >= target_height * width:
+        resized_width, resized_height = target_width, target_width * height // width
+    else:
+        resized_width, resized_height = target_height * width // height, target_height
+    left, top = round((resized_width - target_width) / 2), round((resized_height - target_height) / 2)
+    resized = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
+    if flip:
+        resized = ImageOps.mirror(resized)
+    cropped = resized.crop((left, top, left + target_width, top + target_height))
+    return np.asarray(cropped), np.asarray([height, width, top, left, *size], np.int32)
+
+
+def prepare_row(row: PreferencePair, framing: Framing) -> list[Prepared]:
+    """The examples of a row: one, or two where each is also mirrored.
+
+    Raises:
+      BadRow: see `sources.decode_pair`.
+    """
+    images = decode_pair(row)
+    aspect = math.log(images[0].height / images[0].width)
+    size = min(framing.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
+    flips = {row.key: False}
+    if framing.flip == "random":
+        flips[row.key] = hashlib.sha256(f"{framing.seed}|{row.key}".encode()).digest()[0] < 128
+    elif framing.flip == "both":
+        flips[f"{row.key}|mirrored"] = True
+    prepared = []
+    for key, flip in flips.items():
+        framed = [prepare_image(image, size, flip) for image in images]
+        pixels, micro_conditioning = (np.stack(arrays) for arrays in zip(*framed, strict=True))
+        prepared.append(Prepared(key, pixels, micro_conditioning))
+    return prepared
+
+
+@contextlib.contextmanager
+def worker_pool(num_workers: int, preload: Sequence[str] = ()) -> Iterator[Executor | None]:
+    """Processes that decode; None where `num_workers` is 0, and the work is then done in this process.
+
+    Args:
+      num_workers: how many.
+      preload: modules that all of them share in memory, imported once: what the program's main module
+        imports belongs there, as every process runs that module (but for what `__main__` does).
+    """
+    if num_workers == 0:
+        yield None
+        return
+    # Not "fork": JAX's threads do not survive it. All fork from one server that has imported once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload, __name__])
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_follow_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def prepare_rows(
+    rows: Iterable[PreferencePair], framing: Framing, pool: Executor | None, ahead: int
+) -> Iterator[tuple[PreferencePair, list[Prepared] | BadRow]]:
+    """Yields every row in order, with its examples or what is wrong with it.
+
+    Args:
+      rows: read as they are needed, `ahead` of what is yielded.
+      framing: of the images.
+      pool: from `worker_pool`.
+      ahead: how many rows are being worked on at a time.
+
+    Raises:
+      OSError: a decoding process died.
+    """
+    if pool is None:
+        for row in rows:
+            yield row, _prepare_or_explain(row, framing)
+        return
+    rows = iter(rows)
+    pending: collections.deque[tuple[PreferencePair, Future[list[Prepared] | BadRow]]] = collections.deque()
+    try:
+        while True:
+            for row in itertools.islice(rows, ahead - len(pending)):
+                pending.append((row, pool.submit(_prepare_or_explain, row, framing)))
+            if not pending:
+                return
+            row, future = pending.popleft()
+            yield row, future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a process that decodes images was ended, perhaps for want of memory; run the same command "
+            "again, with a smaller --config.num_workers"
+        ) from error
+
+
+def _prepare_or_explain(row: PreferencePair, framing: Framing) -> list[Prepared] | BadRow:
+    try:
+        return prepare_row(row, framing)
+    except BadRow as problem:
+        return problem
+
+
+def _follow_parent() -> None:
+    """Makes a worker leave Ctrl-C to its parent, and end when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,120 @@
+"""Encoded examples as one picture: captions, and what the VAE makes of the stored latents."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from dspo_jax.metrics import Progress
+from dspo_jax.pipeline import Pipeline
+
+WINNER_COLOUR = (44, 160, 44)
+FRAME = 5
+MARGIN = 12
+TEXT_WIDTH = 250
+HEADING_HEIGHT = 24
+# Pictures are fitted into a square of this side, so that twelve rows can be looked through at a glance.
+PICTURE_SIDE = 256
+# DejaVu Sans: Pillow's own font has no letter beyond English.
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_FONT_SIZE, _LINE_HEIGHT = 12, 17
+_DECODED_AT_ONCE = 4
+
+
+def decode_examples(pipe: Pipeline, examples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+    """Decodes examples, whose shapes may differ, as the means of their posteriors.
+
+    Args:
+      pipe: the model they were encoded with.
+      examples: each with `moments` [P, h, w, 2C].
+
+    Returns:
+      Of each example its images [P, H, W, 3] uint8.
+    """
+    of_shape = defaultdict(list)
+    for number, example in enumerate(examples):
+        for mean in np.split(example["moments"].astype(np.float32), 2, axis=-1)[0]:
+            of_shape[mean.shape].append((number, mean))
+    images: list[list[np.ndarray]] = [[] for _ in examples]
+    done = 0
+    with Progress("decode", sum(map(len, of_shape.values()))) as progress:
+        for latents in of_shape.values():
+            for start in range(0, len(latents), _DECODED_AT_ONCE):
+                part = latents[start : start + _DECODED_AT_ONCE]
+                # The last batch is filled up: one compiled program for each shape.
+                full = part + part[-1:] * (_DECODED_AT_ONCE - len(part))
+                decoded = pipe.decode_pixels(jnp.asarray(np.stack([mean for _, mean in full])))
+                for (number, _), image in zip(part, decoded, strict=False):
+                    images[number].append(image)
+                done += len(part)
+                progress.update(done)
+    return [np.stack(each) for each in images]
+
+
+def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.Image:
+    """Draws a row for each example: the caption, the winner in a green frame, the loser.
+
+    Args:
+      rows: caption, lines in small grey print under it, and images [P, H, W, 3] uint8 of any size; with P = 1
+        there is one picture and no frame.
+    """
+    per_example = len(rows[0][2])
+    fitted = [[_fit(image) for image in images] for _, _, images in rows]
+    heights = [max(image.height for image in images) + 2 * FRAME for images in fitted]
+    cell = PICTURE_SIDE + 2 * FRAME + MARGIN
+    left = MARGIN + TEXT_WIDTH + MARGIN
+    size = (left + per_example * cell, HEADING_HEIGHT + sum(heights) + MARGIN * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(_FONT, _FONT_SIZE)
+    for column, heading in enumerate(("winner", "loser") if per_example == 2 else ("image",)):
+        draw.text((left + column * cell + FRAME, 4), heading, "black", font)
+    top = HEADING_HEIGHT
+    for (caption, notes, _), images, height in zip(rows, fitted, heights, strict=True):
+        lines = [(line, "dimgray") for note in notes for line in _wrap(note, font)]
+        room = max(1, height // _LINE_HEIGHT - len(lines))
+        wrapped = _wrap(caption, font)
+        if len(wrapped) > room:
+            wrapped[room - 1 :] = ["..."]
+        lines = [(line, "black") for line in wrapped] + lines
+        for number, (line, colour) in enumerate(lines):
+            draw.text((MARGIN, top + number * _LINE_HEIGHT), line, colour, font)
+        for column, image in enumerate(images):
+            is_winner = per_example == 2 and column == 0
+            # The others' edges need a line too: their background may be as white as the sheet.
+            width = FRAME if is_winner else 1
+            framed = ImageOps.expand(image, width, WINNER_COLOUR if is_winner else "lightgray")
+            sheet.paste(framed, (left + column * cell + FRAME - width, top + FRAME - width))
+        top += height + MARGIN
+    return sheet
+
+
+def _fit(pixels: np.ndarray) -> Image.Image:
+    """Into the square: small images by a whole factor, so that their pixels stay visible as they are."""
+    image = Image.fromarray(pixels)
+    factor = PICTURE_SIDE // max(image.size)
+    if factor:
+        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _wrap(text: str, font: Any) -> list[str]:
+    """Lines no wider than the column; a word that is, as in writing without spaces, is broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= TEXT_WIDTH:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > TEXT_WIDTH:
+                lines.append("")
+            lines[-1] += letter
+    return lines

@@ -1,0 +1,196 @@
+"""Your own pairs: a JSON Lines or CSV file beside the images it names."""
+
+import csv
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.registry import register
+from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
+
+_NAMES = ("pairs.jsonl", "pairs.csv")
+_TEXT = ("caption", "winner", "loser", "split")
+
+
+@register("folder")
+@dataclasses.dataclass(frozen=True)
+class Folder(Selection):
+    """A folder with `pairs.jsonl` or `pairs.csv`: one pair a line, images named relative to that file.
+
+        {"caption": "a red fox", "winner": "images/1a.png", "loser": "images/1b.png"}
+
+    caption: the prompt.
+    winner, loser: image files. Without any `loser` these are single images; then `image` means `winner`.
+    preference: probability in [0.5, 1] that the winner is preferred; 1 if not given.
+    key: name of the row, unique within its split; the number of its line if not given.
+    split: `train` if not given. Where all rows are `train`, captions are held out as `validation`.
+
+    Other columns are not read. A line that is no JSON object, a missing `caption` or `winner` column and a
+    value of the wrong type are refused; an empty caption, a missing image and a preference out of range make
+    a bad row, which the encoder counts. `loser_won` is known from the names of the images.
+
+    Attributes:
+      path: the folder, or the .jsonl or .csv file.
+      min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1.
+    """
+
+    path: str = ""
+
+    @property
+    def images_per_example(self) -> int:
+        return 2 if "loser" in _read(require("path", self.path)).column_names else 1
+
+    def file_splits(self) -> tuple[str, ...]:
+        return sort_splits(_read(require("path", self.path))["split"].unique().to_pylist())
+
+    def candidates(self, split: str) -> Candidates:
+        rows = _read(self.path)
+        rows = rows.filter(pc.equal(rows["split"], split))
+        rows = rows.append_column("margin", pa.array(2 * rows["preference"].to_numpy() - 1))
+        images = ("winner", "loser") if "loser" in rows.column_names else None
+        identity = images or ("winner",)
+        return Candidates(rows, ("caption", *identity, "preference", "key"), {}, (*identity, "key"), images)
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        folder = _find(self.path).parent
+        for batch in self.selected(split).rows[start:stop].to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                yield PreferencePair(
+                    caption=row["caption"],
+                    winner=folder / row["winner"],
+                    loser=folder / row["loser"] if "loser" in row else None,
+                    preference=row["preference"],
+                    key=row["key"],
+                    loser_won=row["loser_won"],
+                )
+
+
+def _find(path: str) -> Path:
+    """The file of pairs that `path` is, or is the folder of."""
+    given = Path(path)
+    if given.is_dir():
+        found = [given / name for name in _NAMES if (given / name).is_file()]
+        if len(found) == 2:
+            raise ValueError(
+                f"config.source.path = {path!r}: has both {' and '.join(_NAMES)}; name one of them"
+            )
+        if not found:
+            raise FileNotFoundError(f"config.source.path = {path!r}: no {' or '.join(_NAMES)} in this folder")
+        return found[0]
+    if not given.is_file():
+        raise FileNotFoundError(f"config.source.path = {path!r}: no such file or folder")
+    if given.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"config.source.path = {path!r}: must be a folder, a .jsonl or a .csv file")
+    return given
+
+
+@functools.cache
+def _read(path: str) -> pa.Table:
+    """All rows: caption, winner, loser (unless single images), preference, key and split."""
+    file = _find(path)
+    columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, "preference", "key")}
+    lines = []
+    found: dict[str, None] = {}
+    try:
+        for line, row in (_json_rows if file.suffix == ".jsonl" else _csv_rows)(file):
+            found.update(dict.fromkeys(row))
+            for name, value in _parse(row, f"{file}:{line}", str(line)).items():
+                columns[name].append(value)
+            lines.append(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    if not lines:
+        raise ValueError(f"{file}: has no rows")
+    for name, names in (("caption", ("caption",)), ("winner", ("winner", "image"))):
+        if not found.keys() & set(names):
+            raise ValueError(f"{file}: no column {name!r} (found: {', '.join(found)}); rename one or add it")
+
+    with_loser = [bool(loser) for loser in columns["loser"]]
+    if any(with_loser):
+        if not all(with_loser):
+            raise ValueError(
+                f"{file}:{lines[with_loser.index(False)]}: no loser, unlike other rows; give every row one, "
+                "or none for single images"
+            )
+    else:
+        del columns["loser"]
+    seen: dict[tuple[str, str], int] = {}
+    for line, split, key in zip(lines, columns["split"], columns["key"], strict=True):
+        if (split, key) in seen:
+            raise ValueError(
+                f"{file}:{line}: key {key!r} is that of line {seen[split, key]}, too; make it unique"
+            )
+        seen[split, key] = line
+    types = {"preference": pa.float64()}
+    return pa.table(
+        {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+    )
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each line that is not empty, and its object."""
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number}: not JSON ({error}); mend or delete the line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f'{file}:{number}: not an object; write {{"caption": ..., "winner": ...}}')
+            yield number, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each row's last line, and its fields by the names in line 1; empty ones are None."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{file}:{reader.line_num}: more fields than the first line has names; quote the "
+                        "fields that hold commas"
+                    )
+                preference = row.get("preference")
+                try:
+                    numbers = {"preference": float(preference)} if preference else {}
+                except ValueError as error:
+                    raise ValueError(
+                        f"{file}:{reader.line_num}: preference = {preference!r}: must be a number"
+                    ) from error
+                yield reader.line_num, {**{name: value or None for name, value in row.items()}, **numbers}
+        except csv.Error as error:
+            raise ValueError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
+
+
+def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
+    """A row's values under their own names, with the defaults; `where` is for the messages."""
+    if "winner" in row and "image" in row:
+        raise ValueError(f"{where}: has both winner and image, which mean the same; keep one")
+    values: dict[str, Any] = {name: row.get(name) for name in (*_TEXT, "preference", "key")}
+    values["winner"] = row.get("winner", row.get("image"))
+    for name in _TEXT:
+        values[name] = "" if values[name] is None else values[name]
+        if not isinstance(values[name], str):
+            raise ValueError(f"{where}: {name} = {values[name]!r}: must be text")
+        if any("\ud800" <= character <= "\udfff" for character in values[name]):
+            raise ValueError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
+    values["split"] = values["split"] or "train"
+    if not re.fullmatch(r"\w+", values["split"]):
+        raise ValueError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")
+    if values["preference"] is None:
+        values["preference"] = 1.0
+    if isinstance(values["preference"], bool) or not isinstance(values["preference"], int | float):
+        raise ValueError(f"{where}: preference = {values['preference']!r}: must be a number")
+    values["key"] = line if values["key"] is None else str(values["key"])
+    return values

@@ -1,0 +1,184 @@
+"""Ranked lists: several images of a prompt in an order, of which pairs are made (HPD v2, ImageReward)."""
+
+import abc
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pyarrow as pa
+
+from dspo_jax import spelling
+from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.registry import register
+from dspo_jax.data.sources.selection import Candidates, Selection, require
+
+_COMPARISONS = ("all", "best")
+
+
+class RankedList(NamedTuple):
+    """The images of one prompt, by name, and their ranks: the lower, the better."""
+
+    caption: str
+    images: Sequence[str]
+    ranks: Sequence[float]
+    name: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked(Selection):
+    """What the sources of ranked lists share.
+
+    Every two images of a list give a pair, or (`comparisons="best"`) the best and each of the others; two of
+    the same rank are a tie and left out. The preference is 1. The key is "{number of the list}/{number of the
+    winner}>{number of the loser}", counted from 0; meta holds both ranks and the list's id where it has one.
+    `loser_won` is known.
+
+    Attributes:
+      path: the JSON file.
+      images: the folder that the names of images are relative to.
+      comparisons: "all" or "best".
+      min_margin (of `Selection`): smallest difference of the two ranks.
+    """
+
+    path: str = ""
+    images: str = ""
+    comparisons: str = "all"
+
+    images_per_example: ClassVar[int] = 2
+    max_margin: ClassVar[float] = math.inf
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.comparisons not in _COMPARISONS:
+            raise ValueError(spelling.unknown("config.source.comparisons", self.comparisons, _COMPARISONS))
+
+    @abc.abstractmethod
+    def parse(self, row: Mapping[str, Any]) -> RankedList:
+        """Reads one object of the file; what it lacks is a KeyError."""
+
+    @abc.abstractmethod
+    def folder(self) -> Path:
+        """The folder of the images where none is given."""
+
+    def file_splits(self) -> tuple[str, ...]:
+        require("path", self.path)
+        return ("train",)
+
+    def candidates(self, split: str) -> Candidates:
+        rows: list[tuple[int, int, int, str, str, str, float]] = []
+        for number, (caption, images, ranks, _) in enumerate(_read(self)):
+            order = sorted(range(len(ranks)), key=lambda i: ranks[i])
+            for i, j in itertools.combinations(order, 2):
+                if self.comparisons == "all" or ranks[i] == ranks[order[0]]:
+                    rows.append((number, i, j, caption, images[i], images[j], ranks[j] - ranks[i]))
+        names = ("list", "i", "j", "caption", "winner", "loser", "margin")
+        kinds = (*[pa.int32()] * 3, *[pa.string()] * 3, pa.float64())
+        columns = list(zip(*rows, strict=True)) or [()] * len(names)
+        table = pa.table(
+            {name: pa.array(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+        )
+        left_out = {"tie": table["margin"].to_numpy() == 0}
+        images_of = ("winner", "loser")
+        return Candidates(table, ("list", "i", "j"), left_out, (*images_of, "list"), images_of)
+
+    def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        lists = _read(self)
+        folder = Path(self.images) if self.images else self.folder()
+        for batch in self.selected(split).rows[start:stop].to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                number, i, j = row["list"], row["i"], row["j"]
+                caption, images, ranks, name = lists[number]
+                yield PreferencePair(
+                    caption=caption,
+                    winner=folder / images[i],
+                    loser=folder / images[j],
+                    key=f"{number}/{i}>{j}",
+                    loser_won=row["loser_won"],
+                    meta={"winner_rank": ranks[i], "loser_rank": ranks[j], "id": name},
+                )
+
+
+@functools.cache
+def _read(source: Ranked) -> list[RankedList]:
+    path = Path(source.path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config.source.path = {source.path!r}: no such file; it is the JSON of ranks"
+        )
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
+    lists = []
+    for number, row in enumerate(rows):
+        where = f"{path}: entry {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a {type(row).__name__}, but must be an object")
+        try:
+            parsed = source.parse(row)
+        except KeyError as error:
+            raise ValueError(f"{where}: no {error.args[0]!r} (found: {', '.join(row)})") from error
+        except TypeError as error:
+            raise ValueError(f"{where}: not what this source reads ({error})") from error
+        for name, values, kind in (
+            ("the prompt", [parsed.caption], str),
+            ("the images", parsed.images, str),
+            ("the ranks", parsed.ranks, int | float),
+        ):
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                raise ValueError(f"{where}: {name} = {values!r}: must be of type {kind}")
+        if len(parsed.images) != len(parsed.ranks):
+            raise ValueError(f"{where}: {len(parsed.images)} images, but {len(parsed.ranks)} ranks")
+        lists.append(parsed)
+    return lists
+
+
+@register("hpd_v2")
+@dataclasses.dataclass(frozen=True)
+class HpdV2(Ranked):
+    """Human Preference Dataset v2: `train.json` or `test.json` and the images beside it.
+
+    An entry of `train.json` has `prompt`, `file_path` (two images; `image_path` in some copies) and
+    `human_preference`, 1 for the preferred image and 0 for the other. One of `test.json` has `prompt`,
+    `image_path` (several images) and `rank`, the average of several people's ranks, 1 being the best.
+    Without `images`, those of `train.json` are in the folder `train` beside it, and so on, as the archives
+    unpack.
+
+    Source: Wu et al., "Human Preference Score v2", arXiv:2306.09341; the README of github.com/tgxs002/HPSv2
+    and the card of ymhao/HPDv2 on the hub give these schemas. That lower ranks are better is how that
+    repository's evaluation.py compares them with the order of its scores.
+    """
+
+    def parse(self, row: Mapping[str, Any]) -> RankedList:
+        images = row["image_path"] if "image_path" in row else row["file_path"]
+        ranks = row["rank"] if "rank" in row else [1 - preferred for preferred in row["human_preference"]]
+        return RankedList(row["prompt"], images, ranks, None)
+
+    def folder(self) -> Path:
+        return Path(self.path).with_suffix("")
+
+
+@register("image_reward")
+@dataclasses.dataclass(frozen=True)
+class ImageReward(Ranked):
+    """ImageReward's annotations: a JSON list of {`id`, `prompt`, `generations`, `ranking`}.
+
+    `generations` are image files, `ranking` their ranks, 1 being the best; equal ranks occur. Without
+    `images`, the files are relative to the folder of the JSON file.
+
+    Source: Xu et al., "ImageReward", arXiv:2304.05977; data/test.json of github.com/THUDM/ImageReward has
+    this schema (466 prompts).
+    """
+
+    def parse(self, row: Mapping[str, Any]) -> RankedList:
+        return RankedList(row["prompt"], row["generations"], row["ranking"], row.get("id"))
+
+    def folder(self) -> Path:
+        return Path(self.path).parent
