@@ -77,8 +77,12 @@ def get_config() -> ConfigDict:
     config.wandb_project = config_dict.placeholder(str)
 
     config.data = ConfigDict()
-    # A dataset written by dspo_jax.encode.
+    # A dataset written by dspo_jax.encode, or several separated by commas. Held-out examples are those of all
+    # that have some.
     config.data.path = config_dict.placeholder(str)
+    # How often each dataset is drawn from, up to a factor: one number for each. None: every example of all
+    # of them once an epoch.
+    config.data.weights = ()
     config.data.split = "train"
 
     config.objective = ConfigDict()

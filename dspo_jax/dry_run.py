@@ -1,7 +1,8 @@
 """What a run takes, before its first step: devices, batches, parameters, memory, FLOPs."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dspo_jax.data import loader, shards
+from dspo_jax.data.datasets import Dataset, bucket_size, count_examples, mixing_weights, read_datasets
 from dspo_jax.models import Params
 from dspo_jax.optim import peak_rate
 from dspo_jax.sharding import batch_sharding, bytes_per_device, replicated, replicated_bytes
@@ -20,14 +21,21 @@ from dspo_jax.throughput import count_flops
 
 
 def abstract_batch(
-    task: Task, directory: str, batch_size: int, mesh: Mesh
+    task: Task, path: str, bucket: str, batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a training batch of a dataset, with their sharding."""
-    manifest = shards.read_manifest(directory)
-    side = manifest["resolution"] // task.pipe.vae_scale_factor
-    images, encoders = manifest["images_per_example"], len(task.pipe.text_encoders)
+    """The shapes of a training batch, with their sharding.
+
+    Args:
+      task: what is computed.
+      path: as `config.data.path`.
+      bucket: the size of its images, "HEIGHTxWIDTH".
+      batch_size: over all devices.
+      mesh: the devices.
+    """
+    height, width = (side // task.pipe.vae_scale_factor for side in bucket_size(bucket))
+    images, encoders = read_datasets(path)[0].manifest["images_per_example"], len(task.pipe.text_encoders)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "moments": ((images, side, side, 2 * task.pipe.latent_channels), jnp.float16),
+        "moments": ((images, height, width, 2 * task.pipe.latent_channels), jnp.float16),
         "tokens": ((encoders, task.pipe.empty_tokens.shape[-1]), jnp.int32),
         "micro_conditioning": ((images, 6), jnp.int32),
         "preference": ((), jnp.float32),
@@ -79,6 +87,19 @@ def flops_per_pair(task: Task, batch: Mapping[str, Any]) -> float | None:
     )
 
 
+def mean_flops_per_pair(config: ConfigDict, task: Task, mesh: Mesh) -> float | None:
+    """`flops_per_pair` of what a run draws: the mean over its image sizes, where it has several."""
+    data = config.data
+    rows = mixing_weights(read_datasets(data.path), data.split, data.weights)
+    total, drawn = 0.0, sum(map(sum, rows.values()))
+    for bucket, row in rows.items():
+        flops = flops_per_pair(task, abstract_batch(task, data.path, bucket, config.batch_size, mesh))
+        if flops is None:
+            return None
+        total += flops * sum(row) / drawn
+    return total
+
+
 def describe(
     config: ConfigDict, task: Task, mesh: Mesh, state: TrainState, reference: Params
 ) -> Iterator[str]:
@@ -98,13 +119,16 @@ def describe(
         f"{task.objective.name}: {count:,} trainable parameters ({what}), kept in {task.param_dtype}, "
         f"computed in {task.compute_dtype}, remat {task.remat!r}"
     )
-    examples = loader.num_examples(config.data.path, config.data.split)
+    datasets = read_datasets(config.data.path)
+    buckets = count_examples(datasets, config.data.split)
+    examples = sum(buckets.values())
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     yield (
         f"{examples:,} examples, {config.batch_size} a step: {config.accumulation} part(s) of "
         f"{config.batch_size // config.accumulation // ways} on each of {ways} device(s) or groups of them; "
         f"{config.steps} steps are {config.steps * config.batch_size / examples:.3g} epochs"
     )
+    yield from _describe_mixture(config, datasets, buckets)
     optimizer = config.optimizer
     peak = peak_rate(optimizer, config.batch_size)
     yield (
@@ -130,8 +154,28 @@ def describe(
         yield f"of that the same on every device: {_in_units(size)}, the largest array {largest}"
     if task.param_dtype == "bfloat16":
         yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
-    side = shards.read_manifest(config.data.path)["resolution"] // task.pipe.vae_scale_factor
+    side = datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
     yield from task.objective.notes(side * side * task.pipe.latent_channels)
+
+
+def _describe_mixture(
+    config: ConfigDict, datasets: Sequence[Dataset], buckets: Mapping[str, int]
+) -> Iterator[str]:
+    rows = mixing_weights(datasets, config.data.split, config.data.weights).values()
+    for dataset, column in zip(datasets, zip(*rows, strict=True), strict=True):
+        if len(datasets) > 1:
+            share = sum(column) / sum(map(sum, rows))
+            count = sum(dataset.buckets(config.data.split).values())
+            yield (
+                f"of them {count:,} from {dataset.folder}, {share:.3g} of what is drawn: "
+                f"{config.steps * config.batch_size * share / count:.3g} epochs"
+            )
+    if len(buckets) > 1:
+        sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in buckets.items())
+        yield f"{len(buckets)} image sizes, and the step is compiled for each: {sizes}"
+        small = [bucket for bucket, count in buckets.items() if count < config.batch_size]
+        if small:
+            yield f"warning: a batch holds examples twice where a size has fewer than it: {', '.join(small)}"
 
 
 def dry_run(config: ConfigDict) -> str:
@@ -142,10 +186,12 @@ def dry_run(config: ConfigDict) -> str:
     """
     task, mesh, adapters = prepare(config)
     state, reference = make_state(task, mesh, adapters, abstract=True)
-    batch = abstract_batch(task, config.data.path, config.batch_size, mesh)
+    buckets = count_examples(read_datasets(config.data.path), config.data.split)
+    largest = max(buckets, key=lambda bucket: math.prod(bucket_size(bucket)))
+    batch = abstract_batch(task, config.data.path, largest, config.batch_size, mesh)
     lines = list(describe(config, task, mesh, state, reference))
     lines += [f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items()]
-    flops = flops_per_pair(task, batch)
+    flops = mean_flops_per_pair(config, task, mesh)
     if flops is not None:
         lines.append(f"{flops / 1e12:.4g} TFLOP a pair, {flops * config.batch_size / 1e12:.4g} a step")
     logging.info("compiling the step; for a full-size model that takes minutes")

@@ -39,13 +39,14 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
         for key, value in sorted(flatten_dict(config, sep=".").items())
         if key.partition(".")[0] not in _UNINTERESTING and value is not None
     }
+    folders = [Path(name.strip()) for name in config["data"]["path"].split(",")]
     sections = [
         "---\n" + "\n".join(header) + "\n---",
         f"# {run.name}",
         f"`{name}` after {step} steps of `{config['objective']['name']}`, trained with dspo_jax "
         "(`python -m dspo_jax.train`) and exported with `python -m dspo_jax.convert export`.",
         "## Training\n\n" + _table(settings),
-        "## Data\n\n" + _table(_describe_data(Path(config["data"]["path"]))),
+        "## Data\n\n" + "\n\n".join(_table(_describe_data(folder)) for folder in folders),
     ]
     metrics = _last_metrics(run / "metrics.jsonl", step)
     if metrics:

@@ -19,13 +19,18 @@ from dspo_jax.sample import Job, Sampler, contact_sheet, initial_latents
 _IMAGES_PER_DEVICE = 4
 
 
-def first_captions(directory: str | Path, split: str, count: int = 4) -> list[str]:
+def first_captions(path: str | Path, split: str, count: int = 4) -> list[str]:
     """The captions of the first `count` examples of a split, for a run that names no prompts.
+
+    Args:
+      path: a dataset, or several separated by commas.
+      split: of the datasets.
+      count: fewer come where the split, or its first bucket, has fewer.
 
     Raises:
       ValueError: the split does not exist or is empty.
     """
-    with closing(loader.eval_batches(directory, batch_size=count, split=split)) as batches:
+    with closing(loader.eval_batches(path, batch_size=count, split=split)) as batches:
         return next(batches)["caption"]
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from dspo_jax import distributed, spelling
 from dspo_jax.convert import DTYPES
-from dspo_jax.data import loader, shards
+from dspo_jax.data import datasets, shards
 from dspo_jax.models import Params, lora
 from dspo_jax.models.remat import check_policy
 from dspo_jax.objectives import Objective, get_objective
@@ -225,14 +225,19 @@ def _abstract(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
 
 
 def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None:
-    """Refuses data that is damaged, empty or made with another model, or single images where two compare."""
+    """Refuses data that is damaged, empty or made with another model, or single images where two compare.
+
+    Also several datasets that do not fit one another, and weights that do not fit them.
+    """
     if not config.data.path:
         raise ValueError(
             "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode"
         )
-    manifest = shards.read_manifest(config.data.path)
-    shards.check_manifest(manifest, pipe.fingerprint(), path=Path(config.data.path))
-    images = manifest["images_per_example"]
+    found = datasets.read_datasets(config.data.path)
+    datasets.check_weights(config.data.weights, found)
+    for dataset in found:
+        shards.check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
+    images = found[0].manifest["images_per_example"]
     if objective.needs_loser and images == 1:
         raise ValueError(
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} "
@@ -243,9 +248,13 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
             f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
             f"{config.data.path} holds single images without such labels; use sft or ddpm, or encode pairs"
         )
-    for split in (config.data.split, *([config.validation.split] if config.validation.every else ())):
-        loader.num_examples(config.data.path, split)  # raises where there are none
-    shards.verify_shards(config.data.path, manifest)
+    # These raise where there are no examples. What is held out need not be so in every dataset.
+    for dataset in found:
+        datasets.count_examples([dataset], config.data.split)
+    if config.validation.every:
+        datasets.count_examples(found, config.validation.split)
+    for dataset in found:
+        shards.verify_shards(dataset.folder, dataset.manifest)
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -259,6 +268,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     ours = json.loads(config.to_json())
     if path.is_file():
         mine, theirs = (flatten_dict(each, sep=".") for each in (ours, json.loads(path.read_text())))
+        theirs.setdefault("data.weights", [])  # runs from before there were any
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
                 raise ValueError(

@@ -26,7 +26,7 @@ from dspo_jax import cli, distributed
 from dspo_jax.checkpoint import Checkpoints
 from dspo_jax.curves import draw_curves
 from dspo_jax.data import loader
-from dspo_jax.dry_run import abstract_batch, describe, dry_run, flops_per_pair
+from dspo_jax.dry_run import describe, dry_run, mean_flops_per_pair
 from dspo_jax.metrics import VALIDATION_PREFIX, MetricsWriter, Progress, read_validations
 from dspo_jax.models import Params
 from dspo_jax.sample_grids import SampleGrids, first_captions
@@ -126,11 +126,11 @@ class Run:
         self._config, self._workdir, self._task, self._mesh = config, workdir, task, mesh
         self._reference = reference
         self._step = compile_step(state)
+        self._compiled: set[tuple[int, ...]] = set()  # shapes of batches
         self._key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
         self._flops_per_pair = None
         if distributed.is_first():
-            batch = abstract_batch(task, config.data.path, config.batch_size, mesh)
-            self._flops_per_pair = flops_per_pair(task, batch)
+            self._flops_per_pair = mean_flops_per_pair(config, task, mesh)
         self._peak_flops = peak_flops(mesh.devices.flat[0]) if task.compute_dtype == "bfloat16" else None
         self._validator = None
         if config.validation.every:
@@ -138,7 +138,7 @@ class Run:
                 partial(predict, task),
                 task.pipe.schedule,
                 mesh,
-                directory=config.data.path,
+                path=config.data.path,
                 split=config.validation.split,
                 batch_size=config.validation.batch_size,
                 draws=config.validation.draws,
@@ -214,12 +214,8 @@ class Run:
             for step in range(start + 1, config.steps + 1):
                 with clock.waiting():
                     batch = next(batches)
-                inputs = {name: batch[name] for name in INPUTS}
-                inputs["index"] = inputs["index"].astype(np.uint32)
                 profiler.before(step, state)
-                state, metrics = self._step(
-                    state, self._reference, shard_batch(inputs, self._mesh), self._key
-                )
+                state, metrics = self._update(state, batch, clock)
                 # The metrics of a step are read only after the next one was dispatched: the device never
                 # waits.
                 if pending is not None:
@@ -257,6 +253,7 @@ class Run:
             config.data.path,
             batch_size=config.batch_size,
             seed=config.seed,
+            weights=config.data.weights,
             split=config.data.split,
             process_index=share,
             process_count=shares,
@@ -264,6 +261,19 @@ class Run:
         if position is not None:
             batches.set_state(position)
         return batches
+
+    def _update(self, state: TrainState, batch: loader.Batch, clock: Clock) -> tuple[TrainState, Metrics]:
+        """Dispatches a step. Compiling it for images of another size is not training time."""
+        inputs = {name: batch[name] for name in INPUTS}
+        inputs["index"] = inputs["index"].astype(np.uint32)
+        placed = shard_batch(inputs, self._mesh)
+        shape = placed["moments"].shape
+        if shape in self._compiled:
+            return self._step(state, self._reference, placed, self._key)
+        self._compiled.add(shape)
+        jax.block_until_ready(state)  # what still runs is
+        with clock.paused():
+            return self._step(state, self._reference, placed, self._key)
 
     def _is_watched(self, step: int) -> bool:
         """Whether held-out pairs are judged or pictures drawn after a step."""

@@ -29,7 +29,7 @@ _SEED = 20_241  # of the noise, fixed for ever: changing it moves every validati
 
 
 class Validator:
-    """Judges a model on one split; compiled once."""
+    """Judges a model on one split; compiled once (for each image size, where there are buckets)."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Validator:
         schedule: Schedule,
         mesh: Mesh,
         *,
-        directory: str | Path,
+        path: str | Path,
         split: str,
         batch_size: int,
         draws: int,
@@ -48,7 +48,7 @@ class Validator:
           predict: runs the text encoders and the UNet.
           schedule: the forward process.
           mesh: the devices.
-          directory: a dataset written by `dspo_jax.encode`.
+          path: a dataset written by `dspo_jax.encode`, or several separated by commas.
           split: the held-out split.
           batch_size: examples in one call.
           draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal
@@ -60,8 +60,8 @@ class Validator:
         check_batch_size(batch_size, mesh, "config.validation.batch_size")
         if draws < 1:
             raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
-        self.num_examples = loader.num_examples(directory, split)
-        self._directory, self._split, self._batch_size, self._mesh = directory, split, batch_size, mesh
+        self.num_examples = loader.num_examples(path, split)
+        self._path, self._split, self._batch_size, self._mesh = path, split, batch_size, mesh
         steps = schedule.num_train_timesteps
         self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
 
@@ -121,7 +121,7 @@ class Validator:
         return summarise(values_SDBP, self._timesteps)
 
     def _batches(self) -> Any:
-        batches = loader.eval_batches(self._directory, batch_size=self._batch_size, split=self._split)
+        batches = loader.eval_batches(self._path, batch_size=self._batch_size, split=self._split)
         yield from batches
         batches.close()
 

@@ -1,5 +1,6 @@
 """Small datasets for tests of what reads shards."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ FINGERPRINT = {
 MANIFEST = {"model": FINGERPRINT, "resolution": 16, "source": {"name": "numbers", "arguments": {"seed": 0}}}
 
 
-def make_example(i: int, *, images: int = 2) -> dict[str, Any]:
+def make_example(i: int, *, images: int = 2, bucket: str = "16x16") -> dict[str, Any]:
     """Example number i: its key is its number, its moments are its own."""
-    moments = np.random.default_rng(i).standard_normal((images, 4, 4, 6)).astype(np.float16)
+    height, width = map(int, bucket.split("x"))
+    moments = np.random.default_rng(i).standard_normal((images, height // 4, width // 4, 6))
     return {
-        "moments": moments,
+        "moments": moments.astype(np.float16),
         "tokens": np.full((1, 77), i, np.int32),
-        "micro_conditioning": np.tile(np.asarray([20 + i, 30, 0, 4, 16, 16], np.int32), (images, 1)),
+        "micro_conditioning": np.tile(np.asarray([20 + i, 30, 0, 4, height, width], np.int32), (images, 1)),
         "preference": np.float32(0.75),
         "loser_won": np.bool_(True),
         "caption": f"caption «{i}»",
@@ -33,21 +35,63 @@ def make_example(i: int, *, images: int = 2) -> dict[str, Any]:
     }
 
 
-def start_dataset(out: Path, num_shards: dict[str, int], *, images: int = 2) -> DatasetWriter:
+def start_dataset(
+    out: Path,
+    num_shards: Mapping[str, int],
+    *,
+    images: int = 2,
+    buckets: Sequence[str] = (),
+    manifest: Mapping[str, Any] = MANIFEST,
+) -> DatasetWriter:
     """A writer of numbered examples."""
-    return DatasetWriter(out, shards.feature_spec((images, 4, 4, 6), 1), MANIFEST, num_shards)
+    size = (None, None) if buckets else (4, 4)
+    return DatasetWriter(out, shards.feature_spec((images, *size, 6), 1), manifest, num_shards, buckets)
 
 
 def write_dataset(
-    out: Path, *, train: int = 10, validation: int = 5, rows_per_shard: int = 4, images: int = 2
+    out: Path,
+    *,
+    train: int = 10,
+    validation: int = 5,
+    rows_per_shard: int = 4,
+    images: int = 2,
+    first: int = 0,
+    manifest: Mapping[str, Any] = MANIFEST,
 ) -> dict[str, Any]:
-    """Writes a dataset of numbered examples (keys "0", "1", ... in each split) and returns its manifest."""
+    """Writes a dataset of numbered examples and returns its manifest.
+
+    The keys of each split are the numbers from `first`.
+    """
     counts = {"train": train, "validation": validation}
-    writer = start_dataset(
-        out, {split: max(1, -(-count // rows_per_shard)) for split, count in counts.items()}, images=images
-    )
+    num_shards = {split: max(1, -(-count // rows_per_shard)) for split, count in counts.items()}
+    writer = start_dataset(out, num_shards, images=images, manifest=manifest)
     for split, count in counts.items():
-        for number in range(max(1, -(-count // rows_per_shard))):
-            of_shard = range(count)[number * rows_per_shard : (number + 1) * rows_per_shard]
+        for number in range(num_shards[split]):
+            of_shard = range(first, first + count)[number * rows_per_shard : (number + 1) * rows_per_shard]
             writer.write_shard(split, number, [make_example(i, images=images) for i in of_shard])
+    return writer.commit()
+
+
+def write_buckets(
+    out: Path,
+    buckets: Mapping[str, int],
+    *,
+    validation: Mapping[str, int] | None = None,
+    rows_per_shard: int = 4,
+    first: int = 0,
+) -> dict[str, Any]:
+    """Writes a dataset with images of several sizes and returns its manifest.
+
+    The keys of each split are the numbers from `first`, bucket after bucket.
+    """
+    counts = {"train": buckets, "validation": validation or {}}
+    examples = {}
+    for split, of_bucket in counts.items():
+        in_order = [bucket for bucket, count in of_bucket.items() for _ in range(count)]
+        examples[split] = [make_example(i, bucket=bucket) for i, bucket in enumerate(in_order, first)]
+    num_shards = {split: max(1, -(-len(rows) // rows_per_shard)) for split, rows in examples.items()}
+    writer = start_dataset(out, num_shards, buckets=list(dict.fromkeys([*buckets, *(validation or {})])))
+    for split, rows in examples.items():
+        for number in range(num_shards[split]):
+            writer.write_shard(split, number, rows[number * rows_per_shard : (number + 1) * rows_per_shard])
     return writer.commit()

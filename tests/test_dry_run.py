@@ -62,7 +62,7 @@ def test_flops_of_a_pair_are_those_of_its_passes(
         jax.ShapeDtypeStruct((1, 6), "int32"),
     )
     unet, encoder = count_flops(pipe.predict, params, *inputs), count_flops(pipe.encode_text, params, tokens)
-    counted = flops_per_pair(task, abstract_batch(task, tiny_pairs, 8, mesh))
+    counted = flops_per_pair(task, abstract_batch(task, tiny_pairs, "16x16", 8, mesh))
     assert counted == pytest.approx(unet_passes * unet + text_passes * encoder)
 
 

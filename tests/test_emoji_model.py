@@ -42,7 +42,7 @@ def test_before_the_first_update_no_held_out_pair_is_decided(compute_dtype, tmp_
         lambda *inputs: predict(task, *inputs),
         pipe.schedule,
         mesh,
-        directory=write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64),
+        path=write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64),
         split="validation",
         batch_size=4,
         draws=2,

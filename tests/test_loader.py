@@ -143,17 +143,6 @@ def test_evaluation_passes_once_in_stored_order_with_a_smaller_last_batch(datase
     )
 
 
-def test_processes_share_an_evaluation(dataset):
-    shares = [
-        [
-            batch["key"]
-            for batch in loader.eval_batches(dataset, batch_size=4, process_index=p, process_count=2)
-        ]
-        for p in range(2)
-    ]
-    assert shares == [[["0", "1"], ["4"]], [["2", "3"]]]
-
-
 def test_single_images_have_a_pair_axis_of_one(tmp_path):
     write_dataset(tmp_path / "out", images=1)
     batch = next(loader.eval_batches(tmp_path / "out", batch_size=2))

@@ -56,7 +56,7 @@ class FakeStep:
 def fake_step(monkeypatch):
     fake = FakeStep()
     monkeypatch.setattr(train_module, "compile_step", fake.compile)
-    monkeypatch.setattr(train_module, "flops_per_pair", lambda *given: None)  # seconds for each run
+    monkeypatch.setattr(train_module, "mean_flops_per_pair", lambda *given: None)  # seconds for each run
     return fake
 
 
@@ -321,6 +321,18 @@ def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path
     config.update_from_flattened_dict(changes)
     claim_workdir(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
+
+
+def test_a_run_from_before_weights_has_none(config, tmp_path):
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["data"].pop("weights") == []
+    path.write_text(json.dumps(saved))
+    claim_workdir(tmp_path, config)
+    config.data.weights = (1.0,)
+    with pytest.raises(ValueError, match=r"config\.data\.weights = \[\], now it is \[1\.0\]"):
+        claim_workdir(tmp_path, config)
 
 
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):

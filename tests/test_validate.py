@@ -23,11 +23,9 @@ def linear(params, noisy, timesteps, tokens, micro_conditioning):
 
 @pytest.fixture
 def make_validator(tiny_pairs):
-    def make(predict=linear, *, directory=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"):
+    def make(predict=linear, *, path=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"):
         mesh = make_mesh({"data": devices}, jax.devices()[:devices])
-        return Validator(
-            predict, SCHEDULE, mesh, directory=directory, split=split, batch_size=batch_size, draws=draws
-        )
+        return Validator(predict, SCHEDULE, mesh, path=path, split=split, batch_size=batch_size, draws=draws)
 
     return make
 
@@ -64,6 +62,15 @@ def test_neither_the_batch_size_nor_the_mesh_changes_the_scores(make_validator, 
     assert actual == pytest.approx(expected, rel=1e-6)
 
 
+def test_images_of_two_sizes_are_judged_alike_for_any_batch_size(make_validator, tiny_model, tmp_path):
+    params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
+    tall = write_pairs(tmp_path / "tall", tiny_model, validation=5, buckets=("16x16", "8x32"))
+    validator = make_validator(path=tall, batch_size=4)
+    assert validator.num_examples == 10
+    expected = make_validator(path=tall, batch_size=5)(params, reference)
+    assert validator(params, reference) == pytest.approx(expected, rel=1e-6)
+
+
 def test_every_call_draws_the_same_noise(make_validator):
     validator = make_validator()
     params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
@@ -75,7 +82,7 @@ def test_every_call_draws_the_same_noise(make_validator):
 def test_single_images_have_errors_and_no_margin(make_validator, tiny_model, tmp_path):
     params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}
     singles = write_pairs(tmp_path / "singles", tiny_model, images=1)
-    scores = make_validator(directory=singles)(params, reference)
+    scores = make_validator(path=singles)(params, reference)
     assert set(scores) == {
         "winner_error",
         *(f"winner_drift{bin_}" for bin_ in ("", "_t166", "_t500", "_t833")),

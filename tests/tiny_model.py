@@ -1,6 +1,7 @@
 """Diffusers folders of the shape of Stable Diffusion 1.5, 2.1 and XL with random weights: fast to compile."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,34 +209,43 @@ def write_pairs(
     validation: int = 6,
     images: int = 2,
     resolution: int = RESOLUTION,
+    buckets: Sequence[str] = (),
 ) -> Path:
-    """Writes shards of random latents that carry the fingerprint of `model`."""
+    """Writes shards of random latents that carry the fingerprint of `model`.
+
+    With buckets, so many examples of each.
+    """
     from dspo_jax.data import shards
     from dspo_jax.data.writer import DatasetWriter
     from dspo_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(model)
-    micro_conditioning = np.int32([resolution, resolution, 0, 0, resolution, resolution])
-    side = resolution // pipe.vae_scale_factor
-    features = shards.feature_spec((images, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers))
-    draw = np.random.default_rng(0)
+    side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
+    stored = (images, *((None, None) if buckets else (side, side)), channels)
+    features = shards.feature_spec(stored, len(pipe.tokenizers))
     manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
-    writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1})
+    writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1}, buckets)
+    sizes = [tuple(map(int, bucket.split("x"))) for bucket in buckets] or [(resolution, resolution)]
+    draw = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
-        captions = [f"{split} {i}" for i in range(count)]
+        captions = [f"{split} {i}" for i in range(count * len(sizes))]
         tokens = pipe.tokenize(captions) if count else []
-        examples = [
-            {
-                "moments": np.abs(draw.standard_normal(features["moments"].shape)).astype(np.float16),
-                "tokens": tokens[i],
-                "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
-                "preference": np.float32(1.0),
-                "loser_won": np.bool_(False),
-                "caption": caption,
-                "key": caption,
-            }
-            for i, caption in enumerate(captions)
-        ]
+        examples = []
+        for i, caption in enumerate(captions):
+            height, width = sizes[i // count]
+            shape = (images, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor, channels)
+            micro_conditioning = np.int32([height, width, 0, 0, height, width])
+            examples.append(
+                {
+                    "moments": np.abs(draw.standard_normal(shape)).astype(np.float16),
+                    "tokens": tokens[i],
+                    "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
+                    "preference": np.float32(1.0),
+                    "loser_won": np.bool_(False),
+                    "caption": caption,
+                    "key": caption,
+                }
+            )
         writer.write_shard(split, 0, examples)
     writer.commit()
     return out

@@ -3,35 +3,39 @@
 Batch k of a run with global batch size B holds positions k*B .. k*B + B - 1 of one endless stream of
 examples; each epoch of the stream is a fresh permutation of the split. Process p of n takes the p-th n-th of
 every batch, so the number of processes changes where an example is read and not when.
+
+Images of several sizes cannot share a batch: there each bucket is a stream of its own, and batch k is the
+next of one of them. With weights each dataset is a stream of its own, permuted epoch by epoch, and the next
+example is the next of one of them. Which one follows from the position alone, in either case.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
-from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights, read_datasets
+from dspo_jax.data.records import Batch, Records
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
 _EPOCHS = 2**30
-
-Batch = dict[str, Any]
-"""`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
-`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings, and `index` [B] int64,
-the example's position in the stream: unique over the run, it seeds what is drawn for the example. With
-several processes B is the process's share."""
 
 
 class BatchIterator:
     """Iterates over batches; its position can be taken with `get_state` and restored with `set_state`."""
 
     def __init__(
-        self, batches: grain.MapDataset, identity: dict[str, Any], num_threads: int, directory: str | Path
+        self,
+        batches: grain.MapDataset,
+        identity: dict[str, Any],
+        num_threads: int,
+        datasets: Sequence[Dataset],
     ):
         """Takes this process's batches, what decides their order (JSON-able), how many threads read ahead,
         and from where."""
@@ -39,13 +43,16 @@ class BatchIterator:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         self._iterator = iter(batches.to_iter_dataset(options))
         self._identity = identity
-        self._directory = directory
+        self._datasets = datasets
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """The next batch, with one array more: `index` [B] int64, the examples' positions in the stream.
+
+        They are unique over the run and seed what is drawn for an example. With several processes B is the
+        process's share.
 
         Raises:
           FileNotFoundError, ValueError: a shard has vanished or was cut short meanwhile, by name.
@@ -54,11 +61,10 @@ class BatchIterator:
         try:
             return next(self._iterator)
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # what array_record and Grain raise
-            shards.verify_shards(self._directory)
+            _verify(self._datasets)
             reason = str(error).splitlines()[0]
-            raise OSError(
-                f"{self._directory}: a shard cannot be read: {reason}; encode the data again"
-            ) from error
+            folders = ", ".join(str(dataset.folder) for dataset in self._datasets)
+            raise OSError(f"{folders}: a shard cannot be read: {reason}; encode the data again") from error
 
     def get_state(self) -> str:
         """The position as a JSON string: the same in every process, and for any number of them."""
@@ -68,16 +74,17 @@ class BatchIterator:
         """Continues where `get_state` was called: with the first batch that had not been returned then.
 
         Raises:
-          ValueError: the state is of another dataset, seed or batch size, so that continuing would repeat or
-            miss examples.
+          ValueError: the state is of other data, weights, seed or batch size, so that continuing would repeat
+            or miss examples.
         """
         saved = json.loads(state)
         next_batch = saved.pop("next_batch")
-        for key, ours in self._identity.items():
-            if saved.get(key) != ours:
+        for key in {**self._identity, **saved}:
+            theirs, ours = saved.get(key), self._identity.get(key)
+            if theirs != ours:
                 raise ValueError(
-                    f"data position: saved with {key} = {saved.get(key)!r}, but this run has {ours!r}; "
-                    "resume with the same data, seed and batch size, or start a new workdir"
+                    f"data position: saved with {key} = {theirs!r}, but this run has {ours!r}; resume with "
+                    "the same data, weights, seed and batch size, or start a new workdir"
                 )
         self._iterator.set_state({"next_index": next_batch})
 
@@ -86,26 +93,26 @@ class BatchIterator:
         self._iterator.close()
 
 
-def num_examples(directory: str | Path, split: str) -> int:
-    """The number of examples of a split.
+def num_examples(path: str | Path, split: str) -> int:
+    """The number of examples of a split, over all datasets that have it.
+
+    Args:
+      path: a dataset made by `dspo_jax.encode`, or several separated by commas.
+      split: of the datasets.
 
     Raises:
+      FileNotFoundError, ValueError: no dataset there, or datasets that do not fit one another.
       ValueError: the split does not exist or is empty.
     """
-    splits = shards.read_manifest(directory)["splits"]
-    if split not in splits:
-        raise ValueError(f"{directory}: {spelling.unknown('split', split, splits)}")
-    count = splits[split]["num_examples"]
-    if count == 0:
-        raise ValueError(f"{directory}: split {split!r} is empty; encode the data again or choose another")
-    return count
+    return sum(count_examples(read_datasets(path), split).values())
 
 
 def train_batches(
-    directory: str | Path,
+    path: str | Path,
     *,
     batch_size: int,
     seed: int,
+    weights: Sequence[float] = (),
     split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
@@ -113,10 +120,14 @@ def train_batches(
 ) -> BatchIterator:
     """Endless shuffled batches. Batches may span two epochs, so every example comes exactly once in each.
 
+    With weights, the epochs are those of each dataset; with buckets, those of each bucket. Buckets come up in
+    proportion to their examples, to within 1 %, as do datasets in proportion to their weights.
+
     Args:
-      directory: a dataset made by `dspo_jax.encode`.
+      path: a dataset made by `dspo_jax.encode`, or several separated by commas.
       batch_size: global, over all processes.
       seed: of the permutations.
+      weights: the datasets' shares of the examples, up to a factor; none are in proportion to their sizes.
       split: which split to read.
       process_index: this process's number, from 0.
       process_count: how many processes share each batch.
@@ -124,66 +135,81 @@ def train_batches(
 
     Raises:
       FileNotFoundError: no dataset there, or a shard is missing.
-      ValueError: the split is unknown or empty, a shard is truncated, or the batch cannot be shared equally.
+      ValueError: the split is unknown or empty in a dataset, datasets do not fit one another, the weights are
+        not one for each, a shard is truncated, or the batch cannot be shared equally.
     """
-    examples = _open(directory, split).seed(seed).shuffle().repeat(_EPOCHS)
-    identity = {"num_examples": num_examples(directory, split), "seed": seed, "batch_size": batch_size}
-    share = _share(examples, batch_size, process_index, process_count)
-    return BatchIterator(share, identity, num_threads, directory)
-
-
-def eval_batches(
-    directory: str | Path,
-    *,
-    batch_size: int,
-    split: str = "validation",
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
-) -> BatchIterator:
-    """One pass over a split in stored order; the last batch is smaller where the batch size does not divide
-    it.
-
-    Arguments and errors as for `train_batches`. With several processes the last batch is shared out in order,
-    so a process's share of it may be smaller than another's, or missing.
-    """
-    identity = {"num_examples": num_examples(directory, split), "batch_size": batch_size}
-    examples = _open(directory, split)
-    share = _share(examples, batch_size, process_index, process_count)
-    return BatchIterator(share, identity, num_threads, directory)
-
-
-def _open(directory: str | Path, split: str) -> grain.MapDataset:
-    """The split's examples by their number, after a check that no shard is missing or truncated."""
-    num_examples(directory, split)
-    shards.verify_shards(directory)
-    return grain.MapDataset.source(tfds.builder_from_directory(directory).as_data_source(split))
-
-
-def _share(
-    examples: grain.MapDataset, batch_size: int, process_index: int, process_count: int
-) -> grain.MapDataset:
-    """This process's part of every batch: of the stream cut into n shares a batch, those number k*n + p."""
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch size {batch_size}: must be a positive multiple of the {process_count} process(es)"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process index {process_index}: must be between 0 and {process_count - 1}")
-    shares = examples.map_with_index(_add_index).batch(batch_size // process_count, batch_fn=_stack)
-    return shares[process_index::process_count]
+    datasets = read_datasets(path)
+    check_weights(weights, datasets)
+    sizes = [sum(count_examples([dataset], split).values()) for dataset in datasets]
+    buckets = count_examples(datasets, split)
+    _verify(datasets)
+    share, seeds = batch_size // process_count, itertools.count(seed)
+    batches, bucket_weights = [], []
+    for bucket, row in mixing_weights(datasets, split, weights).items():
+        records = Records(datasets, split, bucket)
+        ends = list(itertools.accumulate(dataset.buckets(split).get(bucket, 0) for dataset in datasets))
+        if not weights:  # shuffled as one
+            ends, row = ends[-1:], [sum(row)]
+        # Streams of numbers of examples. They are read by the batch.
+        streams = [
+            grain.MapDataset.range(start, end).seed(next(seeds)).shuffle().repeat(_EPOCHS)
+            for start, end in itertools.pairwise([0, *ends])
+            if start < end
+        ]
+        mixed = grain.MapDataset.mix(streams, [drawn for drawn in row if drawn])
+        # Process p of n reads the p-th of the n shares that each batch is cut into.
+        batches.append(mixed.batch(share, batch_fn=records.read)[process_index::process_count])
+        bucket_weights.append(sum(row))
+    numbered = grain.MapDataset.mix(batches, bucket_weights).map_with_index(
+        partial(_add_index, first=process_index * share, stride=batch_size)
+    )
+    # What one dataset of one image size does not need stays away, as in the states of older runs.
+    identity: dict[str, Any] = {"num_examples": sum(sizes), "seed": seed, "batch_size": batch_size}
+    if len(datasets) > 1:
+        identity["datasets"] = sizes
+    if weights:
+        identity["weights"] = [float(weight) for weight in weights]
+    if len(buckets) > 1:
+        identity["buckets"] = buckets
+    return BatchIterator(numbered, identity, num_threads, datasets)
 
 
-def _add_index(index: int, example: dict[str, Any]) -> dict[str, Any]:
-    # TFDS hands scalars over as Python numbers, which would be stacked in float64.
-    scalars = {"preference": np.float32(example["preference"]), "loser_won": np.bool_(example["loser_won"])}
-    return {**example, **scalars, "index": np.int64(index)}
+def eval_batches(
+    path: str | Path, *, batch_size: int, split: str = "validation", num_threads: int = 2
+) -> BatchIterator:
+    """One pass over a split in stored order, one dataset after another; with buckets, one bucket after
+    another. The last batch (of a bucket) is smaller where the batch size does not divide it.
+
+    Arguments and errors as for `train_batches`, but a dataset without the split is passed over if another has
+    it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: must be at least 1")
+    datasets = read_datasets(path)
+    buckets = count_examples(datasets, split)
+    _verify(datasets)
+    batches, first = [], 0
+    for bucket, count in buckets.items():
+        records = Records(datasets, split, bucket)
+        of_bucket = grain.MapDataset.range(count).batch(batch_size, batch_fn=records.read)
+        batches.append(of_bucket.map_with_index(partial(_add_index, first=first, stride=batch_size)))
+        first += count
+    identity = {"num_examples": first, "batch_size": batch_size}
+    return BatchIterator(grain.MapDataset.concatenate(batches), identity, num_threads, datasets)
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> Batch:
-    batch: Batch = {}
-    for name in examples[0]:
-        values = [example[name] for example in examples]
-        is_text = isinstance(values[0], bytes)
-        batch[name] = [value.decode() for value in values] if is_text else np.stack(values)
-    return batch
+def _verify(datasets: Sequence[Dataset]) -> None:
+    for dataset in datasets:
+        shards.verify_shards(dataset.folder, dataset.manifest)
+
+
+def _add_index(number: int, batch: Batch, *, first: int, stride: int) -> Batch:
+    """Numbers the examples of a batch on from `first`; the same process's next batch is `stride` further."""
+    start = first + number * stride
+    return {**batch, "index": np.arange(start, start + len(batch["key"]), dtype=np.int64)}

@@ -1,0 +1,130 @@
+"""How fast pairs are written to shards and read back in shuffled batches, and what TFDS alone makes of both.
+
+    python -m benchmarks.input_pipeline --folder /tmp/pairs --pairs 4000
+
+The pairs are those of Stable Diffusion 1.5 at 512 pixels: random moments [2, 64, 64, 8] in float16 and 77
+tokens, 128 KiB each. `folder` gets them and must not exist; it is removed at the end. They are read from the
+page cache: a disk that gives less than the printed MB/s is slower than that.
+"""
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+from tensorflow_datasets.core import example_serializer
+
+from dspo_jax import cli
+from dspo_jax.data import loader, shards
+from dspo_jax.data.writer import DatasetWriter
+
+MOMENTS = (2, 64, 64, 8)
+BATCH_SIZE, PAIRS_PER_SHARD = 64, 1000
+MANIFEST = {
+    "model": {"model": "none", "vae_scale_factor": 8, "latent_channels": 4},
+    "resolution": 512,
+    "source": {"name": "random", "arguments": {}},
+}
+
+
+def make_pairs(count: int) -> Iterator[dict[str, Any]]:
+    """Random pairs; their moments are parts of one array, as drawing them would take longer than writing."""
+    draw = np.random.default_rng(0)
+    size = int(np.prod(MOMENTS))
+    pool = draw.standard_normal(size + count, np.float32).astype(np.float16)
+    for i in range(count):
+        yield {
+            "moments": pool[i : i + size].reshape(MOMENTS),
+            "tokens": np.full((1, 77), i, np.int32),
+            "micro_conditioning": np.full((2, 6), 512, np.int32),
+            "preference": np.float32(1.0),
+            "loser_won": np.bool_(False),
+            "caption": f"caption of pair {i}",
+            "key": f"{i:08d}",
+        }
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def write(folder: Path, count: int) -> None:
+    """Writes pairs as `dspo_jax.encode` does, with sums."""
+    pairs, num_shards = make_pairs(count), -(-count // PAIRS_PER_SHARD)
+    writer = DatasetWriter(folder, shards.feature_spec(MOMENTS, 1), MANIFEST, {"train": num_shards})
+    for number in range(num_shards):
+        writer.write_shard("train", number, itertools.islice(pairs, PAIRS_PER_SHARD))
+    writer.commit()
+
+
+def serialise(features: tfds.features.FeaturesDict, count: int) -> None:
+    """What TFDS does of writing before the bytes reach a file."""
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    for pair in make_pairs(count):
+        serializer.serialize_example(features.encode_example(pair))
+
+
+def read(folder: Path, count: int, num_threads: int) -> None:
+    """Reads so many pairs in batches as a training run does."""
+    with closing(
+        loader.train_batches(folder, batch_size=BATCH_SIZE, seed=0, num_threads=num_threads)
+    ) as batches:
+        for _ in range(count // BATCH_SIZE):
+            next(batches)
+
+
+def read_with_tfds(folder: Path, count: int, num_threads: int) -> None:
+    """The same with TFDS's own decoding and Grain's own batches."""
+    source = tfds.builder_from_directory(folder).as_data_source("train")
+    examples = grain.MapDataset.source(source).seed(0).shuffle().repeat()
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    with closing(iter(examples.batch(BATCH_SIZE).to_iter_dataset(options))) as batches:
+        for _ in range(count // BATCH_SIZE):
+            next(batches)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    del argv
+    folder, count = Path(flags.FLAGS.folder), flags.FLAGS.pairs
+    size = sum(array.nbytes for array in next(make_pairs(1)).values() if isinstance(array, np.ndarray))
+
+    def report(what: str, pairs: int, taken: float) -> None:
+        print(f"{what:<44}{pairs / taken:9.0f} pairs/s {pairs * size / taken / 1e6:9.0f} MB/s", flush=True)
+
+    per_value = tfds.features.FeaturesDict(
+        {
+            **shards.feature_spec(MOMENTS, 1),
+            "moments": tfds.features.Tensor(shape=MOMENTS, dtype=np.float16),
+        }
+    )
+    try:
+        report("write", count, seconds(lambda: write(folder, count)))
+        few = max(count // 100, 1)
+        report("serialise alone, TFDS's default encoding", few, seconds(lambda: serialise(per_value, few)))
+        for threads in range(1, flags.FLAGS.threads + 1):
+            report(f"read, {threads} thread(s)", count, seconds(lambda: read(folder, count, threads)))  # noqa: B023
+            report(
+                f"read with TFDS and Grain, {threads} thread(s)",
+                count,
+                seconds(lambda: read_with_tfds(folder, count, threads)),  # noqa: B023
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folder", None, "Where to write the pairs.", required=True)
+    flags.DEFINE_integer("pairs", 4000, "How many: 128 KiB each.")
+    flags.DEFINE_integer("threads", 4, "Read with 1 to so many threads.")
+    cli.run(main)

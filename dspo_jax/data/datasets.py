@@ -1,0 +1,136 @@
+"""What a run reads: one encoded dataset or several, each of images of one size or of several (buckets)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspo_jax import spelling
+from dspo_jax.data import shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """An encoded dataset.
+
+    Attributes:
+      folder: where it lies.
+      manifest: what `shards.read_manifest` says of it.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    def buckets(self, split: str) -> dict[str, int]:
+        """The number of examples of each image size, "HEIGHTxWIDTH" in pixels; {} where a split is absent or
+        empty. A dataset without buckets has one, its square."""
+        counts: dict[str, int] = {}
+        for bucket, shard in self._shards(split):
+            counts[bucket] = counts.get(bucket, 0) + shard["num_examples"]
+        return {bucket: count for bucket, count in counts.items() if count}
+
+    def files(self, split: str, bucket: str) -> list[str]:
+        """The files that hold a bucket, as array_record takes them: each followed by [0:EXAMPLES]."""
+        return [
+            f"{self.folder / shard['file']}[0:{shard['num_examples']}]"
+            for of_bucket, shard in self._shards(split)
+            if of_bucket == bucket
+        ]
+
+    def _shards(self, split: str) -> list[tuple[str, Mapping[str, Any]]]:
+        square = "{0}x{0}".format(self.manifest["resolution"])
+        content = self.manifest["splits"].get(split, {"shards": []})
+        return [(shard.get("bucket", square), shard) for shard in content["shards"]]
+
+
+def read_datasets(path: str | Path) -> list[Dataset]:
+    """The datasets that `config.data.path` names: one folder, or several separated by commas.
+
+    Raises:
+      FileNotFoundError, ValueError: one is none, or damaged (see `shards.read_manifest`), or two do not fit
+        one another; the message names both folders, the key and both values.
+    """
+    folders = [Path(name.strip()) for name in str(path).split(",")]
+    datasets = [Dataset(folder, shards.read_manifest(folder)) for folder in folders]
+    first = datasets[0]
+    for other in datasets[1:]:
+        ours, theirs = _shared(first.manifest), _shared(other.manifest)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{first.folder}, {other.folder}: {key} = {ours.get(key)!r} and {theirs.get(key)!r}: "
+                    "datasets of one run must agree in it; encode one of them again, or leave it out of "
+                    "config.data.path"
+                )
+    return datasets
+
+
+def _shared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What one run cannot have two of: the image size, pairs or single images, and what made the latents."""
+    model = {f"model.{key}": value for key, value in manifest["model"].items() if key != "model"}
+    return {key: manifest[key] for key in ("resolution", "images_per_example")} | model
+
+
+def count_examples(datasets: Sequence[Dataset], split: str) -> dict[str, int]:
+    """The number of examples of each bucket that a split has in any of the datasets.
+
+    Raises:
+      ValueError: none of them has the split, or it is empty in all that have it.
+    """
+    names = {name for dataset in datasets for name in dataset.manifest["splits"]}
+    where = ", ".join(str(dataset.folder) for dataset in datasets)
+    if split not in names:
+        raise ValueError(f"{where}: {spelling.unknown('split', split, names)}")
+    counts: dict[str, int] = {}
+    for dataset in datasets:
+        for bucket, count in dataset.buckets(split).items():
+            counts[bucket] = counts.get(bucket, 0) + count
+    if not counts:
+        raise ValueError(f"{where}: split {split!r} is empty; encode the data again or choose another")
+    return counts
+
+
+def check_weights(weights: Sequence[float], datasets: Sequence[Dataset]) -> None:
+    """Refuses `config.data.weights` unless there is none, or a positive one for each dataset.
+
+    Raises:
+      ValueError: names the key, its value and the fix.
+    """
+    if not weights:
+        return
+    if len(weights) != len(datasets) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"config.data.weights = {tuple(weights)}: must be {len(datasets)} positive number(s), one for "
+            "each folder of config.data.path, or () to take every example equally often"
+        )
+
+
+def mixing_weights(
+    datasets: Sequence[Dataset], split: str, weights: Sequence[float] = ()
+) -> dict[str, list[float]]:
+    """How often an example is drawn from each bucket of each dataset, up to a common factor.
+
+    Args:
+      datasets: what is mixed.
+      split: of each; where weights are given none may lack it.
+      weights: one for each dataset; none are in proportion to the numbers of examples.
+
+    Returns:
+      For each bucket, a number for each dataset: 0 for one without such images.
+    """
+    sizes = [sum(dataset.buckets(split).values()) for dataset in datasets]
+    portions = [weight / size for weight, size in zip(weights, sizes, strict=True)] if weights else None
+    return {
+        bucket: [
+            portion * dataset.buckets(split).get(bucket, 0)
+            for dataset, portion in zip(datasets, portions or [1] * len(datasets), strict=True)
+        ]
+        for bucket in count_examples(datasets, split)
+    }
+
+
+def bucket_size(bucket: str) -> tuple[int, int]:
+    """(height, width) in pixels of a bucket's images."""
+    height, width = bucket.split("x")
+    return int(height), int(width)
