@@ -1,6 +1,6 @@
 """Small datasets for tests of what reads shards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ MANIFEST = {"model": FINGERPRINT, "resolution": 16, "source": {"name": "numbers"
 
 def make_example(i: int, *, images: int = 2, bucket: str = "16x16") -> dict[str, Any]:
     """Example number i: its key is its number, its moments are its own."""
-    height, width = (int(side) for side in bucket.split("x"))
-    shape = (images, height // 4, width // 4, 6)
-    moments = np.random.default_rng(i).standard_normal(shape).astype(np.float16)
+    height, width = map(int, bucket.split("x"))
+    moments = np.random.default_rng(i).standard_normal((images, height // 4, width // 4, 6))
     return {
-        "moments": moments,
+        "moments": moments.astype(np.float16),
         "tokens": np.full((1, 77), i, np.int32),
         "micro_conditioning": np.tile(np.asarray([20 + i, 30, 0, 4, height, width], np.int32), (images, 1)),
         "preference": np.float32(0.75),
@@ -38,13 +37,15 @@ def make_example(i: int, *, images: int = 2, bucket: str = "16x16") -> dict[str,
 
 def start_dataset(
     out: Path,
-    num_shards: dict[str, int],
+    num_shards: Mapping[str, int],
     *,
     images: int = 2,
+    buckets: Sequence[str] = (),
     manifest: Mapping[str, Any] = MANIFEST,
 ) -> DatasetWriter:
     """A writer of numbered examples."""
-    return DatasetWriter(out, shards.feature_spec((images, 4, 4, 6), 1), manifest, num_shards)
+    size = (None, None) if buckets else (4, 4)
+    return DatasetWriter(out, shards.feature_spec((images, *size, 6), 1), manifest, num_shards, buckets)
 
 
 def write_dataset(
@@ -73,26 +74,24 @@ def write_dataset(
 
 def write_buckets(
     out: Path,
-    train: Mapping[str, int],
+    buckets: Mapping[str, int],
     *,
-    validation: Mapping[str, int],
+    validation: Mapping[str, int] | None = None,
     rows_per_shard: int = 4,
     first: int = 0,
 ) -> dict[str, Any]:
-    """Writes a dataset of so many images of each size and returns its manifest.
+    """Writes a dataset with images of several sizes and returns its manifest.
 
-    The keys of each split are the numbers from `first`, one size after another.
+    The keys of each split are the numbers from `first`, bucket after bucket.
     """
-    sizes = {
-        split: [bucket for bucket, count in counts.items() for _ in range(count)]
-        for split, counts in (("train", train), ("validation", validation))
-    }
-    num_shards = {split: -(-len(of_split) // rows_per_shard) for split, of_split in sizes.items()}
-    features = shards.feature_spec((2, None, None, 6), 1)
-    writer = DatasetWriter(out, features, MANIFEST, num_shards, list(train))
-    for split, of_split in sizes.items():
-        examples = [make_example(first + i, bucket=bucket) for i, bucket in enumerate(of_split)]
+    counts = {"train": buckets, "validation": validation or {}}
+    examples = {}
+    for split, of_bucket in counts.items():
+        in_order = [bucket for bucket, count in of_bucket.items() for _ in range(count)]
+        examples[split] = [make_example(i, bucket=bucket) for i, bucket in enumerate(in_order, first)]
+    num_shards = {split: max(1, -(-len(rows) // rows_per_shard)) for split, rows in examples.items()}
+    writer = start_dataset(out, num_shards, buckets=list(dict.fromkeys([*buckets, *(validation or {})])))
+    for split, rows in examples.items():
         for number in range(num_shards[split]):
-            of_shard = examples[number * rows_per_shard : (number + 1) * rows_per_shard]
-            writer.write_shard(split, number, of_shard)
+            writer.write_shard(split, number, rows[number * rows_per_shard : (number + 1) * rows_per_shard])
     return writer.commit()

@@ -86,7 +86,7 @@ def test_compiling_for_another_image_size_is_not_training_time(
 
 
 def test_the_first_captions_of_two_image_sizes_are_those_of_the_first(tall):
-    assert first_captions(tall, "validation", 3) == [f"validation 16x16 {i}" for i in range(3)]
+    assert first_captions(tall, "validation", 3) == [f"validation {i}" for i in range(3)]
 
 
 def test_a_dry_run_names_the_image_sizes_and_compiles_the_largest(shallow_model, tall):

@@ -213,40 +213,39 @@ def write_pairs(
 ) -> Path:
     """Writes shards of random latents that carry the fingerprint of `model`.
 
-    With buckets ("16x16"), so many examples of each.
+    With buckets, so many examples of each.
     """
     from dspo_jax.data import shards
     from dspo_jax.data.writer import DatasetWriter
     from dspo_jax.pipeline import load_pipeline
 
     pipe = load_pipeline(model)
-    scale, channels = pipe.vae_scale_factor, 2 * pipe.latent_channels
-    stored = (None, None) if buckets else (resolution // scale, resolution // scale)
-    features = shards.feature_spec((images, *stored, channels), len(pipe.tokenizers))
-    draw = np.random.default_rng(0)
+    side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
+    stored = (images, *((None, None) if buckets else (side, side)), channels)
+    features = shards.feature_spec(stored, len(pipe.tokenizers))
     manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
     writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1}, buckets)
+    sizes = [tuple(map(int, bucket.split("x"))) for bucket in buckets] or [(resolution, resolution)]
+    draw = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
+        captions = [f"{split} {i}" for i in range(count * len(sizes))]
+        tokens = pipe.tokenize(captions) if count else []
         examples = []
-        for bucket in buckets or [f"{resolution}x{resolution}"]:
-            height, width = (int(side) for side in bucket.split("x"))
-            captions = [f"{split} {bucket} {i}" if buckets else f"{split} {i}" for i in range(count)]
-            tokens = pipe.tokenize(captions) if count else []
-            shape = (images, height // scale, width // scale, channels)
-            examples += [
+        for i, caption in enumerate(captions):
+            height, width = sizes[i // count]
+            shape = (images, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor, channels)
+            micro_conditioning = np.int32([height, width, 0, 0, height, width])
+            examples.append(
                 {
                     "moments": np.abs(draw.standard_normal(shape)).astype(np.float16),
                     "tokens": tokens[i],
-                    "micro_conditioning": np.tile(
-                        np.int32([height, width, 0, 0, height, width]), (images, 1)
-                    ),
+                    "micro_conditioning": np.tile(micro_conditioning, (images, 1)),
                     "preference": np.float32(1.0),
                     "loser_won": np.bool_(False),
                     "caption": caption,
                     "key": caption,
                 }
-                for i, caption in enumerate(captions)
-            ]
+            )
         writer.write_shard(split, 0, examples)
     writer.commit()
     return out
