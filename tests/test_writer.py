@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from example_shards import MANIFEST, make_example, start_dataset, write_dataset
+from tensorflow_datasets.core import example_serializer
 
 from dspo_jax.data import shards
+from dspo_jax.data.records import to_record
 from dspo_jax.data.writer import DatasetWriter
 
 
@@ -163,3 +165,12 @@ def test_images_of_several_sizes_have_files_and_tfds_splits_of_their_own(tmp_pat
     }
     assert not any(re.search("32x8|validation_8x32", path.name) for path in out.iterdir())
     shards.verify_shards(out, checksums=True)
+
+
+@pytest.mark.parametrize("bucket", ["16x16", "8x32"])
+def test_records_are_the_bytes_that_tfds_makes(bucket):
+    features = shards.feature_spec((2, 4, 4, 6) if bucket == "16x16" else (2, None, None, 6), 1)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    example = make_example(3, bucket=bucket)
+    theirs = serializer.get_tf_example(features.encode_example(example))
+    assert to_record(example, sized=bucket != "16x16") == theirs.SerializeToString(deterministic=True)

@@ -1,10 +1,10 @@
-"""Batches of examples straight from the bytes of ArrayRecord files.
+"""Examples to the bytes of ArrayRecord files and, as batches, back.
 
-The files are those of a TFDS dataset, and TFDS reads them too. But it decodes one example at a time, through
-several copies and layers of Python, at less than half the speed (benchmarks/input_pipeline.py).
+The bytes are those that TFDS makes of an example, and TFDS reads them too. But its layers of Python take longer,
+both ways (benchmarks/input_pipeline.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,33 @@ from dspo_jax.data.datasets import Dataset, bucket_size
 Batch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
 `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings."""
+
+
+# Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
+_MOMENTS, _SIZED_MOMENTS, _SIZE = "moments", "moments/value", "moments/shape"
+
+
+def to_record(example: Mapping[str, Any], *, sized: bool) -> bytes:
+    """The bytes of an example, the same at every call.
+
+    Args:
+      example: as `shards.feature_spec` says, arrays in its dtypes.
+      sized: whether the dataset has images of several sizes.
+    """
+    record = tf_example_pb2.Example()
+    feature = record.features.feature
+    moments = example["moments"]
+    feature[_SIZED_MOMENTS if sized else _MOMENTS].bytes_list.value.append(moments.tobytes())
+    if sized:
+        feature[_SIZE].int64_list.value.extend(moments.shape)
+    for name in ("tokens", "micro_conditioning"):
+        feature[name].bytes_list.value.append(example[name].tobytes())
+    feature["preference"].float_list.value.append(example["preference"])
+    feature["loser_won"].int64_list.value.append(int(example["loser_won"]))
+    for name in ("caption", "key"):
+        feature[name].bytes_list.value.append(example[name].encode())
+    # Protobuf orders the features, which are a map, by a hash otherwise.
+    return record.SerializeToString(deterministic=True)
 
 
 class Records:
@@ -50,8 +77,7 @@ class Records:
             if not record:  # array_record's answer to a file that ends too early
                 raise OSError(f"example {numbers[i]} is empty")
             feature = tf_example_pb2.Example.FromString(record).features.feature
-            # Where its shape is not that of the whole dataset, TFDS stores it beside the value.
-            name = "moments" if "moments" in feature else "moments/value"
+            name = _MOMENTS if _MOMENTS in feature else _SIZED_MOMENTS
             values = np.frombuffer(feature[name].bytes_list.value[0], np.float16)
             moments[i] = values.reshape(self._moments_shape)
             tokens.append(np.frombuffer(feature["tokens"].bytes_list.value[0], np.int32))
