@@ -1,7 +1,7 @@
 """Examples to the bytes of ArrayRecord files and, as batches, back.
 
-The bytes are those that TFDS makes of an example, and TFDS reads them too. But its layers of Python take longer,
-both ways (benchmarks/input_pipeline.py).
+The bytes are those that TFDS makes of an example, and TFDS reads them too. But its layers of Python take
+longer, both ways (benchmarks/input_pipeline.py).
 """
 
 from collections.abc import Mapping, Sequence
