@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         if encoded.exists():
             raise ValueError(f"{encoded}: exists already; delete it, or choose another --out")
         seconds, peak, log = measure(source, encoded)
-        waiting = re.findall(r"waiting (\d+)%", log)[-1]
+        waiting = float(re.findall(r"waiting for images ([\d.e-]+)", log)[-1])
         manifest = json.loads((encoded / "manifest.json").read_text(encoding="utf-8"))
         pairs = manifest["splits"]["train"]["num_examples"]
         results.append({"rows": rows, "pairs": pairs, "seconds": seconds, "peak_gib": peak})
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
             f"{pairs:,}",
             f"{seconds:.0f}",
             f"{pairs / seconds:.0f}",
-            f"{waiting} %",
+            f"{waiting:.0%}",
             f"{peak:.2f}",
         )
     Console().print(table)

@@ -19,18 +19,6 @@ from typing import Any, Self
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from dspo_jax import cli, distributed, spelling
 from dspo_jax.data import shards
@@ -38,9 +26,10 @@ from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, Encoder
 from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
 from dspo_jax.data.sources import PreferencePair, Source, get_source
 from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.metrics import Progress
 from dspo_jax.pipeline import Pipeline, load_pipeline
 
-# How often this process looks at what the others have finished.
+# Between two looks at what all processes have finished.
 _SECONDS_BETWEEN_LOOKS = 3.0
 
 
@@ -201,12 +190,6 @@ def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
     return distributed.is_first() and len(writer.finished()) == num_shards
 
 
-class _ImagesPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        rows_per_second = task.finished_speed or task.speed or 0
-        return Text(f"{rows_per_second * task.fields['images_per_row']:.0f} images/s")
-
-
 class _Progress:
     """A bar over the rows of all processes, with images/s and the share of time spent waiting for images."""
 
@@ -214,46 +197,33 @@ class _Progress:
         self, writer: DatasetWriter, encoder: Encoder, rows_of: Mapping[tuple[str, int], int], images: int
     ):
         """Args: rows_of: rows of every shard; images: of a row."""
-        self._writer, self._encoder, self._rows_of = writer, encoder, rows_of
+        self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images
         self._started = self._looked = time.perf_counter()
-        self._bar = Progress(
-            TextColumn("encode"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _ImagesPerSecond(),
-            TextColumn("waiting {task.fields[waiting]:.0%}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        total = sum(rows_of.values())
-        self._task = self._bar.add_task(
-            "encode", total=total, completed=self._finished_rows(), images_per_row=images, waiting=0.0
-        )
+        self._before = self._finished_rows()
+        self._bar = Progress("encode", sum(rows_of.values()), self._before, active=distributed.is_first())
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.look()
-        self._bar.stop()
+        self._bar.__exit__(*error)
 
     def track(self, rows: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
-        """The rows of a shard, advancing the bar as they are taken."""
-        self.look()
+        """The rows of a shard, showing now and then how many are taken."""
         for taken, row in enumerate(rows, start=1):
             yield row
-            self._bar.advance(self._task)
             if time.perf_counter() - self._looked > _SECONDS_BETWEEN_LOOKS:
                 self.look(taken)
 
     def look(self, taken: int = 0) -> None:
         """Counts the finished shards of all processes and the rows taken of the one in work."""
         self._looked = time.perf_counter()
-        waiting = self._encoder.seconds_waiting / max(self._looked - self._started, 1e-9)
-        self._bar.update(self._task, completed=self._finished_rows() + taken, waiting=waiting)
+        done, seconds = self._finished_rows() + taken, self._looked - self._started
+        waiting = self._encoder.seconds_waiting / seconds
+        speed = (done - self._before) * self._images / seconds
+        self._bar.update(done, {"images/s": speed, "waiting for images": waiting})
 
     def _finished_rows(self) -> int:
         return sum(self._rows_of[shard] for shard in self._writer.finished())

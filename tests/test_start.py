@@ -1,0 +1,162 @@
+"""What is refused before a run, in one line each, and what a workdir allows to differ when it is resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_model import write_model, write_pairs
+from tiny_run import make_config
+
+from dspo_jax.start import claim_workdir
+from dspo_jax.train import train
+
+
+@pytest.fixture
+def config(shallow_model, tiny_pairs):
+    return make_config(shallow_model, tiny_pairs, {"steps": 12, "checkpoint.every": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "config.model is not set: give --config.model=DIR, a diffusers folder"),
+        (
+            {"data.path": None},
+            "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode",
+        ),
+        (
+            {"objective.name": "dpso"},
+            "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
+            "(allowed: ddpm, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, dspo_ref, dspo_sdxl, ipo, "
+            "kto, mapo, sdpo, sft)",
+        ),
+        (
+            {"objective.name": "sft", "objective.beta": 1.0},
+            "argument of objective 'sft' = 'beta': unknown (allowed: min_snr_gamma, reduction, time_weight)",
+        ),
+        (
+            {"batch_size": 12},
+            "config.batch_size / config.accumulation = 12: not a multiple of 8, the ways the mesh splits a "
+            "batch (data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
+        ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
+        ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
+        ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
+        ({"ema_decay": 1.0}, "config.ema_decay = 1.0: must be at least 0 and below 1"),
+        (
+            {"remat": "block"},
+            "config.remat = 'block': unknown; did you mean 'blocks'? (allowed: blocks, dots, none)",
+        ),
+        (
+            {"timesteps.first": 500, "timesteps.last": 100},
+            "config.timesteps.first = 500 and config.timesteps.last = 100: must be in order and between 0 "
+            "and 999",
+        ),
+        (
+            {"reference_dtype": "bfloat16"},
+            "config.reference_dtype = 'bfloat16': policy and reference would differ from the start, with "
+            "config.param_dtype = 'float32' and config.compute_dtype = 'float32'; leave reference_dtype "
+            "unset, or set it to 'float32'",
+        ),
+        (
+            {"mesh.fsdp": 3},
+            "config.mesh = data -1 x fsdp 3 x tensor 1: does not fit the 8 devices of this run; set one axis "
+            "to -1 and the product of the others to a divisor of that",
+        ),
+        ({"caption_dropout": 1.5}, "config.caption_dropout = 1.5: must be between 0 and 1"),
+        ({"positive_ratio": -0.1}, "config.positive_ratio = -0.1: must be between 0 and 1"),
+        (
+            {"compute_dtype": "float16"},
+            "config.compute_dtype = 'float16': unknown; did you mean 'bfloat16'? "
+            "(allowed: bfloat16, float32)",
+        ),
+        (
+            {"data.split": "trian"},
+            "{data}: split = 'trian': unknown; did you mean 'train'? (allowed: train, validation)",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, message):
+    message = message.replace("{data}", str(config.data.path))
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=r"config|split|objective") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == message
+    # Had it been claimed, the corrected command would be refused as another run's.
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_of_another_model_are_refused(config, tmp_path):
+    other = write_pairs(tmp_path / "pairs", write_model(tmp_path / "other", seed=7), train=2, validation=2)
+    config.data.path = str(other)
+    with pytest.raises(ValueError, match="the shards were encoded with another model") as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith(f"{other}: model.vae_sha256 = ")
+    assert message.endswith("('other'); encode the data again with this one")
+
+
+def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_model, tmp_path):
+    singles = write_pairs(tmp_path / "singles", tiny_model, train=2, validation=2, images=1)
+    config.data.path = str(singles)
+    with pytest.raises(ValueError, match="single images") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.objective.name = 'dspo': compares winner and loser, but {singles} holds single images; "
+        "use sft or ddpm, or encode pairs"
+    )
+    config.objective.name = "kto"
+    with pytest.raises(ValueError, match="single images") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.objective.name = 'kto': needs liked and disliked images, but {singles} holds single images "
+        "without such labels; use sft or ddpm, or encode pairs"
+    )
+
+
+def test_an_empty_split_is_refused(config, tiny_model, tmp_path):
+    empty = write_pairs(tmp_path / "empty", tiny_model, train=0, validation=2)
+    config.data.path = str(empty)
+    with pytest.raises(ValueError, match="split 'train' is empty") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{empty}: ")
+
+
+def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
+    data = Path(shutil.copytree(tiny_pairs, tmp_path / "pairs"))
+    shard = next(data.glob("*-train.array_record-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    config.data.path = str(data)
+    with pytest.raises(ValueError, match="truncated") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{shard}: ")
+
+
+def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
+    claim_workdir(tmp_path, config)
+    changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
+    config.update_from_flattened_dict(changes)
+    claim_workdir(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
+
+
+def test_a_run_from_before_weights_has_none(config, tmp_path):
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["data"].pop("weights") == []
+    path.write_text(json.dumps(saved))
+    claim_workdir(tmp_path, config)
+    config.data.weights = (1.0,)
+    with pytest.raises(ValueError, match=r"config\.data\.weights = \[\], now it is \[1\.0\]"):
+        claim_workdir(tmp_path, config)
+
+
+def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
+    config.optimizer.schedule = "cosine"
+    claim_workdir(tmp_path, config)
+    config.steps = 99
+    with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
+        claim_workdir(tmp_path, config)
