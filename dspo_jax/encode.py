@@ -109,14 +109,18 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
         return True
     if len(writer.finished()) < len(rows_of):
         return False
-    for split in splits:
-        skipped = writer.skipped(split)
-        BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
-        if sum(skipped.values()) == rows[split]:
-            raise ValueError(
-                f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
-            )
-    writer.commit({split: source.left_out(split) for split in splits})
+    try:
+        for split in splits:
+            skipped = writer.skipped(split)
+            BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
+            if skipped.total() >= rows[split]:
+                raise ValueError(
+                    f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
+                )
+        writer.commit({split: source.left_out(split) for split in splits})
+    except FileNotFoundError:
+        if not (out / shards.MANIFEST).is_file():  # else another share has just finished the dataset
+            raise
     return True
 
 

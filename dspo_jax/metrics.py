@@ -221,6 +221,7 @@ class Progress:
         self._console = console or Console(stderr=True)
         self._start_time = now()
         self._last_line: float | None = None
+        self._ended = False
         self._bar: RichProgress | None = None
         if active and self._console.is_terminal:
             self._bar = RichProgress(
@@ -244,8 +245,9 @@ class Progress:
             self._bar.update(self._task, completed=done, metrics=shown)
             return
         now = self._now()
-        if self._last_line is None or done >= self._total or now - self._last_line >= self._every_seconds:
-            self._last_line = now
+        ended = done >= self._total and not self._ended
+        if self._last_line is None or ended or now - self._last_line >= self._every_seconds:
+            self._last_line, self._ended = now, done >= self._total
             share = f"{self._label} {done}/{self._total} ({done / max(self._total, 1):.0%})"
             self._console.print(
                 f"{share}  eta {self._eta(done, now)}  {shown}".rstrip(), highlight=False, soft_wrap=True

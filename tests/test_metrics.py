@@ -174,6 +174,7 @@ def test_progress_prints_plain_lines_without_a_terminal():
         for done in range(41, 101):
             time.seconds += 1
             progress.update(done, {"pairs/s": 12.3456, "loss": 0.693147})
+        progress.update(100)  # the end is said once
     lines = output.getvalue().splitlines()
     assert lines[0] == "train 41/100 (41%)  eta 0:00:59  pairs/s 12.35  loss 0.6931"
     assert [line.split()[1] for line in lines] == [
