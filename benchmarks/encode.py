@@ -155,5 +155,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", "examples/emoji/model", "The model that encodes.")
     flags.DEFINE_integer("resolution", 64, "Side of the training images in pixels.")
     flags.DEFINE_integer("image_side", 512, "Side of the JPEG images in pixels.")
-    flags.DEFINE_integer("num_workers", 1, "Processes that decode.")
+    flags.DEFINE_integer("num_workers", os.cpu_count(), "Processes that decode.")
     cli.run(main)
