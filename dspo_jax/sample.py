@@ -64,7 +64,7 @@ class Sampler:
         """
         self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
         negative = pipe.tokenize([negative_prompt])
-        settings = samplers.ddim_settings(pipe.scheduler_config)
+        sampler = samplers.make_sampler("ddim", pipe.schedule, pipe.scheduler_config, steps)
 
         def draw(params: Any, tokens: jax.Array, latents: jax.Array) -> jax.Array:
             # Without and with the prompt side by side, so that both are on the device that holds the latents.
@@ -80,7 +80,7 @@ class Sampler:
                 uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
                 return uncond + guidance_scale * (cond - uncond)
 
-            return samplers.ddim(predict, latents, pipe.schedule, num_inference_steps=steps, **settings)
+            return sampler.run(predict, sampler.start(latents))
 
         self._draw = jax.jit(draw, out_shardings=replicated(mesh) if mesh else None)
 

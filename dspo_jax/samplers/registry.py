@@ -1,0 +1,98 @@
+"""The samplers by name, and by the diffusers scheduler that each is equal to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dspo_jax import spelling
+from dspo_jax.samplers import sigma_samplers, timestep_samplers
+from dspo_jax.samplers.sampler import Sampler, Table
+from dspo_jax.samplers.spacing import check_steps
+from dspo_jax.schedule import Schedule
+
+
+class Entry(NamedTuple):
+    """A sampler.
+
+    Attributes:
+      scheduler: The diffusers class.
+      table: `(schedule, config, num_inference_steps, first)` gives the rows, of which `first` is run first.
+      karras: Whether that class knows Karras's noise levels.
+    """
+
+    scheduler: str
+    table: Callable[[Schedule, Mapping[str, Any], int, int], Table]
+    karras: bool = False
+
+
+SAMPLERS: dict[str, Entry] = {
+    "ddim": Entry("DDIMScheduler", timestep_samplers.ddim),
+    "ddpm": Entry("DDPMScheduler", timestep_samplers.ddpm),
+    "dpmpp_2m": Entry("DPMSolverMultistepScheduler", sigma_samplers.dpmpp_2m, karras=True),
+    "euler": Entry("EulerDiscreteScheduler", sigma_samplers.euler, karras=True),
+    "euler_ancestral": Entry("EulerAncestralDiscreteScheduler", sigma_samplers.euler_ancestral),
+    "pndm": Entry("PNDMScheduler", timestep_samplers.pndm),
+}
+
+
+def own_sampler(config: Mapping[str, Any]) -> str:
+    """The name of the sampler that a scheduler_config.json asks for by its `_class_name`.
+
+    Raises:
+      ValueError: It names no class or one that is not computed here.
+    """
+    for name, entry in SAMPLERS.items():
+        if entry.scheduler == config.get("_class_name"):
+            return name
+    raise ValueError(
+        f"scheduler config: _class_name = {config.get('_class_name')!r}: not supported; "
+        f"name one of the samplers {', '.join(SAMPLERS)} instead"
+    )
+
+
+def make_sampler(
+    name: str,
+    schedule: Schedule,
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    strength: float = 1.0,
+    karras: bool | None = None,
+) -> Sampler:
+    """A sampler, equal to `Scheduler.from_config(config)` of diffusers with `set_timesteps(N)`.
+
+    Keys that the config lacks take the defaults of the scheduler whose sampler is asked for; keys that this
+    scheduler does not read are not looked at.
+
+    Args:
+      name: One of `SAMPLERS`.
+      schedule: The forward process that the network was trained under, of concrete values.
+      config: The parsed scheduler_config.json, of any scheduler class.
+      num_inference_steps: N. The network is called N times, by "pndm" N + 1 times.
+      strength: Below 1 only the last int(N strength) steps are taken, from a noised image, as
+        StableDiffusionImg2ImgPipeline does.
+      karras: Overrides the config's use_karras_sigmas.
+
+    Raises:
+      ValueError: An unknown name, a number of steps or an offset that the schedule does not have, a strength
+        that leaves no step, or something in the config that is not computed; the message names it.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(spelling.unknown("sampler", name, SAMPLERS))
+    entry = SAMPLERS[name]
+    if karras is not None:
+        if karras and not entry.karras:
+            able = ", ".join(other for other, entry in SAMPLERS.items() if entry.karras)
+            raise ValueError(f"karras = True: sampler {name!r} has no such noise levels; these have: {able}")
+        config = {**config, "use_karras_sigmas": karras}
+    check_steps(schedule.num_train_timesteps, num_inference_steps)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength = {strength}: must be between 0 and 1")
+    first = num_inference_steps - int(num_inference_steps * strength)
+    if first == num_inference_steps:
+        raise ValueError(
+            f"strength = {strength}: takes none of num_inference_steps = {num_inference_steps}; "
+            f"it must be at least 1 / {num_inference_steps}"
+        )
+    return Sampler.from_table(entry.table(schedule, config, num_inference_steps, first), first, strength)

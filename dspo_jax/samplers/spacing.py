@@ -1,0 +1,101 @@
+"""Where on the schedule a sampler calls the network, and the reading of a scheduler_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from dspo_jax import spelling
+
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+
+def spaced_timesteps(
+    num_train_timesteps: int,
+    num_inference_steps: int,
+    *,
+    timestep_spacing: str = "leading",
+    steps_offset: int = 0,
+) -> np.ndarray:
+    """The timesteps of N steps, in the order of the calls.
+
+    Args:
+      num_train_timesteps: T of the schedule.
+      num_inference_steps: N, at most T.
+      timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2023, Table 2).
+      steps_offset: Added to every timestep of "leading"; the other spacings ignore it, as in diffusers.
+
+    Returns:
+      [N] int32, decreasing.
+
+    Raises:
+      ValueError: Unknown spacing, N out of range, or an offset that leaves the schedule.
+    """
+    if timestep_spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(spelling.unknown("timestep_spacing", str(timestep_spacing), TIMESTEP_SPACINGS))
+    check_steps(num_train_timesteps, num_inference_steps)
+    timesteps: np.ndarray
+    if timestep_spacing == "leading":
+        timesteps = (
+            num_train_timesteps // num_inference_steps * np.arange(num_inference_steps)[::-1] + steps_offset
+        )
+    elif timestep_spacing == "trailing":
+        stride = num_train_timesteps / num_inference_steps
+        # N indices rather than a float range: the range can yield an N + 1st element by rounding.
+        timesteps = np.round(num_train_timesteps - stride * np.arange(num_inference_steps)) - 1
+    else:
+        timesteps = np.linspace(0, num_train_timesteps - 1, num_inference_steps).round()[::-1]
+    if timesteps[-1] < 0 or timesteps[0] >= num_train_timesteps:
+        raise ValueError(
+            f"steps_offset = {steps_offset}: with num_inference_steps = {num_inference_steps} "
+            f"it moves timesteps outside 0..{num_train_timesteps - 1}; lower one of the two"
+        )
+    return timesteps.astype(np.int32)
+
+
+def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
+    """Refuses a number of steps that a schedule does not have.
+
+    Raises:
+      ValueError: It is not between 1 and T.
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps = {num_inference_steps}: "
+            f"must be between 1 and the schedule's {num_train_timesteps}"
+        )
+
+
+def spacing_of(config: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """The keyword arguments of `spaced_timesteps` that a config fixes; `default` is the scheduler's spacing."""
+    return {
+        "timestep_spacing": config.get("timestep_spacing", default),
+        "steps_offset": config.get("steps_offset", 0),
+    }
+
+
+def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: str) -> None:
+    """Refuses a config that asks for what is not computed.
+
+    Raises:
+      ValueError: `config[key]` is there and is none of `allowed`; the message gives `why` and the first of
+        `allowed` as the fix.
+    """
+    if key in config and config[key] not in allowed:
+        fix = json.dumps(next(iter(allowed)))
+        raise ValueError(f"scheduler config: {key} = {config[key]!r}: not supported ({why}); set it to {fix}")
+
+
+def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str:
+    """The value of a key whose default is the first of `allowed`.
+
+    Raises:
+      ValueError: The value is none of `allowed`.
+    """
+    value = config.get(key, next(iter(allowed)))
+    if value not in allowed:
+        raise ValueError(spelling.unknown(f"scheduler config: {key}", str(value), allowed))
+    return str(value)

@@ -1,0 +1,149 @@
+"""The samplers that walk over whole timesteps of the schedule: DDIM, DDPM and PNDM.
+
+x_t has unit variance throughout. abar is the cumulative product of 1 - beta, `before` its value at the
+timestep that a step ends at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dspo_jax.samplers.sampler import Table
+from dspo_jax.samplers.spacing import require, spaced_timesteps, spacing_of
+from dspo_jax.schedule import Schedule
+
+# PLMS: the weights of this output and of those before it, by the number of the call; the last row is for all
+# that follow. Call 1 repeats call 0's step with the mean of both and is not used again, hence the zeros.
+_PLMS = np.array(
+    [
+        [1, 0, 0, 0, 0],
+        [1 / 2, 1 / 2, 0, 0, 0],
+        [3 / 2, 0, -1 / 2, 0, 0],
+        [23 / 12, -16 / 12, 0, 5 / 12, 0],
+        [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24],
+        [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0],
+    ]
+)
+
+
+def ddim(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+    """Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0), as diffusers' `DDIMScheduler`."""
+    _refuse_clipping(config)
+    timesteps = _timesteps(schedule, config, num_inference_steps)
+    # As diffusers: a fixed stride down, which where N does not divide T is not quite the next timestep.
+    ends = timesteps - schedule.num_train_timesteps // num_inference_steps
+    x, prediction = _ddim_steps(schedule, timesteps, ends, config.get("set_alpha_to_one", True))
+    return Table(timesteps, *_noising(schedule, timesteps), x, prediction[:, None])
+
+
+def ddpm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+    """Ancestral sampling (Ho et al. 2020, Eq. 7 with the smaller variance), as diffusers' `DDPMScheduler`.
+
+    A step ends at the timestep of the next call, the last one without noise at x_0.
+    """
+    _refuse_clipping(config)
+    require(
+        config, "variance_type", ("fixed_small", None), "the variance of the noise is the posterior's, beta~"
+    )
+    timesteps = _timesteps(schedule, config, num_inference_steps)
+    at = schedule_alphas(schedule)[timesteps]
+    before = np.append(at[1:], 1.0)
+    alpha = at / before
+    x0_of_x, x0_of_prediction = to_x0(schedule, at)
+    x0_weight = np.sqrt(before) * (1 - alpha) / (1 - at)
+    x_weight = np.sqrt(alpha) * (1 - before) / (1 - at)
+    return Table(
+        timesteps,
+        *_noising(schedule, timesteps),
+        step_x=x_weight + x0_weight * x0_of_x,
+        step_outputs=(x0_weight * x0_of_prediction)[:, None],
+        step_noise=np.sqrt((1 - before) / (1 - at) * (1 - alpha)),
+    )
+
+
+def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+    """PLMS (Liu et al. 2022, Eq. 9 and 12), as diffusers' `PNDMScheduler` with skip_prk_steps.
+
+    N steps are N + 1 calls, as the second timestep is called twice. diffusers takes the second call for that
+    repetition wherever it starts: from an image noised to a later timestep, the latents lag one timestep
+    behind the calls from then on. So they do here.
+    """
+    if not config.get("skip_prk_steps", config.get("_class_name") != "PNDMScheduler"):
+        raise ValueError(
+            "scheduler config: skip_prk_steps = false: not supported (Runge-Kutta steps of four calls each); "
+            "set it to true"
+        )
+    timesteps = _timesteps(schedule, config, num_inference_steps)
+    timesteps = np.concatenate([timesteps[:2], timesteps[1:]])
+    stride = schedule.num_train_timesteps // num_inference_steps
+    begins = timesteps.copy()
+    begins[first + 1 : first + 2] += stride
+    x, prediction = _ddim_steps(schedule, begins, begins - stride, config.get("set_alpha_to_one", False))
+    calls = np.clip(np.arange(len(timesteps)) - first, 0, len(_PLMS) - 1)
+    outputs = prediction[:, None] * _PLMS[calls]
+    if first + 1 < len(timesteps):
+        # Call 1 steps from call 0's latents again; they follow from its own: x_0 = (x_1 - outputs_0 m_0) / x.
+        x[first + 1] /= x[first]
+        outputs[first + 1, 1] -= x[first + 1] * outputs[first, 0]
+    return Table(timesteps, *_noising(schedule, timesteps), x, outputs)
+
+
+def schedule_alphas(schedule: Schedule) -> np.ndarray:
+    """abar, [T] float64."""
+    return np.asarray(schedule.alphas_cumprod, np.float64)
+
+
+def to_x0(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a, b of x_0 = a x_t + b prediction; each of the shape of `alpha_bar`."""
+    signal, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    if schedule.prediction_type == "epsilon":
+        return 1 / signal, -sigma / signal
+    return signal, -sigma
+
+
+def to_epsilon(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a, b of epsilon = a x_t + b prediction; each of the shape of `alpha_bar`."""
+    if schedule.prediction_type == "epsilon":
+        return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
+    return np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
+
+
+def _ddim_steps(
+    schedule: Schedule, begins: np.ndarray, ends: np.ndarray, set_alpha_to_one: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """a, b of x_end = a x_begin + b prediction, for timesteps [n]; an end below 0 is x_0 or timestep 0.
+
+    Noise and image are kept, at other scales (Song et al. 2021, Eq. 12); PNDM's Eq. 9 is the same written
+    without a difference of nearly equal terms.
+    """
+    alphas = schedule_alphas(schedule)
+    at = alphas[begins]
+    before = np.where(ends >= 0, alphas[np.maximum(ends, 0)], 1.0 if set_alpha_to_one else alphas[0])
+    x0_of_x, x0_of_prediction = to_x0(schedule, at)
+    epsilon_of_x, epsilon_of_prediction = to_epsilon(schedule, at)
+    signal, sigma = np.sqrt(before), np.sqrt(1 - before)
+    return (
+        signal * x0_of_x + sigma * epsilon_of_x,
+        signal * x0_of_prediction + sigma * epsilon_of_prediction,
+    )
+
+
+def _timesteps(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int) -> np.ndarray:
+    spacing = spacing_of(config, default="leading")
+    return spaced_timesteps(schedule.num_train_timesteps, num_inference_steps, **spacing)
+
+
+def _noising(schedule: Schedule, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scales of image and noise at timesteps [n]."""
+    alpha_bar = schedule_alphas(schedule)[timesteps]
+    return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+
+
+def _refuse_clipping(config: Mapping[str, Any]) -> None:
+    # A config that lacks clip_sample gets none, whatever the scheduler's default: so do diffusers' pipelines.
+    bounded = "latents are not bounded by 1, so clipping x_0 would distort them"
+    require(config, "clip_sample", (False, None), bounded)
+    require(config, "thresholding", (False, None), "dynamic thresholding is for pixels, not latents")
