@@ -59,6 +59,7 @@ class Pipeline:
       zero_empty_captions: whether the text of an empty caption is zeros and not what the encoders say.
       trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
         the adapters.
+      step: of that run; None for a plain folder.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Pipeline:
     scheduler_config: Mapping[str, Any]
     zero_empty_captions: bool
     trained: Mapping[str, Params]
+    step: int | None = None
 
     @property
     def networks(self) -> dict[str, Model]:
@@ -277,6 +279,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         # diffusers' pipeline class has True as its default.
         zero_empty_captions=len(encoders) > 1 and index.get("force_zeros_for_empty_prompt", True),
         trained=trained,
+        step=step if trained else None,
     )
     _check_sizes(pipe)
     return pipe

@@ -1,288 +1,358 @@
-"""Prompts to images: DDIM with classifier-free guidance, a contact sheet and a manifest.
+"""Prompts to images, from one model or several side by side: a folder for each, a manifest, a contact sheet.
 
     python -m dspo_jax.sample --model examples/emoji/model --model runs/emoji --prompts "red heart" --out out
 
-Each model draws every prompt from the same initial noise, which depends on (seed, number of the prompt) only.
+Every model starts from the same noise, which depends on the seed and the number of the prompt alone. A folder
+that was left unfinished is gone on with.
 """
 
-import dataclasses
-import functools
+import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
-from PIL import Image, ImageDraw, ImageFont
 
-from dspo_jax import cli, samplers
+from dspo_jax import cli, distributed, samplers, sharding
+from dspo_jax.data.prepare import prepare_image
+from dspo_jax.data.sources import BadRow, decode_image
+from dspo_jax.decoding import Decoder
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.metrics import Progress
-from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import batch_sharding, replicated
+from dspo_jax.prompts import Prompt, read_prompts
+from dspo_jax.sample_folder import claim_output, save_image, write_manifest, write_sheets
 
-_LABEL_HEIGHT = 14
-_MARGIN = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One image to draw."""
-
-    prompt: str
-    prompt_index: int
-    seed: int
-
-
-class Sampler:
-    """Draws images with one model; compiled once for a batch size."""
-
-    def __init__(
-        self,
-        pipe: Pipeline,
-        *,
-        steps: int,
-        guidance_scale: float,
-        negative_prompt: str = "",
-        compute_dtype: str = "float32",
-        mesh: Mesh | None = None,
-    ):
-        """Prepares the program.
-
-        Args:
-          pipe: the model.
-          steps: DDIM steps, each one pass of the UNet over the batch twice (with and without the prompt).
-          guidance_scale: s in uncond + s (cond - uncond); 1 is no guidance.
-          negative_prompt: what the unconditional half is given.
-          compute_dtype: of the UNet; what stands between its passes is float32.
-          mesh: splits the batch over these devices, over all processes, which must then all call alike; None
-            is one device.
-        """
-        self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
-        negative = pipe.tokenize([negative_prompt])
-        sampler = samplers.make_sampler("ddim", pipe.schedule, pipe.scheduler_config, steps)
-
-        def draw(params: Any, tokens: jax.Array, latents: jax.Array) -> jax.Array:
-            # Without and with the prompt side by side, so that both are on the device that holds the latents.
-            both = jnp.stack([jnp.broadcast_to(negative, tokens.shape), tokens], axis=1)
-            text = pipe.encode_text(params, both.reshape(-1, *tokens.shape[1:]))
-            doubled = 2 * latents.shape[0]
-            height, width = (side * pipe.vae_scale_factor for side in latents.shape[1:3])
-            whole = jnp.asarray([[height, width, 0, 0, height, width]] * doubled)
-
-            def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                noisy = jnp.repeat(x, 2, axis=0).astype(compute_dtype)
-                output = pipe.predict(params, noisy, jnp.full(doubled, t), text, whole).astype(jnp.float32)
-                uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
-                return uncond + guidance_scale * (cond - uncond)
-
-            return sampler.run(predict, sampler.start(latents))
-
-        self._draw = jax.jit(draw, out_shardings=replicated(mesh) if mesh else None)
-
-    @functools.cached_property
-    def _stored_params(self) -> Params:
-        components = ("unet", *self._pipe.text_encoders)
-        return jax.device_put({name: self._pipe.read_params(name, self._dtype) for name in components})
-
-    def sample_latents(
-        self, prompts: Sequence[str], latents: jax.Array | np.ndarray, params: Params | None = None
-    ) -> jax.Array:
-        """Final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
-
-        Args:
-          prompts: B of them; with a mesh a multiple of the ways it splits a batch.
-          latents: standard normal noise [B, h, w, C], with a mesh the same in every process.
-          params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
-        """
-        inputs: tuple[Any, ...] = (self._pipe.tokenize(prompts), latents)
-        if self._mesh is not None:
-            sharding = batch_sharding(self._mesh)
-            whole = [np.asarray(array) for array in inputs]
-            inputs = tuple(
-                jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for array in whole
-            )
-        return self._draw(self._stored_params if params is None else params, *inputs)
-
-    def sample(self, prompts: Sequence[str], latents: jax.Array) -> np.ndarray:
-        """Images [B, H, W, 3] uint8, drawn with the model's own weights."""
-        return self._pipe.decode_pixels(self.sample_latents(prompts, latents))
-
-
-def initial_latents(jobs: Sequence[Job], side: int, channels: int) -> jax.Array:
-    """Standard normal noise [B, side, side, channels] that depends on a job's seed and prompt number only."""
-
-    def draw(seed: jax.Array, prompt_index: jax.Array) -> jax.Array:
-        return jax.random.normal(
-            jax.random.fold_in(jax.random.key(seed), prompt_index), (side, side, channels)
-        )
-
-    return jax.vmap(draw)(
-        jnp.asarray([job.seed for job in jobs]), jnp.asarray([job.prompt_index for job in jobs])
-    )
-
-
-def draw_jobs(
-    sampler: Sampler, pipe: Pipeline, jobs: Sequence[Job], batch_size: int, label: str
-) -> Iterator[tuple[Job, np.ndarray]]:
-    """Yields every job with its image [H, W, 3] uint8. The last batch is filled up: nothing recompiles."""
-    side = pipe.unet.config["sample_size"]
-    with Progress(f"sample {label}", len(jobs)) as progress:
-        for start in range(0, len(jobs), batch_size):
-            part = list(jobs[start : start + batch_size])
-            full = part + [part[-1]] * (batch_size - len(part))
-            latents = initial_latents(full, side, pipe.latent_channels)
-            images = sampler.sample([job.prompt for job in full], latents)
-            progress.update(start + len(part))
-            yield from zip(part, images[: len(part)], strict=True)
-
-
-def read_prompts(text_or_file: str) -> list[str]:
-    """A prompt, or the lines of a .txt file.
-
-    Raises:
-      FileNotFoundError: it ends in .txt and there is no such file.
-      ValueError: no prompt.
-    """
-    path = Path(text_or_file)
-    if path.suffix != ".txt":
-        prompts = [text_or_file.strip()]
-    elif path.is_file():
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    else:
-        raise FileNotFoundError(f"--prompts={path}: no such file")
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise ValueError(f"--prompts={text_or_file}: no prompt in it")
-    return prompts
-
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[tuple[str, int]], scale: int = 1
-) -> Image.Image:
-    """Images in a grid, each row under its prompt, below headings.
-
-    Args:
-      rows: (prompt, images [H, W, 3] uint8) with the same number of images in each.
-      columns: (heading, how many of the columns it stands over), from the left.
-      scale: whole number that the images are enlarged by.
-    """
-    height, width = (scale * size for size in rows[0][1][0].shape[:2])
-    count = len(rows[0][1])
-    row_height = _LABEL_HEIGHT + height + _MARGIN
-    gaps = _MARGIN * (count + 1) + _MARGIN * (len(columns) - 1)
-    size = (count * width + gaps, _LABEL_HEIGHT + len(rows) * row_height + _MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    lefts, x = [], _MARGIN
-    for heading, span in columns:
-        draw.text((x, 0), heading, "black", font)
-        for _ in range(span):
-            lefts.append(x)
-            x += width + _MARGIN
-        x += _MARGIN
-    for number, (prompt, images) in enumerate(rows):
-        top = _LABEL_HEIGHT + number * row_height
-        draw.text((_MARGIN, top), prompt, "dimgray", font)
-        for left, image in zip(lefts, images, strict=True):
-            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, top + _LABEL_HEIGHT))
-    return sheet
+FORMATS = ("png", "webp")
 
 
 def sample(
     models: Mapping[str, str | Path],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     out: Path,
     *,
     seeds: Sequence[int],
-    steps: int,
-    guidance_scale: float,
+    drawing: Drawing,
     batch_size: int,
-    negative_prompt: str = "",
-) -> Path:
-    """Draws every prompt with every seed from every model.
+    size: tuple[int, int] | None = None,
+    init_latents: np.ndarray | None = None,
+    compute_dtype: str | None = None,
+    image_format: str = "png",
+    vae_tile: int = 0,
+    preview_vae: str | None = None,
+    overwrite: bool = False,
+) -> Path | None:
+    """Draws every prompt with every seed from every model: what is not there yet.
 
     Args:
       models: heading of its columns -> model directory.
-      prompts: rows of the contact sheet.
-      out: gets a folder of PNG files for each model, manifest.jsonl and contact_sheet.png.
+      prompts: rows of the contact sheet; those with an image are edited.
+      out: gets a folder of images for each model, manifest.jsonl and contact_sheet.png.
       seeds: each a column under each model.
-      steps, guidance_scale, negative_prompt: see `Sampler`.
-      batch_size: images in one call.
+      drawing: how.
+      batch_size: images in one call, over the devices of a process; filled up to a multiple of them.
+      size: height and width in pixels; None is what the model was made for.
+      init_latents: standard normal [prompts, h, w, C] to start from in place of noise of the seed.
+      compute_dtype: of UNet and text encoders; None is bfloat16 on an accelerator, else float32.
+      image_format: one of `FORMATS`; webp without loss.
+      vae_tile, preview_vae: see `Decoder`.
+      overwrite: whether images of other settings that are there may be deleted.
 
     Returns:
-      The contact sheet's path.
+      The (first) contact sheet's path; None in other processes than the first.
+
+    Raises:
+      ValueError: a setting, or the content of `out`, is refused.
+      FileNotFoundError: a model is missing.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"--{name}={value}: must be at least 1")
-    jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    images: dict[tuple[int, str, int], np.ndarray] = {}
-    records = []
-    for number, (label, path) in enumerate(models.items()):
-        pipe = load_pipeline(path)
-        sampler = Sampler(pipe, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
-        folder = out / f"{number}-{Path(label).name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for job, image in draw_jobs(sampler, pipe, jobs, batch_size, label):
-            file = folder / f"{job.prompt_index:04d}_{job.seed}.png"
-            Image.fromarray(image).save(file)
-            images[job.prompt_index, label, job.seed] = image
-            records.append(
-                {
-                    "model": str(path),
-                    "prompt": job.prompt,
-                    "seed": job.seed,
-                    "file": str(file.relative_to(out)),
-                    "sampler": "ddim",
-                    "steps": steps,
-                    "guidance_scale": guidance_scale,
-                }
+    if batch_size < 1:
+        raise ValueError(f"--batch_size={batch_size}: must be at least 1")
+    if init_latents is not None and len(seeds) > 1:
+        raise ValueError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
+    if compute_dtype is None:
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    pipes = {label: load_pipeline(path) for label, path in models.items()}
+    sizes = {label: _latent_size(pipe, size) for label, pipe in pipes.items()}
+    for label, shape in sizes.items():
+        if init_latents is not None and init_latents.shape != (len(prompts), *shape):
+            raise ValueError(
+                f"--init_latents: of shape {init_latents.shape}, but {label} needs {(len(prompts), *shape)}"
             )
-    with (out / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
-        manifest.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    rows = [
-        (prompt, [images[i, label, seed] for label in models for seed in seeds])
-        for i, prompt in enumerate(prompts)
-    ]
-    side = rows[0][1][0].shape[0]
-    sheet = contact_sheet(rows, [(label, len(seeds)) for label in models], scale=max(1, 128 // side))
-    sheet.save(out / "contact_sheet.png")
-    return out / "contact_sheet.png"
+    settings = {
+        "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],
+        "prompts_sha256": _digest(prompts),
+        "init_latents_sha256": None
+        if init_latents is None
+        else hashlib.sha256(init_latents.tobytes()).hexdigest(),
+        **{key: getattr(drawing, key) for key in Drawing.__dataclass_fields__},
+        "size": list(size) if size else None,
+        "compute_dtype": compute_dtype,
+        "format": image_format,
+        "vae_tile": vae_tile,
+        "preview_vae": preview_vae,
+    }
+    if distributed.is_first():
+        claim_output(out, settings, overwrite=overwrite)
+    distributed.wait_for_all("output folder claimed")
+    jobs = [Job(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+    folders = {label: out / f"{i}-{Path(label).name}" for i, label in enumerate(models)}
+    files = {
+        label: {job: folder / f"{job.prompt_index:05d}_{job.seed}.{image_format}" for job in jobs}
+        for label, folder in folders.items()
+    }
+    # Each process draws a part of the images by itself.
+    mine = jobs[jax.process_index() :: jax.process_count()]
+    with Progress("sample", len(mine) * len(models), active=distributed.is_first()) as progress:
+        done = 0
+        for label, pipe in pipes.items():
+            missing = [job for job in mine if not files[label][job].exists()]
+            done += len(mine) - len(missing)
+            progress.update(done)
+            if not missing:
+                continue
+            folders[label].mkdir(parents=True, exist_ok=True)
+            batches = draw_batches(
+                pipe,
+                missing,
+                drawing,
+                batch_size=batch_size,
+                size=sizes[label],
+                init_latents=init_latents,
+                images=[prompt.image for prompt in prompts],
+                compute_dtype=compute_dtype,
+                vae_tile=vae_tile,
+                preview_vae=preview_vae,
+            )
+            with ThreadPoolExecutor() as pool:  # to compress an image can take longer than to draw it
+                saving: list[Future[None]] = []
+                for batch in batches:
+                    for saved in saving:
+                        saved.result()
+                    saving = [pool.submit(save_image, image, files[label][job]) for job, image in batch]
+                    done += len(batch)
+                    progress.update(done)
+                for saved in saving:
+                    saved.result()
+    while not all(file.exists() for of_model in files.values() for file in of_model.values()):
+        time.sleep(1.0)  # for the other processes
+    if not distributed.is_first():
+        return None
+    write_manifest(out, models, files, drawing)
+    return write_sheets(out, prompts, seeds, files)
+
+
+def draw_batches(
+    pipe: Pipeline,
+    jobs: Sequence[Job],
+    drawing: Drawing,
+    *,
+    batch_size: int,
+    size: tuple[int, int, int],
+    compute_dtype: str,
+    init_latents: np.ndarray | None = None,
+    images: Sequence[Path | None] = (),
+    vae_tile: int = 0,
+    preview_vae: str | None = None,
+) -> Iterator[list[tuple[Job, np.ndarray]]]:
+    """Yields every job with its image [H, W, 3] uint8, a batch at a time, from all devices of this process.
+
+    The last batch is filled up, so that nothing is compiled twice. Arguments as for `sample`, but:
+
+    Args:
+      size: [h, w, C] of the latents.
+      images: by number of the prompt, the file to start from, or None. All prompts have one, or none has.
+    """
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh({"data": len(devices)}, devices)
+    batch_size = math.ceil(batch_size / len(devices)) * len(devices)
+    sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
+    decoder = Decoder(pipe, mesh, tile=vae_tile, preview=preview_vae)
+    encode = None
+    if any(images):
+        vae = {"vae": pipe.read_params("vae", "float32")}
+        encode = jax.jit(lambda pixels: pipe.encode_moments(vae, pixels)[..., : size[-1]])
+    for start in range(0, len(jobs), batch_size):
+        part = list(jobs[start : start + batch_size])
+        full = part + [part[-1]] * (batch_size - len(part))
+        if init_latents is None:
+            noise = np.asarray(initial_noise(full, size))
+        else:
+            noise = init_latents[[job.prompt_index for job in full]]
+        before = None
+        if encode is not None:
+            pixels = [_read_image(images[job.prompt_index], size, pipe.vae_scale_factor) for job in full]
+            before = np.concatenate([encode(one[None]) for one in pixels])
+        drawn = decoder(sampler.sample_latents(full, noise, before))
+        yield list(zip(part, drawn[: len(part)], strict=True))
+
+
+def _latent_size(pipe: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """[h, w, C] of latents of images of `size` (height, width)."""
+    if size is None:
+        side = pipe.unet.config["sample_size"]
+        return side, side, pipe.latent_channels
+    # The UNet halves its input between any two of its levels.
+    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.settings["block_out_channels"]) - 1)
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < multiple or pixels % multiple:
+            raise ValueError(f"--{name}={pixels}: must be a positive multiple of {multiple} for this model")
+    height, width = (pixels // pipe.vae_scale_factor for pixels in size)
+    return height, width, pipe.latent_channels
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of the texts, and of the files to start from by path and size."""
+    rows = [(p.text, p.image and [str(p.image), p.image.stat().st_size]) for p in prompts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _read_image(path: Path | None, size: tuple[int, int, int], scale: int) -> np.ndarray:
+    """The picture to start from, covering the size and cropped to it: [H, W, 3] in [-1, 1]."""
+    assert path is not None
+    try:
+        image = decode_image(path)
+    except BadRow as problem:
+        raise ValueError(f"{path}: {problem}") from problem
+    pixels, _ = prepare_image(image, (size[0] * scale, size[1] * scale))
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def _read_latents(path: str) -> np.ndarray:
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--init_latents={path}: not a NumPy file of numbers ({error})") from error
+    if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
+        raise ValueError(
+            f"--init_latents={path}: {latents.dtype}{list(latents.shape)}; must be floats [prompts, h, w, C]"
+        )
+    return latents.astype(np.float32)
+
+
+def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: float) -> list[Prompt]:
+    """The prompts with the one image given for all of them; refuses a mixture, and a strength without."""
+    if init_image is not None:
+        if not Path(init_image).is_file():
+            raise FileNotFoundError(f"--init_image={init_image}: no such file")
+        prompts = [Prompt(prompt.text, prompt.image or Path(init_image)) for prompt in prompts]
+    with_image = sum(prompt.image is not None for prompt in prompts)
+    if 0 < with_image < len(prompts):
+        raise ValueError(
+            f"--prompts: {with_image} of {len(prompts)} have an image; give all of them one, or --init_image"
+        )
+    if not with_image and strength != 1:
+        raise ValueError(f"--strength={strength:g}: is of editing an image; give --init_image")
+    return list(prompts)
+
+
+def read_options(settings: Any) -> dict[str, Any]:
+    """The arguments of `sample` that the command's options stand for.
+
+    Raises:
+      ValueError: an option that is refused.
+      FileNotFoundError: a file that is missing.
+    """
+    if (settings.height is None) != (settings.width is None):
+        raise ValueError("--height and --width: give both or none")
+    prompts = read_prompts(settings.prompts)
+    strength = settings.strength
+    if strength is None:
+        edited = settings.init_image or any(prompt.image for prompt in prompts)
+        strength = 0.75 if edited else 1.0
+    return {
+        "models": {path: path for path in settings.model},
+        "prompts": _with_images(prompts, settings.init_image, strength),
+        "out": Path(settings.out),
+        "seeds": _parse_seeds(settings.seeds),
+        "drawing": Drawing(
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            guidance_interval=_parse_interval(settings.guidance_interval),
+            negative_prompt=settings.negative_prompt,
+            strength=strength,
+        ),
+        "batch_size": settings.batch_size,
+        "size": None if settings.height is None else (settings.height, settings.width),
+        "init_latents": _read_latents(settings.init_latents) if settings.init_latents else None,
+        "compute_dtype": settings.compute_dtype,
+        "image_format": settings.format,
+        "vae_tile": settings.vae_tile,
+        "preview_vae": settings.preview_vae,
+        "overwrite": settings.overwrite,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    settings = flags.FLAGS
-    seeds = [int(seed) for seed in settings.seeds]
-    sheet = sample(
-        {path: path for path in settings.model},
-        read_prompts(settings.prompts),
-        Path(settings.out),
-        seeds=seeds,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        batch_size=settings.batch_size,
-        negative_prompt=settings.negative_prompt,
-    )
-    print(f"{sheet}")
+    distributed.initialize_from_flags()
+    sheet = sample(**read_options(flags.FLAGS))
+    if sheet is not None:
+        print(sheet)
+
+
+def _parse_seeds(texts: Sequence[str]) -> list[int]:
+    try:
+        seeds = [int(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--seeds={','.join(texts)}: must be whole numbers, separated by commas") from error
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(texts)}: must be different numbers from 0 on")
+    return seeds
+
+
+def _parse_interval(texts: Sequence[str]) -> tuple[int, int]:
+    try:
+        first, last = map(int, texts)
+    except ValueError as error:
+        raise ValueError(
+            f"--guidance_interval={','.join(texts)}: must be two timesteps, as 200,900"
+        ) from error
+    if first > last:
+        raise ValueError(f"--guidance_interval={first},{last}: the first must not be above the last")
+    return first, last
 
 
 if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "model", None, "A diffusers folder or a training workdir; may be repeated.", required=True
     )
-    flags.DEFINE_string("prompts", None, "A prompt, or a .txt file with one a line.", required=True)
-    flags.DEFINE_string("out", None, "Folder to write to.", required=True)
-    flags.DEFINE_integer("steps", 50, "DDIM steps.")
+    flags.DEFINE_string(
+        "prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.", required=True
+    )
+    flags.DEFINE_string(
+        "out", None, "Folder to write to; what is there already is not drawn again.", required=True
+    )
+    flags.DEFINE_enum("sampler", "ddim", [*samplers.SAMPLERS], "How noise becomes an image.")
+    flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); 1 is no guidance.")
+    flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image each.")
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
+    flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
+    flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
+    flags.DEFINE_string("init_latents", None, "A .npy file of standard normal noise [prompts, h, w, C].")
+    flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
+    flags.DEFINE_integer("width", None, "In pixels.")
+    flags.DEFINE_enum("format", "png", FORMATS, "Of the images; webp without loss.")
+    flags.DEFINE_enum(
+        "compute_dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
+    )
+    flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
+    flags.DEFINE_string(
+        "preview_vae", None, "Folder of an AutoencoderTiny (TAESD) that decodes instead, faster."
+    )
+    flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")
+    distributed.define_flags()
     cli.run(main)

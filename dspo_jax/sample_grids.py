@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dspo_jax.contact_sheet import contact_sheet
 from dspo_jax.data import loader
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline
-from dspo_jax.sample import Job, Sampler, contact_sheet, initial_latents
 
 # In one call; few, as most of the memory belongs to the training.
 _IMAGES_PER_DEVICE = 4
@@ -62,7 +63,7 @@ class SampleGrids:
           workdir: of the run.
           prompts: rows.
           seeds: columns under either heading.
-          num_inference_steps, guidance_scale: see `Sampler`.
+          num_inference_steps, guidance_scale: see `Drawing`.
           compute_dtype: of the networks.
 
         Raises:
@@ -78,15 +79,11 @@ class SampleGrids:
         self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(jobs) // ways))
         self._count = len(jobs)
         jobs += [jobs[-1]] * (-len(jobs) % self._batch_size)
-        self._captions = [job.prompt for job in jobs]
-        self._noise = np.asarray(initial_latents(jobs, pipe.unet.config["sample_size"], pipe.latent_channels))
-        self._sampler = Sampler(
-            pipe,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            compute_dtype=compute_dtype,
-            mesh=mesh,
-        )
+        self._jobs = jobs
+        side = pipe.unet.config["sample_size"]
+        self._noise = np.asarray(initial_noise(jobs, (side, side, pipe.latent_channels)))
+        drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
+        self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._base = self._draw(params)
 
     def write(self, step: int, params: Params) -> None:
@@ -111,10 +108,10 @@ class SampleGrids:
         """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first."""
         latents = np.concatenate(
             [
-                self._sampler.sample_latents(self._captions[part], self._noise[part], params)
+                self._sampler.sample_latents(self._jobs[part], self._noise[part], params=params)
                 for part in (
                     slice(start, start + self._batch_size)
-                    for start in range(0, len(self._captions), self._batch_size)
+                    for start in range(0, len(self._jobs), self._batch_size)
                 )
             ]
         )[: self._count]

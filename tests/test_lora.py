@@ -10,8 +10,9 @@ import tiny_model
 from safetensors.numpy import load_file
 from tiny_run import make_config
 
-from dspo_jax import convert, sample, start, train
+from dspo_jax import convert, start, train
 from dspo_jax.export_model import export
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.metrics import read_metrics
 from dspo_jax.models import build_model, lora
 from dspo_jax.pipeline import load_pipeline
@@ -162,10 +163,9 @@ def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallo
 
 
 def draw_ours(path):
-    jobs = [sample.Job("a red heart", 0, 7)]
-    return sample.Sampler(load_pipeline(path), steps=3, guidance_scale=7.5).sample(
-        ["a red heart"], sample.initial_latents(jobs, 4, 4)
-    )
+    jobs = [Job("a red heart", 0, 7)]
+    sampler = ImageSampler(load_pipeline(path), Drawing(steps=3, guidance_scale=7.5))
+    return sampler.sample(jobs, initial_noise(jobs, (4, 4, 4)))
 
 
 def draw_theirs(path, adapters=None):
@@ -175,7 +175,7 @@ def draw_theirs(path, adapters=None):
     pipe.set_progress_bar_config(disable=True)
     if adapters:
         pipe.load_lora_weights(adapters.parent, weight_name=adapters.name)
-    latents = np.asarray(sample.initial_latents([sample.Job("a red heart", 0, 7)], 4, 4))
+    latents = np.asarray(initial_noise([Job("a red heart", 0, 7)], (4, 4, 4)))
     return pipe(
         "a red heart",
         latents=torch.tensor(latents.transpose(0, 3, 1, 2).copy()),

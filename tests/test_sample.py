@@ -1,7 +1,6 @@
-"""Sampling against diffusers from the same noise, and what the command writes."""
+"""Images: against diffusers' from the same noise, and the same whatever they are drawn with."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +18,7 @@ from dspo_jax.data import sources
 from dspo_jax.data.sources import PreferencePair, registry
 from dspo_jax.encode import encode
 from dspo_jax.export_model import export
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.pipeline import load_pipeline
 
 STEPS = 3
@@ -44,38 +44,46 @@ def _train(model: Path, pairs: Path, workdir: Path) -> Path:
     return workdir
 
 
-def _jobs(count: int) -> list[sample.Job]:
-    return [sample.Job(prompt, i, 7) for i, prompt in enumerate(PROMPTS[:count])]
+def _jobs(count: int) -> list[Job]:
+    return [Job(prompt, i, 7) for i, prompt in enumerate(PROMPTS[:count])]
 
 
-def _sampler(path: Path) -> sample.Sampler:
-    return sample.Sampler(load_pipeline(path), steps=STEPS, guidance_scale=GUIDANCE)
+DRAWING = Drawing(steps=STEPS, guidance_scale=GUIDANCE)
 
 
-def test_initial_latents_depend_on_seed_and_prompt_number_only() -> None:
-    together = sample.initial_latents(_jobs(3), 4, 4)
-    alone = sample.initial_latents(_jobs(3)[2:], 4, 4)
+def test_initial_noise_depends_on_seed_and_prompt_number_only() -> None:
+    together = initial_noise(_jobs(3), (4, 6, 4))
+    alone = initial_noise(_jobs(3)[2:], (4, 6, 4))
     np.testing.assert_array_equal(together[2:], alone)
     assert not np.allclose(together[0], together[1])
-    other_seed = sample.initial_latents([sample.Job("a", 0, 8)], 4, 4)
+    other_seed = initial_noise([Job("a", 0, 8)], (4, 6, 4))
     assert not np.allclose(together[:1], other_seed)
 
 
-def test_images_do_not_depend_on_the_batch_size(tiny_model: Path) -> None:
-    sampler, pipe = _sampler(tiny_model), load_pipeline(tiny_model)
-    whole = [image for _, image in sample.draw_jobs(sampler, pipe, _jobs(3), 3, "whole")]
-    parts = [image for _, image in sample.draw_jobs(sampler, pipe, _jobs(3), 2, "parts")]
-    assert len(parts) == 3
-    for a, b in zip(whole, parts, strict=True):
-        assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(tiny_model, monkeypatch, sampler) -> None:
+    """Not even where every step draws new noise."""
+    pipe, drawing = load_pipeline(tiny_model), Drawing(sampler=sampler, steps=STEPS, guidance_scale=GUIDANCE)
+
+    def draw(batch_size, devices):
+        monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:devices])
+        batches = sample.draw_batches(
+            pipe, _jobs(3), drawing, batch_size=batch_size, size=(4, 4, 4), compute_dtype="float32"
+        )
+        return np.stack([image for batch in batches for _, image in batch]).astype(int)
+
+    whole = draw(3, 1)
+    assert len(whole) == 3
+    for batch_size, devices in ((1, 1), (8, 8)):
+        assert np.abs(draw(batch_size, devices) - whole).max() <= 1
 
 
 def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     assert export(run, exported) == 2
-    latents = sample.initial_latents(_jobs(1), 4, 4)
-    ours = _sampler(run).sample(PROMPTS[:1], latents)
+    latents = initial_noise(_jobs(1), (4, 4, 4))
+    ours = ImageSampler(load_pipeline(run), DRAWING).sample(_jobs(1), latents)
     theirs_pipe = diffusers.DiffusionPipeline.from_pretrained(exported, local_files_only=True)
     theirs_pipe.set_progress_bar_config(disable=True)
     theirs = theirs_pipe(
@@ -88,7 +96,7 @@ def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, expo
         output_type="np",
     ).images
     assert np.abs(ours / 255.0 - theirs).mean() <= 1 / 255
-    before = _sampler(base).sample(PROMPTS[:1], latents)
+    before = ImageSampler(load_pipeline(base), DRAWING).sample(_jobs(1), latents)
     assert np.abs(before.astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 
@@ -151,34 +159,3 @@ def test_export_copies_what_was_not_trained_and_refuses_an_existing_folder(
     with pytest.raises(FileNotFoundError, match="no step 9"):
         export(run, tmp_path / "other", step=9)
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]  # nothing half-written
-
-
-def test_sample_writes_images_manifest_and_contact_sheet(tiny_model: Path, run: Path, tmp_path: Path) -> None:
-    sheet = sample.sample(
-        {"base": tiny_model, "trained": run},
-        PROMPTS[:2],
-        tmp_path,
-        seeds=[0, 5],
-        steps=1,
-        guidance_scale=2.0,
-        batch_size=4,
-    )
-    records = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
-    assert [(r["prompt"], r["seed"]) for r in records] == [(p, s) for p in PROMPTS[:2] for s in (0, 5)] * 2
-    for record in records:
-        with Image.open(tmp_path / record["file"]) as image:
-            assert image.size == (16, 16)
-    with Image.open(sheet) as image:
-        assert image.width > 4 * 96
-        assert image.height > 2 * 96
-
-
-def test_prompts_from_text_and_file(tmp_path: Path) -> None:
-    assert sample.read_prompts(" a cat ") == ["a cat"]
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
-    assert sample.read_prompts(str(tmp_path / "prompts.txt")) == ["one", "two"]
-    with pytest.raises(FileNotFoundError, match=r"missing\.txt: no such file"):
-        sample.read_prompts("missing.txt")
-    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no prompt in it"):
-        sample.read_prompts(str(tmp_path / "empty.txt"))

@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_model import write_pairs
 
 from dspo_jax import sample_grids
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job
 from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sample import Job, Sampler, draw_jobs
+from dspo_jax.sample import draw_batches
 from dspo_jax.sample_grids import SampleGrids, first_captions
 from dspo_jax.sharding import make_mesh, make_shardings
 
@@ -67,8 +68,9 @@ def test_the_base_stays_and_the_current_columns_follow_the_parameters(pipe, tmp_
     assert np.abs(later[:, 1] - later[:, 0]).mean() > 1
 
     jobs = [Job(prompt, i, seed) for i, prompt in enumerate(PROMPTS) for seed in SEEDS]
-    sampler = Sampler(pipe, steps=STEPS, guidance_scale=GUIDANCE)
-    images = [image.astype(int) for _, image in draw_jobs(sampler, pipe, jobs, 3, "alone")]
+    drawing = Drawing(steps=STEPS, guidance_scale=GUIDANCE)
+    batches = draw_batches(pipe, jobs, drawing, batch_size=3, size=(4, 4, 4), compute_dtype="float32")
+    images = [image.astype(int) for batch in batches for _, image in batch]
     alone = np.asarray(images).repeat(8, axis=1).repeat(8, axis=2).reshape(start[:, 0].shape)
     assert np.abs(start[:, 0] - alone).max() <= 1
 
@@ -99,8 +101,8 @@ def test_bfloat16_draws_nearly_the_same(pipe, tmp_path):
 def test_every_process_has_the_latents_and_only_the_first_decodes(pipe, tmp_path, monkeypatch):
     mesh = make_mesh({"data": 8})
     params = place(pipe, mesh)
-    sampler = Sampler(pipe, steps=1, guidance_scale=GUIDANCE, mesh=mesh)
-    latents = sampler.sample_latents(["a"] * 8, np.zeros((8, 4, 4, 4), np.float32), params)
+    sampler = ImageSampler(pipe, Drawing(steps=1, guidance_scale=GUIDANCE), mesh=mesh)
+    latents = sampler.sample_latents([Job("a", 0, 0)] * 8, np.zeros((8, 4, 4, 4), np.float32), params=params)
     assert latents.sharding.is_fully_replicated
     assert len(latents.sharding.device_set) == 8
 

@@ -3,7 +3,6 @@
 Both sides call the same fixed nonlinear network, written in JAX and in torch, on the same noise.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,6 +104,14 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, label: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_latents_match_diffusers(name: str, prediction_type: str, timestep_spacing: str) -> None:
     settings = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
-    for steps in (1, 2, 3, 7, 10, 25, 50):  # 3 and 7 do not divide 1000; from 15 on DPM-Solver++ ends otherwise
+    for steps in (
+        1,
+        2,
+        3,
+        7,
+        10,
+        25,
+        50,
+    ):  # 3 and 7 do not divide 1000; from 15 on DPM-Solver++ ends otherwise
         for offset in (0, 1) if timestep_spacing == "leading" else (0,):
             assert_same(name, steps, steps_offset=offset, **settings)

@@ -22,6 +22,8 @@ from dspo_jax import cli, metrics, sample, train
 from dspo_jax.data import shards
 from dspo_jax.encode import encode
 from dspo_jax.export_model import export
+from dspo_jax.image_sampler import Drawing
+from dspo_jax.prompts import Prompt
 
 MODEL = Path(__file__).parent / "model"
 # Categories are what the pairs compare; the names show what the model still draws.
@@ -70,11 +72,20 @@ def run_demo(out: Path, console: Console) -> None:
 
     announce("sample: the same prompts and seeds from both models")
     models = {"base": MODEL, "aligned with DSPO": out / "run"}
-    sheet = sample.sample(
-        models, PROMPTS, out / "samples", seeds=range(4), steps=25, guidance_scale=4.0, batch_size=16
+    sample.sample(
+        models,
+        [Prompt(text) for text in PROMPTS],
+        out / "samples",
+        seeds=range(4),
+        drawing=Drawing(steps=25, guidance_scale=4.0),
+        batch_size=16,
     )
     rows.append(
-        ("pictures, base beside aligned", f"{len(PROMPTS)} prompts x 4 seeds", str(sheet.relative_to(out)))
+        (
+            "pictures, base beside aligned",
+            f"{len(PROMPTS)} prompts x 4 seeds",
+            "samples/contact_sheet.png",
+        )
     )
 
     announce("export: a diffusers folder")

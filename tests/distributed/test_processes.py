@@ -89,19 +89,33 @@ def kill_and_resume(settings, workdir, at, number, victims=(0, 1), timeout=300):
     return finish(started, timeout)
 
 
-def test_stopped_killed_and_bereaved_two_processes_give_the_same_metrics_bit_for_bit(
-    settings, undisturbed, tmp_path
-):
-    workdir = tmp_path / "run"
-    # One of the two is asked to stop, and both save the same step.
+@pytest.fixture(scope="module")
+def stopped(settings, tmp_path_factory):
+    """A run of which one process was asked to stop."""
+    workdir = tmp_path_factory.mktemp("runs") / "stopped"
     assert kill_and_resume(settings, workdir, 5, signal.SIGTERM, victims=(1,)) == [0, 0]
-    stopped = last_step(workdir)
-    assert 5 <= stopped < 60
-    assert saved_steps(workdir)[-1] == stopped
-    shutil.copytree(workdir, tmp_path / "one")
+    return workdir
 
+
+def test_one_process_is_asked_to_stop_and_one_goes_on_for_both(settings, undisturbed, stopped, tmp_path):
+    """Both have saved the same step; and one process with eight devices is as good as two with two."""
+    step = last_step(stopped)
+    assert 5 <= step < 60
+    assert saved_steps(stopped)[-1] == step
+    workdir = shutil.copytree(stopped, tmp_path / "one")
+    config = make_config(settings["model"], settings["data.path"], settings | SPLIT | {"mesh.data": 4})
+    assert train(config, workdir) == 60
+    assert_same_to_rounding(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_stopped_killed_and_bereaved_two_processes_give_the_same_metrics_bit_for_bit(
+    settings, undisturbed, stopped, tmp_path
+):
+    workdir = shutil.copytree(stopped, tmp_path / "run")
     # One dies, and the other ends by itself within the heartbeat's timeout, and says that it failed.
-    statuses = kill_and_resume(settings, workdir, stopped + 9, signal.SIGKILL, victims=(1,), timeout=60)
+    at = last_step(workdir) + 9
+    statuses = kill_and_resume(settings, workdir, at, signal.SIGKILL, victims=(1,), timeout=60)
     assert statuses[0] not in (0, -signal.SIGKILL)
     assert statuses[1] == -signal.SIGKILL
     log = log_of(workdir, 0).read_text()
@@ -111,11 +125,6 @@ def test_stopped_killed_and_bereaved_two_processes_give_the_same_metrics_bit_for
     started = start_training(workdir, settings | SPLIT, processes=2, devices=2)
     assert finish(started) == [0, 0], log_of(workdir, 0).read_text()
     assert read_reproducible(workdir) == read_reproducible(undisturbed)
-
-    # From where both had stopped, one process with 8 devices.
-    config = make_config(settings["model"], settings["data.path"], settings | SPLIT | {"mesh.data": 4})
-    assert train(config, tmp_path / "one") == 60
-    assert_same_to_rounding(tmp_path / "one", undisturbed)
 
 
 @pytest.mark.slow

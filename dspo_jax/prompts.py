@@ -1,0 +1,123 @@
+"""Prompts: a text, or a file of them in any of the forms that prompt sets come in."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_TEXT_KEYS = ("prompt", "caption", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What to draw.
+
+    Attributes:
+      text: may be empty.
+      image: the file of the picture to start from (image editing); None starts from noise.
+    """
+
+    text: str
+    image: Path | None = None
+
+
+def read_prompts(text_or_file: str) -> list[Prompt]:
+    """The prompts of a file, in its order; or one prompt, if the argument ends in none of these.
+
+    `.txt`: one a line, empty lines are passed over. `.jsonl`: objects with `prompt` (or `caption`, `text`)
+    and perhaps `image`, a file to start from, relative to this one; or strings. `.json`: a list of the same.
+    `.tsv` (PartiPrompts), `.csv`: a column `prompt` (or `caption`, `text`), upper or lower case, and perhaps
+    `image`. `.parquet`: the same columns.
+
+    Raises:
+      FileNotFoundError: it ends like a file and there is none, or an image is missing.
+      ValueError: no prompt, or a file that cannot be understood, by line.
+    """
+    path = Path(text_or_file)
+    readers = {
+        ".txt": _read_lines,
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".tsv": _read_table,
+        ".csv": _read_table,
+        ".parquet": _read_parquet,
+    }
+    # A sentence may well end in ".json".
+    if path.suffix not in readers or (" " in text_or_file and not path.is_file()):
+        if not text_or_file.strip():
+            raise ValueError("--prompts: empty; give a text or a file")
+        return [Prompt(text_or_file.strip())]
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts={path}: no such file")
+    try:
+        prompts = [_parse(row, path, where) for where, row in readers[path.suffix](path)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
+    if not prompts:
+        raise ValueError(f"--prompts={path}: no prompt in it")
+    return prompts
+
+
+def _parse(row: Any, path: Path, where: str) -> Prompt:
+    if isinstance(row, str):
+        return Prompt(row.strip())
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: {where}: {row!r}: must be a prompt, or an object with one")
+    fields = {str(name).lower(): value for name, value in row.items()}
+    text = next((fields[key] for key in _TEXT_KEYS if key in fields), None)
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: {where}: no text under {', '.join(_TEXT_KEYS)} (found: {', '.join(row)})")
+    name = fields.get("image")
+    if not name:
+        return Prompt(text.strip())
+    image = path.parent / str(name)
+    if not image.is_file():
+        raise FileNotFoundError(f"{path}: {where}: image = {name!r}: no such file")
+    return Prompt(text.strip(), image)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, line in _read_lines(path):
+        yield where, _decode(line, path, where)
+
+
+def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
+    rows = _decode(path.read_text(encoding="utf-8-sig"), path, "the file")
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts")
+    return ((f"entry {number}", row) for number, row in enumerate(rows))
+
+
+def _decode(text: str, path: Path, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {where}: not JSON ({error})") from error
+
+
+def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    quoting: Any = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting)
+        for row in reader:
+            yield f"line {reader.line_num}", {name: value for name, value in row.items() if name}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not parquet ({error})") from error
+    wanted = [name for name in table.column_names if name.lower() in (*_TEXT_KEYS, "image")]
+    rows = table.select(wanted).to_pylist() if wanted else [dict.fromkeys(table.column_names)]
+    return ((f"row {number}", row) for number, row in enumerate(rows))

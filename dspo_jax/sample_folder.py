@@ -1,0 +1,108 @@
+"""What `sample` leaves in a folder: settings, images, a manifest, contact sheets."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from dspo_jax.contact_sheet import contact_sheet
+from dspo_jax.image_sampler import Drawing, Job
+from dspo_jax.prompts import Prompt
+
+_SETTINGS, _MANIFEST = "settings.json", "manifest.jsonl"
+# On a contact sheet.
+_ROWS, _SHEETS, _SIDE = 20, 10, 256
+
+Files = Mapping[str, Mapping[Job, Path]]
+"""By heading of a model and by job, the file of the image."""
+
+
+def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Notes in `out` how its images are drawn, or refuses images that were drawn otherwise.
+
+    Raises:
+      ValueError: `out` holds images of other settings and may not be overwritten, or other files.
+    """
+    path = out / _SETTINGS
+    ours = json.loads(json.dumps(settings))
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        if not differing:
+            return
+        if not overwrite:
+            key = differing[0]
+            raise ValueError(
+                f"--out={out}: holds images with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}; "
+                "choose another folder, or --overwrite them"
+            )
+        for old in (*out.glob("[0-9]*-*"), out / _MANIFEST, *out.glob("contact_sheet*.png")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_image(image: np.ndarray, file: Path) -> None:
+    """Writes an image [H, W, 3] uint8; the file appears when it is whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
+    partial.replace(file)
+
+
+def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
+    """Writes manifest.jsonl: one line for each image, of how it was drawn."""
+    how = {key: getattr(drawing, key) for key in ("sampler", "steps", "guidance_scale", "strength")}
+    partial = out / f".{_MANIFEST}"
+    with partial.open("w", encoding="utf-8") as manifest:
+        for label, path in models.items():
+            for job, file in files[label].items():
+                record = {
+                    "model": str(path),
+                    "prompt": job.prompt,
+                    "prompt_index": job.prompt_index,
+                    "seed": job.seed,
+                    "file": str(file.relative_to(out)),
+                    **how,
+                }
+                manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
+    partial.replace(out / _MANIFEST)
+
+
+def _sheet_name(page: int, pages: int) -> str:
+    return "contact_sheet.png" if pages == 1 else f"contact_sheet-{page:03d}.png"
+
+
+def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], files: Files) -> Path:
+    """Draws contact_sheet.png, or several for many prompts, of which the first are shown.
+
+    Prompts are rows, the seeds of each model columns. Returns the first sheet's path.
+    """
+    pages = math.ceil(len(prompts) / _ROWS)
+    if pages > _SHEETS:
+        logging.info("contact sheets of the first %d of %d prompts", _ROWS * _SHEETS, len(prompts))
+    for page in range(min(pages, _SHEETS)):
+        rows = []
+        for i in range(page * _ROWS, min((page + 1) * _ROWS, len(prompts))):
+            text = prompts[i].text
+            rows.append(
+                (text, [_thumbnail(of_model[Job(text, i, s)]) for of_model in files.values() for s in seeds])
+            )
+        side = max(rows[0][1][0].shape[:2])
+        sheet = contact_sheet(rows, [(label, len(seeds)) for label in files], scale=max(1, 128 // side))
+        sheet.save(out / _sheet_name(page, pages))
+    return out / _sheet_name(0, pages)
+
+
+def _thumbnail(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        return np.asarray(image)

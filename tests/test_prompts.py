@@ -1,0 +1,98 @@
+"""Prompts from texts and files of every kind."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dspo_jax.prompts import Prompt, read_prompts
+
+
+def texts(path):
+    return [prompt.text for prompt in read_prompts(str(path))]
+
+
+@pytest.mark.parametrize("text", [" a cat ", "a cat, from cats.json", "a .txt"])
+def test_a_text_is_one_prompt(text):
+    assert read_prompts(text) == [Prompt(text.strip())]
+
+
+def test_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
+    assert texts(tmp_path / "prompts.txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "one"}\n{"prompt": "", "id": 3}\n"three"\n'),
+        ("p.json", '["one", {"caption": ""}, {"text": "three"}]'),
+        ("p.tsv", "Prompt\tCategory\none\tA\n\tB\nthree\tC\n"),
+        ("p.csv", 'id,Prompt\n1,one\n2,\n3,"three"\n'),
+    ],
+)
+def test_files(tmp_path, name, content):
+    """An empty prompt is one, where it is not an empty line."""
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert texts(tmp_path / name) == ["one", "", "three"]
+
+
+def test_quotes_in_a_tsv_are_part_of_the_prompt(tmp_path):
+    (tmp_path / "p.tsv").write_text('Prompt\tNote\n"GO" on a sign\tx\nthe word "STOP\ty\n', encoding="utf-8")
+    assert texts(tmp_path / "p.tsv") == ['"GO" on a sign', 'the word "STOP']
+
+
+def test_parquet(tmp_path):
+    table = pa.table({"caption": ["one", "two"], "jpg_0": [b"1", b"2"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert texts(tmp_path / "p.parquet") == ["one", "two"]
+
+
+def test_images_to_start_from_are_relative_to_the_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    path = tmp_path / "edits.jsonl"
+    path.write_text(json.dumps({"prompt": "red", "image": "images/a.png"}), encoding="utf-8")
+    assert read_prompts(str(path)) == [Prompt("red", tmp_path / "images" / "a.png")]
+    path.write_text(json.dumps({"prompt": "red", "image": "images/b.png"}), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"edits.jsonl: line 1: image = 'images/b.png': no such file"):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "\n", "no prompt in it"),
+        ("p.json", "[]", "no prompt in it"),
+        ("p.json", "{}", "holds a dict, but must be a list of prompts"),
+        ("p.json", "[", r"the file: not JSON"),
+        ("p.jsonl", '"a"\n{', r"line 2: not JSON"),
+        ("p.jsonl", "7", r"line 1: 7: must be a prompt"),
+        ("p.jsonl", '{"promt": "a"}', r"line 1: no text under prompt, caption, text \(found: promt\)"),
+        ("p.csv", "promt\na\n", r"line 2: no text under prompt, caption, text \(found: promt\)"),
+        ("p.parquet", "a", "not parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_refused_by_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(tmp_path / name))
+
+
+def test_a_missing_file_and_an_empty_text_are_refused():
+    with pytest.raises(FileNotFoundError, match=r"--prompts=missing\.txt: no such file"):
+        read_prompts("missing.txt")
+    with pytest.raises(ValueError, match="--prompts: empty"):
+        read_prompts(" ")
+
+
+def test_the_published_sets():
+    folder = os.environ.get("DSPO_TEST_DATA")
+    if not folder:
+        pytest.skip("DSPO_TEST_DATA is not set")
+    parti = texts(Path(folder) / "PartiPrompts.tsv")
+    assert (len(parti), parti[:2]) == (1632, ["bond", "element"])
+    assert len(texts(Path(folder) / "imagereward_benchmark_prompts.json")) == 100
