@@ -1,25 +1,39 @@
-"""DDIM against diffusers' DDIMScheduler with a fixed fake network."""
+"""What samplers promise whatever the scheduler: spacing, one trace of the network, exactness, refusals.
 
+`test_samplers_diffusers.py` compares them with diffusers.
+"""
+
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspo_jax.samplers import ddim, ddim_settings, spaced_timesteps
+from dspo_jax.samplers import (
+    SAMPLERS,
+    TIMESTEP_SPACINGS,
+    Sampler,
+    make_sampler,
+    own_sampler,
+    spaced_timesteps,
+)
 from dspo_jax.schedule import Schedule
 
-SPACINGS = ("leading", "trailing", "linspace")
+SCHEDULE = Schedule.scaled_linear()
+SHAPE = (2, 4, 4, 3)
+LATENTS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+IMAGE = np.linspace(-2, 2, LATENTS.size, dtype=np.float32).reshape(SHAPE)
 
 
-@pytest.fixture(scope="module")
-def latents():
-    return np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+def draw(i: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(1), i), SHAPE)
 
 
-@pytest.mark.parametrize("timestep_spacing", SPACINGS)
-def test_timesteps_match_diffusers(timestep_spacing):
+@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+def test_timesteps_match_diffusers(timestep_spacing: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     for steps, offset in itertools.product((1, 2, 3, 7, 10, 50, 333, 500, 999), (0, 1)):
         theirs = diffusers.DDIMScheduler(timestep_spacing=timestep_spacing, steps_offset=offset)
@@ -28,8 +42,8 @@ def test_timesteps_match_diffusers(timestep_spacing):
         np.testing.assert_array_equal(ours, theirs.timesteps.numpy())
 
 
-@pytest.mark.parametrize("timestep_spacing", SPACINGS)
-def test_as_many_distinct_timesteps_as_steps(timestep_spacing):
+@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+def test_as_many_distinct_timesteps_as_steps(timestep_spacing: str) -> None:
     for steps in range(1, 1001):
         timesteps = spaced_timesteps(1000, steps, timestep_spacing=timestep_spacing)
         assert timesteps.shape == (steps,)
@@ -39,102 +53,163 @@ def test_as_many_distinct_timesteps_as_steps(timestep_spacing):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("timestep_spacing", SPACINGS)
-@pytest.mark.parametrize(
-    ("num_inference_steps", "steps_offset", "set_alpha_to_one"),
-    [(4, 1, False), (7, 0, True), (20, 1, False)],  # 7 does not divide 1000
-)
-def test_ddim_matches_diffusers(
-    prediction_type, timestep_spacing, num_inference_steps, steps_offset, set_alpha_to_one, latents
-):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    theirs = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        timestep_spacing=timestep_spacing,
-        steps_offset=steps_offset,
-        set_alpha_to_one=set_alpha_to_one,
-        clip_sample=False,
-    )
-    theirs.set_timesteps(num_inference_steps)
-    x = torch.from_numpy(latents)
-    for t in theirs.timesteps:
-        x = theirs.step(torch.tanh(0.5 * x + t / 1000), t, x).prev_sample
-
-    result = ddim(
-        lambda x, t: jnp.tanh(0.5 * x + t / 1000),
-        latents,
-        Schedule.from_config(dict(theirs.config)),
-        num_inference_steps=num_inference_steps,
-        **ddim_settings(dict(theirs.config)),
-    )
-    np.testing.assert_allclose(result, x.numpy(), rtol=1e-4, atol=1e-4 * float(x.abs().max()))
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("timestep_spacing", SPACINGS)
-def test_a_perfect_network_recovers_the_image(prediction_type, timestep_spacing, latents):
+@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+def test_a_perfect_network_recovers_the_image(name: str, timestep_spacing: str, prediction_type: str) -> None:
     schedule = Schedule.scaled_linear(prediction_type=prediction_type)
-    image = np.linspace(-2, 2, latents.size, dtype=np.float32).reshape(latents.shape)
-
-    def predict(x, t):
-        alpha_bar = jnp.asarray(schedule.alphas_cumprod)[t]
-        noise = (x - jnp.sqrt(alpha_bar) * image) / jnp.sqrt(1 - alpha_bar)
-        return schedule.target(image, noise, jnp.full(2, t))
-
-    result = ddim(predict, latents, schedule, num_inference_steps=10, timestep_spacing=timestep_spacing)
-    np.testing.assert_allclose(result, image, atol=1e-4)
+    config = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": True}
+    sampler = make_sampler(name, schedule, config, 10, strength=0.8)
+    np.testing.assert_allclose(run_perfect(sampler, prediction_type), IMAGE, atol=1e-4)
 
 
-def test_is_one_scan_in_float32_under_jit(latents):
-    traces = []
+def test_a_perfect_network_recovers_the_image_by_pndm() -> None:
+    """It averages predictions of several timesteps, which agree for epsilon only."""
+    sampler = make_sampler("pndm", SCHEDULE, {"set_alpha_to_one": True}, 10)
+    np.testing.assert_allclose(run_perfect(sampler, "epsilon"), IMAGE, atol=1e-4)
 
-    def predict(x, t):
+
+@functools.partial(jax.jit, static_argnums=1)
+def run_perfect(sampler: Sampler, prediction_type: str) -> jax.Array:
+    """The sampler from a noised image, with a network that knows the image."""
+    sigmas = np.sqrt(1 / np.asarray(SCHEDULE.alphas_cumprod) - 1)
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        sigma = jnp.interp(t.astype(jnp.float32), np.arange(1000.0), sigmas)
+        signal, scale = 1 / jnp.sqrt(1 + sigma**2), sigma / jnp.sqrt(1 + sigma**2)
+        noise = (x - signal * IMAGE) / scale
+        return noise if prediction_type == "epsilon" else signal * noise - scale * IMAGE
+
+    return sampler.run(predict, sampler.start(LATENTS, IMAGE), draw)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_network_is_traced_once_and_called_with_float32_latents(name: str) -> None:
+    traces, noises, calls = [], [], []
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
         traces.append((x.dtype, t.shape, t.dtype))
-        return x.astype(jnp.bfloat16)
+        jax.debug.callback(lambda t: calls.append(float(t)), t)
+        return jnp.tanh(x).astype(jnp.bfloat16)
 
-    sample = jax.jit(lambda x, schedule: ddim(predict, x, schedule, num_inference_steps=50))
-    result = sample(latents, Schedule.scaled_linear())
+    def noise(i: jax.Array) -> jax.Array:
+        noises.append((i.shape, i.dtype))
+        return draw(i)
+
+    run = jax.jit(lambda sampler, x: sampler.run(predict, sampler.start(x), noise))
+    sampler = make_sampler(name, SCHEDULE, {}, 7)
+    result = run(sampler, LATENTS)
     assert result.dtype == jnp.float32
-    assert traces == [(jnp.float32, (), jnp.int32)]
+    jax.effects_barrier()
+    assert sorted(calls, reverse=True) == sampler.timesteps.tolist()
+    # Another schedule, spacing or prediction type is the same program.
+    other = Schedule.scaled_linear(beta_end=0.02, prediction_type="v_prediction")
+    run(make_sampler(name, other, {"timestep_spacing": "trailing"}, 7), 2 * LATENTS)
+    assert traces == [(jnp.float32, (), jnp.float32 if name.startswith("euler") else jnp.int32)]
+    assert noises == ([((), jnp.int32)] if name in ("ddpm", "euler_ancestral") else [])
+
+
+def test_the_number_of_calls() -> None:
+    for name, strength, calls in (("ddim", 1.0, 10), ("ddim", 0.55, 5), ("pndm", 1.0, 11), ("pndm", 0.55, 6)):
+        assert make_sampler(name, SCHEDULE, {}, 10, strength=strength).timesteps.shape == (calls,)
+    np.testing.assert_array_equal(make_sampler("pndm", SCHEDULE, {}, 4).timesteps, [750, 500, 500, 250, 0])
+
+
+def test_the_start_is_noise_or_a_noised_image() -> None:
+    image = np.ones(SHAPE, np.float32)
+    for name in ("ddim", "dpmpp_2m"):
+        sampler = make_sampler(name, SCHEDULE, {"timestep_spacing": "trailing"}, 10)
+        np.testing.assert_array_equal(sampler.start(LATENTS), LATENTS)
+        np.testing.assert_allclose(
+            sampler.start(LATENTS, image), SCHEDULE.add_noise(image, LATENTS, np.array([999, 999])), rtol=1e-4
+        )
+    sigma = np.sqrt(1 / SCHEDULE.alphas_cumprod[999] - 1)
+    sampler = make_sampler("euler", SCHEDULE, {"timestep_spacing": "trailing"}, 10)
+    np.testing.assert_allclose(sampler.start(LATENTS), sigma * LATENTS, rtol=1e-4)
+    np.testing.assert_allclose(sampler.start(LATENTS, image), image + sigma * LATENTS, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"strength = 0\.5: needs an image"):
+        make_sampler("ddim", SCHEDULE, {}, 10, strength=0.5).start(LATENTS)
+
+
+def test_a_sampler_that_adds_noise_needs_it() -> None:
+    with pytest.raises(ValueError, match="noise = None"):
+        make_sampler("ddpm", SCHEDULE, {}, 10).run(lambda x, t: x, jnp.asarray(LATENTS))
+
+
+def test_karras_can_be_asked_for_and_declined() -> None:
+    for name in ("euler", "dpmpp_2m"):
+        plain, levels = ({"use_karras_sigmas": value} for value in (False, True))
+        asked = make_sampler(name, SCHEDULE, plain, 10, karras=True)
+        declined = make_sampler(name, SCHEDULE, levels, 10, karras=False)
+        np.testing.assert_array_equal(asked.step_x, make_sampler(name, SCHEDULE, levels, 10).step_x)
+        np.testing.assert_array_equal(declined.timesteps, make_sampler(name, SCHEDULE, plain, 10).timesteps)
+        assert not np.allclose(asked.timesteps, declined.timesteps)
+    with pytest.raises(ValueError, match=r"karras = True: sampler 'ddim'.*these have: dpmpp_2m, euler"):
+        make_sampler("ddim", SCHEDULE, {}, 10, karras=True)
+
+
+def test_a_scheduler_that_is_not_here_is_refused_by_its_class() -> None:
+    assert own_sampler({"_class_name": "PNDMScheduler"}) == "pndm"
+    for config in ({"_class_name": "UniPCMultistepScheduler"}, {}):
+        with pytest.raises(ValueError, match=r"_class_name = .*: not supported; name one of"):
+            own_sampler(config)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "config", "message"),
     [
-        ({"timestep_spacing": "trailin"}, "timestep_spacing = 'trailin'.*did you mean 'trailing'"),
-        ({"num_inference_steps": 0}, "num_inference_steps = 0.*between 1 and the schedule's 1000"),
-        ({"num_inference_steps": 1001}, "num_inference_steps = 1001.*between 1 and the schedule's 1000"),
-        ({"num_inference_steps": 1000, "steps_offset": 1}, r"steps_offset = 1: .*outside 0\.\.999"),
-        ({"steps_offset": -1}, r"steps_offset = -1: .*outside 0\.\.999"),
+        ("ddim", {"timestep_spacing": "trailin"}, "timestep_spacing = 'trailin'.*did you mean 'trailing'"),
+        ("ddim", {"steps_offset": 101}, r"steps_offset = 101: .*outside 0\.\.999"),
+        ("ddim", {"steps_offset": -1}, r"steps_offset = -1: .*outside 0\.\.999"),
+        ("ddim", {"clip_sample": True}, "clip_sample = True: not supported.*set it to false"),
+        ("ddpm", {"thresholding": True}, "thresholding = True: not supported"),
+        ("ddpm", {"variance_type": "learned_range"}, "variance_type = 'learned_range'.*set it to \"fixed_sm"),
+        ("pndm", {"skip_prk_steps": False}, "skip_prk_steps = false: not supported"),
+        ("pndm", {"_class_name": "PNDMScheduler"}, "skip_prk_steps = false: not supported"),
+        ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas = True: not supported"),
+        ("euler", {"timestep_type": "continuous"}, "timestep_type = 'continuous': not supported"),
+        (
+            "euler",
+            {"interpolation_type": "loglinear"},
+            "interpolation_type = 'loglinear'.*did you mean 'log_linear'",
+        ),
+        ("euler", {"final_sigmas_type": "sigma"}, "final_sigmas_type = 'sigma'.*did you mean 'sigma_min'"),
+        ("euler_ancestral", {"steps_offset": 101, "timestep_spacing": "leading"}, "steps_offset = 101"),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver"),
+        ("dpmpp_2m", {"solver_order": 3}, "solver_order = 3: not supported.*set it to 2"),
+        ("dpmpp_2m", {"solver_type": "heun"}, "solver_type = 'heun': not supported"),
+        ("dpmpp_2m", {"lambda_min_clipped": -5.1}, r"lambda_min_clipped = -5\.1: not supported"),
+        ("dpmpp_2m", {"variance_type": "learned"}, "variance_type = 'learned': not supported"),
+        ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas = True: not supported"),
     ],
 )
-def test_refuses_by_key_and_value(change, message, latents):
-    settings = {"num_inference_steps": 10} | change
+def test_what_is_not_computed_is_refused_by_key_and_value(
+    name: str, config: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        ddim(lambda x, t: x, latents, Schedule.scaled_linear(), **settings)
+        make_sampler(name, SCHEDULE, config, 10)
 
 
-def test_settings_are_read_from_a_scheduler_config():
-    config = {
-        "_class_name": "PNDMScheduler",
-        "steps_offset": 1,
-        "set_alpha_to_one": False,
-        "clip_sample": False,
-    }
-    assert ddim_settings(config) == {"steps_offset": 1, "set_alpha_to_one": False}
+def test_keys_of_other_schedulers_are_not_read() -> None:
+    config = {"skip_prk_steps": False, "clip_sample": True, "variance_type": "fixed_small", "solver_order": 3}
+    make_sampler("euler", SCHEDULE, config, 10)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "steps", "strength", "message"),
     [
-        ({"clip_sample": True}, "clip_sample = True: not supported"),
-        ({"thresholding": True}, "thresholding = True: not supported"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing = 'karras'"),
+        ("dpm2m", 10, 1.0, "sampler = 'dpm2m': unknown; did you mean 'dpmpp_2m'"),
+        ("ddim", 0, 1.0, "num_inference_steps = 0.*between 1 and the schedule's 1000"),
+        ("euler", 1001, 1.0, "num_inference_steps = 1001.*between 1 and the schedule's 1000"),
+        ("dpmpp_2m", 1000, 1.0, "num_inference_steps = 1000.*at most 999 steps"),
+        ("ddim", 10, 1.5, r"strength = 1\.5: must be between 0 and 1"),
+        (
+            "ddim",
+            3,
+            0.3,
+            r"strength = 0\.3: takes none of num_inference_steps = 3; .* at least 1 / 3",
+        ),
     ],
 )
-def test_unsupported_scheduler_config_is_refused(config, message):
+def test_refused_arguments(name: str, steps: int, strength: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ddim_settings(config)
+        make_sampler(name, SCHEDULE, {}, steps, strength=strength)

@@ -3,6 +3,9 @@
 Both sides call the same fixed nonlinear network, written in JAX and in torch, on the same noise.
 """
 
+import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, make_sampler
+from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, make_sampler, own_sampler
 from dspo_jax.schedule import Schedule
 
 torch = pytest.importorskip("torch")
@@ -20,7 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 RNG = np.random.default_rng(0)
-SHAPE = (2, 4, 4, 4)
+SHAPE = (2, 4, 6, 4)
 NOISE, IMAGE = (RNG.normal(size=SHAPE).astype(np.float32) for _ in range(2))
 STEP_NOISE = RNG.normal(size=(51, *SHAPE)).astype(np.float32)
 MIX = RNG.normal(size=(4, 4)).astype(np.float32) * 0.4
@@ -32,6 +35,8 @@ WANTED = {
     "DDPMScheduler": {"clip_sample": False},
     "PNDMScheduler": {"skip_prk_steps": True},
 }
+# 3 and 7 do not divide 1000; from 15 on DPM-Solver++ ends otherwise.
+STEPS = (1, 2, 3, 7, 10, 25, 50)
 TOLERANCE = 1e-4
 
 
@@ -49,23 +54,26 @@ def run(sampler: Any, noise: jax.Array, image: jax.Array | None = None) -> jax.A
     return sampler.run(network, sampler.start(noise, image), lambda i: jnp.asarray(STEP_NOISE)[i])
 
 
+class Draws:
+    """Stands for a torch generator: gives the rows of `STEP_NOISE` one after the other."""
+
+    def __init__(self) -> None:
+        self.rows = iter(STEP_NOISE)
+
+    def randn_tensor(self, shape: Any) -> Any:
+        noise = torch.from_numpy(next(self.rows))
+        return noise if noise.shape == shape else noise.permute(0, 3, 1, 2)
+
+
 @pytest.fixture(autouse=True)
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' schedulers draw `STEP_NOISE`, each run from its beginning."""
+    """diffusers' schedulers draw from the `Draws` that they are given as generator."""
     for scheduler in (diffusers.DDPMScheduler, diffusers.EulerAncestralDiscreteScheduler):
-        draws = iter(STEP_NOISE)
-
-        def set_timesteps(self: Any, *args: Any, real: Any = scheduler.set_timesteps, **kwargs: Any) -> None:
-            nonlocal draws
-            draws = iter(STEP_NOISE)
-            real(self, *args, **kwargs)
-
-        def randn_tensor(shape: Any, **kwargs: Any) -> Any:
-            noise = torch.from_numpy(next(draws))
-            return noise if noise.shape == shape else noise.permute(0, 3, 1, 2)
-
-        monkeypatch.setattr(scheduler, "set_timesteps", set_timesteps)
-        monkeypatch.setitem(scheduler.step.__globals__, "randn_tensor", randn_tensor)
+        monkeypatch.setitem(
+            scheduler.step.__globals__,
+            "randn_tensor",
+            lambda shape, generator, **_: generator.randn_tensor(shape),
+        )
 
 
 def make_scheduler(name: str, **settings: Any) -> Any:
@@ -77,15 +85,18 @@ def their_latents(scheduler: Any, num_inference_steps: int) -> tuple[np.ndarray,
     """The latents that diffusers ends with, and its timesteps."""
     scheduler.set_timesteps(num_inference_steps)
     x = torch.from_numpy(NOISE) * scheduler.init_noise_sigma
+    stochastic = "generator" in inspect.signature(scheduler.step).parameters
+    generator = {"generator": Draws()} if stochastic else {}
     for t in scheduler.timesteps:
         prediction = torch_network(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(prediction, t, x).prev_sample
+        x = scheduler.step(prediction, t, x, **generator).prev_sample
     return x.numpy(), scheduler.timesteps.numpy()
 
 
 def assert_same(name: str, num_inference_steps: int, **settings: Any) -> None:
     scheduler = make_scheduler(name, **settings)
-    config = dict(scheduler.config)
+    config = json.loads(scheduler.to_json_string())
+    assert own_sampler(config) == name
     sampler = make_sampler(name, Schedule.from_config(config), config, num_inference_steps)
     theirs, timesteps = their_latents(scheduler, num_inference_steps)
     label = f"{name}, {num_inference_steps} steps, {settings}"
@@ -104,14 +115,89 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, label: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_latents_match_diffusers(name: str, prediction_type: str, timestep_spacing: str) -> None:
     settings = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
-    for steps in (
-        1,
-        2,
-        3,
-        7,
-        10,
-        25,
-        50,
-    ):  # 3 and 7 do not divide 1000; from 15 on DPM-Solver++ ends otherwise
+    for steps in STEPS:
         for offset in (0, 1) if timestep_spacing == "leading" else (0,):
             assert_same(name, steps, steps_offset=offset, **settings)
+
+
+KARRAS = {"use_karras_sigmas": True}
+FINAL = {"final_sigmas_type": "sigma_min"}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ddim", {"set_alpha_to_one": False}),
+        ("ddim", {"beta_schedule": "linear"}),
+        ("ddpm", {"num_train_timesteps": 130}),
+        ("pndm", {"set_alpha_to_one": True}),
+        ("euler", KARRAS),
+        ("euler", {**KARRAS, "timestep_spacing": "leading", "steps_offset": 1}),
+        ("euler", {**KARRAS, "sigma_min": 0.1, "sigma_max": 12.0}),
+        ("euler", {"interpolation_type": "log_linear"}),
+        ("euler", {**KARRAS, "interpolation_type": "log_linear"}),
+        ("euler", FINAL),
+        ("dpmpp_2m", KARRAS),
+        ("dpmpp_2m", {**KARRAS, **FINAL}),
+        ("dpmpp_2m", FINAL),
+        ("dpmpp_2m", {**FINAL, "lower_order_final": False}),
+        ("dpmpp_2m", {"lower_order_final": False}),
+        ("dpmpp_2m", {**FINAL, "euler_at_final": True, "timestep_spacing": "trailing"}),
+    ],
+    ids=str,
+)
+def test_what_a_config_can_choose_matches_diffusers(
+    name: str, settings: dict[str, Any], prediction_type: str
+) -> None:
+    for steps in (1, 10, 25):
+        assert_same(name, steps, prediction_type=prediction_type, **settings)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_default_spacing_and_final_step_are_the_schedulers(name: str) -> None:
+    """A config without those keys, as older published ones are."""
+    config = {**STABLE_DIFFUSION, "num_train_timesteps": 1000}
+    theirs, _ = their_latents(make_scheduler(name), 10)
+    assert_close(run(make_sampler(name, Schedule.from_config(config), config, 10), NOISE), theirs, name)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model: Path) -> Any:
+    """diffusers' image-to-image pipeline, whose UNet is `torch_network`."""
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(tiny_model, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def forward(x: Any, t: Any, **_: Any) -> Any:
+        return (torch_network(x.permute(0, 2, 3, 1), t).permute(0, 3, 1, 2),)
+
+    pipe.unet.forward = forward
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in SAMPLERS), ("euler", KARRAS), ("dpmpp_2m", KARRAS)],
+    ids=str,
+)
+def test_image_to_image_matches_diffusers_pipeline(
+    name: str, settings: dict[str, Any], pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_latents = diffusers.StableDiffusionImg2ImgPipeline.prepare_latents
+    first_noise, image = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (NOISE, IMAGE))
+    monkeypatch.setitem(prepare_latents.__globals__, "randn_tensor", lambda *_, **__: first_noise)
+    pipeline.scheduler = make_scheduler(name, steps_offset=1, **settings)
+    config = json.loads(pipeline.scheduler.to_json_string())
+    for strength in (0.1, 0.3, 0.75, 0.9, 1.0):
+        theirs = pipeline(
+            image=image,
+            prompt_embeds=torch.zeros(2, 77, 12),
+            num_inference_steps=10,
+            strength=strength,
+            guidance_scale=1.0,
+            generator=Draws(),
+            output_type="latent",
+        ).images
+        sampler = make_sampler(name, Schedule.from_config(config), config, 10, strength=strength)
+        ours = run(sampler, NOISE, IMAGE)
+        assert_close(ours, theirs.permute(0, 2, 3, 1).numpy(), f"{name}, strength {strength}")

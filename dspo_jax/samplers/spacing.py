@@ -70,7 +70,7 @@ def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
 
 
 def spacing_of(config: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """The keyword arguments of `spaced_timesteps` that a config fixes; `default` is the scheduler's spacing."""
+    """The keyword arguments of `spaced_timesteps` that a config fixes; `default` is its scheduler's."""
     return {
         "timestep_spacing": config.get("timestep_spacing", default),
         "steps_offset": config.get("steps_offset", 0),
