@@ -1,0 +1,95 @@
+"""Images a second of the emoji model, here and by diffusers in torch, in one run.
+
+    python -m benchmarks.sample
+
+Both draw the same prompts from the same noise with DDIM and guidance, batch after batch, and decode; the
+first batch, which compiles, is timed by itself. Needs torch (the `test` extra).
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import torch
+from absl import flags
+
+from dspo_jax import cli
+from dspo_jax.image_sampler import Drawing, Job, initial_noise
+from dspo_jax.pipeline import load_pipeline
+from dspo_jax.sample import draw_batches
+
+PROMPT = "smiling face with sunglasses"
+
+
+def ours(
+    model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
+) -> tuple:
+    """Images [N, H, W, 3], and the seconds that each batch took."""
+    pipe = load_pipeline(model)
+    seconds, images = [], []
+    started = time.perf_counter()
+    for batch in draw_batches(pipe, jobs, drawing, batch_size=batch_size, size=size, compute_dtype="float32"):
+        images += [image for _, image in batch]
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    return np.stack(images), seconds
+
+
+def theirs(
+    model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
+) -> tuple:
+    """The same by diffusers."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(model, subfolder="scheduler")
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.array(initial_noise(jobs, size)).transpose(0, 3, 1, 2)
+    seconds, images = [], []
+    for start in range(0, len(jobs), batch_size):
+        started = time.perf_counter()
+        part = jobs[start : start + batch_size]
+        drawn = pipe(
+            [job.prompt for job in part],
+            latents=torch.tensor(noise[start : start + batch_size].copy()),
+            num_inference_steps=drawing.steps,
+            guidance_scale=drawing.guidance_scale,
+            height=size[0] * pipe.vae_scale_factor,
+            width=size[1] * pipe.vae_scale_factor,
+            output_type="np",
+        ).images
+        images += list((drawn * 255).round().astype(np.uint8))
+        seconds.append(time.perf_counter() - started)
+    return np.stack(images), seconds
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    del argv
+    values = flags.FLAGS
+    model, batch_size = values.model, values.batch_size
+    pipe = load_pipeline(model)
+    side = pipe.unet.config["sample_size"]
+    size = (side, side, pipe.latent_channels)
+    drawing = Drawing(steps=values.steps, guidance_scale=4.0)
+    jobs = [Job(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
+    name = Path(model).resolve().name
+    print(f"{name}: batches of {batch_size}, {values.steps} steps of DDIM, {jax.device_count()} device(s)")
+    results = {}
+    for name, draw in (("dspo_jax", ours), ("diffusers, torch", theirs)):
+        images, seconds = draw(model, jobs, drawing, batch_size, size)
+        speed = batch_size * len(seconds[1:]) / sum(seconds[1:])
+        results[name] = images, speed
+        print(f"{name:<18}{speed:8.2f} images/s; the first batch {seconds[0]:.1f} s", flush=True)
+    (a, fast), (b, slow) = results.values()
+    difference = np.abs(a.astype(int) - b).mean()
+    print(f"ratio {fast / slow:.2f}; mean difference of the images {difference:.3f} of 255 levels")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", "examples/emoji/model", "A diffusers folder.")
+    flags.DEFINE_integer("batch_size", 16, "Images in a batch.")
+    flags.DEFINE_integer("batches", 4, "Timed batches, after the first.")
+    flags.DEFINE_integer("steps", 25, "DDIM steps.")
+    cli.run(main)
