@@ -42,7 +42,9 @@ def theirs(
     model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
 ) -> tuple:
     """The same by diffusers."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, local_files_only=True
+    )
     pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
     noise = np.array(initial_noise(jobs, size)).transpose(0, 3, 1, 2)
