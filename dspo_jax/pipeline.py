@@ -160,7 +160,7 @@ class Pipeline:
         Args:
           params: by component.
           latents: [B, h, w, C] in UNet units.
-          timesteps: [B] integers.
+          timesteps: [B], integers, or floats between them (Euler's).
           text: of B captions.
           micro_conditioning: [B, 6] pixels: original height and width, top and left of the crop, target
             height and width (SDXL, section 2.2). Only SDXL reads it.
