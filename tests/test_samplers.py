@@ -34,6 +34,7 @@ def draw(i: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
 def test_timesteps_match_diffusers(timestep_spacing: str) -> None:
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     for steps, offset in itertools.product((1, 2, 3, 7, 10, 50, 333, 500, 999), (0, 1)):
         theirs = diffusers.DDIMScheduler(timestep_spacing=timestep_spacing, steps_offset=offset)
