@@ -1,0 +1,43 @@
+"""Rewards computed from the pixels: no weights, exact everywhere."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from dspo_jax.rewards.registry import register_function
+
+
+@register_function("compressibility", "JPEG quality 95")
+def compressibility(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """Minus the size in kB (1,000 bytes) of each image as a JPEG of quality 95.
+
+    Source: the reward of DDPO (Black et al. 2023, arXiv:2305.13301, section 5.1), which is minus the size
+    too; the quality is its released code's.
+    """
+    del prompts
+    return np.array([-_jpeg_bytes(image) / 1000 for image in images], np.float32)
+
+
+def _jpeg_bytes(image: np.ndarray) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
+    return buffer.tell()
+
+
+@register_function("colourfulness", "Hasler & Süsstrunk 2003")
+def colourfulness(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """How colourful each image looks: about 0 for greys, 109 for what people called extremely colourful.
+
+    Source: Hasler and Süsstrunk, "Measuring colourfulness in natural images", 2003: M3 = sqrt(var(rg) +
+    var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) with rg = R - G and yb = (R + G) / 2 - B.
+    """
+    del prompts
+    scores = []
+    for image in images:
+        red, green, blue = np.moveaxis(image.astype(np.float64), -1, 0)
+        opponents = np.stack([red - green, (red + green) / 2 - blue])
+        deviation = np.sqrt(opponents.var(axis=(1, 2)).sum())
+        scores.append(deviation + 0.3 * np.sqrt((opponents.mean(axis=(1, 2)) ** 2).sum()))
+    return np.array(scores, np.float32)

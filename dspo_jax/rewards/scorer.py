@@ -1,0 +1,61 @@
+"""A network as a reward: pictures and prompts in batches of one size, over all devices of a process."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dspo_jax import sharding
+from dspo_jax.models import Params
+
+
+class Scorer:
+    """Scores with a network; compiled once."""
+
+    def __init__(
+        self,
+        network: Callable[[Params, jax.Array, Any], jax.Array],
+        params: Params,
+        prepare: Callable[[Image.Image], np.ndarray],
+        tokenize: Callable[[Sequence[str]], Any],
+        *,
+        batch_size: int,
+    ):
+        """Puts the weights on the devices of this process.
+
+        Args:
+          network: pure: (params, pixels [B, H, W, 3] float32, tokens) -> scores [B] float32.
+          params: its weights.
+          prepare: an RGB picture of any size -> pixels [H, W, 3] float32.
+          tokenize: B prompts -> what `network` takes as tokens: arrays with a leading axis B.
+          batch_size: images in one call, filled up to a multiple of the devices.
+        """
+        devices = jax.local_devices()
+        mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        self._batch_size = math.ceil(batch_size / len(devices)) * len(devices)
+        self._placement = sharding.batch_sharding(mesh)
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._network = jax.jit(network, out_shardings=sharding.replicated(mesh))
+        self._prepare, self._tokenize = prepare, tokenize
+
+    def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Scores [N] float32 of N images [H, W, 3] uint8; a short last batch is filled up."""
+        scores: list[np.ndarray] = []
+        with ThreadPoolExecutor() as pool:
+            pixels = pool.map(lambda image: self._prepare(Image.fromarray(image)), images)
+            for start in range(0, len(images), self._batch_size):
+                batch = list(itertools.islice(pixels, self._batch_size))
+                texts = list(prompts[start : start + self._batch_size])
+                missing = self._batch_size - len(batch)
+                inputs = (
+                    np.stack(batch + [batch[-1]] * missing),
+                    self._tokenize(texts + [texts[-1]] * missing),
+                )
+                result = self._network(self._params, *jax.device_put(inputs, self._placement))
+                scores.append(np.asarray(result)[: len(batch)])
+        return np.concatenate(scores)
