@@ -1,4 +1,4 @@
-"""Weights that are published as `torch.save` files: torch's own safe loader reads them, once, to convert them.
+"""Weights published as `torch.save` files: torch's own safe loader reads them, once, to convert them.
 
 The only place that imports torch, and only when such a file is given.
 """
@@ -34,7 +34,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: reading a torch file needs torch; pip install torch") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: no file of tensors alone, as torch.save writes it ({reason})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
