@@ -8,7 +8,6 @@ first batch, which compiles, is timed by itself. Needs torch (the `test` extra).
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import diffusers
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from absl import flags
 
-from dspo_jax import cli
+from dspo_jax import cli, sharding
 from dspo_jax.image_sampler import Drawing, Job, initial_noise
 from dspo_jax.pipeline import load_pipeline
 from dspo_jax.sample import draw_batches
@@ -69,6 +68,7 @@ def theirs(
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     del argv
+    sharding.use_cpu_cores()
     values = flags.FLAGS
     model, batch_size = values.model, values.batch_size
     pipe = load_pipeline(model)
@@ -76,8 +76,7 @@ def main(argv: Sequence[str]) -> None:
     size = (side, side, pipe.latent_channels)
     drawing = Drawing(steps=values.steps, guidance_scale=4.0)
     jobs = [Job(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
-    name = Path(model).resolve().name
-    print(f"{name}: batches of {batch_size}, {values.steps} steps of DDIM, {jax.device_count()} device(s)")
+    print(f"{model}: batches of {batch_size}, {values.steps} steps of DDIM, {jax.device_count()} device(s)")
     results = {}
     for name, draw in (("dspo_jax", ours), ("diffusers, torch", theirs)):
         images, seconds = draw(model, jobs, drawing, batch_size, size)

@@ -197,8 +197,7 @@ def _latent_size(pipe: Pipeline, size: tuple[int, int] | None) -> tuple[int, int
     if size is None:
         side = pipe.unet.config["sample_size"]
         return side, side, pipe.latent_channels
-    # The UNet halves its input between any two of its levels.
-    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.settings["block_out_channels"]) - 1)
+    multiple = pipe.vae_scale_factor
     for name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < multiple or pixels % multiple:
             raise ValueError(f"--{name}={pixels}: must be a positive multiple of {multiple} for this model")
@@ -292,6 +291,7 @@ def read_options(settings: Any) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    sharding.use_cpu_cores()
     distributed.initialize_from_flags()
     sheet = sample(**read_options(flags.FLAGS))
     if sheet is not None:

@@ -37,12 +37,13 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
-        if not overwrite:
+        if not overwrite and any(out.glob("[0-9]*-*/[0-9]*")):
             key = differing[0]
-            raise ValueError(
-                f"--out={out}: holds images with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}; "
-                "choose another folder, or --overwrite them"
-            )
+            if key.endswith("_sha256"):
+                what = f"of other {key.removesuffix('_sha256')}"
+            else:
+                what = f"with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}"
+            raise ValueError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
         for old in (*out.glob("[0-9]*-*"), out / _MANIFEST, *out.glob("contact_sheet*.png")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif out.is_dir() and any(out.iterdir()):

@@ -5,6 +5,7 @@ parameters, `tensor` splits single layers where a rule says so.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,18 @@ RULES: tuple[Rule, ...] = (
     # Gathering what is so small costs more than holding it.
     (r"\.(bias|scale)$", PartitionSpec()),
 )
+
+
+def use_cpu_cores() -> None:
+    """Makes a device of each CPU core, up to 8 and a power of two; call it before anything asks for a device.
+
+    XLA keeps little more than one core busy with one device; each of several works on its part of a batch.
+    What the user has set (`XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`) stays. Accelerators are not affected.
+    """
+    set_by_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not set_by_user and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(min(cores, 8))))
 
 
 def make_mesh(

@@ -91,11 +91,19 @@ def test_images_of_other_settings_are_refused_or_deleted_on_request(draw, tmp_pa
     other = Drawing(steps=2, guidance_scale=3.0)
     with pytest.raises(ValueError, match=r"out: holds images with guidance_scale = 2\.0, here it is 3\.0"):
         draw(seeds=(0,), drawing=other)
-    with pytest.raises(ValueError, match=r"holds images with prompts_sha256"):
+    with pytest.raises(ValueError, match=r"holds images of other prompts; choose"):
         draw(seeds=(0,), prompts=[Prompt("another")])
     assert images_of(out / "0-base").keys() == before.keys()
     draw(seeds=(5,), drawing=other, overwrite=True)
     assert list(images_of(out / "0-base")) == ["00000_5.png", "00001_5.png"]
+
+
+def test_a_folder_without_an_image_is_free_for_other_settings(draw, tmp_path):
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"no\.png: undecodable image"):
+        draw(seeds=(0,), prompts=[Prompt("edit", tmp_path / "no.png")])
+    draw(seeds=(0,))
+    assert len(images_of(tmp_path / "out" / "0-base")) == 2
 
 
 def test_other_peoples_files_are_not_touched(draw, tmp_path):
@@ -123,9 +131,9 @@ def test_any_size_format_and_noise(draw, model, tmp_path):
         draw(init_latents=noise, **{**changes, "seeds": (0, 1)})
 
 
-def test_a_size_that_the_unet_cannot_halve_is_refused(draw, tiny_model):
-    with pytest.raises(ValueError, match="--width=20: must be a positive multiple of 8 for this model"):
-        draw(models={"base": tiny_model}, size=(16, 20))
+def test_a_size_that_the_vae_cannot_halve_is_refused(draw, tiny_model):
+    with pytest.raises(ValueError, match="--width=22: must be a positive multiple of 4 for this model"):
+        draw(models={"base": tiny_model}, size=(16, 22))
 
 
 def test_editing_goes_from_the_image_to_the_prompt(draw, model, tmp_path):

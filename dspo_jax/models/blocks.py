@@ -158,8 +158,10 @@ class Upsample2D(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv2d(channels, channels, 3, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(double(x))
+    def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
+        """[B, h, w, C] -> [B, 2h, 2w, C], or `size` (height, width), which may be one less each."""
+        height, width = size or (None, None)
+        return self.conv(double(x)[:, :height, :width])
 
 
 class Attention(nnx.Module):

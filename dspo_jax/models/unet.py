@@ -128,7 +128,6 @@ class UNet2DCondition(nnx.Module):
         self.time_features = channels[0]
         self.flip_sin_to_cos = cfg["flip_sin_to_cos"]
         self.freq_shift = cfg["freq_shift"]
-        self.downscale = 2 ** (levels - 1)
         temb = 4 * channels[0]
         groups, epsilon = cfg["norm_num_groups"], cfg["norm_eps"]
 
@@ -207,7 +206,7 @@ class UNet2DCondition(nnx.Module):
         """Predict the target of the noisy latents.
 
         Args:
-          sample: [B, h, w, in_channels] noisy latents (UNet units); h and w divisible by 2^(levels - 1).
+          sample: [B, h, w, in_channels] noisy latents (UNet units).
           timesteps: [B] integers.
           encoder_hidden_states: [B, S, cross_attention_dim] text states.
           text_embeds: [B, F] pooled text (SDXL only).
@@ -218,12 +217,9 @@ class UNet2DCondition(nnx.Module):
           [B, h, w, out_channels] in the dtype of `sample`.
 
         Raises:
-          ValueError: a spatial size that cannot be halved level by level; SDXL's conditions missing or
-            unexpected; an unknown policy.
+          ValueError: SDXL's conditions missing or unexpected; an unknown policy.
         """
         dtype = sample.dtype
-        if sample.shape[1] % self.downscale or sample.shape[2] % self.downscale:
-            raise ValueError(f"latent size {sample.shape[1:3]} must be divisible by {self.downscale}")
         wants = hasattr(self, "add_embedding")
         if wants != (text_embeds is not None and time_ids is not None):
             raise ValueError(
@@ -266,5 +262,5 @@ class UNet2DCondition(nnx.Module):
                 if transformer is not None:
                     x = transformer(x, context, remat)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)
+                x = block.upsamplers[0](x, skips[-1].shape[1:3])  # the level above may be of odd size
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))

@@ -5,20 +5,17 @@
 Everything lands in runs/demo. Stopped half-way, the same command goes on where it was.
 """
 
-import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from configs import emoji_dspo
 from configs.encode import emoji
-from dspo_jax import cli, metrics, sample, train
+from dspo_jax import cli, metrics, sample, sharding, train
 from dspo_jax.data import shards
 from dspo_jax.encode import encode
 from dspo_jax.export_model import export
@@ -111,8 +108,7 @@ def run_demo(out: Path, console: Console) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    # One device keeps little more than one core busy; of several, each works on its part of a batch.
-    jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(min(os.cpu_count() or 1, 8))))
+    sharding.use_cpu_cores()
     run_demo(Path(flags.FLAGS.out), Console())
 
 

@@ -51,10 +51,10 @@ SDXL = SD15 | {
 }
 
 
-def inputs(channels: int = 4):
-    """Latents [2, 8, 4, channels], timesteps [2] and text states [2, 5, 12]."""
+def inputs(channels: int = 4, size: tuple[int, int] = (8, 4)):
+    """Latents [2, *size, channels], timesteps [2] and text states [2, 5, 12]."""
     draw = np.random.default_rng(0)
-    latents = draw.standard_normal((2, 8, 4, channels), np.float32)
+    latents = draw.standard_normal((2, *size, channels), np.float32)
     return latents, np.int32([3, 871]), draw.standard_normal((2, 5, 12), np.float32)
 
 
@@ -94,19 +94,21 @@ def test_forward_and_gradients_match_diffusers(config, added, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "added"),
+    ("config", "added", "size"),
     [
         # Other values than the published ones: both embeddings must follow them.
-        (SDXL | {"flip_sin_to_cos": False, "freq_shift": 1}, ADDED),
+        (SDXL | {"flip_sin_to_cos": False, "freq_shift": 1}, ADDED, (8, 4)),
         # Inpainting: noisy latents, a mask, and the latents of the masked image.
-        (SD2 | {"in_channels": 9}, {}),
+        (SD2 | {"in_channels": 9}, {}, (8, 4)),
+        # Two levels that cannot be halved, 7 x 5 and 4 x 3.
+        (SDXL, ADDED, (7, 5)),
     ],
-    ids=["sin first", "inpaint"],
+    ids=["sin first", "inpaint", "odd size"],
 )
-def test_forward_matches_diffusers(config, added, tmp_path):
+def test_forward_matches_diffusers(config, added, size, tmp_path):
     module = randomize(UNet2DConditionModel(**config))
     model, params = save(module, tmp_path)
-    latents, timesteps, text = inputs(channels=model.config["in_channels"])
+    latents, timesteps, text = inputs(model.config["in_channels"], size)
     with torch.no_grad():
         theirs = theirs_of(module, latents, timesteps, text, **added)
     prediction = compile_fast(model.apply)(params, latents, timesteps, text, **added)
