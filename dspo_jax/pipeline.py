@@ -184,6 +184,43 @@ class Pipeline:
             remat=remat,
         )
 
+    def predict_pairs(
+        self,
+        params: Mapping[str, Params],
+        noisy: jax.Array,
+        timesteps: jax.Array,
+        tokens: jax.Array,
+        micro_conditioning: jax.Array,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """The UNet's output for noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
+
+        Args:
+          params: "unet" and the text encoders.
+          noisy: [B, P, h, w, C] in UNet units.
+          timesteps: [B, P].
+          tokens: [B, E, 77].
+          micro_conditioning: [B, P, 6], see `predict`.
+          remat: a policy of models/remat.py for the backward pass.
+
+        Returns:
+          [B, P, h, w, C] in the dtype of `noisy`. A pair is folded into the batch as (winner 0, loser 0,
+          winner 1, ...), and its text is encoded once.
+        """
+        images = noisy.shape[1]
+        text = jax.tree.map(
+            lambda x: jnp.repeat(x, images, axis=0), self.encode_text(params, tokens, remat=remat)
+        )
+
+        def fold(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, *x.shape[2:])
+
+        output = self.predict(
+            params, fold(noisy), fold(timesteps), text, fold(micro_conditioning), remat=remat
+        )
+        return output.reshape(noisy.shape)
+
     def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:
         """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
 

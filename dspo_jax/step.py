@@ -179,33 +179,9 @@ def predict(
     tokens: jax.Array,
     micro_conditioning: jax.Array,
 ) -> jax.Array:
-    """The UNet's output for noisy latents [B, P, h, w, C] under a caption for each pair.
-
-    Args:
-      task: names the model and the compute dtype.
-      params: "unet" and the text encoders.
-      noisy: [B, P, h, w, C] in UNet units.
-      timesteps: [B, P].
-      tokens: [B, E, 77].
-      micro_conditioning: [B, P, 6], see `Pipeline.predict`.
-
-    Returns:
-      [B, P, h, w, C] in the compute dtype. A pair is folded into the batch as (winner 0, loser 0, winner 1,
-      ...), and its text is encoded once.
-    """
-    images = noisy.shape[1]
-    text = jax.tree.map(
-        lambda x: jnp.repeat(x, images, axis=0), task.pipe.encode_text(params, tokens, remat=task.remat)
-    )
-
-    def fold(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[2:])
-
-    latents = fold(noisy.astype(task.compute_dtype))
-    output = task.pipe.predict(
-        params, latents, fold(timesteps), text, fold(micro_conditioning), remat=task.remat
-    )
-    return output.reshape(noisy.shape)
+    """`Pipeline.predict_pairs` in the task's compute dtype."""
+    noisy = noisy.astype(task.compute_dtype)
+    return task.pipe.predict_pairs(params, noisy, timesteps, tokens, micro_conditioning, remat=task.remat)
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:

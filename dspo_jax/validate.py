@@ -1,25 +1,42 @@
 """Held-out pairs: does the model rank them as people did? Implicit accuracy, margins and errors by timestep.
 
-The implicit reward of an image is the decrease of its denoising error against the reference (Diffusion-DPO,
-S4.1).
+    python -m dspo_jax.validate --model runs/mine --data data/pairs --split test --draws 16
+
+The implicit reward of an image is the decrease of its denoising error against the reference, averaged over
+draws of timestep and noise (Diffusion-DPO, S4.1, where it serves as a reward model in Table S2).
 Every call uses the same noise and the same timesteps, so that curves over a run compare like with like.
 """
 
-from collections.abc import Callable, Mapping
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
 
-from dspo_jax.data import loader
-from dspo_jax.metrics import binomial_interval
+from dspo_jax import cli, distributed
+from dspo_jax.convert import read_config
+from dspo_jax.data import datasets, loader, shards
+from dspo_jax.metrics import Progress, binomial_interval
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
+from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.schedule import Schedule
-from dspo_jax.sharding import batch_share, check_batch_size, replicated, shard_batch
+from dspo_jax.sharding import (
+    batch_share,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    shard_batch,
+    use_cpu_cores,
+)
 
 # (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, 77], micro-conditioning
 # [B, P, 6]) -> the UNet's output.
@@ -100,10 +117,13 @@ class Validator:
         # What every process reads of the result must be on every device.
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
-    def __call__(self, policy: Any, reference: Any) -> dict[str, float]:
+    def __call__(
+        self, policy: Any, reference: Any, report: Callable[[int], None] = lambda judged: None
+    ) -> dict[str, float]:
         """Scalars of the whole split.
 
-        Both are what `predict` takes, in the same dtype; `reference` is None for a run without one.
+        Both are what `predict` takes, in the same dtype; `reference` is None for a run without one. `report`
+        is told how many examples have been judged.
 
         `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for
         pairs `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
@@ -113,10 +133,13 @@ class Validator:
         With `_t500` and the like at the end, those of one timestep bin: the drifts, margin and accuracy, or
         the errors where there is no reference.
         """
-        results = [
-            np.stack([self._judge_examples(policy, reference, examples, t) for t in self._timesteps], axis=1)
-            for examples in self._batches()
-        ]
+        results = []
+        judged = 0
+        for examples in self._batches():
+            draws = [self._judge_examples(policy, reference, examples, t) for t in self._timesteps]
+            results.append(np.stack(draws, axis=1))
+            judged += len(examples["index"])
+            report(judged)
         values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image
         return summarise(values_SDBP, self._timesteps)
 
@@ -178,3 +201,118 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
         summary[f"margin_t{timestep}"] = float(margins_N.mean())
         summary[f"implicit_accuracy_t{timestep}"] = float((0.5 + 0.5 * np.sign(margins_N)).mean())
     return summary
+
+
+def judge(
+    model: str | Path,
+    reference: str | Path | None,
+    data: str | Path,
+    *,
+    split: str,
+    draws: int,
+    batch_size: int,
+    compute_dtype: str,
+) -> dict[str, float]:
+    """What `Validator` says of a model against its reference, on all devices.
+
+    Args:
+      model: a training workdir or a diffusers folder.
+      reference: what it was trained from; None is what a workdir's config says.
+      data: a dataset of pairs written by `dspo_jax.encode`, or several separated by commas.
+      split, draws: see `Validator`.
+      batch_size: pairs in one call, filled up to a multiple of the devices.
+      compute_dtype: of the networks.
+
+    Raises:
+      ValueError: no reference, data of another model or of single images, or what `Validator` refuses.
+      FileNotFoundError: a folder is missing.
+    """
+    if reference is None:
+        if not (Path(model) / "checkpoints").is_dir():
+            raise ValueError(
+                f"--model={model}: no training workdir; give --reference, what it was trained from"
+            )
+        reference = read_config(Path(model))["model"]
+    pipes = load_pipeline(model), load_pipeline(reference)
+    for dataset in datasets.read_datasets(data):
+        shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
+        if dataset.manifest["images_per_example"] == 1:
+            raise ValueError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
+    if pipes[0].unet.config != pipes[1].unet.config:
+        raise ValueError(f"--reference={reference}: its UNet is another one than that of {model}")
+    mesh = make_mesh({"data": -1})
+
+    def place(pipe: Pipeline) -> Any:
+        params = {name: pipe.read_params(name, compute_dtype) for name in ("unet", *pipe.text_encoders)}
+        return jax.device_put(params, replicated(mesh))
+
+    def predict(params: Any, noisy: jax.Array, *inputs: jax.Array) -> jax.Array:
+        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), *inputs)
+
+    validator = Validator(
+        predict,
+        pipes[0].schedule,
+        mesh,
+        path=data,
+        split=split,
+        batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
+        draws=draws,
+    )
+    with Progress("validate", validator.num_examples, active=distributed.is_first()) as progress:
+        return validator(place(pipes[0]), place(pipes[1]), progress.update)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    use_cpu_cores()
+    distributed.initialize_from_flags()
+    values = flags.FLAGS
+    dtype = values.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    scores = judge(
+        values.model,
+        values.reference,
+        values.data,
+        split=values.split,
+        draws=values.draws,
+        batch_size=values.batch_size,
+        compute_dtype=dtype,
+    )
+    if not distributed.is_first():
+        return
+    if values.out:
+        Path(values.out).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    table = Table(title=f"{values.data}, {values.split}: {values.draws} draw(s) for each pair, {dtype}")
+    for heading in ("timestep", "implicit accuracy", "margin"):
+        table.add_column(heading, justify="right")
+    for name in scores:
+        if name.startswith("implicit_accuracy_t"):
+            timestep = name.removeprefix("implicit_accuracy_t")
+            table.add_row(timestep, f"{scores[name]:.3f}", f"{scores[f'margin_t{timestep}']:+.3g}")
+    low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
+    accuracy = f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    table.add_row("averaged", accuracy, f"{scores['margin']:+.3g}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "A training workdir or a diffusers folder.", required=True)
+    flags.DEFINE_string("reference", None, "What it was trained from (default: what its workdir says).")
+    flags.DEFINE_string(
+        "data",
+        None,
+        "Pairs written by dspo_jax.encode, or several such folders, separated by commas.",
+        required=True,
+    )
+    flags.DEFINE_string("split", "validation", "Which of its splits.")
+    flags.DEFINE_integer("draws", 8, "Draws of timestep and noise for each pair; the timesteps lie evenly.")
+    flags.DEFINE_integer("batch_size", 32, "Pairs in one call of the networks.")
+    flags.DEFINE_enum(
+        "compute_dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of the networks (default: bfloat16 on an accelerator).",
+    )
+    flags.DEFINE_string("out", None, "A .json file for the numbers.")
+    distributed.define_flags()
+    cli.run(main)

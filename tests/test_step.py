@@ -14,7 +14,7 @@ from tiny_run import make_config, read_batches
 
 from dspo_jax import start
 from dspo_jax import step as step_module
-from dspo_jax.pipeline import Text, load_pipeline
+from dspo_jax.pipeline import Pipeline, Text, load_pipeline
 from dspo_jax.sharding import make_mesh, replicated, shard_batch
 from dspo_jax.step import Metrics, TrainState, compile_step, draw_noise, loss_fn, policy_params
 
@@ -316,7 +316,7 @@ def test_a_dropped_caption_becomes_the_empty_one_for_the_whole_pair(task, batche
     np.testing.assert_array_equal(sometimes, np.where(drop[:, None, None], always, never))
 
 
-def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(task, batches):
+def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(batches):
     """With a network that adds up what it is given."""
 
     def encode_text(params, tokens, remat):
@@ -333,6 +333,6 @@ def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(task, batches
     timesteps, tokens = np.int32([[1, 500], [900, 20], [300, 301]]), batches[0]["tokens"][:3]
     micro_conditioning = draw.integers(0, 100, (3, 2, 6)).astype(np.int32)
     inputs = (jnp.asarray(x) for x in (noisy, timesteps, tokens, micro_conditioning))
-    actual = step_module.predict(dataclasses.replace(task, pipe=pipe), params, *inputs)
+    actual = Pipeline.predict_pairs(pipe, params, *inputs)
     added = timesteps + 0.5 * tokens.sum((1, 2))[:, None] + micro_conditioning @ np.arange(6)
     np.testing.assert_allclose(actual, 3 * noisy + added[..., None, None, None], rtol=1e-6)

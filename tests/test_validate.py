@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import write_pairs
+from tiny_run import make_config
 
+from dspo_jax.metrics import read_validations
 from dspo_jax.schedule import Schedule
 from dspo_jax.sharding import make_mesh
-from dspo_jax.validate import Validator, summarise
+from dspo_jax.train import train
+from dspo_jax.validate import Validator, judge, summarise
 
 SCHEDULE = Schedule.scaled_linear()
 
@@ -156,3 +159,29 @@ def test_what_cannot_be_judged_is_refused(make_validator, change, message):
     with pytest.raises(ValueError, match=r"config|split") as caught:
         make_validator(**change)
     assert str(caught.value).endswith(message)
+
+
+def test_the_command_finds_what_the_run_found(shallow_model, tiny_pairs, tmp_path):
+    changes = {"steps": 3, "validation.every": 3, "validation.draws": 2, "optimizer.learning_rate": 1e-2}
+    train(make_config(shallow_model, tiny_pairs, changes), tmp_path / "run")
+    expected = read_validations(tmp_path / "run" / "metrics.jsonl")[3]
+    options = {"split": "validation", "draws": 2, "batch_size": 4, "compute_dtype": "float32"}
+    scores = judge(tmp_path / "run", None, tiny_pairs, **options)
+    assert abs(scores["margin"]) > 1e-4
+    assert {name: expected[name] for name in scores} == pytest.approx(scores, rel=1e-3, abs=1e-6)
+
+    # The other way round every reward has the other sign; a folder does not say what it was trained from.
+    back = judge(shallow_model, tmp_path / "run", tiny_pairs, **options)
+    assert back["margin"] == pytest.approx(-scores["margin"], rel=1e-3)
+    with pytest.raises(ValueError, match="no training workdir; give --reference"):
+        judge(shallow_model, None, tiny_pairs, **options)
+
+
+def test_the_command_refuses_single_images_and_another_model(shallow_model, tiny_model, tmp_path):
+    options = {"split": "validation", "draws": 1, "batch_size": 4, "compute_dtype": "float32"}
+    singles = write_pairs(tmp_path / "singles", shallow_model, validation=2, images=1)
+    with pytest.raises(ValueError, match=r"singles: holds single images; implicit accuracy is of pairs"):
+        judge(shallow_model, shallow_model, singles, **options)
+    pairs = write_pairs(tmp_path / "pairs", shallow_model, validation=2)
+    with pytest.raises(ValueError, match="its UNet is another one than that of"):
+        judge(shallow_model, tiny_model, pairs, **options)
