@@ -20,19 +20,21 @@ class Prompt:
     Attributes:
       text: may be empty.
       image: the file of the picture to start from (image editing); None starts from noise.
+      category: what tables group it under; "" is none.
     """
 
     text: str
     image: Path | None = None
+    category: str = ""
 
 
 def read_prompts(text_or_file: str) -> list[Prompt]:
     """The prompts of a file, in its order; or one prompt, if the argument ends in none of these.
 
     `.txt`: one a line, empty lines are passed over. `.jsonl`: objects with `prompt` (or `caption`, `text`)
-    and perhaps `image`, a file to start from, relative to this one; or strings. `.json`: a list of the same.
-    `.tsv` (PartiPrompts), `.csv`: a column `prompt` (or `caption`, `text`), upper or lower case, and perhaps
-    `image`. `.parquet`: the same columns.
+    and perhaps `image`, a file to start from, relative to this one, and `category`; or strings. `.json`: a
+    list of the same. `.tsv` (PartiPrompts), `.csv`: a column `prompt` (or `caption`, `text`), upper or lower
+    case, and perhaps `image` and `category`. `.parquet`: the same columns.
 
     Raises:
       FileNotFoundError: it ends like a file and there is none, or an image is missing.
@@ -72,13 +74,14 @@ def _parse(row: Any, path: Path, where: str) -> Prompt:
     text = next((fields[key] for key in _TEXT_KEYS if key in fields), None)
     if not isinstance(text, str):
         raise ValueError(f"{path}: {where}: no text under {', '.join(_TEXT_KEYS)} (found: {', '.join(row)})")
+    category = str(fields.get("category") or "").strip()
     name = fields.get("image")
     if not name:
-        return Prompt(text.strip())
+        return Prompt(text.strip(), category=category)
     image = path.parent / str(name)
     if not image.is_file():
         raise FileNotFoundError(f"{path}: {where}: image = {name!r}: no such file")
-    return Prompt(text.strip(), image)
+    return Prompt(text.strip(), image, category)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -115,9 +118,10 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        table = pq.read_table(path)
+        names = pq.read_schema(path).names
+        wanted = [name for name in names if name.lower() in (*_TEXT_KEYS, "image", "category")]
+        # Other columns may hold gigabytes of images.
+        rows = pq.read_table(path, columns=wanted).to_pylist() if wanted else [dict.fromkeys(names)]
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not parquet ({error})") from error
-    wanted = [name for name in table.column_names if name.lower() in (*_TEXT_KEYS, "image")]
-    rows = table.select(wanted).to_pylist() if wanted else [dict.fromkeys(table.column_names)]
     return ((f"row {number}", row) for number, row in enumerate(rows))

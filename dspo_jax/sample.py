@@ -19,17 +19,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from dspo_jax import cli, distributed, samplers, sharding
+from dspo_jax import cli, distributed, sharding
 from dspo_jax.data.prepare import prepare_image
 from dspo_jax.data.sources import BadRow, decode_image
 from dspo_jax.decoding import Decoder
+from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.metrics import Progress
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.prompts import Prompt, read_prompts
-from dspo_jax.sample_folder import claim_output, save_image, write_manifest, write_sheets
-
-FORMATS = ("png", "webp")
+from dspo_jax.sample_folder import claim_output, place_images, save_image, write_manifest, write_sheets
 
 
 def sample(
@@ -60,7 +59,7 @@ def sample(
       size: height and width in pixels; None is what the model was made for.
       init_latents: standard normal [prompts, h, w, C] to start from in place of noise of the seed.
       compute_dtype: of UNet and text encoders; None is bfloat16 on an accelerator, else float32.
-      image_format: one of `FORMATS`; webp without loss.
+      image_format: one of `sample_folder.FORMATS`; webp without loss.
       vae_tile, preview_vae: see `Decoder`.
       overwrite: whether images of other settings that are there may be deleted.
 
@@ -101,11 +100,7 @@ def sample(
         claim_output(out, settings, overwrite=overwrite)
     distributed.wait_for_all("output folder claimed")
     jobs = [Job(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    folders = {label: out / f"{i}-{Path(label).name}" for i, label in enumerate(models)}
-    files = {
-        label: {job: folder / f"{job.prompt_index:05d}_{job.seed}.{image_format}" for job in jobs}
-        for label, folder in folders.items()
-    }
+    files = place_images(out, list(models), jobs, image_format)
     # Each process draws a part of the images by itself.
     mine = jobs[jax.process_index() :: jax.process_count()]
     with Progress("sample", len(mine) * len(models), active=distributed.is_first()) as progress:
@@ -116,7 +111,7 @@ def sample(
             progress.update(done)
             if not missing:
                 continue
-            folders[label].mkdir(parents=True, exist_ok=True)
+            files[label][missing[0]].parent.mkdir(parents=True, exist_ok=True)
             batches = draw_batches(
                 pipe,
                 missing,
@@ -234,22 +229,6 @@ def _read_latents(path: str) -> np.ndarray:
     return latents.astype(np.float32)
 
 
-def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: float) -> list[Prompt]:
-    """The prompts with the one image given for all of them; refuses a mixture, and a strength without."""
-    if init_image is not None:
-        if not Path(init_image).is_file():
-            raise FileNotFoundError(f"--init_image={init_image}: no such file")
-        prompts = [Prompt(prompt.text, prompt.image or Path(init_image)) for prompt in prompts]
-    with_image = sum(prompt.image is not None for prompt in prompts)
-    if 0 < with_image < len(prompts):
-        raise ValueError(
-            f"--prompts: {with_image} of {len(prompts)} have an image; give all of them one, or --init_image"
-        )
-    if not with_image and strength != 1:
-        raise ValueError(f"--strength={strength:g}: is of editing an image; give --init_image")
-    return list(prompts)
-
-
 def read_options(settings: Any) -> dict[str, Any]:
     """The arguments of `sample` that the command's options stand for.
 
@@ -257,34 +236,13 @@ def read_options(settings: Any) -> dict[str, Any]:
       ValueError: an option that is refused.
       FileNotFoundError: a file that is missing.
     """
-    if (settings.height is None) != (settings.width is None):
-        raise ValueError("--height and --width: give both or none")
-    prompts = read_prompts(settings.prompts)
-    strength = settings.strength
-    if strength is None:
-        edited = settings.init_image or any(prompt.image for prompt in prompts)
-        strength = 0.75 if edited else 1.0
     return {
         "models": {path: path for path in settings.model},
-        "prompts": _with_images(prompts, settings.init_image, strength),
         "out": Path(settings.out),
         "seeds": _parse_seeds(settings.seeds),
-        "drawing": Drawing(
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_interval=_parse_interval(settings.guidance_interval),
-            negative_prompt=settings.negative_prompt,
-            strength=strength,
-        ),
-        "batch_size": settings.batch_size,
-        "size": None if settings.height is None else (settings.height, settings.width),
         "init_latents": _read_latents(settings.init_latents) if settings.init_latents else None,
-        "compute_dtype": settings.compute_dtype,
-        "image_format": settings.format,
-        "vae_tile": settings.vae_tile,
         "preview_vae": settings.preview_vae,
-        "overwrite": settings.overwrite,
+        **read_drawing_flags(settings, read_prompts(settings.prompts)),
     }
 
 
@@ -308,18 +266,6 @@ def _parse_seeds(texts: Sequence[str]) -> list[int]:
     return seeds
 
 
-def _parse_interval(texts: Sequence[str]) -> tuple[int, int]:
-    try:
-        first, last = map(int, texts)
-    except ValueError as error:
-        raise ValueError(
-            f"--guidance_interval={','.join(texts)}: must be two timesteps, as 200,900"
-        ) from error
-    if first > last:
-        raise ValueError(f"--guidance_interval={first},{last}: the first must not be above the last")
-    return first, last
-
-
 if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "model", None, "A diffusers folder or a training workdir; may be repeated.", required=True
@@ -330,29 +276,11 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "out", None, "Folder to write to; what is there already is not drawn again.", required=True
     )
-    flags.DEFINE_enum("sampler", "ddim", [*samplers.SAMPLERS], "How noise becomes an image.")
-    flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
-    flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); 1 is no guidance.")
-    flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image each.")
-    flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
-    flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
-    flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
-    flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
     flags.DEFINE_string("init_latents", None, "A .npy file of standard normal noise [prompts, h, w, C].")
-    flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
-    flags.DEFINE_integer("width", None, "In pixels.")
-    flags.DEFINE_enum("format", "png", FORMATS, "Of the images; webp without loss.")
-    flags.DEFINE_enum(
-        "compute_dtype",
-        None,
-        ["float32", "bfloat16"],
-        "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
-    )
-    flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
     flags.DEFINE_string(
         "preview_vae", None, "Folder of an AutoencoderTiny (TAESD) that decodes instead, faster."
     )
-    flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")
+    define_drawing_flags()
     distributed.define_flags()
     cli.run(main)

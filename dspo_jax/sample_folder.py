@@ -16,7 +16,9 @@ from dspo_jax.contact_sheet import contact_sheet
 from dspo_jax.image_sampler import Drawing, Job
 from dspo_jax.prompts import Prompt
 
-_SETTINGS, _MANIFEST = "settings.json", "manifest.jsonl"
+FORMATS = ("png", "webp")
+MANIFEST = "manifest.jsonl"
+_SETTINGS = "settings.json"
 # On a contact sheet.
 _ROWS, _SHEETS, _SIDE = 20, 10, 256
 
@@ -44,12 +46,23 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
             else:
                 what = f"with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}"
             raise ValueError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
-        for old in (*out.glob("[0-9]*-*"), out / _MANIFEST, *out.glob("contact_sheet*.png")):
+        for old in (*out.glob("[0-9]*-*"), out / MANIFEST, *out.glob("contact_sheet*.png")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def place_images(out: Path, labels: Sequence[str], jobs: Sequence[Job], image_format: str) -> Files:
+    """Where the image of each job goes: a folder for each model, files named by prompt and seed."""
+    return {
+        label: {
+            job: out / f"{i}-{Path(label).name}" / f"{job.prompt_index:05d}_{job.seed}.{image_format}"
+            for job in jobs
+        }
+        for i, label in enumerate(labels)
+    }
 
 
 def save_image(image: np.ndarray, file: Path) -> None:
@@ -62,7 +75,7 @@ def save_image(image: np.ndarray, file: Path) -> None:
 def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
     how = {key: getattr(drawing, key) for key in ("sampler", "steps", "guidance_scale", "strength")}
-    partial = out / f".{_MANIFEST}"
+    partial = out / f".{MANIFEST}"
     with partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for job, file in files[label].items():
@@ -75,7 +88,7 @@ def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, dr
                     **how,
                 }
                 manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(out / _MANIFEST)
+    partial.replace(out / MANIFEST)
 
 
 def _sheet_name(page: int, pages: int) -> str:

@@ -45,10 +45,26 @@ def test_quotes_in_a_tsv_are_part_of_the_prompt(tmp_path):
     assert texts(tmp_path / "p.tsv") == ['"GO" on a sign', 'the word "STOP']
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "one", "category": "A"}\n"two"'),
+        ("p.tsv", "Prompt\tCategory\tNote\none\tA\tx\ntwo\t\tx\n"),
+    ],
+)
+def test_categories(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(str(tmp_path / name)) == [Prompt("one", category="A"), Prompt("two")]
+
+
 def test_parquet(tmp_path):
     table = pa.table({"caption": ["one", "two"], "jpg_0": [b"1", b"2"]})
     pq.write_table(table, tmp_path / "p.parquet")
     assert texts(tmp_path / "p.parquet") == ["one", "two"]
+    table = pa.table({"jpg_0": [b"1", b"2"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"row 0: no text under .* \(found: jpg_0\)"):
+        texts(tmp_path / "p.parquet")
 
 
 def test_images_to_start_from_are_relative_to_the_file(tmp_path):
@@ -93,6 +109,6 @@ def test_the_published_sets():
     folder = os.environ.get("DSPO_TEST_DATA")
     if not folder:
         pytest.skip("DSPO_TEST_DATA is not set")
-    parti = texts(Path(folder) / "PartiPrompts.tsv")
-    assert (len(parti), parti[:2]) == (1632, ["bond", "element"])
+    parti = read_prompts(str(Path(folder) / "PartiPrompts.tsv"))
+    assert (len(parti), parti[1]) == (1632, Prompt("element", category="Abstract"))
     assert len(texts(Path(folder) / "imagereward_benchmark_prompts.json")) == 100

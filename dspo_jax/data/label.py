@@ -1,0 +1,196 @@
+"""Pairs from AI feedback: a model's own images, ordered by a reward, as a folder that encode reads.
+
+    python -m dspo_jax.data.label --model MODEL_DIR --prompts prompts.txt --reward pickscore --out data/drawn
+    python -m dspo_jax.encode --config configs/encode/folder.py --config.source.path=data/drawn ...
+
+Every prompt is drawn with several seeds, the images are scored, and pairs.jsonl says which of two is better.
+A run that was stopped goes on where it was.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from dspo_jax import cli, distributed, sharding
+from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.image_sampler import Drawing, Job
+from dspo_jax.prompts import Prompt, read_prompts
+from dspo_jax.rewards import Reward, load_reward, reward_names
+from dspo_jax.sample import sample
+from dspo_jax.sample_folder import place_images
+from dspo_jax.scores import score_files
+from dspo_jax.tensors import name_write_errors
+
+PAIRS = ("best_worst", "all")
+
+
+class Choice(NamedTuple):
+    """One comparison: by number the prompt, its image that won, and the one that lost."""
+
+    prompt: int
+    winner: int
+    loser: int
+
+
+def choose_pairs(
+    scores: np.ndarray, pairs: str = "best_worst", temperature: float = 0.0, seed: int = 0
+) -> list[Choice]:
+    """Which images are compared, and which of them win; images with equal scores are never compared.
+
+    Args:
+      scores: [prompts, images of each].
+      pairs: "best_worst" compares a prompt's best with its worst; "all" every two of its images.
+      temperature: 0: the higher score wins. Above it the winner is drawn, as the noisy judgements of the
+        Bradley-Terry model are: P(a wins) = sigmoid((score of a - score of b) / temperature).
+      seed: of that draw.
+    """
+    draw = np.random.default_rng(seed)
+    chosen = []
+    for prompt, row in enumerate(scores):
+        best_worst = [(int(np.argmax(row)), int(np.argmin(row)))]
+        for a, b in best_worst if pairs == "best_worst" else itertools.combinations(range(len(row)), 2):
+            difference = float(row[a]) - float(row[b])
+            if difference == 0:
+                continue
+            a_wins = difference > 0
+            if temperature:
+                a_wins = draw.random() < 0.5 * (1 + np.tanh(difference / (2 * temperature)))
+            chosen.append(Choice(prompt, *((a, b) if a_wins else (b, a))))
+    return chosen
+
+
+def label(
+    model: str | Path,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    out: Path,
+    *,
+    images_per_prompt: int = 4,
+    pairs: str = "best_worst",
+    temperature: float = 0.0,
+    drawing: Drawing,
+    batch_size: int,
+    image_format: str = "png",
+    **how: Any,
+) -> dict[str, float]:
+    """Draws, scores and orders images; writes out/pairs.jsonl, which the source `folder` reads.
+
+    Args:
+      model: draws the images.
+      prompts: what of.
+      reward: what orders them.
+      out: gets images/, scores/ and pairs.jsonl.
+      images_per_prompt: their seeds are 0, 1, ...
+      pairs, temperature: see `choose_pairs`.
+      drawing, batch_size, image_format, how: see `sample.sample`.
+
+    Returns:
+      What was done: images; pairs; ties, comparisons that were left out because the scores are equal; winners
+      and losers, the mean score of the images that won and that lost.
+
+    Raises:
+      ValueError: a setting that is refused, or no two images of a prompt with different scores.
+    """
+    if images_per_prompt < 2:
+        raise ValueError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
+    if temperature < 0:
+        raise ValueError(f"--temperature={temperature:g}: must not be negative")
+    name, images, seeds = str(model), out / "images", range(images_per_prompt)
+    sample(
+        {name: model},
+        prompts,
+        images,
+        seeds=seeds,
+        drawing=drawing,
+        batch_size=batch_size,
+        image_format=image_format,
+        **how,
+    )
+    jobs = [Job(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+    placed = place_images(images, [name], jobs, image_format)[name]
+    files = [placed[job] for job in jobs]
+    scores = score_files(files, [job.prompt for job in jobs], [reward], out / "scores")[reward.name]
+    scores = scores.reshape(len(prompts), images_per_prompt)
+    choices = choose_pairs(scores, pairs, temperature)
+    if not choices:
+        raise ValueError(f"reward {reward.name}: gave all images of a prompt the same score; no pair is left")
+    rows = []
+    for prompt, *both in choices:
+        winner, loser = (files[prompt * images_per_prompt + image] for image in both)
+        rows.append(
+            {
+                "caption": prompts[prompt].text,
+                "winner": winner.relative_to(out).as_posix(),
+                "loser": loser.relative_to(out).as_posix(),
+                "key": f"{prompt}-{both[0]}-{both[1]}",
+                reward.name: [float(scores[prompt, image]) for image in both],
+            }
+        )
+    if distributed.is_first():
+        path, partial = out / "pairs.jsonl", out / ".pairs.jsonl"
+        with name_write_errors(path):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(path)
+    compared = len(prompts) * (1 if pairs == "best_worst" else math.comb(images_per_prompt, 2))
+    won, lost = (np.mean([row[reward.name][i] for row in rows]) for i in (0, 1))
+    return {
+        "images": len(files),
+        "pairs": len(rows),
+        "ties": compared - len(rows),
+        "winners": float(won),
+        "losers": float(lost),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    sharding.use_cpu_cores()
+    distributed.initialize_from_flags()
+    values = flags.FLAGS
+    reward = load_reward(values.reward, values.reward_dir, batch_size=values.batch_size)
+    out = Path(values.out)
+    done = label(
+        values.model,
+        reward=reward,
+        out=out,
+        images_per_prompt=values.images,
+        pairs=values.pairs,
+        temperature=values.temperature,
+        **read_drawing_flags(values, read_prompts(values.prompts)),
+    )
+    if distributed.is_first():
+        print(
+            f"{out / 'pairs.jsonl'}: {done['pairs']} pairs of {done['images']} images by {reward.name} "
+            f"({reward.version}); {done['ties']} tie(s) left out; mean score of the winners "
+            f"{done['winners']:.4g}, of the losers {done['losers']:.4g}"
+        )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "A diffusers folder or a training workdir.", required=True)
+    flags.DEFINE_string(
+        "prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.", required=True
+    )
+    flags.DEFINE_string(
+        "reward", None, f"FILE.py:FUNCTION, or one of {', '.join(reward_names())}.", required=True
+    )
+    flags.DEFINE_string("reward_dir", "rewards", "Folder of the rewards' weights.")
+    flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.", required=True)
+    flags.DEFINE_integer("images", 4, "Images of each prompt.")
+    flags.DEFINE_enum("pairs", "best_worst", PAIRS, "Which images of a prompt are compared.")
+    flags.DEFINE_float(
+        "temperature",
+        0.0,
+        "Above 0 the winner is drawn, P = sigmoid(difference of the scores / temperature).",
+    )
+    define_drawing_flags()
+    distributed.define_flags()
+    cli.run(main)
