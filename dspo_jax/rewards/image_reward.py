@@ -1,7 +1,7 @@
 """ImageReward v1.0: how well an image is liked for its prompt.
 
 Source: Xu et al. 2023, "ImageReward" (arXiv:2304.05977), and `score` of the code released with it (package
-image-reward 1.5): a prompt begins with BERT's [CLS], not with BLIP's [ENC], and the head reads its last state.
+image-reward 1.5): a prompt begins with BERT's [CLS], not BLIP's [ENC], and the head reads its last state.
 """
 
 import functools
