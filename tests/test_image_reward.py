@@ -11,12 +11,11 @@ from PIL import Image
 
 from dspo_jax.models import build_model
 from dspo_jax.rewards import load_reward
-from dspo_jax.rewards.image_reward import _prepare, write_weights
+from dspo_jax.rewards.image_reward import _prepare, _read_tokenizer, write_weights
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from torch_modules import assert_close, randomize  # noqa: E402
-from transformers import BertTokenizer  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 CONFIG = oracle.reduced()
@@ -80,11 +79,28 @@ def test_scores_are_those_of_torch(weights, module, tokenizer, tmp_path):
     assert_close(scores, (head - 0.16717362830052426) / 1.0333394966054072, 1e-4, "scores")
 
 
-def test_the_ids_are_those_of_the_released_tokenizer(tokenizer):
-    """Made as the released code makes it, by another way than this project's."""
-    theirs = BertTokenizer.from_pretrained(tokenizer, bos_token="[DEC]")
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *IDS,
+        "[enc] [MASK]cats\tred\u200b猫猫!!",
+        "\0a\ufffd é e\u0301 É",
+        "  [ENC]  red [SEP]",
+        "dog" * 80,
+        "CATS'S",
+    ],
+)
+def test_the_ids_are_those_of_the_released_tokenizer(prompt, tokenizer):
+    """It was written in Python then, and BLIP gave it its tokens in two steps."""
+    legacy = pytest.importorskip("transformers.models.bert.tokenization_bert_legacy")
+    theirs = legacy.BertTokenizerLegacy(tokenizer / "vocab.txt")
+    theirs.add_special_tokens({"bos_token": "[DEC]"})
     theirs.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    assert theirs(list(IDS), truncation=True, max_length=35)["input_ids"] == list(IDS.values())
+    settings = {"padding": "max_length", "truncation": True, "max_length": 35}
+    expected = theirs([prompt], **settings)
+    ours = _read_tokenizer(tokenizer / "vocab.txt", len(oracle.VOCABULARY) + 2)([prompt], **settings)
+    for key in ("input_ids", "attention_mask"):
+        assert ours[key] == expected[key]
 
 
 def test_safetensors_of_the_same_names_give_the_same_files(weights, module, tokenizer, tmp_path):
@@ -197,7 +213,7 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
         (
             about,
             {"name": "imagereward"},
-            r"reward\.json: is not of the reward imagereward; convert its weights",
+            r"reward\.json: is not of the reward imagereward; convert the weight",
         ),
     ):
         kept = file.read_text()
@@ -209,7 +225,7 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
     with pytest.raises(FileNotFoundError, match=r"vocab\.txt: no such file"):
         load_reward("imagereward", tmp_path)
     about.unlink()
-    with pytest.raises(FileNotFoundError, match=r"reward\.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"reward\.json: no such file; convert the weights again"):
         load_reward("imagereward", tmp_path)
 
 

@@ -37,7 +37,7 @@ _PIXEL_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 _TOKENS = 35
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# What BLIP adds to BERT's vocabulary: no prompt is given one, but the embeddings have their rows.
+# What BLIP adds to BERT's vocabulary; a prompt has one only where it spells it out.
 _ADDED = ["[DEC]", "[ENC]"]
 
 _HEAD_WIDTH = 64  # of an attention head in ViT-L/16 and BERT-base alike; the weights do not tell
@@ -58,9 +58,11 @@ def load(folder: Path, batch_size: int) -> Reward:
       FileNotFoundError: one of the files is missing.
       ValueError: they are of another reward or do not fit each other.
     """
+    if not (folder / "reward.json").is_file():
+        raise FileNotFoundError(f"{folder / 'reward.json'}: no such file; convert the weights again")
     about = model_dir.read_json(folder / "reward.json")
     if about.get("name") != _NAME or not isinstance(about.get("sha256"), str):
-        raise ValueError(f"{folder / 'reward.json'}: is not of the reward {_NAME}; convert its weights again")
+        raise ValueError(f"{folder / 'reward.json'}: is not of the reward {_NAME}; convert the weights again")
     model = convert.read_model(folder)
     if model.class_name != _CLASS:
         raise ValueError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
