@@ -254,6 +254,19 @@ def test_parameter_paths_are_the_state_dict_names(class_name):
     assert len(paths) == len(list(module.parameters()))
 
 
+@pytest.mark.parametrize("parts", [1, 7])
+def test_attention_to_what_is_visible_is_attention_without_the_rest(parts, monkeypatch):
+    monkeypatch.setattr("dspo_jax.models.attention._AT_A_TIME", 14 * 9 // parts)
+    draw = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(draw.standard_normal((2, t, 3, 8)), jnp.float32) for t in (14, 9, 9))
+    visible = jnp.arange(9)[None] < jnp.array([[9], [4]])
+    actual = attention(query, key, value, visible=visible)
+    for row, length in enumerate((9, 4)):
+        part = slice(row, row + 1)
+        expected = attention(query[part], key[part, :length], value[part, :length])
+        np.testing.assert_allclose(actual[part], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_long_attention_in_parts_gives_the_same_values_and_gradients(monkeypatch):
     draw = np.random.default_rng(0)
     query, key, value = (jnp.asarray(draw.standard_normal((2, 50, 3, 8)), jnp.float32) for _ in range(3))

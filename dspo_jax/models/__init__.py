@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from dspo_jax.models import lora
+from dspo_jax.models.blip import ImageReward, read_image_reward_config
 from dspo_jax.models.clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -29,6 +30,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "AutoencoderTiny": (read_tiny_vae_config, AutoencoderTiny),
     "CLIPTextModel": (read_clip_config, CLIPTextModel),
     "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
+    "ImageReward": (read_image_reward_config, ImageReward),
 }
 
 

@@ -1,5 +1,6 @@
 """Reward models: images and their prompts to scores."""
 
+from dspo_jax.rewards import image_reward as image_reward
 from dspo_jax.rewards import pixels as pixels
 from dspo_jax.rewards.registry import Reward as Reward
 from dspo_jax.rewards.registry import load_reward as load_reward

@@ -1,0 +1,265 @@
+"""BLIP's image encoder and its text encoder that looks at the image, with the head of ImageReward.
+
+Sources: Li et al. 2022, "BLIP" (arXiv:2201.12086); Xu et al. 2023, "ImageReward" (arXiv:2304.05977). Names
+and operations are those of the code released with the latter, without dropout and stochastic depth, which do
+nothing when a model scores.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspo_jax.models.attention import attention
+from dspo_jax.models.blocks import Identity, conv2d, layer_norm
+from dspo_jax.models.config import check_config
+
+_NAME = "ImageReward"
+_LAYERS = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "layer_norm_eps",
+}
+_PARTS: dict[str, set[str]] = {
+    "vision_config": _LAYERS | {"image_size", "patch_size"},
+    "text_config": _LAYERS | {"vocab_size", "max_position_embeddings"},
+}
+
+
+def read_image_reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the config.json of an ImageReward, whose parts are named as in transformers' `BlipConfig`.
+
+    Its keys: `vision_config`, `text_config`, and `head_features`, the widths of the head's hidden layers.
+
+    Raises:
+      ValueError: names the key and value of what is not supported.
+    """
+    check_config(_NAME, config, {*_PARTS, "head_features"}, {})
+    if len(config["head_features"]) != 4:
+        raise ValueError(f"{_NAME} config: head_features = {config['head_features']!r} needs 4 entries")
+    for part, used in _PARTS.items():
+        check_config(f"{_NAME} {part}", config[part], used, {})
+        features, heads = config[part]["hidden_size"], config[part]["num_attention_heads"]
+        if features % heads:
+            raise ValueError(
+                f"{_NAME} {part} config: hidden_size = {features} is no multiple of "
+                f"num_attention_heads = {heads}"
+            )
+    size, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))
+    if size % patch:
+        raise ValueError(
+            f"{_NAME} vision_config config: image_size = {size} is no multiple of patch_size = {patch}"
+        )
+    return dict(config)
+
+
+def _split(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class _ImageAttention(nnx.Module):
+    def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.qkv = nnx.Linear(features, 3 * features, rngs=rngs)
+        self.proj = nnx.Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        query, key, value = (_split(part, self.heads) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        return self.proj(attention(query, key, value).reshape(x.shape))
+
+
+class _ImageMLP(nnx.Module):
+    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
+        self.fc1 = nnx.Linear(features, hidden, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+
+
+class _ImageBlock(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
+        self.norm1 = layer_norm(features, epsilon, rngs=rngs)
+        self.attn = _ImageAttention(features, cfg["num_attention_heads"], rngs=rngs)
+        self.norm2 = layer_norm(features, epsilon, rngs=rngs)
+        self.mlp = _ImageMLP(features, cfg["intermediate_size"], rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _PatchEmbed(nnx.Module):
+    def __init__(self, patch: int, features: int, *, rngs: nnx.Rngs):
+        self.proj = conv2d(3, features, patch, stride=patch, padding=0, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.proj(pixels)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class _ImageEncoder(nnx.Module):
+    """Pixels [B, S, S, 3] -> states [B, 1 + patches, features]; the first is the image's own."""
+
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        features, patch = cfg["hidden_size"], cfg["patch_size"]
+        patches = (cfg["image_size"] // patch) ** 2
+        draw = nnx.initializers.truncated_normal(0.02)
+        self.cls_token = nnx.Param(draw(rngs.params(), (1, 1, features)))
+        self.pos_embed = nnx.Param(draw(rngs.params(), (1, 1 + patches, features)))
+        self.patch_embed = _PatchEmbed(patch, features, rngs=rngs)
+        self.blocks = nnx.List([_ImageBlock(cfg, rngs=rngs) for _ in range(cfg["num_hidden_layers"])])
+        self.norm = layer_norm(features, cfg["layer_norm_eps"], rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        patches = self.patch_embed(pixels)
+        first = jnp.broadcast_to(self.cls_token[...], (patches.shape[0], 1, patches.shape[-1]))
+        x = jnp.concatenate([first, patches], axis=1)
+        x = x + self.pos_embed[...]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class _Projections(nnx.Module):
+    def __init__(self, features: int, context_features: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.query = nnx.Linear(features, features, rngs=rngs)
+        self.key = nnx.Linear(context_features, features, rngs=rngs)
+        self.value = nnx.Linear(context_features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array, visible: jax.Array | None) -> jax.Array:
+        query, key, value = self.query(x), self.key(context), self.value(context)
+        out = attention(*(_split(part, self.heads) for part in (query, key, value)), visible=visible)
+        return out.reshape(x.shape)
+
+
+class _Output(nnx.Module):
+    """A linear layer, the skip connection, and the norm behind both."""
+
+    def __init__(self, in_features: int, features: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(in_features, features, rngs=rngs)
+        self.LayerNorm = layer_norm(features, epsilon, rngs=rngs)
+
+    def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
+        return self.LayerNorm(self.dense(x) + skip)
+
+
+class _TextAttention(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], context_features: int, *, rngs: nnx.Rngs):
+        features = cfg["hidden_size"]
+        self.self = _Projections(features, context_features, cfg["num_attention_heads"], rngs=rngs)
+        self.output = _Output(features, features, cfg["layer_norm_eps"], rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array, visible: jax.Array | None = None) -> jax.Array:
+        return self.output(self.self(x, context, visible), x)
+
+
+class _Intermediate(nnx.Module):
+    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(features, hidden, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.gelu(self.dense(x), approximate=False)
+
+
+class _TextLayer(nnx.Module):
+    """Attention among the tokens, then to the image, then the feed-forward; a norm behind each."""
+
+    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+        features, hidden = cfg["hidden_size"], cfg["intermediate_size"]
+        self.attention = _TextAttention(cfg, features, rngs=rngs)
+        self.crossattention = _TextAttention(cfg, image_features, rngs=rngs)
+        self.intermediate = _Intermediate(features, hidden, rngs=rngs)
+        self.output = _Output(hidden, features, cfg["layer_norm_eps"], rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, image_states: jax.Array) -> jax.Array:
+        x = self.attention(x, x, mask)
+        x = self.crossattention(x, image_states)
+        return self.output(self.intermediate(x), x)
+
+
+class _TextEmbeddings(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        features, draw = cfg["hidden_size"], nnx.initializers.normal(0.02)
+        self.word_embeddings = nnx.Embed(cfg["vocab_size"], features, embedding_init=draw, rngs=rngs)
+        self.position_embeddings = nnx.Embed(
+            cfg["max_position_embeddings"], features, embedding_init=draw, rngs=rngs
+        )
+        self.LayerNorm = layer_norm(features, cfg["layer_norm_eps"], rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        # Not by calling nnx.Embed, which gives the dtype that its table was made with.
+        words, positions = (
+            table.embedding[...] for table in (self.word_embeddings, self.position_embeddings)
+        )
+        return self.LayerNorm(words[input_ids] + positions[None, : input_ids.shape[1]])
+
+
+class _TextLayers(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+        self.layer = nnx.List(
+            [_TextLayer(cfg, image_features, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
+        )
+
+
+class _TextEncoder(nnx.Module):
+    """Token ids [B, S], which of them are text [B, S] and image states -> states [B, S, features]."""
+
+    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+        self.embeddings = _TextEmbeddings(cfg, rngs=rngs)
+        self.encoder = _TextLayers(cfg, image_features, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array, mask: jax.Array, image_states: jax.Array) -> jax.Array:
+        x = self.embeddings(input_ids)
+        for layer in self.encoder.layer:
+            x = layer(x, mask, image_states)
+        return x
+
+
+class _BLIP(nnx.Module):
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        vision, text = cfg["vision_config"], cfg["text_config"]
+        self.visual_encoder = _ImageEncoder(vision, rngs=rngs)
+        self.text_encoder = _TextEncoder(text, vision["hidden_size"], rngs=rngs)
+
+
+class _Head(nnx.Module):
+    """Five linear layers; nothing between them but the places of the first three's dropouts."""
+
+    def __init__(self, in_features: int, hidden: list[int], *, rngs: nnx.Rngs):
+        widths = [in_features, *hidden, 1]
+        a, b, c, d, e = (nnx.Linear(*pair, rngs=rngs) for pair in itertools.pairwise(widths))
+        self.layers = nnx.List([a, Identity(), b, Identity(), c, Identity(), d, e])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class ImageReward(nnx.Module):
+    """How well an image is liked for a text, in the units of the head. Names as in the published weights."""
+
+    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+        """Build from what `read_image_reward_config` returns."""
+        self.blip = _BLIP(cfg, rngs=rngs)
+        self.mlp = _Head(cfg["text_config"]["hidden_size"], cfg["head_features"], rngs=rngs)
+
+    def __call__(self, pixels: jax.Array, input_ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Scores [B] float32 of images under texts.
+
+        Args:
+          pixels: [B, S, S, 3] float32, normalised as CLIP's; S is the config's image_size.
+          input_ids: [B, T] int32.
+          mask: [B, T] bool; False where a token is padding.
+        """
+        image_states = self.blip.visual_encoder(pixels)
+        states = self.blip.text_encoder(input_ids, mask, image_states)
+        return self.mlp(states[:, 0])[:, 0]

@@ -1,0 +1,220 @@
+"""ImageReward v1.0: how well an image is liked for its prompt.
+
+Source: Xu et al. 2023, "ImageReward" (arXiv:2304.05977), and `score` of the code released with it (package
+image-reward 1.5): a prompt begins with BERT's [CLS], not BLIP's [ENC], and the head reads its last state.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from transformers import BertTokenizer
+
+from dspo_jax import convert, model_dir, tensors
+from dspo_jax.models import Model, Params, build_model
+from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.tensors import Tensor
+from dspo_jax.torch_files import open_weights
+
+_NAME = "imagereward"
+_CLASS = "ImageReward"
+
+# By which the released code standardises what the head gives.
+_MEAN, _DEVIATION = 0.16717362830052426, 1.0333394966054072
+
+# Of CLIP's training images, which the released code normalises by instead of BLIP's.
+_PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_PIXEL_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+_TOKENS = 35
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# What BLIP adds to BERT's vocabulary; a prompt has one only where it spells it out.
+_ADDED = ["[DEC]", "[ENC]"]
+
+_HEAD_WIDTH = 64  # of an attention head in ViT-L/16 and BERT-base alike; the weights do not tell
+_LAYER_NORM_EPS = {"vision_config": 1e-6, "text_config": 1e-12}
+# In the state dict, but no part of `score`: BLIP's contrastive projections, and a counting buffer.
+_UNUSED = re.compile(r"blip\.((vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids)")
+
+
+@register_loader(_NAME)
+def load(folder: Path, batch_size: int) -> Reward:
+    """The reward of the weights that `write_weights` put into `folder`.
+
+    Args:
+      folder: holds config.json, model.safetensors, vocab.txt and reward.json.
+      batch_size: images in one call of the network.
+
+    Raises:
+      FileNotFoundError: one of the files is missing.
+      ValueError: they are of another reward or do not fit each other.
+    """
+    if not (folder / "reward.json").is_file():
+        raise FileNotFoundError(f"{folder / 'reward.json'}: no such file; convert the weights again")
+    about = model_dir.read_json(folder / "reward.json")
+    if about.get("name") != _NAME or not isinstance(about.get("sha256"), str):
+        raise ValueError(f"{folder / 'reward.json'}: is not of the reward {_NAME}; convert the weights again")
+    model = convert.read_model(folder)
+    if model.class_name != _CLASS:
+        raise ValueError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
+    params = convert.read_params(folder, model, "float32")
+    tokenizer = _read_tokenizer(folder / "vocab.txt", model.config["text_config"]["vocab_size"])
+
+    def network(params: Params, pixels: jax.Array, tokens: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return (model.apply(params, pixels, *tokens) - _MEAN) / _DEVIATION
+
+    def tokenize(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="np"
+        )
+        return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
+
+    prepare = functools.partial(_prepare, size=model.config["vision_config"]["image_size"])
+    scorer = Scorer(network, params, prepare, tokenize, batch_size=batch_size)
+    return Reward(_NAME, f"v1.0, {about['sha256'][:8]}", scorer)
+
+
+def _prepare(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture -> pixels [size, size, 3] float32, as torchvision's Resize, CenterCrop and Normalize.
+
+    An odd number of pixels to crop is split as torchvision does it, by rounding half to even.
+    """
+    short = min(image.size)
+    width, height = (int(size * edge / short) for edge in image.size)
+    left, top = (round((edge - size) / 2) for edge in (width, height))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255
+    return (pixels - _PIXEL_MEAN) / _PIXEL_DEVIATION
+
+
+def write_weights(weights: Path, out: Path, tokenizer: Path | None) -> None:
+    """Write the folder that the reward is loaded from.
+
+    Args:
+      weights: the published ImageReward.pt, or a safetensors file of the same names.
+      out: must not exist; appears when it is complete.
+      tokenizer: BERT's vocab.txt, or a folder with it, such as that of bert-base-uncased.
+
+    Raises:
+      FileNotFoundError: no such weights or vocabulary.
+      ValueError: a tensor is missing, is not part of ImageReward, or has another shape; the vocabulary is
+        another one.
+      OSError: the disk is full.
+    """
+    model_dir.refuse_existing(out)
+    if tokenizer is None:
+        raise ValueError(
+            f"reward {_NAME}: needs a tokenizer: a folder with vocab.txt of bert-base-uncased, or that file"
+        )
+    vocabulary = tokenizer / "vocab.txt" if tokenizer.is_dir() else tokenizer
+    stored = {name: tensor for name, tensor in open_weights(weights).items() if not _UNUSED.fullmatch(name)}
+    model = _check(weights, stored)
+    _read_tokenizer(vocabulary, model.config["text_config"]["vocab_size"])
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"name": _NAME, "source": weights.name, "sha256": digest}
+    model_dir.require_space(out, sum(tensor.nbytes for tensor in stored.values()))
+    with model_dir.appear(out) as partial:
+        with tensors.name_write_errors(partial):
+            partial.mkdir()
+            for name, content in (("config.json", model.config), ("reward.json", about)):
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (partial / "vocab.txt").write_bytes(vocabulary.read_bytes())
+        tensors.write_tensors(
+            partial / "model.safetensors",
+            {name: convert.cast(name, tensor, tensor.dtype, weights) for name, tensor in stored.items()},
+        )
+
+
+def _check(file: Path, stored: Mapping[str, Tensor]) -> Model:
+    """The architecture whose tensors `stored` are."""
+    model = build_model(_CLASS, _find_config(file, stored))
+    wanted = convert.torch_shapes(model)
+    _require(file, stored, *wanted)
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{file}: tensor {name} has shape {stored[name].shape}, but its other tensors ask for {shape}"
+            )
+    extra = sorted(stored.keys() - wanted)
+    if extra:
+        raise ValueError(f"{file}: {len(extra)} tensor(s) that are not part of ImageReward, first {extra[0]}")
+    return model
+
+
+def _require(file: Path, stored: Mapping[str, Tensor], *names: str) -> None:
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ValueError(f"{file}: tensor {missing[0]} is missing; is it the published ImageReward.pt?")
+
+
+def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config.json of weights, from the shapes of some."""
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        _require(file, stored, name)
+        if len(stored[name].shape) != axes:
+            raise ValueError(
+                f"{file}: tensor {name} has shape {stored[name].shape}; it should have {axes} axes"
+            )
+        return stored[name].shape
+
+    def layers(part: str, features: int, blocks: str, hidden: str) -> dict[str, Any]:
+        if features % _HEAD_WIDTH:
+            raise ValueError(f"{file}: {blocks} are {features} wide; it must be a multiple of {_HEAD_WIDTH}")
+        number = re.compile(re.escape(blocks) + r"\.(\d+)\.")
+        return {
+            "hidden_size": features,
+            "intermediate_size": shape(f"{blocks}.0.{hidden}.weight", 2)[0],
+            "num_hidden_layers": len({match[1] for name in stored if (match := number.match(name))}),
+            "num_attention_heads": features // _HEAD_WIDTH,
+            "layer_norm_eps": _LAYER_NORM_EPS[part],
+        }
+
+    image, text = "blip.visual_encoder", "blip.text_encoder"
+    width, _, patch, _ = shape(f"{image}.patch_embed.proj.weight", 4)
+    patches = shape(f"{image}.pos_embed", 3)[1] - 1
+    vocabulary, features = shape(f"{text}.embeddings.word_embeddings.weight", 2)
+    return {
+        "architectures": [_CLASS],
+        "vision_config": {
+            **layers("vision_config", width, f"{image}.blocks", "mlp.fc1"),
+            "image_size": patch * math.isqrt(patches),
+            "patch_size": patch,
+        },
+        "text_config": {
+            **layers("text_config", features, f"{text}.encoder.layer", "intermediate.dense"),
+            "vocab_size": vocabulary,
+            "max_position_embeddings": shape(f"{text}.embeddings.position_embeddings.weight", 2)[0],
+        },
+        "head_features": [shape(f"mlp.layers.{number}.weight", 2)[0] for number in (0, 2, 4, 6)],
+    }
+
+
+def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
+    """BERT's uncased tokenizer of a vocab.txt, with what BLIP adds; its ids are below `embeddings`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; it is vocab.txt of bert-base-uncased")
+    try:
+        vocabulary = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text file; give vocab.txt of bert-base-uncased") from error
+    rows = {token: row for row, token in enumerate(vocabulary)}
+    missing = [token for token in _SPECIAL if token not in rows]
+    fault = f"has no {missing[0]}" if missing else f"has {len(rows)} tokens"
+    if missing or len(rows) + len(_ADDED) != embeddings:
+        raise ValueError(
+            f"{file}: {fault}; the weights are for {embeddings - len(_ADDED)} tokens of bert-base-uncased"
+        )
+    tokenizer = BertTokenizer(rows)
+    tokenizer.add_tokens(_ADDED, special_tokens=True)
+    return tokenizer
