@@ -28,6 +28,8 @@ from dspo_jax.scores import score_files
 from dspo_jax.tensors import name_write_errors
 
 PAIRS = ("best_worst", "all")
+# Evaluations count their seeds from 0: no image that a model is judged by begins with noise it trained on.
+_FIRST_SEED = 1000
 
 
 class Choice(NamedTuple):
@@ -86,7 +88,7 @@ def label(
       prompts: what of.
       reward: what orders them.
       out: gets images/, scores/ and pairs.jsonl.
-      images_per_prompt: their seeds are 0, 1, ...
+      images_per_prompt: their seeds begin at 1000; those of evaluations at 0.
       pairs, temperature: see `choose_pairs`.
       drawing, batch_size, image_format, how: see `sample.sample`.
 
@@ -101,7 +103,8 @@ def label(
         raise ValueError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
     if temperature < 0:
         raise ValueError(f"--temperature={temperature:g}: must not be negative")
-    name, images, seeds = str(model), out / "images", range(images_per_prompt)
+    name, images = str(model), out / "images"
+    seeds = range(_FIRST_SEED, _FIRST_SEED + images_per_prompt)
     sample(
         {name: model},
         prompts,

@@ -1,0 +1,98 @@
+"""What beta does: one run for each, the same prompts from all of them, and the median rewards over beta.
+
+    python -m examples.beta_ablation --config configs/emoji_diffusion_dpo.py --betas 500,2000,8000 \\
+        --prompts examples/emoji/prompts.txt --rewards compressibility --out runs/beta
+
+Diffusion-DPO's supplement shows it for PickScore and Pick-a-Pic's validation prompts (S5, Fig. S2): too small
+a beta lets the model degenerate, too large a one holds it at the reference. Runs and evaluation are kept, so
+that what was stopped goes on, and more betas may be added.
+"""
+
+import copy
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from ml_collections import config_flags
+
+from dspo_jax import cli, distributed, sharding
+from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax.prompt_sets import PromptSet, read_prompt_set
+from dspo_jax.train import train
+
+
+def write_medians(evaluation: Evaluation, betas: Sequence[float], out: Path) -> None:
+    """Writes beta.csv (reward, beta, median, quartiles; beta of the base is empty) and beta.png."""
+    rewards = list(evaluation.rewards)
+    figure = Figure(figsize=(5 * len(rewards), 4), layout="constrained")
+    axes = figure.subplots(1, len(rewards), squeeze=False)[0]
+    rows = []
+    for axis, reward in zip(axes, rewards, strict=True):
+        labels = [BASE, *(f"{beta:g}" for beta in betas)]
+        quartiles = np.array([np.percentile(evaluation.scores[x][reward], (25, 50, 75)) for x in labels])
+        rows += [
+            [reward, "" if label == BASE else label, *map(float, three)]
+            for label, three in zip(labels, quartiles, strict=True)
+        ]
+        axis.plot(betas, quartiles[1:, 1], marker="o", label="median")
+        axis.fill_between(betas, quartiles[1:, 0], quartiles[1:, 2], alpha=0.2, label="quartiles")
+        axis.axhline(quartiles[0, 1], color="gray", linestyle="--", label="median of the base")
+        axis.set(xscale="log", xlabel="beta", ylabel=reward)
+        axis.legend()
+    figure.savefig(out / "beta.png", dpi=120)
+    with (out / "beta.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["reward", "beta", "lower quartile", "median", "upper quartile"], *rows])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    values = flags.FLAGS
+    try:
+        betas = sorted({float(text) for text in values.betas})
+    except ValueError as error:
+        raise ValueError(f"--betas={','.join(values.betas)}: must be numbers, separated by commas") from error
+    sharding.use_cpu_cores()
+    distributed.initialize_from_flags()
+    out = Path(values.out)
+    prompts = read_prompt_set(values.prompts, out / "prompt_images")
+    options = read_drawing_flags(values, prompts.prompts)
+    models: dict[str, str | Path] = {}
+    for beta in betas:
+        config = copy.deepcopy(values.config)
+        config.objective.beta = beta
+        models[f"{beta:g}"] = workdir = out / f"run_{beta:g}"
+        if train(config, workdir) < config.steps:
+            print("stopped; the same command goes on from there")
+            return
+    evaluation = evaluate(
+        values.config.model,
+        models,
+        out=out / "evaluation",
+        rewards=values.rewards,
+        reward_dir=values.reward_dir,
+        seeds=values.seeds,
+        **{**options, "prompts": PromptSet(prompts.name, tuple(options["prompts"]))},
+    )
+    if distributed.is_first():
+        write_medians(evaluation, betas, out)
+        print(out / "beta.png")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "A recipe whose objective has a beta.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_list("betas", ["1000", "2000", "5000", "10000"], "Separated by commas.")
+    flags.DEFINE_string("prompts", None, "As dspo_jax.evaluate takes them.", required=True)
+    flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.", required=True)
+    flags.DEFINE_string("reward_dir", "rewards", "Folder with the weights of each reward under its name.")
+    flags.DEFINE_integer("seeds", 1, "Images of each prompt.")
+    flags.DEFINE_string("out", None, "Folder for the runs, the evaluation, beta.csv and beta.png.", required=True)
+    define_drawing_flags()
+    distributed.define_flags()
+    cli.run(main)
