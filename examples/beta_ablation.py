@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation import BASE, Evaluation
-from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.train import train
 
 
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.", required=True)
     flags.DEFINE_string("reward_dir", "rewards", "Folder with the weights of each reward under its name.")
     flags.DEFINE_integer("seeds", 1, "Images of each prompt.")
-    flags.DEFINE_string("out", None, "Folder for the runs, the evaluation, beta.csv and beta.png.", required=True)
+    flags.DEFINE_string("out", None, "Folder for runs, evaluation, beta.csv and beta.png.", required=True)
     define_drawing_flags()
     distributed.define_flags()
     cli.run(main)
