@@ -32,6 +32,9 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("scale", 1): ("weight", (0,)),  # norm
     ("embedding", 2): ("weight", (0, 1)),
     ("bias", 1): ("bias", (0,)),
+    # Of CLIP, which keeps them outside any layer.
+    ("class_embedding", 1): ("class_embedding", (0,)),
+    ("logit_scale", 0): ("logit_scale", ()),
 }
 
 # Components that parameters are read of; others (a safety checker) are carried along.
@@ -65,9 +68,9 @@ def leaf_tensors(params: Params) -> dict[str, Tensor]:
 
 def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
     """Torch's name of the leaf at `path`, which has `ndim` axes, and their order there."""
-    parent, _, leaf = path.rpartition(".")
+    parent, dot, leaf = path.rpartition(".")
     name, axes = _LAYOUT[leaf, ndim]
-    return f"{parent}.{name}", axes
+    return f"{parent}{dot}{name}", axes
 
 
 def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:

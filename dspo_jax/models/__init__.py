@@ -14,6 +14,7 @@ from dspo_jax.models.clip import (
     read_clip_config,
     read_projecting_clip_config,
 )
+from dspo_jax.models.clip_vision import CLIPModel, read_clip_model_config
 from dspo_jax.models.unet import UNet2DCondition, read_unet_config
 from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
 
@@ -29,6 +30,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "AutoencoderTiny": (read_tiny_vae_config, AutoencoderTiny),
     "CLIPTextModel": (read_clip_config, CLIPTextModel),
     "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
+    "CLIPModel": (read_clip_model_config, CLIPModel),
 }
 
 
