@@ -91,7 +91,7 @@ def _read_tower(key: str, config: Any, duplicate: Any) -> dict[str, Any]:
     for size in ("image_size", "patch_size"):
         if not isinstance(tower.get(size, 0), int):
             raise ValueError(f"{name} config: {size} = {tower[size]!r} must be one number")
-    return tower
+    return {used: tower[used] for used in sorted(_USED[key])}
 
 
 class _ImageEmbeddings(nnx.Module):
