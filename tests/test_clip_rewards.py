@@ -3,19 +3,24 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 from PIL import Image
 from tiny_clip import SIDE, clip_config, pictures, write_clip, write_json
 from tiny_model import EXCLAMATION_MARK, write_tokenizer
 
-from dspo_jax.rewards import aesthetic, load_reward, reward_names
+from dspo_jax.convert import torch_shapes
+from dspo_jax.models import build_model
+from dspo_jax.rewards import aesthetic, load_reward, open_clip, reward_names
 from dspo_jax.rewards.convert import RECIPES, prepare
 from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels
 from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.tensors import Tensor
 
 torch = pytest.importorskip("torch")
 from open_clip_modules import CLIP  # noqa: E402
@@ -98,6 +103,26 @@ def test_hps_of_an_open_clip_file(half, tmp_path):
     with torch.no_grad():
         theirs = module.cosine(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), tokens)
     assert_scores(reward.score(IMAGES, PROMPTS), theirs)
+
+    # open_clip's tokenizer straightens quotes and reads HTML first.
+    curled, plain = "a \u201ccat\u2019s&amp;amp;dog\u201d", 'a "cat\'s&dog"'
+    both = reward.score([IMAGES[0]] * 2, [curled, plain])
+    assert both[0] == both[1]
+
+
+def test_the_published_sizes_are_read_off_the_weights():
+    """What ViT-H/14 is follows from the shapes of its tensors."""
+    sizes = {"side": 224, "patch": 14, "widths": (1280, 1024), "layers": (32, 24), "hidden": (5120, 4096)}
+    with torch.device("meta"):
+        module = CLIP(**sizes, heads=(16, 16), vocabulary=49408)
+    stored = {
+        name: Tensor(tuple(value.shape), np.dtype("float32"), lambda: np.zeros(0))
+        for name, value in module.state_dict().items()
+    }
+    config, translated = open_clip.translate(Path("HPS_v2_compressed.pt"), stored, "gelu")
+    model = build_model("CLIPModel", config)
+    assert model.settings == build_model("CLIPModel", published.CLIP_H).settings
+    assert {name: tensor.shape for name, tensor in translated.items()} == torch_shapes(model)
 
 
 def torch_head(state=None):

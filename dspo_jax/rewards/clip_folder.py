@@ -58,13 +58,18 @@ class ClipReward:
         network: Callable[[Params, jax.Array, jax.Array], jax.Array],
         transform: Transform,
         batch_size: int,
+        clean: Callable[[str], str] = str,
     ) -> Reward:
-        """The reward that `network` gives of pixels and token ids.
+        """The reward that `network` gives of pixels and token ids; `clean` is applied to prompts first.
 
         Raises:
           FileNotFoundError, ValueError: as `read_tokenizer`.
         """
-        tokenize = read_tokenizer(self.folder, self.model)
+        read = read_tokenizer(self.folder, self.model)
+
+        def tokenize(prompts: Sequence[str]) -> np.ndarray:
+            return read([clean(prompt) for prompt in prompts])
+
         scorer = Scorer(network, self.params, self.prepare(transform), tokenize, batch_size=batch_size)
         return Reward(self.name, self.version, scorer)
 
