@@ -35,6 +35,9 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     # Of BLIP's image encoder.
     ("cls_token", 3): ("cls_token", (0, 1, 2)),
     ("pos_embed", 3): ("pos_embed", (0, 1, 2)),
+    # Of CLIP, which keeps them outside any layer.
+    ("class_embedding", 1): ("class_embedding", (0,)),
+    ("logit_scale", 0): ("logit_scale", ()),
 }
 
 # Components that parameters are read of; others (a safety checker) are carried along.
@@ -68,9 +71,9 @@ def leaf_tensors(params: Params) -> dict[str, Tensor]:
 
 def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
     """Torch's name of the leaf at `path`, which has `ndim` axes, and their order there."""
-    parent, _, leaf = path.rpartition(".")
+    parent, dot, leaf = path.rpartition(".")
     name, axes = _LAYOUT[leaf, ndim]
-    return f"{parent}.{name}", axes
+    return f"{parent}{dot}{name}", axes
 
 
 def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -65,7 +65,7 @@ def find_model(model: str | Path) -> Path:
     import huggingface_hub  # slow to import, and needed here only
 
     name = str(model)
-    try:
+    with name_hub_errors(name):
         # What there is to fetch stands in the index: repositories hold the same weights several times over.
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["model_index.json"]))
         components = list_components(read_json(folder / "model_index.json"))
@@ -75,6 +75,13 @@ def find_model(model: str | Path) -> Path:
             weights = weights_file(Path(component), class_name)
             patterns += [str(weights), f"{weights.with_suffix('')}-*.safetensors"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+
+@contextmanager
+def name_hub_errors(name: str) -> Iterator[None]:
+    """Says which hub id could not be downloaded, in one line."""
+    try:
+        yield
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(

@@ -15,6 +15,7 @@ from dspo_jax.models.clip import (
     read_clip_config,
     read_projecting_clip_config,
 )
+from dspo_jax.models.clip_vision import CLIPModel, read_clip_model_config
 from dspo_jax.models.unet import UNet2DCondition, read_unet_config
 from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
 
@@ -31,6 +32,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "CLIPTextModel": (read_clip_config, CLIPTextModel),
     "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
     "ImageReward": (read_image_reward_config, ImageReward),
+    "CLIPModel": (read_clip_model_config, CLIPModel),
 }
 
 

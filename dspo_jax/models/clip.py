@@ -12,7 +12,7 @@ from dspo_jax.models.blocks import layer_norm
 from dspo_jax.models.config import check_config
 from dspo_jax.models.remat import run_block
 
-_USED = {
+TEXT_KEYS = {
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -23,9 +23,9 @@ _USED = {
     "layer_norm_eps",
     "eos_token_id",
 }
-_FIXED: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "dropout": (0.0,)}
+FIXED: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "dropout": (0.0,)}
 # Of initialisation and generation, which happen elsewhere.
-_UNREAD = {"bos_token_id", "pad_token_id", "initializer_factor", "initializer_range"}
+UNREAD = {"bos_token_id", "pad_token_id", "initializer_factor", "initializer_range"}
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
@@ -34,8 +34,8 @@ _ACTIVATIONS = {
 
 
 class _SelfAttention(nnx.Module):
-    def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, features: int, heads: int, *, causal: bool, rngs: nnx.Rngs):
+        self.heads, self.causal = heads, causal
         self.q_proj = nnx.Linear(features, features, rngs=rngs)
         self.k_proj = nnx.Linear(features, features, rngs=rngs)
         self.v_proj = nnx.Linear(features, features, rngs=rngs)
@@ -45,8 +45,8 @@ class _SelfAttention(nnx.Module):
         def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        out = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=True)
-        return self.out_proj(out.reshape(x.shape))
+        query, key, value = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        return self.out_proj(attention(query, key, value, causal=self.causal).reshape(x.shape))
 
 
 class _MLP(nnx.Module):
@@ -60,10 +60,12 @@ class _MLP(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
+    def __init__(self, cfg: Mapping[str, Any], *, causal: bool, rngs: nnx.Rngs):
+        features, heads, epsilon = (
+            cfg[key] for key in ("hidden_size", "num_attention_heads", "layer_norm_eps")
+        )
         self.layer_norm1 = layer_norm(features, epsilon, rngs=rngs)
-        self.self_attn = _SelfAttention(features, cfg["num_attention_heads"], rngs=rngs)
+        self.self_attn = _SelfAttention(features, heads, causal=causal, rngs=rngs)
         self.layer_norm2 = layer_norm(features, epsilon, rngs=rngs)
         self.mlp = _MLP(features, cfg["intermediate_size"], cfg["hidden_act"], rngs=rngs)
 
@@ -90,15 +92,19 @@ class _Embeddings(nnx.Module):
         return tokens[input_ids] + positions[None, : input_ids.shape[1]]
 
 
-class _Encoder(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        self.layers = nnx.List([_Layer(cfg, rngs=rngs) for _ in range(cfg["num_hidden_layers"])])
+class Encoder(nnx.Module):
+    """The layers of a tower: `causal` where a position sees only those before it, as in the text towers."""
+
+    def __init__(self, cfg: Mapping[str, Any], *, causal: bool, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [_Layer(cfg, causal=causal, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
+        )
 
 
 class _TextModel(nnx.Module):
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
         self.embeddings = _Embeddings(cfg, rngs=rngs)
-        self.encoder = _Encoder(cfg, rngs=rngs)
+        self.encoder = Encoder(cfg, causal=True, rngs=rngs)
         self.final_layer_norm = layer_norm(cfg["hidden_size"], cfg["layer_norm_eps"], rngs=rngs)
 
 
@@ -108,7 +114,7 @@ def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    return _read("CLIPTextModel", config, _USED, _UNREAD | {"projection_dim"})
+    return read_tower_config("CLIPTextModel", config, TEXT_KEYS, FIXED, UNREAD | {"projection_dim"})
 
 
 def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +123,24 @@ def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    return _read("CLIPTextModelWithProjection", config, _USED | {"projection_dim"}, _UNREAD)
+    used = TEXT_KEYS | {"projection_dim"}
+    return read_tower_config("CLIPTextModelWithProjection", config, used, FIXED, UNREAD)
 
 
-def _read(class_name: str, config: Mapping[str, Any], used: set[str], unread: set[str]) -> dict[str, Any]:
+def read_tower_config(
+    class_name: str,
+    config: Mapping[str, Any],
+    used: set[str],
+    fixed: Mapping[str, tuple[Any, ...]],
+    unread: set[str],
+) -> dict[str, Any]:
+    """`config.check_config` of a tower, text or image, without the keys `unread`.
+
+    Raises:
+      ValueError: names the key and value of what is not supported.
+    """
     cfg = {k: v for k, v in config.items() if k not in unread}
-    check_config(class_name, cfg, used, _FIXED)
+    check_config(class_name, cfg, used, fixed)
     if cfg["hidden_act"] not in _ACTIVATIONS:
         allowed = ", ".join(_ACTIVATIONS)
         raise ValueError(

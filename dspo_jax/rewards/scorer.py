@@ -40,7 +40,13 @@ class Scorer:
         self._batch_size = math.ceil(batch_size / len(devices)) * len(devices)
         self._placement = sharding.batch_sharding(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
-        self._network = jax.jit(network, out_shardings=sharding.replicated(mesh))
+
+        def in_float32(params: Params, pixels: jax.Array, tokens: Any) -> jax.Array:
+            # Otherwise an accelerator multiplies in fewer bits (TF32, bfloat16) and scores depend on it.
+            with jax.default_matmul_precision("highest"):
+                return network(params, pixels, tokens)
+
+        self._network = jax.jit(in_float32, out_shardings=sharding.replicated(mesh))
         self._prepare, self._tokenize = prepare, tokenize
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:

@@ -20,7 +20,13 @@ from dspo_jax.models import Model, Params
 torch = pytest.importorskip("torch")
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
 from torch_modules import assert_close, compile_fast, randomize, to_nchw, to_nhwc  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +140,27 @@ def test_sdxl_text_encoder(module_class, config, tmp_path):
         return model.apply(params, tokens)._asdict()
 
     check(lambda: module_class(CLIPTextConfig(**config)), theirs_of, ours_of, tmp_path)
+
+
+@pytest.mark.parametrize("config", [published.CLIP_H, published.CLIP_L], ids=["clip_h", "clip_l"])
+def test_clip(config, tmp_path):
+    """Both towers of the rewards' models: PickScore, HPS and CLIP score have H, the aesthetic score L."""
+    tokens = np.random.default_rng(0).integers(1000, 40_000, (2, 77)).astype(np.int32)
+    tokens[0, 10], tokens[0, 11:], tokens[1, -1] = 49_407, 0, 49_407
+    pixels = normal(1, 2, 224, 224, 3)
+
+    def theirs_of(module):
+        output = module(pixel_values=to_nchw(pixels), input_ids=torch.from_numpy(tokens).long())
+        return {
+            "image": output.vision_model_output.pooler_output.numpy(),
+            "text": output.text_model_output.pooler_output.numpy(),
+        }
+
+    def ours_of(model, params, dtype):
+        image = model.apply(params, jnp.asarray(pixels, dtype), method="encode_image")
+        return {"image": image, "text": model.apply(params, tokens).pooled}
+
+    check(lambda: CLIPModel(CLIPConfig(**config)), theirs_of, ours_of, tmp_path)
 
 
 def test_vae(tmp_path):

@@ -1,0 +1,157 @@
+"""The folder that a CLIP reward is loaded from, and scores of images and prompts as both towers see them.
+
+It is a transformers folder of a `CLIPModel`: config.json, model.safetensors, vocab.json and merges.txt; with
+reward.json, which says which reward it is and where its weights came from.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from dspo_jax import convert, model_dir
+from dspo_jax.models import Model, Params
+from dspo_jax.rewards.registry import Reward
+from dspo_jax.rewards.scorer import Scorer
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+_CLASS = "CLIPModel"
+Transform = Callable[[Image.Image, int], np.ndarray]
+"""(an RGB picture, S) -> pixels [S, S, 3] float32, as those of preprocess.py."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipReward:
+    """What `open_reward` read.
+
+    Attributes:
+      name, version: the reward's.
+      folder: it came from.
+      model: a `CLIPModel`.
+      params: its weights, float32.
+    """
+
+    name: str
+    version: str
+    folder: Path
+    model: Model
+    params: Params
+
+    def cosine(self, params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Pixels [B, H, W, 3], token ids [B, S] -> the cosine [B] of each image with its prompt. Pure."""
+        images = normalize(self.model.apply(params, pixels, method="encode_image"))
+        return (images * normalize(self.model.apply(params, tokens).pooled)).sum(-1)
+
+    def prepare(self, transform: Transform) -> Callable[[Image.Image], np.ndarray]:
+        """`transform` to the size of this model's images."""
+        size = self.model.settings["vision"]["image_size"]
+        return lambda image: transform(image, size)
+
+    def make(
+        self,
+        network: Callable[[Params, jax.Array, jax.Array], jax.Array],
+        transform: Transform,
+        batch_size: int,
+        clean: Callable[[str], str] = str,
+    ) -> Reward:
+        """The reward that `network` gives of pixels and token ids; `clean` is applied to prompts first.
+
+        Raises:
+          FileNotFoundError, ValueError: as `read_tokenizer`.
+        """
+        read = read_tokenizer(self.folder, self.model)
+
+        def tokenize(prompts: Sequence[str]) -> np.ndarray:
+            return read([clean(prompt) for prompt in prompts])
+
+        scorer = Scorer(network, self.params, self.prepare(transform), tokenize, batch_size=batch_size)
+        return Reward(self.name, self.version, scorer)
+
+
+def normalize(vectors: jax.Array) -> jax.Array:
+    """[B, D] -> the same directions at length one."""
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def open_reward(folder: Path, name: str) -> ClipReward:
+    """Reads the weights of the reward `name`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: it is the folder of another reward, or its files do not fit each other.
+    """
+    about = model_dir.read_json(folder / "reward.json")
+    if about.get("name") != name:
+        raise ValueError(
+            f"{folder / 'reward.json'}: is of the reward {about.get('name')!r}, not {name}; make the folder "
+            f"with python -m dspo_jax.rewards.convert --reward={name}"
+        )
+    parts = [about, *([about["head"]] if "head" in about else [])]
+    try:
+        version = ", ".join(f"{part['source']} {part['sha256'][:8]}" for part in parts)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'reward.json'}: damaged; convert the weights again") from error
+    model = read_clip(folder)
+    return ClipReward(name, version, folder, model, convert.read_params(folder, model, "float32"))
+
+
+def read_clip(folder: Path) -> Model:
+    """The architecture of a transformers folder of a `CLIPModel`.
+
+    Raises:
+      FileNotFoundError: it has no config.json.
+      ValueError: it is something else.
+    """
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{folder}: is a text-to-image model; a reward is made of a CLIP with both its towers"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; give a transformers folder of a {_CLASS}")
+    model = convert.read_model(folder)
+    if model.class_name != _CLASS:
+        raise ValueError(
+            f"{folder / 'config.json'}: is of class {model.class_name}; a reward is made of a {_CLASS}, both "
+            "towers and their projections"
+        )
+    return model
+
+
+def read_tokenizer(folder: Path, model: Model) -> Callable[[Sequence[str]], np.ndarray]:
+    """What makes prompts the token ids [N, 77] int32 that `model` takes; longer ones are cut.
+
+    What follows the end token changes nothing, as no position sees a later one.
+
+    Raises:
+      FileNotFoundError: vocab.json or merges.txt is missing.
+      ValueError: they are damaged, or of another model.
+    """
+    for file in TOKENIZER_FILES:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: no such file; it is part of CLIP's tokenizer")
+    try:
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: vocab.json and merges.txt are no CLIP tokenizer ({reason})") from error
+    settings = model.settings["text"]
+    legacy = settings["eos_token_id"] == 2  # the end is then the highest id: models/clip.py
+    end = len(tokenizer) - 1 if legacy else settings["eos_token_id"]
+    if len(tokenizer) > settings["vocab_size"] or tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"{folder / 'vocab.json'}: {len(tokenizer)} tokens with the end token {tokenizer.eos_token_id}; "
+            f"config.json asks for {settings['vocab_size']} with {end}; is it of the same model?"
+        )
+
+    def tokenize(prompts: Sequence[str]) -> np.ndarray:
+        length = settings["max_position_embeddings"]
+        encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
+        return np.asarray(encoded["input_ids"], np.int32)
+
+    return tokenize

@@ -1,0 +1,34 @@
+"""CLIP score: how well an image fits its prompt, by a CLIP as it was published."""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from dspo_jax.models import Params
+from dspo_jax.rewards import clip_folder
+from dspo_jax.rewards.preprocess import clip_pixels
+from dspo_jax.rewards.registry import Reward, register_loader
+
+
+def load(folder: Path, batch_size: int, *, name: str) -> Reward:
+    """100 times the cosine of image and prompt; negative where they point apart.
+
+    CLIPScore as Hessel et al. 2021 (arXiv:2104.08718) define it puts negative cosines at zero and has the
+    factor 2.5. The released scripts do neither: Diffusion-DPO's and ImageReward's report the cosine itself.
+    Here nothing is clamped either. Diffusion-DPO's script scores with ViT-H/14 behind the transform of HPS
+    (preprocess.py), which for square images is nearly the same as CLIP's own, used here.
+
+    Raises:
+      FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
+    """
+    clip = clip_folder.open_reward(folder, name)
+
+    def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
+        return 100 * clip.cosine(params, pixels, tokens)
+
+    return clip.make(network, clip_pixels, batch_size)
+
+
+for _name in ("clip-h", "clip-l"):
+    register_loader(_name)(functools.partial(load, name=_name))

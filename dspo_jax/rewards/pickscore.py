@@ -1,0 +1,29 @@
+"""PickScore: which of two images people picked for a prompt."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dspo_jax.models import Params
+from dspo_jax.rewards import clip_folder
+from dspo_jax.rewards.preprocess import clip_pixels
+from dspo_jax.rewards.registry import Reward, register_loader
+
+
+@register_loader("pickscore")
+def load(folder: Path, batch_size: int) -> Reward:
+    """exp(logit_scale) times the cosine of image and prompt.
+
+    Source: Kirstain et al. 2023 (arXiv:2305.01569), section 4, and its released code. Diffusion-DPO's script
+    leaves the factor out, which is the same for every image.
+
+    Raises:
+      FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
+    """
+    clip = clip_folder.open_reward(folder, "pickscore")
+
+    def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.exp(params["logit_scale"]) * clip.cosine(params, pixels, tokens)
+
+    return clip.make(network, clip_pixels, batch_size)

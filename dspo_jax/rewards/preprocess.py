@@ -1,0 +1,69 @@
+"""Pictures to the pixels that CLIP's image tower takes, as the published rewards do it."""
+
+import numpy as np
+from PIL import Image
+
+# Of CLIP's training images (Radford et al. 2021, released code).
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """The shorter edge resized to `size` (bicubic, 8 bits a channel), then the middle square.
+
+    Source: transformers' CLIP image processor, which the released code of PickScore, and Diffusion-DPO's
+    for the aesthetic score, calls. OpenAI's own transform differs where an odd number of pixels is cropped:
+    the square then lies a pixel further right or lower in half of the cases.
+
+    Args:
+      image: RGB, of any size.
+      size: S, the tower's, 224 for every published reward.
+
+    Returns:
+      [S, S, 3] float32, normalised by the mean and deviation of CLIP's training images.
+    """
+    width, height = image.size
+    short = min(width, height)
+    width, height = (int(size * edge / short) for edge in (width, height))
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _normalise(np.asarray(resized.crop((left, top, left + size, top + size))) / 255)
+
+
+def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """The longer edge resized to `size` (bicubic, in floating point), then black around to a square.
+
+    Source: the package hpsv2 1.2.0, which brings open_clip 2.16.0 with a transform of its own and turns the
+    picture into a float tensor before it resizes. Three things follow that "resize the longest side and pad"
+    does not say. Sharp edges overshoot [0, 1] and are not clipped. Whether a picture is smoothed as it
+    shrinks depends on torchvision: since 0.17 (January 2024) tensors are, and here, too; before, they were
+    not, and the same code gave other scores. The padding is black before the normalisation, not zero after
+    it. A picture with a longer edge of exactly `size` is not padded there, which only a square survives;
+    here it is.
+
+    Args:
+      image: RGB, of any size.
+      size: S, the tower's, 224.
+
+    Returns:
+      [S, S, 3] float32, normalised by the mean and deviation of CLIP's training images.
+
+    Raises:
+      ValueError: the picture is so narrow that nothing of it is left.
+    """
+    scale = size / max(image.size)
+    width, height = (round(edge * scale) for edge in image.size)
+    if not width or not height:
+        raise ValueError(
+            f"an image of {image.width}x{image.height} pixels vanishes when its longer edge becomes {size}"
+        )
+    left, top = (size - width) // 2, (size - height) // 2
+    square = np.zeros((size, size, 3), np.float32)
+    for channel, values in enumerate(np.moveaxis(np.asarray(image, np.float32) / 255, -1, 0)):
+        resized = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+        square[top : top + height, left : left + width, channel] = np.asarray(resized)
+    return _normalise(square)
+
+
+def _normalise(pixels: np.ndarray) -> np.ndarray:
+    return (pixels.astype(np.float32) - _MEAN) / _DEVIATION

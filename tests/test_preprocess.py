@@ -1,0 +1,83 @@
+"""Pixels against transformers' processor, exactly, and against the definition of HPS's transform in torch."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels
+
+MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+# (width, height): larger and smaller than 224, upright, sizes whose halves and products do not come out even,
+# a side that is 224 already, a single pixel.
+SIZES = [
+    (512, 512),
+    (224, 224),
+    (640, 480),
+    (333, 517),
+    (100, 37),
+    (231, 224),
+    (224, 227),
+    (17, 224),
+    (223, 223),
+    (301, 299),
+    (3, 5),
+    (1, 1),
+    (900, 70),
+]
+
+
+def noise(width, height):
+    return Image.fromarray(
+        np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clip_is_what_transformers_does_to_the_last_bit(size):
+    module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    image = noise(*size)
+    theirs = module.CLIPImageProcessorPil()(images=image, return_tensors="np")["pixel_values"][0]
+    ours = clip_pixels(image, 224)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hps_is_its_definition_in_torch(size):
+    """torchvision's resize of a tensor is torch's interpolate; it computes the weights in float32."""
+    torch = pytest.importorskip("torch")
+    image = noise(*size)
+    pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1)).float() / 255
+    longer = max(size)
+    height, width = (round(edge * (224 / float(longer))) for edge in pixels.shape[1:])
+    resized = torch.nn.functional.interpolate(
+        pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True
+    )[0]
+    square = torch.zeros(3, 224, 224)
+    top, left = (224 - height) // 2, (224 - width) // 2
+    square[:, top : top + height, left : left + width] = resized
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    theirs = ((square - mean) / deviation).numpy().transpose(1, 2, 0)
+    ours = hps_pixels(image, 224)
+    assert ours.dtype == np.float32
+    # Seen: 6e-5; a level of 8 bits is 1.5e-2.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
+
+
+def test_hps_pads_with_black_and_does_not_clip():
+    black, white = ((np.array([value] * 3) - MEAN) / DEVIATION for value in (0, 1))
+    pixels = np.zeros((10, 40, 3), np.uint8)
+    pixels[:, 20:] = 255
+    ours = hps_pixels(Image.fromarray(pixels), 80)  # twice as large: 20 rows in the middle
+    np.testing.assert_allclose(ours[:30], np.broadcast_to(black, (30, 80, 3)), atol=1e-6)
+    np.testing.assert_allclose(ours[50:], np.broadcast_to(black, (30, 80, 3)), atol=1e-6)
+    np.testing.assert_allclose(ours[30:50, -1], np.broadcast_to(white, (20, 3)), atol=1e-5)
+    assert (ours[40].min(0) < black - 0.1).all()
+    assert (ours[40].max(0) > white + 0.1).all()
+
+
+def test_a_picture_of_which_nothing_is_left():
+    with pytest.raises(ValueError, match=re.escape("an image of 1000x2 pixels vanishes")):
+        hps_pixels(noise(1000, 2), 224)
