@@ -1,11 +1,11 @@
 """The prompt sets of the papers by name, checked for being whole; or the prompts of any file."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,12 +24,20 @@ class PromptSet:
     Attributes:
       name: what tables call it.
       prompts: in the order of the files.
-      sha256: of the texts, each followed by a newline, and by its picture's bytes where it has one.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
-    sha256: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the texts, each followed by a newline, and by its picture's bytes where it has one."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(f"{prompt.text}\n".encode())
+            if prompt.image:
+                digest.update(prompt.image.read_bytes())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,7 @@ def read_prompt_set(text: str, images: Path) -> PromptSet:
     if not equals or Path(text).is_file() or not re.fullmatch(r"[\w.-]+", name) or " " in where:
         prompts = read_prompts(text)
         source = Path(text).name if Path(text).is_file() else "a text"
-        return PromptSet(source, tuple(prompts), _digest(prompts))
+        return PromptSet(source, tuple(prompts))
     if name not in SETS:
         raise ValueError(spelling.unknown("--prompts", name, SETS))
     published = SETS[name]
@@ -112,26 +120,17 @@ def read_prompt_set(text: str, images: Path) -> PromptSet:
                 + _fix(published.where, paths[0])
             )
         prompts += [dataclasses.replace(p, category=p.category or file.category) for p in found]
-    digest = _digest(prompts)
-    if published.sha256 not in (None, digest):
+    complete = PromptSet(name, tuple(prompts))
+    if published.sha256 not in (None, complete.sha256):
         raise ValueError(
-            f"--prompts={text}: not the prompts of {name}, their sha256 is {digest} and must be "
+            f"--prompts={text}: not the prompts of {name}, their sha256 is {complete.sha256} and must be "
             f"{published.sha256}; " + _fix(published.where, where)
         )
-    return PromptSet(name, tuple(prompts), digest)
+    return complete
 
 
 def _fix(where: str, path: str | Path) -> str:
     return f"fetch it again (from {where}), or give what you have without the name: --prompts={path}"
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.text}\n".encode())
-        if prompt.image:
-            digest.update(prompt.image.read_bytes())
-    return digest.hexdigest()
 
 
 def _find(name: str, where: str) -> list[list[Path]]:
