@@ -18,7 +18,7 @@ from dspo_jax.prompts import Prompt
 
 FORMATS = ("png", "webp")
 MANIFEST = "manifest.jsonl"
-_SETTINGS = "settings.json"
+SETTINGS = "settings.json"
 # On a contact sheet.
 _ROWS, _SHEETS, _SIDE = 20, 10, 256
 
@@ -32,7 +32,7 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     Raises:
       ValueError: `out` holds images of other settings and may not be overwritten, or other files.
     """
-    path = out / _SETTINGS
+    path = out / SETTINGS
     ours = json.loads(json.dumps(settings))
     if path.is_file():
         theirs = json.loads(path.read_text(encoding="utf-8"))

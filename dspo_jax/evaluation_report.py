@@ -1,0 +1,65 @@
+"""What an evaluation leaves in its folder, and what it says at the end."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dspo_jax.evaluation import Evaluation
+from dspo_jax.evaluation_figures import draw_figures
+from dspo_jax.evaluation_page import make_page
+from dspo_jax.evaluation_tables import (
+    NOTE,
+    describe,
+    list_scores,
+    make_tables,
+    rejection_to_csv,
+    to_csv,
+    to_json,
+    to_markdown,
+    to_tex,
+)
+
+
+def write_report(evaluation: Evaluation, out: Path) -> None:
+    """Writes scores, tables, figures and index.html; each file appears when it is whole."""
+    figures = {f"{name}.png": figure for name, figure in draw_figures(evaluation).items()}
+    texts = {
+        "win_rates.md": to_markdown(evaluation),
+        "win_rates.csv": to_csv(evaluation),
+        "win_rates.json": to_json(evaluation),
+        "win_rates.tex": to_tex(evaluation),
+        "index.html": make_page(evaluation, out, list(figures)),
+    }
+    if any(evaluation.rejection.values()):
+        texts["rejection.csv"] = rejection_to_csv(evaluation)
+    _replace(out / "scores.parquet", partial(pq.write_table, list_scores(evaluation, out)))
+    for name, figure in figures.items():
+        _replace(out / name, partial(figure.savefig, format="png"))
+    for name, text in texts.items():
+        _replace(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def print_report(evaluation: Evaluation, console: Console) -> None:
+    """Prints what was compared, the win rates and the mean rewards."""
+    for name, value in describe(evaluation):
+        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    for table in make_tables(evaluation)[:2]:
+        console.print(f"\n{table.title}", highlight=False, markup=False)
+        shown = Table(*map(escape, table.heading))
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+    console.print(NOTE, highlight=False, markup=False)

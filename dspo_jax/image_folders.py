@@ -1,0 +1,106 @@
+"""Images that were made before: which file is of which prompt and seed."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspo_jax.prompts import Prompt
+from dspo_jax.sample_folder import MANIFEST, SETTINGS
+
+_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_NAME = re.compile(r"(\d+)_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """A folder with one image for each prompt and seed, `00012_3.png` of prompt 12 (from 0) and seed 3.
+
+    Or the output of `sample` for one model, of which the folder and how it was drawn are then known.
+    """
+
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of a base or a model.
+
+    Attributes:
+      source: the model or folder as the user named it.
+      how: settings they were drawn with, as far as they are known.
+      files: by prompt and seed.
+    """
+
+    source: str
+    how: Mapping[str, Any]
+    files: Sequence[Sequence[Path]]
+
+
+def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> Images:
+    """The files of every prompt with seeds 0, 1, ... in a folder that holds these and no other images.
+
+    Raises:
+      FileNotFoundError: no such folder, or an image is missing.
+      ValueError: an image too many, or images of other prompts.
+    """
+    path, settings = _locate(folder.path)
+    files: dict[tuple[int, int], Path] = {}
+    wanted = f"{len(prompts):,} prompts with seeds 0 to {seeds - 1}"
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() not in _SUFFIXES:
+            continue
+        match = _NAME.fullmatch(file.stem)
+        if not match:
+            raise ValueError(
+                f"{file}: images must be named PROMPT_SEED, as 00012_3.png; rename it or move it away"
+            )
+        prompt, seed = int(match[1]), int(match[2])
+        if prompt >= len(prompts) or seed >= seeds or (prompt, seed) in files:
+            raise ValueError(f"{file}: an image too many; there are {wanted}; move it away")
+        files[prompt, seed] = file
+    for prompt in range(len(prompts)):
+        for seed in range(seeds):
+            if (prompt, seed) not in files:
+                name = f"{prompt:05d}_{seed}.png"
+                raise FileNotFoundError(f"{path / name}: no such image, but there are {wanted}")
+    _check_prompts(path, prompts)
+    by_prompt = [[files[prompt, seed] for seed in range(seeds)] for prompt in range(len(prompts))]
+    return Images(str(folder.path), settings, by_prompt)
+
+
+def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder with the images, and what `sample` noted of how they were drawn."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder of images")
+    if (path / SETTINGS).is_file():
+        folders = sorted(path.glob("[0-9]*-*"))
+        if len(folders) != 1:
+            found = ", ".join(folder.name for folder in folders) or "none"
+            raise ValueError(f"{path}: must hold the images of one model, holds: {found}; name one of them")
+        path = folders[0]
+    settings = path.parent / SETTINGS
+    number = re.match(r"(\d+)-", path.name)
+    if not settings.is_file() or not number:
+        return path, {}
+    how = json.loads(settings.read_text(encoding="utf-8"))
+    return path, {**how, **how["models"][int(number[1])]}
+
+
+def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Refuses images that `sample` drew of other prompts."""
+    manifest = path.parent / MANIFEST
+    if not manifest.is_file():
+        return
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if not record["file"].startswith(f"{path.name}/") or record["prompt_index"] >= len(prompts):
+            continue
+        wanted = prompts[record["prompt_index"]].text
+        if record["prompt"] != wanted:
+            raise ValueError(
+                f"{path.parent / record['file']}: is of {record['prompt']!r}, but that prompt is {wanted!r}; "
+                "give the prompts that it was drawn with"
+            )
