@@ -30,7 +30,7 @@ def load(folder: Path, batch_size: int) -> Reward:
       FileNotFoundError: a file is missing.
       ValueError: as `clip_folder.open_reward` and `check_head`.
     """
-    clip = clip_folder.open_reward(folder, "aesthetic")
+    clip, params = clip_folder.open_reward(folder, "aesthetic")
     head = read_head(folder / HEAD, clip.model.settings["text"]["projection_dim"])
 
     def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -41,8 +41,8 @@ def load(folder: Path, batch_size: int) -> Reward:
     def tokenize(prompts: Sequence[str]) -> np.ndarray:
         return np.zeros(len(prompts), np.int32)
 
-    params = {"clip": clip.params, "head": head}
-    scorer = Scorer(network, params, clip.prepare(clip_pixels), tokenize, batch_size=batch_size)
+    both = {"clip": params, "head": head}
+    scorer = Scorer(network, both, clip.prepare(clip_pixels), tokenize, batch_size=batch_size)
     return Reward(clip.name, clip.version, scorer)
 
 

@@ -28,20 +28,18 @@ Transform = Callable[[Image.Image, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ClipReward:
-    """What `open_reward` read.
+    """What `open_reward` read, but for the weights: a network that refers to it must not keep those.
 
     Attributes:
       name, version: the reward's.
       folder: it came from.
       model: a `CLIPModel`.
-      params: its weights, float32.
     """
 
     name: str
     version: str
     folder: Path
     model: Model
-    params: Params
 
     def cosine(self, params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3], token ids [B, S] -> the cosine [B] of each image with its prompt. Pure."""
@@ -56,6 +54,7 @@ class ClipReward:
     def make(
         self,
         network: Callable[[Params, jax.Array, jax.Array], jax.Array],
+        params: Params,
         transform: Transform,
         batch_size: int,
         clean: Callable[[str], str] = str,
@@ -70,7 +69,7 @@ class ClipReward:
         def tokenize(prompts: Sequence[str]) -> np.ndarray:
             return read([clean(prompt) for prompt in prompts])
 
-        scorer = Scorer(network, self.params, self.prepare(transform), tokenize, batch_size=batch_size)
+        scorer = Scorer(network, params, self.prepare(transform), tokenize, batch_size=batch_size)
         return Reward(self.name, self.version, scorer)
 
 
@@ -79,8 +78,8 @@ def normalize(vectors: jax.Array) -> jax.Array:
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def open_reward(folder: Path, name: str) -> ClipReward:
-    """Reads the weights of the reward `name`.
+def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
+    """Reads the reward `name`, and its weights as float32.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -98,7 +97,7 @@ def open_reward(folder: Path, name: str) -> ClipReward:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'reward.json'}: damaged; convert the weights again") from error
     model = read_clip(folder)
-    return ClipReward(name, version, folder, model, convert.read_params(folder, model, "float32"))
+    return ClipReward(name, version, folder, model), convert.read_params(folder, model, "float32")
 
 
 def read_clip(folder: Path) -> Model:

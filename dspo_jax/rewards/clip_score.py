@@ -22,12 +22,12 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
     Raises:
       FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
-    clip = clip_folder.open_reward(folder, name)
+    clip, params = clip_folder.open_reward(folder, name)
 
     def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         return 100 * clip.cosine(params, pixels, tokens)
 
-    return clip.make(network, clip_pixels, batch_size)
+    return clip.make(network, params, clip_pixels, batch_size)
 
 
 for _name in ("clip-h", "clip-l"):

@@ -20,8 +20,8 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
     Raises:
       FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
-    clip = clip_folder.open_reward(folder, name)
-    return clip.make(clip.cosine, hps_pixels, batch_size, clean_prompt)
+    clip, params = clip_folder.open_reward(folder, name)
+    return clip.make(clip.cosine, params, hps_pixels, batch_size, clean_prompt)
 
 
 def clean_prompt(prompt: str) -> str:

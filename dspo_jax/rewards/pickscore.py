@@ -21,9 +21,9 @@ def load(folder: Path, batch_size: int) -> Reward:
     Raises:
       FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
-    clip = clip_folder.open_reward(folder, "pickscore")
+    clip, params = clip_folder.open_reward(folder, "pickscore")
 
     def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.exp(params["logit_scale"]) * clip.cosine(params, pixels, tokens)
 
-    return clip.make(network, clip_pixels, batch_size)
+    return clip.make(network, params, clip_pixels, batch_size)
