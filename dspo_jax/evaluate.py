@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from dspo_jax import cli, distributed
+from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
 from dspo_jax.evaluation import BASE, Evaluation, assess
 from dspo_jax.evaluation_report import print_report, write_report
@@ -219,6 +219,7 @@ def _parse_named(text: str) -> tuple[str, str]:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    sharding.use_cpu_cores()
     distributed.initialize_from_flags()
     options = read_options(flags.FLAGS)
     evaluation = evaluate(**options)

@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation_report import print_report
-from dspo_jax.prompt_sets import PromptSet
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +19,11 @@ from dspo_jax import cli, metrics, sample, sharding, train
 from dspo_jax.data import shards
 from dspo_jax.data.sources.emoji import EmojiPairs
 from dspo_jax.encode import encode
+from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluation_report import print_report
 from dspo_jax.export_model import export
 from dspo_jax.image_sampler import Drawing
+from dspo_jax.prompt_sets import PromptSet
 from dspo_jax.prompts import Prompt
 
 HERE = Path(__file__).parent
