@@ -79,14 +79,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     batch_size, batches = values.batch_size, values.batches
-    if jax.config.jax_platforms in (None, "cpu"):
-        jax.config.update("jax_num_cpu_devices", values.cpu_devices)
+    jax.config.update("jax_num_cpu_devices", values.cpu_devices)
     print(
         f"PickScore, {values.layers} + {values.text_layers} layers, batches of {batch_size}, "
         f"{jax.device_count()} {jax.default_backend()} device(s), torch: {torch.get_num_threads()} threads"
     )
     draw = np.random.default_rng(0)
-    images = draw.integers(0, 256, (batch_size, 512, 512, 3), np.uint8)
+    images = list(draw.integers(0, 256, (batch_size, 512, 512, 3), np.uint8))
     prompts = [f"a picture of {name}" for name in "abcdefghijklmnopqrstuvwxyz" * batch_size][:batch_size]
     results = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -111,6 +111,37 @@ def test_the_tokenizer_of_another_folder(clip, out, tmp_path):
     assert (out / "merges.txt").read_text() == "#version: 0.2\n"
 
 
+def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
+    """Both kinds of repository, and the tokenizer for a file that comes without one."""
+    save_file(state, tmp_path / "HPS.safetensors")
+    fetched = []
+
+    def snapshot_download(name, allow_patterns):
+        fetched.append((name, sorted(allow_patterns)))
+        return str(clip)
+
+    def hf_hub_download(name, file):
+        fetched.append((name, file))
+        return str(tmp_path / "HPS.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    laion, tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ["merges.txt", "vocab.json"]
+
+    convert("hpsv2.1", out)
+    assert fetched == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (laion, tokenizer)]
+    fetched.clear()
+    convert("pickscore", out.with_name("pickscore"), clip="somebody/clip")
+    (name, patterns), of_the_tokenizer = fetched
+    assert (name, of_the_tokenizer) == ("yuvalkirstain/PickScore_v1", ("somebody/clip", tokenizer))
+    assert {"config.json", "model.safetensors", *tokenizer} <= set(patterns)
+    assert not any(".bin" in pattern for pattern in patterns)
+    fetched.clear()
+    convert("clip-h", out.with_name("clip-h"))
+    assert [name for name, _ in fetched] == [laion]
+    assert json.loads((out.with_name("clip-h") / "reward.json").read_text())["source"] == laion
+
+
 def test_the_command(clip, out):
     options = ["--reward=pickscore", f"--weights={clip}", f"--out={out}"]
     command = [sys.executable, "-m", "dspo_jax.rewards.convert", *options]
