@@ -51,7 +51,7 @@ def write_weights(folder: Path, layers: int, text_layers: int) -> None:
 def ours(folder: Path, batch_size: int) -> Score:
     """As a user of this project gets it."""
     job = convert.prepare(
-        "pickscore", folder / "rewards" / "pickscore", weights=str(folder), clip=None, head=None
+        "pickscore", folder / "rewards" / "pickscore", weights=str(folder), tokenizer=None, head=None
     )
     convert.RECIPES["pickscore"].write(job)
     return load_reward("pickscore", folder / "rewards", batch_size=batch_size).score
@@ -112,5 +112,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("text_layers", 24, "Of the text tower.")
     flags.DEFINE_integer("batch_size", 8, "Images in a batch.")
     flags.DEFINE_integer("batches", 3, "Timed batches, after the first.")
-    flags.DEFINE_integer("cpu_devices", 2, "JAX's devices where there is only a CPU.")
     cli.run(main)

@@ -33,9 +33,9 @@ IMAGES = pictures((40, 30), (SIDE, SIDE), (16, 50))
 PROMPTS = ["a cat, and a dog", "x" * 45 + "y" * 45, ""]
 
 
-def convert(reward, out, weights, *, clip=None, head=None):
-    as_text = [None if path is None else str(path) for path in (weights, clip, head)]
-    job = prepare(reward, out / reward, weights=as_text[0], clip=as_text[1], head=as_text[2])
+def convert(reward, out, weights, *, tokenizer=None, head=None):
+    as_text = [None if path is None else str(path) for path in (weights, tokenizer, head)]
+    job = prepare(reward, out / reward, weights=as_text[0], tokenizer=as_text[1], head=as_text[2])
     RECIPES[reward].write(job)
     return load_reward(reward, out, batch_size=2)
 
@@ -93,7 +93,7 @@ def test_hps_of_an_open_clip_file(half, tmp_path):
     module.load_state_dict({name: value.float() for name, value in state.items()})
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "HPS_v2_compressed.pt")
     write_tokenizer(tmp_path / "clip")
-    reward = convert("hpsv2.0", tmp_path, tmp_path / "HPS_v2_compressed.pt", clip=tmp_path / "clip")
+    reward = convert("hpsv2.0", tmp_path, tmp_path / "HPS_v2_compressed.pt", tokenizer=tmp_path / "clip")
     assert reward.version.startswith("HPS_v2_compressed.pt ")
 
     pixels = np.stack([hps_pixels(Image.fromarray(image), SIDE) for image in IMAGES])

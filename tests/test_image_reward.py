@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from dspo_jax.models import build_model
-from dspo_jax.rewards import load_reward
-from dspo_jax.rewards.image_reward import _prepare, _read_tokenizer, write_weights
+from dspo_jax.rewards import convert, load_reward
+from dspo_jax.rewards.image_reward import _read_tokenizer
+from dspo_jax.rewards.image_reward import write_weights as write
+from dspo_jax.rewards.preprocess import image_reward_pixels
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
@@ -46,6 +48,10 @@ def weights(module, tmp_path_factory):
     return file
 
 
+def write_weights(weights, out, tokenizer):
+    write(weights, out, tokenizer, weights.name)
+
+
 def draw_images(*sizes):
     draw = np.random.default_rng(0)
     return [draw.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
@@ -57,7 +63,9 @@ def process(images, size):
 
 
 def test_scores_are_those_of_torch(weights, module, tokenizer, tmp_path):
-    write_weights(weights, tmp_path / "imagereward", tokenizer)
+    paths = {"weights": str(weights), "tokenizer": str(tokenizer)}
+    job = convert.prepare("imagereward", tmp_path / "imagereward", **paths, head=None)
+    convert.RECIPES["imagereward"].write(job)
     assert json.loads((tmp_path / "imagereward" / "config.json").read_text()) == CONFIG
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     about = {"name": "imagereward", "source": "ImageReward.pt", "sha256": digest}
@@ -66,7 +74,7 @@ def test_scores_are_those_of_torch(weights, module, tokenizer, tmp_path):
     images = draw_images((32, 32), (64, 48), (21, 50), (90, 32))
     prompts = list(IDS)
     reward = load_reward("imagereward", tmp_path, batch_size=3)
-    assert (reward.name, reward.version) == ("imagereward", f"v1.0, {digest[:8]}")
+    assert (reward.name, reward.version) == ("imagereward", f"v1.0, ImageReward.pt {digest[:8]}")
     scores = reward.score(images, prompts)
 
     ids = torch.zeros(4, 35, dtype=torch.long)
@@ -114,7 +122,7 @@ def test_safetensors_of_the_same_names_give_the_same_files(weights, module, toke
 @pytest.mark.parametrize("size", [(512, 512), (300, 224), (225, 400), (640, 418), (100, 60)])
 def test_pixels_are_those_of_clips_processor(size):
     image = draw_images(size)[0]
-    ours = _prepare(Image.fromarray(image), 224)
+    ours = image_reward_pixels(Image.fromarray(image), 224)
     assert (ours.shape, ours.dtype) == ((224, 224, 3), np.float32)
     np.testing.assert_allclose(ours, process([image], 224)[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
@@ -123,7 +131,7 @@ def test_pixels_are_those_of_clips_processor(size):
 def test_the_crop_is_torchvisions(margin, left):
     """It rounds half a pixel to even, where transformers rounds down."""
     columns = np.broadcast_to(np.arange(40 + margin, dtype=np.uint8)[None, :, None], (40, 40 + margin, 3))
-    pixels = _prepare(Image.fromarray(columns.copy()), 40)
+    pixels = image_reward_pixels(Image.fromarray(columns.copy()), 40)
     first = pixels[0, 0, 0] * 0.26862954 + 0.48145466
     assert round(float(first) * 255) == left
 

@@ -56,15 +56,15 @@ def open_clip_state(stored):
     return {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in state.items()}
 
 
-def convert(reward, out, weights=None, clip=None, head=None):
-    as_text = [None if path is None else str(path) for path in (weights, clip, head)]
-    job = prepare(reward, out, weights=as_text[0], clip=as_text[1], head=as_text[2])
+def convert(reward, out, weights=None, tokenizer=None, head=None):
+    as_text = [None if path is None else str(path) for path in (weights, tokenizer, head)]
+    job = prepare(reward, out, weights=as_text[0], tokenizer=as_text[1], head=as_text[2])
     RECIPES[reward].write(job)
 
 
-def refused(error, message, out, reward, weights=None, clip=None, head=None):
+def refused(error, message, out, reward, weights=None, tokenizer=None, head=None):
     with pytest.raises(error, match=message) as caught:
-        convert(reward, out, weights, clip, head)
+        convert(reward, out, weights, tokenizer, head)
     assert "\n" not in str(caught.value)
     assert list(out.parent.iterdir()) == []
 
@@ -131,7 +131,7 @@ def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
     convert("hpsv2.1", out)
     assert fetched == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (laion, tokenizer)]
     fetched.clear()
-    convert("pickscore", out.with_name("pickscore"), clip="somebody/clip")
+    convert("pickscore", out.with_name("pickscore"), tokenizer="somebody/clip")
     (name, patterns), of_the_tokenizer = fetched
     assert (name, of_the_tokenizer) == ("yuvalkirstain/PickScore_v1", ("somebody/clip", tokenizer))
     assert {"config.json", "model.safetensors", *tokenizer} <= set(patterns)
@@ -161,8 +161,8 @@ def test_the_command(clip, out):
         ("aesthetic", {}, "--head is missing: name the file sac"),
         (
             "aesthetic",
-            {"head": "h.pth", "clip": "c"},
-            "--clip=c: not an option of aesthetic, which reads no prompt",
+            {"head": "h.pth", "tokenizer": "c"},
+            "--tokenizer=c: not an option of aesthetic, which reads no prompt",
         ),
         # Tests have no network.
         ("pickscore", {}, "yuvalkirstain/PickScore_v1: no such folder, and the model hub did not give it"),

@@ -2,7 +2,7 @@
 
     python -m dspo_jax.rewards.convert --reward=pickscore --out=rewards/pickscore
     python -m dspo_jax.rewards.convert --reward=hpsv2.1 --weights=HPS_v2.1_compressed.pt \
-        --clip=CLIP-ViT-H-14-laion2B-s32B-b79K --out=rewards/hpsv2.1
+        --tokenizer=CLIP-ViT-H-14-laion2B-s32B-b79K --out=rewards/hpsv2.1
     python -m dspo_jax.rewards.convert --reward=aesthetic --head=sac+logos+ava1-l14-linearMSE.pth \
         --out=rewards/aesthetic
 
@@ -21,7 +21,7 @@ from absl import flags
 
 from dspo_jax import cli, convert, model_dir, spelling, tensors
 from dspo_jax.models import Model, build_model
-from dspo_jax.rewards import aesthetic, open_clip
+from dspo_jax.rewards import aesthetic, image_reward, open_clip
 from dspo_jax.rewards.clip_folder import TOKENIZER_FILES, read_clip, read_tokenizer
 from dspo_jax.tensors import Tensor
 from dspo_jax.torch_files import open_weights
@@ -151,6 +151,13 @@ RECIPES: dict[str, Recipe] = {
     "clip-h": Recipe(_LAION_H, _write_h, tokenizer=_LAION_H),
     "clip-l": Recipe(_OPENAI_L, _write_l, tokenizer=_OPENAI_L),
     "aesthetic": Recipe(_OPENAI_L, _write_l, head=True),
+    "imagereward": Recipe(
+        "THUDM/ImageReward",
+        lambda job: image_reward.write_weights(job.weights, job.out, job.tokenizer, job.source),
+        file="ImageReward.pt",
+        tokenizer="google-bert/bert-base-uncased",
+        tokenizer_files=("vocab.txt",),
+    ),
 }
 
 _MODEL_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -170,14 +177,14 @@ def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
 
 
-def prepare(reward: str, out: Path, *, weights: str | None, clip: str | None, head: str | None) -> Job:
+def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | None, head: str | None) -> Job:
     """Finds, or downloads, what the reward is made of.
 
     Args:
       reward: its name.
       out: the folder to write.
       weights: a file, folder or hub id; None for the published one.
-      clip: a folder or hub id with the tokenizer; None for that of the weights or else the published one.
+      tokenizer: a folder or hub id with it; None for that of the weights or else the published one.
       head: the file of the aesthetic head.
 
     Raises:
@@ -195,24 +202,24 @@ def prepare(reward: str, out: Path, *, weights: str | None, clip: str | None, he
         )
     if head is not None and not recipe.head:
         raise ValueError(f"--head={head}: not an option of {reward}")
-    if clip is not None and recipe.tokenizer is None:
-        raise ValueError(f"--clip={clip}: not an option of {reward}, which reads no prompt")
+    if tokenizer is not None and recipe.tokenizer is None:
+        raise ValueError(f"--tokenizer={tokenizer}: not an option of {reward}, which reads no prompt")
     source = weights or recipe.source
     found = _find(source, recipe.file, [*_MODEL_FILES, *recipe.tokenizer_files])
-    tokenizer = None
+    folder = None
     if recipe.tokenizer is not None:
         brought = all((found / file).is_file() for file in recipe.tokenizer_files)
-        tokenizer = found if brought and clip is None else _find_tokenizer(clip, recipe)
+        folder = found if brought and tokenizer is None else _find_tokenizer(tokenizer, recipe)
     name = source if model_dir.is_hub_id(source) else Path(source).resolve().name
-    return Job(reward, name, found, tokenizer, Path(head) if head else None, out)
+    return Job(reward, name, found, folder, Path(head) if head else None, out)
 
 
-def _find_tokenizer(clip: str | None, recipe: Recipe) -> Path:
+def _find_tokenizer(tokenizer: str | None, recipe: Recipe) -> Path:
     try:
-        return _find(clip or str(recipe.tokenizer), None, recipe.tokenizer_files)
+        return _find(tokenizer or str(recipe.tokenizer), None, recipe.tokenizer_files)
     except OSError as error:
         needed = " and ".join(recipe.tokenizer_files)
-        raise OSError(f"{error}; name a folder that holds {needed} with --clip") from error
+        raise OSError(f"{error}; name a folder that holds {needed} with --tokenizer") from error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -220,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     out = Path(values.out)
-    job = prepare(values.reward, out, weights=values.weights, clip=values.clip, head=values.head)
+    job = prepare(values.reward, out, weights=values.weights, tokenizer=values.tokenizer, head=values.head)
     RECIPES[job.reward].write(job)
     print(f"{out}: the reward {job.reward} of {job.source}")
 
@@ -232,7 +239,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "The folder to write; must not exist.", required=True)
     flags.DEFINE_string(
-        "clip",
+        "tokenizer",
         None,
         "A folder or hub id whose tokenizer to take; default: that beside the weights, or the published one.",
     )

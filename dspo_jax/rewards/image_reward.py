@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from transformers import BertTokenizer
 
 from dspo_jax import convert, model_dir, tensors
 from dspo_jax.models import Model, Params, build_model
+from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.registry import Reward, register_loader
 from dspo_jax.rewards.scorer import Scorer
 from dspo_jax.tensors import Tensor
@@ -30,10 +30,6 @@ _CLASS = "ImageReward"
 
 # By which the released code standardises what the head gives.
 _MEAN, _DEVIATION = 0.16717362830052426, 1.0333394966054072
-
-# Of CLIP's training images, which the released code normalises by instead of BLIP's.
-_PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_PIXEL_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 _TOKENS = 35
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -61,7 +57,7 @@ def load(folder: Path, batch_size: int) -> Reward:
     if not (folder / "reward.json").is_file():
         raise FileNotFoundError(f"{folder / 'reward.json'}: no such file; convert the weights again")
     about = model_dir.read_json(folder / "reward.json")
-    if about.get("name") != _NAME or not isinstance(about.get("sha256"), str):
+    if about.get("name") != _NAME or not {"source", "sha256"} <= about.keys():
         raise ValueError(f"{folder / 'reward.json'}: is not of the reward {_NAME}; convert the weights again")
     model = convert.read_model(folder)
     if model.class_name != _CLASS:
@@ -78,31 +74,19 @@ def load(folder: Path, batch_size: int) -> Reward:
         )
         return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
 
-    prepare = functools.partial(_prepare, size=model.config["vision_config"]["image_size"])
+    prepare = functools.partial(image_reward_pixels, size=model.config["vision_config"]["image_size"])
     scorer = Scorer(network, params, prepare, tokenize, batch_size=batch_size)
-    return Reward(_NAME, f"v1.0, {about['sha256'][:8]}", scorer)
+    return Reward(_NAME, f"v1.0, {about['source']} {about['sha256'][:8]}", scorer)
 
 
-def _prepare(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB picture -> pixels [size, size, 3] float32, as torchvision's Resize, CenterCrop and Normalize.
-
-    An odd number of pixels to crop is split as torchvision does it, by rounding half to even.
-    """
-    short = min(image.size)
-    width, height = (int(size * edge / short) for edge in image.size)
-    left, top = (round((edge - size) / 2) for edge in (width, height))
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255
-    return (pixels - _PIXEL_MEAN) / _PIXEL_DEVIATION
-
-
-def write_weights(weights: Path, out: Path, tokenizer: Path | None) -> None:
+def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str) -> None:
     """Write the folder that the reward is loaded from.
 
     Args:
       weights: the published ImageReward.pt, or a safetensors file of the same names.
       out: must not exist; appears when it is complete.
       tokenizer: BERT's vocab.txt, or a folder with it, such as that of bert-base-uncased.
+      source: what the user calls the weights, which tables print.
 
     Raises:
       FileNotFoundError: no such weights or vocabulary.
@@ -121,7 +105,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None) -> None:
     _read_tokenizer(vocabulary, model.config["text_config"]["vocab_size"])
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {"name": _NAME, "source": weights.name, "sha256": digest}
+    about = {"name": _NAME, "source": source, "sha256": digest}
     model_dir.require_space(out, sum(tensor.nbytes for tensor in stored.values()))
     with model_dir.appear(out) as partial:
         with tensors.name_write_errors(partial):

@@ -1,4 +1,4 @@
-"""Pictures to the pixels that CLIP's image tower takes, as the published rewards do it."""
+"""Pictures to the pixels that image towers take, as the published rewards do it."""
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,19 @@ def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return _normalise(np.asarray(resized.crop((left, top, left + size, top + size))) / 255)
+
+
+def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """As `clip_pixels`, but for which square is the middle one where an odd number of pixels is cropped.
+
+    Source: the package image-reward 1.5, which calls torchvision's Resize, CenterCrop and Normalize;
+    torchvision rounds half to even.
+    """
+    short = min(image.size)
+    width, height = (int(size * edge / short) for edge in image.size)
+    left, top = (round((edge - size) / 2) for edge in (width, height))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _normalise(np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255)
 
 
 def hps_pixels(image: Image.Image, size: int) -> np.ndarray:

@@ -140,7 +140,7 @@ def test_full_size_from_the_published_file_to_scores(tmp_path, monkeypatch):
     del module
 
     start = time.perf_counter()
-    write_weights(tmp_path / "ImageReward.pt", tmp_path / "rewards" / "imagereward", tokenizer)
+    write_weights(tmp_path / "ImageReward.pt", tmp_path / "rewards" / "imagereward", tokenizer, "the hub")
     written = time.perf_counter()
     assert json.loads((tmp_path / "rewards/imagereward/config.json").read_text()) == oracle.CONFIG
     reward = load_reward("imagereward", tmp_path / "rewards", batch_size=2)
