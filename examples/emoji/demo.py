@@ -28,7 +28,7 @@ from dspo_jax.prompts import Prompt
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
-DRAWING = Drawing(steps=25, guidance_scale=4.0)
+DRAWING = Drawing(steps=20, guidance_scale=4.0)
 # Categories are what the pairs compare; the names show what the model still draws.
 PROMPTS = (
     "smileys & emotion",
@@ -78,7 +78,7 @@ def run_demo(out: Path, console: Console) -> None:
     evaluation = evaluate(
         MODEL,
         {"aligned": out / "run"},
-        PromptSet("categories of emoji", tuple(Prompt(text) for text in categories * 16)),
+        PromptSet("categories of emoji", tuple(Prompt(text) for text in categories * 24)),
         out / "evaluation",
         rewards=[f"{HERE / 'sentiment.py'}:sentiment", "compressibility", "colourfulness"],
         drawing=DRAWING,
