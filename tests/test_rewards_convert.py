@@ -89,6 +89,15 @@ def test_a_folder_keeps_its_tensors_and_an_open_clip_file_is_the_same_model(clip
     assert json.loads((other / "config.json").read_text()) == clip_config()
 
 
+def test_the_activation_is_that_of_the_rewards_model(tmp_path, out):
+    """Nothing in a file tells it: ViT-L/14 is OpenAI's, which has another than LAION's ViT-H/14."""
+    clip = write_clip(tmp_path / "clip", clip_config(features=768, activation="quick_gelu"))
+    save_file(open_clip_state(load_file(clip / "model.safetensors")), tmp_path / "l.safetensors")
+    convert("clip-l", out, tmp_path / "l.safetensors", clip)
+    config = json.loads((out / "config.json").read_text())
+    assert config == clip_config(features=768, activation="quick_gelu")
+
+
 def test_shards_and_what_old_files_hold_besides(clip, out):
     stored = tensors.open_file(clip / "model.safetensors")
     ids = np.arange(77)[None]
