@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation import BASE, Evaluation
-from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.train import train
 
 

@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation_report import print_report
-from dspo_jax.prompt_sets import read_prompt_set
 from rich.console import Console
 
 from configs import emoji_diffusion_dpo
@@ -24,7 +21,10 @@ from dspo_jax import cli, sharding
 from dspo_jax.data.label import label
 from dspo_jax.data.sources.emoji import EmojiImages
 from dspo_jax.encode import encode
+from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluation_report import print_report
 from dspo_jax.image_sampler import Drawing
+from dspo_jax.prompt_sets import read_prompt_set
 from dspo_jax.prompts import Prompt
 from dspo_jax.rewards import load_reward
 from dspo_jax.train import train
