@@ -1,6 +1,7 @@
 """Win rates of a model over its base with what they are worth, and what more draws of the base are worth."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from scipy import stats
@@ -142,11 +143,16 @@ def _check(model: np.ndarray, base: np.ndarray) -> None:
 
 def _bootstrap(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Percentiles 2.5 and 97.5, [2, K], of the mean of rows drawn with replacement from values [N, K]."""
-    draw, count = np.random.default_rng(seed), len(values)
-    means = np.empty((resamples, values.shape[1]))
-    at_once = max(1, 2**18 // count)
-    for start in range(0, resamples, at_once):
-        chosen = draw.integers(count, size=(min(at_once, resamples - start), count), dtype=np.int32)
-        for k, column in enumerate(values.T):
-            means[start : start + len(chosen), k] = np.take(column, chosen).mean(axis=1)
+    parts = np.array_split(_draw_counts(len(values), resamples, seed), max(1, resamples // 500))
+    means = np.concatenate([part.astype(float) @ values for part in parts]) / len(values)
     return np.percentile(means, [2.5, 97.5], axis=0)
+
+
+@functools.lru_cache(maxsize=32)  # to draw takes longer than the means, and every reward has the same prompts
+def _draw_counts(count: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of `count` rows is in each resample: [resamples, count]."""
+    draw = np.random.default_rng(seed)
+    counts = np.empty((resamples, count), np.uint16)
+    for row in counts:
+        row[:] = np.bincount(draw.integers(count, size=count), minlength=count)
+    return counts

@@ -87,6 +87,11 @@ def test_images_made_elsewhere(folders, own, tmp_path):
     written = json.loads((out / "win_rates.json").read_text())
     assert written["win_rates"]["mine"]["redness"]["per_seed"] == pytest.approx([2 / 3, 0.5])
     assert written["prompts"] == {"name": "three", "count": 3, "sha256": PROMPTS.sha256}
+    lines = (out / "win_rates.md").read_text().splitlines()
+    assert [line[:16] for line in lines if line.startswith(("| base | 5", "| mine | 5"))] == [
+        *("| mine | 58.3 [0", "| base | 50.00 [", "| mine | 53.33 ["),
+    ]
+    assert "redness: won most clearly, 3 of 3" in (out / "index.html").read_text()
     assert {path.name for path in out.iterdir()} == {
         *(f"win_rates.{kind}" for kind in ("md", "csv", "json", "tex", "png")),
         *("scores", "scores.parquet", "index.html", "rewards.png", "wins_by_prompt.png"),
@@ -202,8 +207,13 @@ def test_models_are_drawn_once_and_their_images_given_again(shallow_model, own, 
         call(str(shallow_model), {"first": f"{shallow_model}/"}, out, ["compressibility"])
 
     given, again = ImageFolder(out / "images" / "first"), tmp_path / "again"
+    settings = (given.path / "settings.json").read_text()
+    (given.path / "settings.json").write_text(settings.replace('"step": null', '"step": 7'))
     drawn_again = call(ImageFolder(given.path / "0-first"), {"given": given}, again, ["compressibility"])
-    assert (again / "win_rates.md").read_text().count("ddim, 1 step, guidance 1 ") == 2
+    assert (again / "win_rates.md").read_text().count("checkpoint 7, ddim, 1 step, guidance 1 ") == 2
+    (given.path / "settings.json").write_text(settings)
+    mixed = call(str(shallow_model), {"given": given, **models}, out, ["compressibility"])
+    assert list(mixed.images) == ["base", "given", "first"]
     assert drawn_again.images["given"].files == found.images["first"].files
     (out / "images" / "first" / "1-other").mkdir()
     with pytest.raises(ValueError, match="must hold the images of one model, holds: 0-first, 1-other"):
@@ -235,6 +245,7 @@ def test_flags_become_arguments(tmp_path):
     }
     assert (options["base"], options["seeds"], options["base_seeds"]) == ("b", 5, None)
     assert options["prompts"] == PromptSet("a text", (Prompt("a"),))
+    assert list(read(model=["."])["models"]) == [Path.cwd().name]
     assert read(base=None, base_images="x")["base"] == ImageFolder(Path("x"))
 
 

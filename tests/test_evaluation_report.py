@@ -59,7 +59,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_shows_the_clearest_pairs_first_and_escapes_what_it_is_told(tmp_path):
-    page = Page(make_page(make(tmp_path, prompts=60), tmp_path, ["win_rates.png"]))
+    evaluation = make(tmp_path, prompts=60, labels=("a & <b> 50%20",))
+    page = Page(make_page(evaluation, tmp_path, ["win_rates.png"]))
     links = [unquote(link) for link in page.links]
     assert not [link for link in links if link.startswith(("/", "http"))]
     assert "script" not in page.names
@@ -67,14 +68,14 @@ def test_the_page_shows_the_clearest_pairs_first_and_escapes_what_it_is_told(tmp
     # Two rewards, won and lost, 24 pairs of two; the last even prompts have won by most, the last odd lost.
     assert len(pairs) == 2 * 2 * 24 * 2
     assert pairs[:4] == [
-        *("images/base/00058_0.png", "images/a & <b>/00058_0.png"),
-        *("images/base/00058_1.png", "images/a & <b>/00058_1.png"),
+        *("images/base/00058_0.png", "images/a & <b> 50%20/00058_0.png"),
+        *("images/base/00058_1.png", "images/a & <b> 50%20/00058_1.png"),
     ]
     assert pairs[48] == "images/base/00059_0.png"
     assert "r_1: won most clearly, 24 of 60" in page.texts
     assert "<i>58</i> | 50 % (prompt 58, seed 0)" in page.texts
-    assert "a & <b> 30" in page.texts
-    assert "a & <b> beside the base" in page.texts
+    assert "a & <b> 50%20 30" in page.texts
+    assert "a & <b> 50%20 beside the base" in page.texts
 
 
 def test_the_page_of_edits_shows_what_they_start_from(tmp_path):
@@ -99,6 +100,7 @@ def test_the_tables_say_what_they_are_of(tmp_path):
     assert r"| model | r_1 | q\|2 |" in markdown
     # Half of the prompts are won by any draw, in the others the first draw loses: 1 or all 4 of them.
     assert r"| a & <b> | r_1 | 2.5 | 1 | 50.0 % |" in markdown
+    assert "by category" not in markdown
     assert r"a \& $<$b$>$ & 50.0 [33.3, 66.7] p = 1.000" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\bottomrule") == 2
     rows = list(csv.DictReader(io.StringIO(to_csv(evaluation))))

@@ -65,15 +65,15 @@ def test_the_same_scores_give_the_same_interval_and_another_seed_another():
 
 
 def test_the_interval_covers_the_truth_in_95_of_100_experiments():
-    """1,000 experiments of 200 prompts; seeds of one prompt are not independent."""
+    """1,000 experiments of 400 prompts; seeds of one prompt are not independent."""
     draw = np.random.default_rng(0)
     truth, covered = 0.6, np.zeros(3)
     for _ in range(1000):
         # Of each prompt a rate of its own: Beta(1.2, 0.8), whose mean is 0.6.
-        rates = draw.beta(1.2, 0.8, size=(200, 1))
-        wins = (draw.random((200, 2)) < rates).astype(float)
-        rewards = wins + 0.5 * draw.standard_normal((200, 1))
-        found = compare(rewards, rewards - wins + 0.5, resamples=400)
+        rates = draw.beta(1.2, 0.8, size=(400, 1))
+        wins = (draw.random((400, 2)) < rates).astype(float)
+        rewards = wins + 0.5 * draw.standard_normal((400, 1))
+        found = compare(rewards, rewards - wins + 0.5, resamples=1000)
         expected = (truth, truth, 0.5)
         for i, estimate in enumerate((found.share, found.mean_reward, found.base_mean_reward)):
             covered[i] += estimate.low <= expected[i] <= estimate.high
