@@ -168,6 +168,9 @@ def test_a_folder_of_another_reward(tmp_path):
     write_json(tmp_path / "clip-h" / "reward.json", {"name": "clip-h", "source": "somewhere"})
     with pytest.raises(ValueError, match=r"clip-h.reward\.json: damaged"):
         load_reward("clip-h", tmp_path)
+    (tmp_path / "clip-h" / "reward.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"reward\.json: no such file; make the folder with python"):
+        load_reward("clip-h", tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights in"):
         load_reward("hpsv2.1", tmp_path)
     assert set(RECIPES) <= set(reward_names())

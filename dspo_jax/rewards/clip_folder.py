@@ -85,17 +85,18 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
       FileNotFoundError: a file is missing.
       ValueError: it is the folder of another reward, or its files do not fit each other.
     """
-    about = model_dir.read_json(folder / "reward.json")
+    file = folder / "reward.json"
+    fix = f"make the folder with python -m dspo_jax.rewards.convert --reward={name}"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; {fix}")
+    about = model_dir.read_json(file)
     if about.get("name") != name:
-        raise ValueError(
-            f"{folder / 'reward.json'}: is of the reward {about.get('name')!r}, not {name}; make the folder "
-            f"with python -m dspo_jax.rewards.convert --reward={name}"
-        )
+        raise ValueError(f"{file}: is of the reward {about.get('name')!r}, not {name}; {fix}")
     parts = [about, *([about["head"]] if "head" in about else [])]
     try:
         version = ", ".join(f"{part['source']} {part['sha256'][:8]}" for part in parts)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'reward.json'}: damaged; convert the weights again") from error
+        raise ValueError(f"{file}: damaged; {fix}") from error
     model = read_clip(folder)
     return ClipReward(name, version, folder, model), convert.read_params(folder, model, "float32")
 
