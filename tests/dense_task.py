@@ -1,5 +1,6 @@
 """A training task whose network compiles in a moment: three dense layers on every pixel."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 
 from dspo_jax.objectives import get_objective
+from dspo_jax.pipeline import Pipeline
 from dspo_jax.schedule import Schedule
 from dspo_jax.step import Task, init_state
 
@@ -45,6 +47,7 @@ def make_task(name, changes: dict[str, Any] | None = None, **hyperparameters):
         predict=apply_network,
         empty_tokens=np.zeros((1, 77), np.int32),
     )
+    pipe.predict_pairs = partial(Pipeline.predict_pairs, pipe)
     fields: dict[str, Any] = {
         "pipe": pipe,
         "objective": get_objective(name, **hyperparameters),
