@@ -275,6 +275,7 @@ def test_flags_that_make_no_sense_are_refused(changes, message):
         read(**changes)
 
 
+@pytest.mark.slow
 def test_two_processes_and_edits(shallow_model, own, tmp_path):
     """The command itself, on prompts with pictures; what two processes write is what one writes."""
     for i in range(2):

@@ -106,7 +106,8 @@ def test_exported_folder_gives_the_same_image_in_diffusers(
     _assert_exported_run_draws_the_same_in_diffusers(run, tiny_model, tmp_path / "exported")
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd21", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd21", "sdxl"])
 def test_other_families_go_from_pictures_to_the_same_image_in_diffusers(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

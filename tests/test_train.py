@@ -264,6 +264,7 @@ def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, f
     assert len(fake_step.seen) == 16
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_beside_the_base_and_do_not_change_the_run(shallow_model, tiny_pairs, tmp_path):
     """The real step: two runs of three steps, one with samples, a profile and validation."""
     changes = {"steps": 3, "ema_decay": 0.9}

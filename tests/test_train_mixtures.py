@@ -43,6 +43,7 @@ def shapes(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_reads_all_of_its_datasets_and_image_sizes(shallow_model, tiny_pairs, tall, shapes, tmp_path):
     watched = {"validation.every": 4, "validation.batch_size": 8, "validation.draws": 2}
     config = make_config(shallow_model, f"{tiny_pairs},{tall}", {**watched, "steps": 4})

@@ -38,6 +38,7 @@ def assert_same(out, whole):
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_killed_three_times_the_dataset_is_that_of_an_undisturbed_run(flags, whole, tmp_path):
     out = tmp_path / "killed"
     num_shards = len(list(whole.glob("*.array_record-*")))
