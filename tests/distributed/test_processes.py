@@ -97,6 +97,7 @@ def stopped(settings, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_one_process_is_asked_to_stop_and_one_goes_on_for_both(settings, undisturbed, stopped, tmp_path):
     """Both have saved the same step; and one process with eight devices is as good as two with two."""
     step = last_step(stopped)
