@@ -85,7 +85,7 @@ def evaluate(
         if isinstance(source, ImageFolder)
     }
     # Each reward is loaded again when it scores: until then the memory is the models'.
-    versions = _check_rewards(rewards, reward_dir)
+    versions = check_rewards(rewards, reward_dir)
     steps = {
         label: load_pipeline(source).step
         for label, source in sources.items()
@@ -143,8 +143,8 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
 
 
-def _check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str]:
-    """The version of each reward by the name that tables use."""
+def check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str]:
+    """The version of each reward by the name that tables use; refuses what `load_reward` refuses."""
     versions: dict[str, str] = {}
     for name in names:
         called, version = _load_version(name, reward_dir)

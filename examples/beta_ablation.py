@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.evaluate import evaluate
+from dspo_jax.evaluate import check_rewards, evaluate
 from dspo_jax.evaluation import BASE, Evaluation
 from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.train import train
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(values.out)
     prompts = read_prompt_set(values.prompts, out / "prompt_images")
     options = read_drawing_flags(values, prompts.prompts)
+    check_rewards(values.rewards, values.reward_dir)  # not after hours of training
     models: dict[str, str | Path] = {}
     for beta in betas:
         config = copy.deepcopy(values.config)
@@ -91,7 +92,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompts", None, "As dspo_jax.evaluate takes them.", required=True)
     flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.", required=True)
     flags.DEFINE_string("reward_dir", "rewards", "Folder with the weights of each reward under its name.")
-    flags.DEFINE_integer("seeds", 1, "Images of each prompt.")
+    flags.DEFINE_integer("seeds", 1, "Images of each prompt.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder for runs, evaluation, beta.csv and beta.png.", required=True)
     define_drawing_flags()
     distributed.define_flags()
