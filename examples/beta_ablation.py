@@ -43,6 +43,8 @@ def write_medians(evaluation: Evaluation, betas: Sequence[float], out: Path) -> 
         axis.fill_between(betas, quartiles[1:, 0], quartiles[1:, 2], alpha=0.2, label="quartiles")
         axis.axhline(quartiles[0, 1], color="gray", linestyle="--", label="median of the base")
         axis.set(xscale="log", xlabel="beta", ylabel=reward)
+        axis.set_xticks(betas, labels[1:])
+        axis.minorticks_off()
         axis.legend()
     figure.savefig(out / "beta.png", dpi=120)
     with (out / "beta.csv").open("w", newline="", encoding="utf-8") as file:
