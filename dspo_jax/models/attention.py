@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from dspo_jax import sharding, spelling
 from dspo_jax.models import flash
 
-# Each kernel's platform, and what it is there.
-PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}
-BACKENDS = ("plain", *PLATFORMS)
+BACKENDS = ("plain", "cudnn", "flash")
 VARIABLE = "DSPO_ATTENTION"
 
-# Fewer keys than these are left to the plain backend: their products are smaller than what a kernel's
-# padding to 128 adds.
-_FEWEST_KEYS = 64
+# Of queries and of keys: below, the TPU's compiler promises more of the plain backend. The kernel needs each
+# head's numbers side by side, and rearranging them costs more than writing few products. By
+# `python -m benchmarks.attention --topology=v5p:2x2x1`, plain is better at 256 and the kernel at 1,024.
+_FEWEST_ON_TPU = 512
 
 # Products of queries and keys, for each head, that are in memory at a time: 16 MiB in float32.
 _AT_A_TIME = 2**22
@@ -56,7 +55,7 @@ def attention(
         sharding.target(query.shape[0]),
         query.shape,
         key.shape[1],
-        query.dtype,
+        jnp.result_type(query, key, value),
         causal=causal,
         masked=visible is not None,
         wanted=os.environ.get(VARIABLE),
@@ -86,34 +85,44 @@ def choose(
       keys: their number S.
       dtype: of all three.
       causal, masked: as the call asks.
-      wanted: a backend that takes every call it can compute; None leaves the choice to the rule.
+      wanted: the backend of every call that it can compute; None leaves the choice to the rule.
 
     Raises:
-      ValueError: `wanted` is unknown, or the kernel of another platform.
+      ValueError: `wanted` is unknown, or no kernel of the target.
     """
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(spelling.unknown(VARIABLE, wanted, BACKENDS))
     if target is None:
         return "plain"
-    if wanted in PLATFORMS and PLATFORMS[wanted] != target.platform:
+    kernel = _kernel_of(target)
+    if wanted not in (None, "plain", kernel):
+        instead = " or ".join(filter(None, ("plain", kernel)))
         raise ValueError(
-            f"{VARIABLE}={wanted}: is a kernel for {PLATFORMS[wanted]}, and this program is for "
-            f"{target.platform} ({target.kind}); unset it, or set it to plain"
+            f"{VARIABLE}={wanted}: is no kernel for {target.kind} ({target.platform}); set it to {instead}, "
+            "or unset it"
         )
-    # Masks are for text, whose 77 tokens the plain backend computes at no cost worth a kernel. In float32 are
-    # the rewards and the VAE, whose figures must not depend on the device.
-    possible = not (causal or masked) and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    if target.platform == "gpu":
-        return "cudnn" if possible and _cudnn_takes(target, query) and wanted != "plain" else "plain"
+    # Masks are for text, whose 77 tokens are no work for a kernel.
+    if kernel is None or wanted == "plain" or causal or masked or not _takes(kernel, target, query[3], dtype):
+        return "plain"
+    # Nothing of the kind was measured for cuDNN, which rearranges nothing.
+    if wanted is None and kernel == "flash" and min(query[1], keys) < _FEWEST_ON_TPU:
+        return "plain"
+    return kernel
+
+
+def _kernel_of(target: sharding.Target) -> str | None:
+    """The kernel that a device has; cuDNN's needs Ampere or later, and AMD's GPUs have no such number."""
     if target.platform == "tpu":
-        return "flash" if possible and wanted != "plain" else "plain"
-    return "plain"
+        return "flash"
+    return "cudnn" if target.capability >= (8, 0) else None
 
 
-def _cudnn_takes(target: sharding.Target, query: tuple[int, ...]) -> bool:
-    """What JAX requires of GPU and head: Ampere, and for more than 128 Hopper."""
-    largest = 256 if target.capability >= (9, 0) else 128
-    return target.capability >= (8, 0) and query[-1] <= largest
+def _takes(kernel: str, target: sharding.Target, head: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether it computes such heads. What is in float32 (the rewards) must not depend on the device."""
+    if kernel == "flash":
+        return dtype == jnp.bfloat16 and head <= 256
+    # What JAX refuses of cuDNN's.
+    return dtype in (jnp.bfloat16, jnp.float16) and head <= (256 if target.capability >= (9, 0) else 128)
 
 
 def plain_attention(
