@@ -1,4 +1,4 @@
-"""The kernels behind `attention`: held to the plain backend, chosen by device and shape, split over meshes."""
+"""Attention kernels: held to the plain backend, chosen by device and shape, split over a mesh."""
 
 import functools
 import os
