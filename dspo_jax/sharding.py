@@ -172,14 +172,17 @@ def on_mesh(f: Callable[..., Result], mesh: Mesh) -> Callable[..., Result]:
 def target(batch: int) -> Target | None:
     """What the program that is being traced is for: a device of the mesh of `on_mesh`, else the only one.
 
-    None where no kernel can be called for a batch of that size: the mesh does not split it evenly, several
-    devices are there and no mesh is in use, or `jax.default_device` says that the program is for another.
+    None where no kernel can be called for a batch of that size: the mesh does not split it evenly or is none
+    of `make_mesh`, several devices are there and no mesh is in use, or `jax.default_device` says that the
+    program is for another.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return None
     device: Any = mesh.abstract_device
-    if device is None:
+    if not mesh.empty:
+        ours = mesh.axis_names == MESH_AXES
+        if device is None or not ours or batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
+            return None
+    else:
         if jax.config.jax_default_device is not None or jax.device_count() > 1:
             return None
         device = jax.devices()[0]

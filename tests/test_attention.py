@@ -190,6 +190,8 @@ def test_a_program_is_for_the_devices_of_its_mesh(monkeypatch):
 
     jax.jit(on_mesh(see, mesh))(1.0)
     assert seen == [CPU, None]  # four devices split a batch of 8, and not one of 6
+    with jax.sharding.use_abstract_mesh(AbstractMesh((8,), ("x",), (AxisType.Auto,))):
+        assert target(8) is None  # nor any batch of somebody else's
     assert target(8) is None  # of several devices none in particular
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert target(8) == CPU
