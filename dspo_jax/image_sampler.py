@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dspo_jax import samplers
 from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline
-from dspo_jax.sharding import batch_sharding, replicated
+from dspo_jax.sharding import batch_sharding, on_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ImageSampler:
 
             return sampler.run(predict, sampler.start(noise, image_latents), step_noise)
 
-        self._draw = jax.jit(draw, out_shardings=replicated(mesh) if mesh else None)
+        self._draw = jax.jit(on_mesh(draw, mesh), out_shardings=replicated(mesh)) if mesh else jax.jit(draw)
 
     @functools.cached_property
     def _stored_params(self) -> Params:

@@ -15,6 +15,7 @@ from dspo_jax import stability
 from dspo_jax.models import Params, lora
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipeline import Pipeline
+from dspo_jax.sharding import on_mesh
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -314,14 +315,14 @@ def mean_gradient(
 
 
 def compile_step(state: TrainState) -> Any:
-    """`train_step`, jitted; the new state is laid out as `state`, which is donated."""
+    """`train_step`, jitted for the mesh of `state`; the new state is laid out like it, and it is donated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    mesh = state.step.sharding.mesh
     # By default XLA orders a program for the CPU for concurrency, at up to twice the temporaries.
-    device: Any = next(iter(state.step.sharding.device_set))
     memory_first = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(
-        train_step,
+        on_mesh(train_step, mesh),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=memory_first if device.platform == "cpu" else None,
+        compiler_options=memory_first if mesh.devices.flat[0].platform == "cpu" else None,
     )

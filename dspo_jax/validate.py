@@ -33,6 +33,7 @@ from dspo_jax.sharding import (
     batch_share,
     check_batch_size,
     make_mesh,
+    on_mesh,
     replicated,
     shard_batch,
     use_cpu_cores,
@@ -113,7 +114,7 @@ class Validator:
 
         # The networks are a program of their own, run for the policy and again for the reference: compiled
         # together with the scores, the two are fused differently, and equal weights differ in the last bit.
-        self._add_noise, self._predict = jax.jit(add_noise), jax.jit(predict)
+        self._add_noise, self._predict = jax.jit(add_noise), jax.jit(on_mesh(predict, mesh))
         # What every process reads of the result must be on every device.
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 

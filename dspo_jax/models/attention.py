@@ -1,9 +1,25 @@
-"""The one attention call of the project. Every backend stands behind it; the plain one is the oracle."""
+"""The one attention call of the project. Every backend stands behind it; the plain one is the oracle.
+
+Which one computes a call is decided when a program is traced, by `choose`. The environment variable
+DSPO_ATTENTION overrules it.
+"""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
+
+from dspo_jax import sharding, spelling
+from dspo_jax.models import flash
+
+BACKENDS = ("plain", "cudnn", "flash")
+VARIABLE = "DSPO_ATTENTION"
+
+# Of queries and of keys: below, the TPU's compiler promises more of the plain backend. The kernel needs each
+# head's numbers side by side, and rearranging them costs more than writing few products. By
+# `python -m benchmarks.attention --topology=v5p:2x2x1`, plain is better at 256 and the kernel at 1,024.
+_FEWEST_ON_TPU = 512
 
 # Products of queries and keys, for each head, that are in memory at a time: 16 MiB in float32.
 _AT_A_TIME = 2**22
@@ -31,7 +47,93 @@ def attention(
 
     Returns:
       [B, T, H, D] in the dtype of `value`.
+
+    Raises:
+      ValueError: DSPO_ATTENTION names no backend, or one that the program's device does not have.
     """
+    backend = choose(
+        sharding.target(query.shape[0]),
+        query.shape,
+        key.shape[1],
+        jnp.result_type(query, key, value),
+        causal=causal,
+        masked=visible is not None,
+        wanted=os.environ.get(VARIABLE),
+    )
+    if backend == "cudnn":
+        return sharding.split_over_heads(flash.cudnn_attention, query, key, value)
+    if backend == "flash":
+        return sharding.split_over_heads(flash.splash_attention, query, key, value)
+    return plain_attention(query, key, value, causal=causal, visible=visible)
+
+
+def choose(
+    target: sharding.Target | None,
+    query: tuple[int, ...],
+    keys: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    causal: bool = False,
+    masked: bool = False,
+    wanted: str | None = None,
+) -> str:
+    """Which of `BACKENDS` computes a call.
+
+    Args:
+      target: what the program is for, or None where no kernel can be called.
+      query: shape of the queries, [B, T, H, D].
+      keys: their number S.
+      dtype: of all three.
+      causal, masked: as the call asks.
+      wanted: the backend of every call that it can compute; None leaves the choice to the rule.
+
+    Raises:
+      ValueError: `wanted` is unknown, or no kernel of the target.
+    """
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(spelling.unknown(VARIABLE, wanted, BACKENDS))
+    if target is None:
+        return "plain"
+    kernel = _kernel_of(target)
+    if wanted not in (None, "plain", kernel):
+        instead = " or ".join(filter(None, ("plain", kernel)))
+        raise ValueError(
+            f"{VARIABLE}={wanted}: is no kernel for {target.kind} ({target.platform}); set it to {instead}, "
+            "or unset it"
+        )
+    # Masks are for text, whose 77 tokens are no work for a kernel.
+    if kernel is None or wanted == "plain" or causal or masked or not _takes(kernel, target, query[3], dtype):
+        return "plain"
+    # Nothing of the kind was measured for cuDNN, which rearranges nothing.
+    if wanted is None and kernel == "flash" and min(query[1], keys) < _FEWEST_ON_TPU:
+        return "plain"
+    return kernel
+
+
+def _kernel_of(target: sharding.Target) -> str | None:
+    """The kernel that a device has; cuDNN's needs Ampere or later, and AMD's GPUs have no such number."""
+    if target.platform == "tpu":
+        return "flash"
+    return "cudnn" if target.capability >= (8, 0) else None
+
+
+def _takes(kernel: str, target: sharding.Target, head: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether it computes such heads. What is in float32 (the rewards) must not depend on the device."""
+    if kernel == "flash":
+        return dtype == jnp.bfloat16 and head <= 256
+    # What JAX refuses of cuDNN's.
+    return dtype in (jnp.bfloat16, jnp.float16) and head <= (256 if target.capability >= (9, 0) else 128)
+
+
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    causal: bool = False,
+    visible: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` written out; the oracle of the other backends."""
     parts = -(-query.shape[1] * key.shape[1] // _AT_A_TIME)
     if causal or parts == 1:
         return _attend(query, key, value, visible, causal=causal)

@@ -2,8 +2,9 @@
 
 "none" keeps every intermediate result. "blocks" keeps a block's inputs only and runs the block again before
 its backward pass, which costs up to a further forward pass (Chen et al. 2016, arXiv 1604.06174). "dots" keeps
-the outputs of linear layers and convolutions as well, so that norms, activations and the products and softmax
-of attention are computed again, and little arithmetic. None of them changes what is computed.
+the outputs of linear layers, convolutions and the TPU's attention kernel as well, so that norms, activations
+and the products and softmax of plain attention are computed again, and little arithmetic. None of them
+changes what is computed.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.extend.core import primitives
 
 from dspo_jax import spelling
+from dspo_jax.models import flash
 
 POLICIES = ("none", "blocks", "dots")
 
@@ -37,7 +39,11 @@ def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
     def run(state: nnx.State, *inputs: jax.Array) -> Any:
         return nnx.merge(graph, state)(*inputs)
 
-    saveable = _is_layer_output if policy == "dots" else jax.checkpoint_policies.nothing_saveable
+    policies = jax.checkpoint_policies
+    layer_outputs = policies.save_from_both_policies(
+        _is_layer_output, policies.save_only_these_names(flash.RESIDUALS)
+    )
+    saveable = layer_outputs if policy == "dots" else policies.nothing_saveable
     return jax.checkpoint(run, policy=saveable)(state, *inputs)
 
 

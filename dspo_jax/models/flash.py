@@ -1,0 +1,161 @@
+"""Attention kernels that keep no weights in memory: cuDNN's for NVIDIA GPUs, JAX's splash attention for TPUs.
+
+Both work through blocks of queries and keys with a running softmax (Dao et al. 2022, "FlashAttention",
+arXiv 2205.14135), and compute the weights again in the backward pass. What they are given is padded to the
+sizes they take: zeros at the end of a head change neither its products nor its outputs, and keys that were
+added are not attended to.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+# What the TPU kernel keeps for its backward pass, for the policies of models/remat.py: running the kernel
+# again costs far more than its outputs take.
+RESIDUALS = "attention_residuals"
+
+# Queries, and keys, whose products are in a TPU's vector memory at a time, if they are not fewer.
+_BLOCKS = (512, 384, 256)
+_SMALLEST_BLOCK = 128
+# Numbers of a block of keys that is loaded at a time, which leaves room for the rest in 16 MiB: the kernel's
+# forward pass reads it once, and the backward pass sums gradients of queries over such blocks.
+_KEYS_FORWARD = 4096 * 128
+_KEYS_BACKWARD = 2048 * 128
+_LANES = 128  # a head takes a multiple of that in memory
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """cuDNN's fused attention; float16 or bfloat16, on an NVIDIA GPU of compute capability 8.0 or more.
+
+    Args:
+      query: [B, T, H, D].
+      key: [B, S, H, D].
+      value: [B, S, H, D].
+
+    Returns:
+      [B, T, H, D].
+    """
+    size = query.shape[-1]
+    padded = _round_up(size, 8)
+    parts = (_pad(array, axis=3, size=padded) for array in (query, key, value))
+    out = jax.nn.dot_product_attention(*parts, scale=size**-0.5, implementation="cudnn")
+    return out[..., :size]
+
+
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """JAX's splash attention without a mask.
+
+    Args:
+      query: [B, T, H, D].
+      key: [B, S, H, D].
+      value: [B, S, H, D].
+      interpret: runs the kernel's program with XLA, for tests on a CPU.
+
+    Returns:
+      [B, T, H, D].
+    """
+    tiling = Tiling.of(query.shape[1], key.shape[1], query.shape[3])
+    # The kernel takes [H, T, D], and does not scale.
+    query_BHTD = _pad(query * query.shape[3] ** -0.5, axis=1, size=tiling.queries).swapaxes(1, 2)
+    key_BHSD, value_BHSD = (_pad(array, axis=1, size=tiling.keys).swapaxes(1, 2) for array in (key, value))
+    segments = None
+    if tiling.keys > key.shape[1]:
+        # Queries attend to the keys of their own segment, and no query is in that of the padding.
+        segments = splash.SegmentIds(
+            q=np.zeros(tiling.queries, np.int32),
+            kv=(np.arange(tiling.keys) >= key.shape[1]).astype(np.int32),
+        )
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((tiling.queries, tiling.keys))] * query.shape[2]),
+        block_sizes=tiling.blocks(),
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+    out_BHTD = jax.vmap(lambda *one: kernel(*one, segments))(query_BHTD, key_BHSD, value_BHSD)
+    return out_BHTD.swapaxes(1, 2)[:, : query.shape[1]]
+
+
+def kernel_flops(name: str, operands: Sequence[Sequence[int]], lanes: int) -> float:
+    """FLOPs of one call of a kernel of `splash_attention`, which XLA's analysis does not count.
+
+    Args:
+      name: of the call in the compiled program.
+      operands: shapes of its operands; the first two of four axes are the queries [B, H, T, D] and the keys.
+      lanes: side of the matrix unit, to which a head is padded.
+
+    Returns:
+      0 for any other kernel.
+    """
+    # Queries by keys and weights by values; in the backward pass the first again and four gradients.
+    products = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+    count = next((count for start, count in products.items() if name.startswith(start)), 0)
+    if not count:
+        return 0.0
+    (batch, heads, queries, head), keys = [shape for shape in operands if len(shape) == 4][:2]
+    return 2.0 * count * batch * heads * queries * keys[2] * _round_up(head, lanes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How `splash_attention` cuts its work up.
+
+    Attributes:
+      queries: T or more, in blocks of `query_block`.
+      keys: S or more, in blocks of `key_block`, several of which are loaded at a time.
+      head: D.
+    """
+
+    queries: int
+    keys: int
+    head: int
+    query_block: int
+    key_block: int
+
+    @classmethod
+    def of(cls, queries: int, keys: int, head: int) -> "Tiling":
+        """Chooses it for T, S and D."""
+        query_block, key_block = _block(queries), _block(keys)
+        return cls(_round_up(queries, query_block), _round_up(keys, key_block), head, query_block, key_block)
+
+    def blocks(self) -> splash.BlockSizes:
+        """What the kernel is told. Its backward pass computes all gradients at once."""
+        return splash.BlockSizes(
+            block_q=self.query_block,
+            block_kv=self._loaded(_KEYS_FORWARD),
+            block_kv_compute=self.key_block,
+            block_q_dkv=self.query_block,
+            block_kv_dkv=self._loaded(_KEYS_BACKWARD),
+            block_kv_dkv_compute=self.key_block,
+            use_fused_bwd_kernel=True,
+        )
+
+    def _loaded(self, numbers: int) -> int:
+        """The most keys that divide theirs evenly and are no more than so many numbers."""
+        blocks = self.keys // self.key_block
+        most = max(1, numbers // _round_up(self.head, _LANES) // self.key_block)
+        return self.key_block * max(n for n in range(1, most + 1) if blocks % n == 0)
+
+
+def _block(length: int) -> int:
+    """The largest block of those that pad a length the least."""
+    if length <= _SMALLEST_BLOCK:
+        return _SMALLEST_BLOCK
+    return min(_BLOCKS, key=lambda block: (_round_up(length, block), -block))
+
+
+def _pad(x: jax.Array, *, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
