@@ -32,8 +32,16 @@ def abstract_batch(
       batch_size: over all devices.
       mesh: the devices.
     """
-    height, width = (side // task.pipe.vae_scale_factor for side in bucket_size(bucket))
-    images, encoders = read_datasets(path)[0].manifest["images_per_example"], len(task.pipe.text_encoders)
+    images = read_datasets(path)[0].manifest["images_per_example"]
+    return batch_shapes(task, images, bucket_size(bucket), batch_size, mesh)
+
+
+def batch_shapes(
+    task: Task, images: int, size: tuple[int, int], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of examples of so many images of `size`, (height, width) in pixels."""
+    height, width = (side // task.pipe.vae_scale_factor for side in size)
+    encoders = len(task.pipe.text_encoders)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "moments": ((images, height, width, 2 * task.pipe.latent_channels), jnp.float16),
         "tokens": ((encoders, task.pipe.empty_tokens.shape[-1]), jnp.int32),

@@ -1,31 +1,21 @@
 """The config.json of published models, at full size, without the keys that the classes' defaults repeat.
 
-Of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1, stabilityai/stable-diffusion-xl-base-1.0,
-timbrooks/instruct-pix2pix and madebyollin/taesd. Those of CLIP are in the form in which transformers 4 wrote
-them, with everything that such a file repeats.
+Beside those of dspo_jax/published.py: of stabilityai/stable-diffusion-2-1, timbrooks/instruct-pix2pix and
+madebyollin/taesd. Those of CLIP are in the form in which transformers 4 wrote them, with everything that such
+a file repeats.
 """
 
 from typing import Any
 
-SD15_UNET: dict[str, Any] = {
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
+from dspo_jax.published import (  # noqa: F401  (the tests read all of them here)
+    SD15_TEXT_ENCODER,
+    SD15_UNET,
+    SDXL_TEXT_ENCODER,
+    SDXL_TEXT_ENCODER_2,
+    SDXL_UNET,
+    SDXL_VAE,
+)
+
 PIX2PIX_UNET = SD15_UNET | {"in_channels": 8}
 SD21_UNET = SD15_UNET | {
     "attention_head_dim": [5, 10, 20, 20],
@@ -36,62 +26,6 @@ SD21_UNET = SD15_UNET | {
     "sample_size": 96,
     "upcast_attention": True,
     "use_linear_projection": True,
-}
-SDXL_UNET = SD15_UNET | {
-    "addition_embed_type": "text_time",
-    "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_dim": 2048,
-    "cross_attention_norm": None,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "mid_block_only_cross_attention": None,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_attention_heads": None,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "projection_class_embeddings_input_dim": 2816,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "sample_size": 128,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "upcast_attention": None,
-    "use_linear_projection": True,
-}
-
-VAE: dict[str, Any] = {
-    "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-SDXL_VAE = VAE | {
-    "force_upcast": True,
-    "latents_mean": None,
-    "latents_std": None,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
 }
 TAESD: dict[str, Any] = {
     "act_fn": "relu",
@@ -108,25 +42,6 @@ TAESD: dict[str, Any] = {
     "scaling_factor": 1.0,
     "upsampling_scaling_factor": 2,
 }
-
-SD15_TEXT_ENCODER: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "dropout": 0.0,
-    "eos_token_id": 2,
-    "hidden_act": "quick_gelu",
-    "hidden_size": 768,
-    "initializer_factor": 1.0,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "pad_token_id": 1,
-    "vocab_size": 49408,
-}
 SD21_TEXT_ENCODER = SD15_TEXT_ENCODER | {
     "hidden_act": "gelu",
     "hidden_size": 1024,
@@ -134,15 +49,6 @@ SD21_TEXT_ENCODER = SD15_TEXT_ENCODER | {
     "num_attention_heads": 16,
     "num_hidden_layers": 23,
     "projection_dim": 512,
-}
-SDXL_TEXT_ENCODER = SD15_TEXT_ENCODER | {"projection_dim": 768}
-SDXL_TEXT_ENCODER_2 = SD15_TEXT_ENCODER | {
-    "hidden_act": "gelu",
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 20,
-    "num_hidden_layers": 32,
-    "projection_dim": 1280,
 }
 
 # What transformers 4 added to the config of any network.

@@ -1,0 +1,171 @@
+"""What the benchmarks of the training step share: their flags, the clock, what a result says, the table.
+
+python -m benchmarks.measuring RESULTS_DIR     # all results in a folder as a Markdown table
+"""
+
+import itertools
+import json
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dspo_jax import cli
+
+Result = dict[str, Any]
+
+PACKAGES = ("jax", "jaxlib", "torch", "diffusers")
+
+# Key of a result -> heading and format of its column.
+COLUMNS = {
+    "what": ("what", "{}"),
+    "implementation": ("by", "{}"),
+    "pairs_per_second": ("pairs/s", "{:.4g}"),
+    "tflops_per_device": ("TFLOP/s a device", "{:.3g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "peak_memory_gib": ("peak GiB", "{:.1f}"),
+    "first_step_seconds": ("compiling, s", "{:.0f}"),
+    "device": ("device", "{}"),
+    "date": ("date", "{}"),
+    "versions": ("versions", "{}"),
+    "command": ("command", "`{}`"),
+}
+
+
+def define_flags() -> None:
+    """Which step is measured and how: the same flags for this project's and for torch's."""
+    config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/emoji_diffusion_dpo.py.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_string("published", None, "sd15 or sdxl: random weights in place of config.model's.")
+    flags.DEFINE_integer("resolution", None, "Side of the images in pixels; the UNet's own by default.")
+    flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File for the result.")
+
+
+def check_model(config: ConfigDict) -> None:
+    """Refuses a benchmark of nothing, or of two things."""
+    published = flags.FLAGS.published
+    if not config.model and not published:
+        raise ValueError(
+            "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15 or "
+            "sdxl for that architecture with random weights"
+        )
+    if config.model and published:
+        raise ValueError(
+            f"--published={published}: the recipe names a model, config.model = {config.model!r}; "
+            "leave one of them away"
+        )
+
+
+def describe(config: ConfigDict, resolution: int) -> str:
+    """What is measured, in a few words: the same for both implementations."""
+    trained = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
+    model = f"{flags.FLAGS.published}, random weights" if flags.FLAGS.published else config.model
+    parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
+    return (
+        f"{config.objective.name} of {model}, {trained}, {resolution} pixels, {config.batch_size} pairs"
+        f"{parts}, {config.compute_dtype}, {config.optimizer.name}, remat {config.remat}"
+    )
+
+
+def time_steps(step: Callable[[], Any], wait: Callable[[Any], None], count: int) -> list[float]:
+    """Seconds from the end of each step to the end of the next.
+
+    Args:
+      step: dispatches a step and returns what tells of its end.
+      wait: waits for that. The next step is dispatched before, as the training loop does.
+      count: how many are timed; one more is run before them.
+    """
+    ends, pending = [], step()
+    for _ in range(count + 1):
+        following = step()
+        wait(pending)
+        ends.append(time.perf_counter())
+        pending = following
+    wait(pending)
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def make_result(
+    config: ConfigDict, implementation: str, resolution: int, seconds: Sequence[float], **measured: Any
+) -> Result:
+    """A result: what, where, when and by which command, beside what was measured."""
+    middle = statistics.median(seconds)
+    return {
+        "what": describe(config, resolution),
+        "implementation": implementation,
+        "batch_size": config.batch_size,
+        "resolution": resolution,
+        "seconds_per_step": middle,
+        "all_seconds": list(seconds),
+        "pairs_per_second": config.batch_size / middle,
+        **measured,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def host_memory() -> float:
+    """The most memory that this process ever held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def versions() -> str:
+    """Of Python and of what computes."""
+    found = [f"{name} {metadata.version(name)}" for name in PACKAGES if _is_installed(name)]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def _is_installed(name: str) -> bool:
+    return any(True for _ in metadata.distributions(name=name))
+
+
+def report(result: Result) -> None:
+    """Prints a result in a line, and writes it where --json says."""
+    shown = f"{result['implementation']:<24}{result['pairs_per_second']:9.4g} pairs/s"
+    if result.get("tflops_per_device"):
+        shown += f", {result['tflops_per_device']:.3g} TFLOP/s a device"
+    if result.get("mfu"):
+        shown += f", MFU {result['mfu']:.1%}"
+    shown += f", peak memory {result['peak_memory_gib']:.2f} GiB"
+    print(f"{shown}; the first step {result['first_step_seconds']:.1f} s", flush=True)
+    if flags.FLAGS.json:
+        path = Path(flags.FLAGS.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def markdown(results: Iterable[Mapping[str, Any]]) -> str:
+    """Results as a Markdown table; a cell is empty where nothing was measured."""
+    rows = [[heading for heading, _ in COLUMNS.values()], ["---"] * len(COLUMNS)]
+    for result in results:
+        rows.append(
+            [
+                "" if result.get(key) is None else form.format(result[key])
+                for key, (_, form) in COLUMNS.items()
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    folder = Path(argv[1])
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        raise FileNotFoundError(f"{folder}: no results (*.json) there")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    cli.run(main, operand="RESULTS_DIR")
