@@ -8,7 +8,7 @@ output. Of a kernel the compiler counts neither arithmetic nor time: what its pr
 padded to the matrix unit, is a column of its own, and less than it takes.
 """
 
-import os
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from dspo_jax import cli
+from dspo_jax import cli, plan
 from dspo_jax.models import flash
 from dspo_jax.models.attention import plain_attention
-from dspo_jax.throughput import peak_flops
+from dspo_jax.throughput import find_chip, peak_flops
 
 # queries, keys, heads, size of a head
 CASES = {
@@ -82,8 +81,7 @@ def milliseconds(program: Any, device: Any, runs: int) -> float:
 def promise(program: Any) -> str:
     """What the TPU's compiler says of a program."""
     costs = program.cost_analysis()
-    # Such a call, which does nothing, is counted as -1 s: unknown.
-    seconds = costs["optimal_seconds"] + program.as_text().count('custom_call_target="ConcatBitcast"')
+    seconds = plan.expected_seconds(costs, program.as_text()) or math.nan
     return f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
 
 
@@ -92,27 +90,20 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     queries, keys, heads, size = case
     tiling = flash.Tiling.of(queries, keys, size)
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]
-    lanes = 256 if "v6" in device.device_kind else 128
+    chip, peak = find_chip(device), peak_flops(device)
+    if chip is None or peak is None:
+        raise ValueError(f"--topology: nothing is known of a {device.device_kind}")
     names = ("splash_mha_fwd", "splash_mha_dkv")
-    return 1e3 * sum(flash.kernel_flops(name, operands, lanes) for name in names) / peak_flops(device)
-
-
-def find_device(topology: str | None) -> Any:
-    """The first of a TPU topology, or of those that are here."""
-    if topology is None:
-        return jax.devices()[0]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for a cloud's metadata server
-    jax.config.update("jax_platforms", "cpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return 1e3 * sum(flash.kernel_flops(name, operands, chip.lanes) for name in names) / peak
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints a line for each case and backend."""
     del argv
     values = flags.FLAGS
-    device = find_device(values.topology)
+    device = plan.find_devices(values.topology)[0]
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
-    backends = {"plain": plain_attention}
+    backends: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention}
     if device.platform in KERNELS:
         backends["kernel"] = KERNELS[device.platform]
     for name, case in CASES.items():

@@ -155,11 +155,11 @@ def describe(
         "reference": reference,
     }
     sizes = {name: bytes_per_device(part) for name, part in parts.items() if part is not None}
-    listed = ", ".join(f"{name} {_in_units(size)}" for name, size in sizes.items())
-    yield f"on each device: {listed}; together {_in_units(sum(sizes.values()))}, and activations"
+    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+    yield f"on each device: {listed}; together {in_units(sum(sizes.values()))}, and activations"
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
-        yield f"of that the same on every device: {_in_units(size)}, the largest array {largest}"
+        yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"
     if task.param_dtype == "bfloat16":
         yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
     side = datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
@@ -211,18 +211,19 @@ def dry_run(config: ConfigDict) -> str:
     if memory is not None:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         lines.append(
-            f"on each device: arguments {_in_units(memory.argument_size_in_bytes)}, temporaries "
-            f"{_in_units(memory.temp_size_in_bytes)}; together {_in_units(needed)}"
+            f"on each device: arguments {in_units(memory.argument_size_in_bytes)}, temporaries "
+            f"{in_units(memory.temp_size_in_bytes)}; together {in_units(needed)}"
         )
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         if limit is not None:
             verdict = "fits" if needed < limit else "does not fit"
-            lines.append(f"{verdict} into the {_in_units(limit)} of a device")
+            lines.append(f"{verdict} into the {in_units(limit)} of a device")
     lines.append("no step was made, nothing was written")
     return "\n".join(lines)
 
 
-def _in_units(size: int) -> str:
+def in_units(size: int) -> str:
+    """Bytes as people read them."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{size / 2 ** (10 * step):.3g} {units[step]}"

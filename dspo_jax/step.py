@@ -317,7 +317,8 @@ def mean_gradient(
 def compile_step(state: TrainState) -> Any:
     """`train_step`, jitted for the mesh of `state`; the new state is laid out like it, and it is donated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    mesh = state.step.sharding.mesh
+    sharding: Any = state.step.sharding
+    mesh = sharding.mesh
     # By default XLA orders a program for the CPU for concurrency, at up to twice the temporaries.
     memory_first = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return jax.jit(

@@ -1,5 +1,6 @@
 """How fast a run is and what it takes: its clock, FLOPs, the devices' peaks, memory, traces."""
 
+import dataclasses
 import re
 import resource
 import sys
@@ -46,6 +47,37 @@ def peak_flops(device: jax.Device) -> float | None:
         if re.fullmatch(kind, device.device_kind):
             return peak
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU, which is one JAX device.
+
+    Attributes:
+      hbm: bytes that a program can use: what the compiler names when one is too large.
+      bandwidth: of that memory, bytes/s.
+      links: of all links to other chips together, bytes/s.
+      lanes: side of the matrix unit, to which a kernel's products are padded.
+    """
+
+    hbm: float
+    bandwidth: float
+    links: float
+    lanes: int
+
+
+# By a regular expression that the whole `device_kind` must match. Source: cloud.google.com/tpu/docs, the page
+# of each version.
+CHIPS = {
+    r"TPU v5( lite|e)": Chip(15.75 * 2**30, 819e9, 200e9, 128),
+    r"TPU v5p?": Chip(95.74 * 2**30, 2765e9, 600e9, 128),
+    r"TPU v6( lite|e)": Chip(31.25 * 2**30, 1640e9, 400e9, 256),
+}
+
+
+def find_chip(device: Any) -> Chip | None:
+    """What is known of a TPU; None for other devices."""
+    return next((chip for kind, chip in CHIPS.items() if re.fullmatch(kind, device.device_kind)), None)
 
 
 def count_flops(f: Callable[..., Any], *abstract_args: Any) -> float | None:

@@ -1,0 +1,387 @@
+"""What a run would take on devices that are not here: the real step, compiled for a named TPU topology.
+
+    python -m dspo_jax.plan --config configs/sd15_dspo.py --published sd15 --topology v5p:4x4x4 \
+        --pairs_per_device 8
+
+No accelerator is needed and no weights are read; `pip install 'dspo_jax[plan]'` brings the TPU's compiler.
+Without --topology the step is compiled for the devices that are here. A step of a full-size model takes many
+minutes to compile; what was found is kept, and asking again for the same program answers at once.
+
+The compiler's estimate counts the body of a loop once, and of a kernel that is not XLA's only what its author
+declared. Both are put right here, and what was added is shown.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from dspo_jax import cli, compiled, published
+from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
+from dspo_jax.dry_run import batch_shapes, flops_per_pair, in_units
+from dspo_jax.models import flash
+from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import check_batch_size, make_mesh, replicated
+from dspo_jax.start import make_adapters, make_state, make_task
+from dspo_jax.step import compile_step
+from dspo_jax.throughput import Chip, find_chip, peak_flops
+
+# Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
+KERNEL_EFFICIENCY = 0.5
+
+_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step takes, on each device if nothing else is said. None is what cannot be known.
+
+    Attributes:
+      topology: as asked for, or "present".
+      device_kind: JAX's name of the device.
+      devices: their number.
+      mesh: size by axis.
+      pairs_per_device: in a step.
+      argument_bytes, temporary_bytes: None where the program was too large to be compiled.
+      peak_bytes: the two, and what is neither.
+      hbm_bytes: what there is.
+      fits: whether the one is less than the other.
+      flops: of the model in a step (`dry_run.flops_per_pair`), without what is computed twice.
+      bytes_accessed: of the device's memory, as the compiler counts them.
+      compiler_seconds: its estimate of a step, as it stands.
+      loop_seconds: what loops add to it that run more than once.
+      kernel_seconds: what attention kernels add, at `KERNEL_EFFICIENCY`.
+      collective_seconds: sending what the collectives send over all links, if nothing of it were hidden; not
+        part of the estimate.
+      estimated_seconds: the sum of the three before.
+      pairs_per_second_per_device: by that estimate.
+      mfu: model FLOPs utilisation by that estimate.
+      collectives: {kind: {"count", "bytes"}}.
+      kernels: {name: {"count", "flops"}}, padding included.
+      compile_seconds: of this machine.
+      largest_pairs_per_device: that fit, by a straight line through two compilations.
+    """
+
+    topology: str
+    device_kind: str
+    devices: int
+    mesh: dict[str, int]
+    pairs_per_device: int
+    fits: bool | None
+    peak_bytes: int | None
+    hbm_bytes: int | None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    compiler_seconds: float | None = None
+    loop_seconds: float | None = None
+    kernel_seconds: float | None = None
+    collective_seconds: float | None = None
+    estimated_seconds: float | None = None
+    pairs_per_second_per_device: float | None = None
+    mfu: float | None = None
+    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    compile_seconds: float | None = None
+    largest_pairs_per_device: int | None = None
+
+
+def find_devices(topology: str | None) -> Sequence[Any]:
+    """The devices of a TPU topology such as "v5p:4x4x4", or those that are here.
+
+    Raises:
+      ValueError: no such topology, or the TPU's compiler is not installed.
+    """
+    if topology is None:
+        return jax.devices()
+    # Or it looks for a metadata server, narrates that there is none, and locks out every other process.
+    for name, value in (
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")  # what is here is not used
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--topology={topology}: cannot be compiled for ({reason}); a topology is written like v5e:2x4, "
+            "v5p:2x2x1 or v6e:4x4, and the TPU's compiler comes with: pip install 'dspo_jax[plan]'"
+        ) from error
+
+
+def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
+    """Height and width of the largest images in pixels: as asked for, or its data's, or the model's."""
+    if resolution is not None:
+        return resolution, resolution
+    if config.data.path:
+        buckets = count_examples(read_datasets(config.data.path), config.data.split)
+        return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
+    side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    return side, side
+
+
+def plan(
+    config: ConfigDict,
+    pipe: Pipeline,
+    devices: Sequence[Any],
+    *,
+    size: tuple[int, int],
+    pairs_per_device: int,
+    topology: str | None = None,
+) -> Plan:
+    """Compiles the step of a run for some devices and says what it takes.
+
+    Args:
+      config: of the run; its batch size is not read.
+      pipe: the model, whose weights are not read.
+      devices: from `find_devices`.
+      size: height and width of the images in pixels.
+      pairs_per_device: in a step, a multiple of config.accumulation.
+      topology: what the devices are called.
+
+    Raises:
+      ValueError: a config that cannot be trained, or a batch that the mesh cannot split.
+    """
+    config = config.copy_and_resolve_references()
+    config.batch_size = pairs_per_device * len(devices)
+    task, adapters = make_task(config, pipe), make_adapters(config, pipe)
+    sizes = config.mesh.to_dict()
+    dcn_sizes = sizes.pop("dcn")
+    mesh = make_mesh(sizes, devices, dcn_sizes)
+    part = config.batch_size // config.accumulation
+    check_batch_size(part, mesh, "--pairs_per_device * devices / config.accumulation")
+    state, reference = make_state(task, mesh, adapters, abstract=True)
+    batch = batch_shapes(task, 2, size, config.batch_size, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    flops = flops_per_pair(task, batch)
+    known = {
+        "topology": topology or "present",
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "pairs_per_device": pairs_per_device,
+        "flops": None if flops is None else flops * pairs_per_device,
+    }
+    lowered = compile_step(state).lower(state, reference, batch, key)
+    facts = _kept_facts(lowered, devices[0])
+    return Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
+
+
+def _judge(facts: Mapping[str, Any], device: Any, pairs: int, flops: float | None) -> dict[str, Any]:
+    """The fields of a `Plan` that follow from what compilation told, of one device."""
+    chip, peak_rate = find_chip(device), peak_flops(device)
+    hbm = facts["hbm_bytes"]
+    if hbm is None:
+        hbm = int(chip.hbm) if chip else (device.memory_stats() or {}).get("bytes_limit")
+    found = {name: facts[name] for name in facts.keys() & {field.name for field in dataclasses.fields(Plan)}}
+    found |= {"hbm_bytes": hbm, "fits": None if hbm is None else facts["peak_bytes"] <= hbm}
+    # Other compilers than the TPU's do not know what they compile for, and a program too large has no cost.
+    if chip is None or peak_rate is None or facts.get("compiler_seconds") is None:
+        return found | {"compiler_seconds": None}
+    loop_seconds = facts["compiler_seconds"] * (facts["loop_factor"] - 1)
+    kernels, kernel_seconds = _cost_of_kernels(facts["kernel_calls"], chip, peak_rate)
+    estimate = facts["compiler_seconds"] + loop_seconds + kernel_seconds
+    # A ring sends an all-reduce's bytes twice, and all others' once.
+    sent = sum(
+        each["bytes"] * (2 if kind == "all-reduce" else 1) for kind, each in facts["collectives"].items()
+    )
+    return found | {
+        "loop_seconds": loop_seconds,
+        "kernels": kernels,
+        "kernel_seconds": kernel_seconds,
+        "collective_seconds": sent / chip.links,
+        "estimated_seconds": estimate,
+        "pairs_per_second_per_device": pairs / estimate,
+        "mfu": None if flops is None else flops / estimate / peak_rate,
+    }
+
+
+def _kept_facts(lowered: jax.stages.Lowered, device: Any) -> dict[str, Any]:
+    """`_compile_facts`, which are kept by the program's text for the next time."""
+    versions = [
+        f"{name} {metadata.version(name)}"
+        for name in ("jaxlib", "libtpu")
+        if any(metadata.distributions(name=name))
+    ]
+    text = "\n".join([device.device_kind, *versions, lowered.as_text()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    facts = _compile_facts(lowered)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return facts
+
+
+def _compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """What compiling a program tells of it, and nothing that is concluded from that."""
+    before = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_large = _TOO_LARGE.search(str(error))
+        if too_large is None:
+            raise
+        peak, hbm = (int(float(too_large[i]) * 1024 ** ("KMGT".index(too_large[i + 1]) + 1)) for i in (1, 3))
+        return {"peak_bytes": peak, "hbm_bytes": hbm}
+    seconds = time.perf_counter() - before
+    memory: Any = program.memory_analysis()
+    costs = program.cost_analysis() or {}
+    text = program.as_text() or ""
+    instructions = list(compiled.read_instructions(text))
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "peak_bytes": peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "hbm_bytes": None,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "bytes_accessed": costs.get("bytes accessed"),
+        "compiler_seconds": expected_seconds(costs, text),
+        "loop_factor": compiled.loop_factor(instructions),
+        "collectives": compiled.collectives(instructions),
+        "kernel_calls": compiled.kernels(instructions),
+        "compile_seconds": seconds,
+    }
+
+
+def expected_seconds(costs: Mapping[str, float], text: str) -> float | None:
+    """The compiler's estimate of a program, or None where there is none.
+
+    Args:
+      costs: its cost analysis.
+      text: of the compiled program.
+    """
+    # Such a call, which does nothing, is counted as -1 s: unknown.
+    seconds = costs.get("optimal_seconds", -1.0) + text.count('custom_call_target="ConcatBitcast"')
+    return seconds if seconds > 0 else None
+
+
+def _cost_of_kernels(
+    calls: Iterable[tuple[str, Sequence[Sequence[int]], int, int]], chip: Chip, peak_rate: float
+) -> tuple[dict[str, dict[str, float]], float]:
+    """The padded FLOPs of the attention kernels by name, and the seconds of all."""
+    found: dict[str, dict[str, float]] = {}
+    seconds = 0.0
+    for name, operands, size, times in calls:
+        name = name.split(".")[0]
+        flops = flash.kernel_flops(name, operands, chip.lanes)
+        seconds += times * max(flops / (KERNEL_EFFICIENCY * peak_rate), size / chip.bandwidth)
+        entry = found.setdefault(name, {"count": 0, "flops": 0.0})
+        entry["count"] += times
+        entry["flops"] += times * flops
+    return found, seconds
+
+
+def largest_that_fits(first: Plan, second: Plan, step: int = 1) -> int | None:
+    """Pairs on a device, a multiple of `step`, by the straight line through the peaks of two plans.
+
+    None where they do not tell: no limit is known, or memory does not grow with the batch.
+    """
+    if first.hbm_bytes is None or first.peak_bytes is None or second.peak_bytes is None:
+        return None
+    slope = (second.peak_bytes - first.peak_bytes) / (second.pairs_per_device - first.pairs_per_device)
+    if slope <= 0:
+        return None
+    fixed = first.peak_bytes - slope * first.pairs_per_device
+    return max(0, int((first.hbm_bytes - fixed) / slope)) // step * step
+
+
+def describe(found: Plan) -> Iterator[str]:
+    """The plan in lines."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    yield f"{found.devices} {found.device_kind} device(s) ({found.topology}), mesh {axes}"
+    yield f"{found.pairs_per_device} pairs on each, {found.pairs_per_device * found.devices} a step"
+    if found.argument_bytes is not None and found.temporary_bytes is not None:
+        yield (
+            f"arguments {in_units(found.argument_bytes)}, temporaries {in_units(found.temporary_bytes)}; "
+            f"compiled in {found.compile_seconds:.0f} s"
+        )
+    if found.peak_bytes is not None:
+        limit = "" if found.hbm_bytes is None else f" of {in_units(found.hbm_bytes)}"
+        verdict = {True: ": fits", False: ": does not fit", None: ""}[found.fits]
+        yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
+    if found.largest_pairs_per_device is not None:
+        yield f"largest batch that fits: about {found.largest_pairs_per_device} pairs on each device"
+    if found.flops is not None:
+        yield f"{found.flops / 1e12:.4g} TFLOP of the model in a step on each device"
+    if found.bytes_accessed is not None:
+        yield f"{found.bytes_accessed / 1e9:.4g} GB of memory traffic"
+    for kind, each in found.collectives.items():
+        yield f"{kind}: {each['count']} with {in_units(each['bytes'])} of results"
+    for name, kernel in found.kernels.items():
+        yield f"{name}: {kernel['count']:.0f} with {kernel['flops'] / 1e12:.4g} TFLOP, padding included"
+    if found.estimated_seconds is not None:
+        yield (
+            f"estimate: {found.estimated_seconds:.4g} s a step = {found.compiler_seconds:.4g} s by the "
+            f"compiler + {found.loop_seconds:.3g} s for loops + {found.kernel_seconds:.3g} s for kernels at "
+            f"{KERNEL_EFFICIENCY:.0%} of the peak; collectives, if nothing hid them: "
+            f"{found.collective_seconds:.3g} s"
+        )
+        mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
+        yield f"{found.pairs_per_second_per_device:.4g} pairs/s on each device{mfu}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    del argv
+    values, config = flags.FLAGS, flags.FLAGS.config
+    if not (values.published or config.model):
+        raise ValueError(
+            "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15 or "
+            "sdxl"
+        )
+    devices = find_devices(values.topology)
+    pipe = published.architecture(values.published) if values.published else load_pipeline(config.model)
+    size = image_size(config, pipe, values.resolution)
+    pairs = values.pairs_per_device or max(1, config.batch_size // len(devices))
+    print(f"{config.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
+    logging.info("compiling the step; for a full-size model that takes many minutes")
+    options = {"size": size, "topology": values.topology}
+    found = plan(config, pipe, devices, pairs_per_device=pairs, **options)
+    if values.largest:
+        other = max(config.accumulation, pairs // 2) if pairs > config.accumulation else 2 * pairs
+        second = plan(config, pipe, devices, pairs_per_device=other, **options)
+        found = dataclasses.replace(
+            found, largest_pairs_per_device=largest_that_fits(found, second, config.accumulation)
+        )
+    for line in describe(found):
+        print(line)
+    if values.json:
+        Path(values.json).write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/sd15_dspo.py.")
+    flags.mark_flag_as_required("config")
+    flags.DEFINE_string(
+        "topology", None, "TPUs, e.g. v5e:2x4 or v5p:4x4x4 (default: the devices that are here)."
+    )
+    flags.DEFINE_enum(
+        "published", None, published.MODELS, "A published model's shapes, in place of config.model's."
+    )
+    flags.DEFINE_integer(
+        "pairs_per_device", None, "In a step (default: by config.batch_size).", lower_bound=1
+    )
+    flags.DEFINE_integer("resolution", None, "Side of the images (default: the data's, or the model's).")
+    flags.DEFINE_bool("largest", True, "Also find the largest batch that fits, by a second compilation.")
+    flags.DEFINE_string("json", None, "A .json file for the numbers.")
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""What a run would take on devices that are not here."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tiny_run import make_config
+
+from dspo_jax import plan, published
+from dspo_jax.dry_run import batch_shapes, flops_per_pair
+from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import make_mesh
+from dspo_jax.start import make_task
+
+V5P = SimpleNamespace(device_kind="TPU v5")
+FACTS = {
+    "peak_bytes": 50 * 2**30,
+    "hbm_bytes": None,
+    "argument_bytes": 2**30,
+    "temporary_bytes": 2**30,
+    "bytes_accessed": 1e12,
+    "compiler_seconds": 0.1,
+    "loop_factor": 1.5,
+    "collectives": {
+        "all-reduce": {"count": 1, "bytes": 3_000_000_000},
+        "all-gather": {"count": 2, "bytes": 6_000_000_000},
+    },
+    # The first is bound by its products, the second by memory.
+    "kernel_calls": [
+        ["splash_mha_fwd.1", [[1], [8, 8, 4096, 40], [8, 8, 4096, 40]], 100, 2],
+        ["splash_mha_dkv.7", [[8, 8, 128, 128], [8, 8, 128, 128]], 2_765_000_000, 1],
+        ["somebody_elses.2", [[4]], 0, 1],
+    ],
+    "compile_seconds": 60.0,
+}
+
+
+def test_what_is_added_to_the_compilers_estimate():
+    found = plan._judge(FACTS, V5P, 4, 10e12)
+    assert found["loop_seconds"] == pytest.approx(0.05)
+    forward = 2 * 2 * 64 * 4096 * 4096 * 128
+    assert found["kernels"] == {
+        "splash_mha_fwd": {"count": 2, "flops": 2 * forward},
+        "splash_mha_dkv": {"count": 1, "flops": 5 * 2 * 64 * 128**3},
+        "somebody_elses": {"count": 1, "flops": 0},
+    }
+    kernels = 2 * forward / (459e12 * plan.KERNEL_EFFICIENCY) + 2.765e9 / 2765e9
+    assert found["kernel_seconds"] == pytest.approx(kernels)
+    assert found["estimated_seconds"] == pytest.approx(0.15 + kernels)
+    assert found["pairs_per_second_per_device"] == pytest.approx(4 / (0.15 + kernels))
+    assert found["mfu"] == pytest.approx(10e12 / (0.15 + kernels) / 459e12)
+    assert found["collective_seconds"] == pytest.approx((2 * 3e9 + 6e9) / 600e9)
+    assert found["fits"]
+
+
+def test_where_nothing_is_estimated_nothing_is_said():
+    too_large = plan._judge({"peak_bytes": 20 * 2**30, "hbm_bytes": 16 * 2**30}, V5P, 4, 1e12)
+    assert (too_large["fits"], too_large.get("estimated_seconds")) == (False, None)
+    here = plan._judge(FACTS, jax.devices()[0], 4, 1e12)
+    assert (here["fits"], here.get("estimated_seconds")) == (None, None)
+
+
+def test_the_compilers_estimate_without_what_it_does_not_know():
+    text = 'x = custom-call(%a), custom_call_target="ConcatBitcast"\n' * 2
+    assert plan.expected_seconds({"optimal_seconds": -1.75}, text) == pytest.approx(0.25)
+    assert plan.expected_seconds({"optimal_seconds": -1.0}, "") is None
+    assert plan.expected_seconds({}, "") is None
+
+
+def test_the_largest_batch_lies_on_the_line_through_two():
+    first = plan.Plan("t", "k", 1, {}, 4, fits=True, peak_bytes=30, hbm_bytes=100)
+    second = dataclasses.replace(first, pairs_per_device=2, peak_bytes=20)
+    assert plan.largest_that_fits(first, second) == 18  # 10 + 5 a pair
+    assert plan.largest_that_fits(first, second, step=4) == 16
+    assert plan.largest_that_fits(dataclasses.replace(first, hbm_bytes=8), second) == 0
+    assert plan.largest_that_fits(dataclasses.replace(first, hbm_bytes=None), second) is None
+    assert plan.largest_that_fits(first, dataclasses.replace(second, peak_bytes=30)) is None
+
+
+def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(Pipeline, "read_params", lambda *given: pytest.fail("weights were read"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, pipe = make_config(shallow_model, "", {"accumulation": 2}), load_pipeline(shallow_model)
+
+    def ask() -> plan.Plan:
+        return plan.plan(config, pipe, jax.devices(), size=(16, 16), pairs_per_device=2)
+
+    found = ask()
+    assert (found.topology, found.devices, found.mesh["data"]) == ("present", 8, 8)
+    task = make_task(config, pipe)
+    shapes = batch_shapes(task, 2, (16, 16), 16, make_mesh({"data": 8}))
+    assert found.flops == pytest.approx(2 * flops_per_pair(task, shapes))
+    # 12,364 parameters and their two moments; their gradients are summed over the devices.
+    assert found.argument_bytes > 3 * 4 * 12_364
+    assert found.peak_bytes >= found.argument_bytes + found.temporary_bytes
+    assert found.collectives["all-reduce"]["bytes"] > 4 * 12_364
+    assert (found.fits, found.estimated_seconds) == (None, None)
+    said = "\n".join(plan.describe(found))
+    assert "2 pairs on each, 16 a step" in said
+    assert "all-reduce: " in said
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *given: pytest.fail("compiled again"))
+    assert ask() == found
+
+
+def test_the_size_of_the_images(shallow_model, tiny_pairs):
+    pipe = load_pipeline(shallow_model)
+    config = make_config(shallow_model, tiny_pairs)
+    assert plan.image_size(config, pipe, None) == (16, 16)
+    assert plan.image_size(config, pipe, 32) == (32, 32)
+    config.data.path = None
+    assert plan.image_size(config, published.architecture("sdxl"), None) == (1024, 1024)
+
+
+def test_a_batch_that_cannot_be_split_is_refused(shallow_model):
+    config = make_config(shallow_model, "", {"accumulation": 2})
+    with pytest.raises(ValueError, match=r"--pairs_per_device \* devices / config\.accumulation = 4: not a"):
+        plan.plan(config, load_pipeline(shallow_model), jax.devices(), size=(16, 16), pairs_per_device=1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU's compiler is here")
+def test_without_the_compiler_a_topology_is_refused():
+    with pytest.raises(ValueError, match=r"--topology=v5e:2x2: .* pip install 'dspo_jax\[plan\]'"):
+        plan.find_devices("v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, libtpu")
+def test_the_emoji_model_on_four_tpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--config=configs/emoji_dspo.py", "--config.data.path=", "--topology=v5e:2x2", "--nolargest"]
+    subprocess.run(
+        [sys.executable, "-m", "dspo_jax.plan", *flags, f"--json={tmp_path / 'plan.json'}"], check=True
+    )
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"]
+    assert (found["topology"], found["devices"], found["device_kind"]) == ("v5e:2x2", 4, "TPU v5 lite")
+    assert 0 < found["mfu"] < 1
+    assert found["pairs_per_second_per_device"] == pytest.approx(8 / found["estimated_seconds"])
+    assert found["collectives"]["all-reduce"]["bytes"] > 4 * 3e6
+    assert found["peak_bytes"] < found["hbm_bytes"]
