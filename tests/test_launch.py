@@ -1,5 +1,7 @@
 """The scripts of launch/: read by shellcheck, run against stubs of the schedulers, and run."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -10,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from processes import ROOT, last_step, wait_until
 from tiny_run import read_reproducible
 
@@ -318,7 +322,13 @@ def test_the_image_has_the_uv_of_the_makefile_and_installs_what_there_is():
     assert all((ROOT / name).is_file() for name in copied)
 
 
-# Of two processes, each with one fake device.
+# For what is really run; each process has one fake device.
+REAL = {
+    **os.environ,
+    "PATH": TOOLS,
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+}
 SETTINGS = {
     "objective.reward_scale": 10.0,
     "objective.score_weight": 1.0,
@@ -335,26 +345,33 @@ SETTINGS = {
 }
 
 
+@pytest.fixture
+def sessions():
+    """Scripts with their own processes, none of which outlives the test."""
+    started = []
+    yield started
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_two_processes_killed_stopped_and_started_again_make_the_run_of_two_undisturbed(
-    shallow_model, tiny_pairs, tmp_path
+    shallow_model, tiny_pairs, tmp_path, sessions
 ):
     settings = SETTINGS | {"model": shallow_model, "data.path": tiny_pairs}
     arguments = [f"--config.{key}={value}" for key, value in settings.items()]
 
     def start(workdir):
-        environment = {
-            **os.environ,
-            "PATH": TOOLS,
-            "PYTHONPATH": str(ROOT),
-            "PROCESSES": "2",
-            "CONFIG": "configs/common.py",
-            "WORKDIR": str(workdir),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        }
+        environment = REAL | {"PROCESSES": "2", "CONFIG": "configs/common.py", "WORKDIR": str(workdir)}
         command = [LAUNCH / "gpu.sh", *arguments, "--heartbeat_timeout=10"]
         with (tmp_path / "log").open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            sessions.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+        return sessions[-1]
 
     def children(process):
         return [
@@ -381,3 +398,43 @@ def test_two_processes_killed_stopped_and_started_again_make_the_run_of_two_undi
 
     assert start(workdir).wait(300) == 0, (tmp_path / "log").read_text()
     assert read_reproducible(workdir) == read_reproducible(undisturbed)
+
+
+@pytest.mark.slow
+def test_the_pipeline_makes_win_rates_of_a_model_and_pairs_and_does_nothing_twice(shallow_model, tmp_path):
+    draw, pairs = np.random.default_rng(0), tmp_path / "images"
+    pairs.mkdir()
+    rows = []
+    for number in range(12):
+        files = [f"{number}{side}.png" for side in "ab"]
+        for file in files:
+            Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(pairs / file)
+        rows.append(json.dumps({"caption": f"picture {number}", "winner": files[0], "loser": files[1]}))
+    (pairs / "pairs.jsonl").write_text("\n".join(rows))
+    (tmp_path / "prompts.txt").write_text("a picture\nanother\n")
+    workdir = tmp_path / "run"
+    environment = REAL | {
+        "CONFIG": "configs/emoji_dspo.py",
+        "WORKDIR": str(workdir),
+        "MODEL": str(shallow_model),
+        "ENCODE": f"configs/encode/folder.py --config.source.path={pairs} --config.resolution=16 "
+        "--config.num_workers=0 --config.source.validation_share=0.3",
+        "EVALUATE": f"--prompts={tmp_path / 'prompts.txt'} --rewards=compressibility --steps=2 --seeds=1",
+    }
+    changes = ["--config.steps=2", "--config.batch_size=2", "--config.samples.every=0"]
+
+    def run():
+        command = [LAUNCH / "pipeline.sh", *changes]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return re.findall(r"^pipeline: (\w+):", result.stderr, re.MULTILINE)
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")}
+
+    assert run() == ["convert", "encode", "train", "export", "evaluate"]
+    assert (workdir / "evaluation" / "index.html").is_file()
+    before = written()
+    assert len(before) == 6
+    assert run() == ["encode", "evaluate"]
+    assert written() == before
