@@ -248,6 +248,15 @@ def test_a_pod_whose_run_is_on_is_only_followed(stubs):
     assert [call[4] for call in stubs.calls()] == ["describe", "ssh", "ssh", "ssh"]
 
 
+def test_a_pod_on_which_nothing_starts_does_not_end_as_an_earlier_run_did(stubs):
+    stubs.add(
+        "gcloud", 'case "$*" in *describe*) echo READY ;; *"cat train.status"*) echo 0 ;; *) exit 1 ;; esac'
+    )
+    status, said = stubs.run("tpu_pod.sh", **POD, ATTEMPTS="2")
+    assert (status, said.splitlines()[0]) == (1, "slice: not started in attempt 1")
+    assert [call[4] for call in stubs.calls()] == ["describe", "ssh", "scp"] * 2
+
+
 def test_a_pod_that_cannot_be_had_is_given_up(stubs):
     stubs.add("gcloud", "exit 1")
     status, said = stubs.run("tpu_pod.sh", **POD, ATTEMPTS="3")
@@ -338,8 +347,7 @@ SETTINGS = {
     "log_every": 1,
     "steps": 60,
     "checkpoint.every": 7,
-    "validation.every": 30,
-    "validation.draws": 2,
+    "validation.every": 0,
     "samples.every": 0,
     "mesh.data": 2,
 }
@@ -379,7 +387,7 @@ def test_two_processes_killed_stopped_and_started_again_make_the_run_of_two_undi
         ]
 
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
-    assert start(undisturbed).wait(300) == 0, (tmp_path / "log").read_text()
+    assert start(undisturbed).wait(900) == 0, (tmp_path / "log").read_text()
 
     process = start(workdir)
     wait_until([process], lambda: last_step(workdir) >= 9)
@@ -396,7 +404,7 @@ def test_two_processes_killed_stopped_and_started_again_make_the_run_of_two_undi
     assert process.wait(60) == EXIT_STOPPED
     assert last_step(workdir) < 60
 
-    assert start(workdir).wait(300) == 0, (tmp_path / "log").read_text()
+    assert start(workdir).wait(900) == 0, (tmp_path / "log").read_text()
     assert read_reproducible(workdir) == read_reproducible(undisturbed)
 
 
