@@ -15,8 +15,11 @@ from dspo_jax import spelling
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
 
 _PACKAGE = Path(__file__).parent
+# Where the folder configs/ lies: in an installed package, in a clone.
+_RECIPE_ROOTS = (_PACKAGE / "recipes", _PACKAGE.parent)
 
 
 def run(
@@ -25,8 +28,9 @@ def run(
     """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
 
     Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a ValueError or an
-    OSError (what library code raises about the user's input); or 130 after Ctrl-C. Any other exception is a
-    bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
+    OSError (what library code raises about the user's input); or 130 after Ctrl-C; or 143 where the command
+    was asked to stop and the same command goes on. Any other exception is a bug and keeps its traceback.
+    `--verbosity=1` shows the traceback of those one-line errors too.
 
     Args:
       main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
@@ -83,6 +87,7 @@ def _describe(error: ValueError | OSError) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    argv = _locate_recipes(argv)
     try:
         positional = flags.FLAGS(argv)
     except flags.Error as error:
@@ -103,6 +108,26 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if flag.value is not None:
             _check_is_file(name, flag.config_filename)  # config_flags itself reports it only when first read
     return positional
+
+
+def _locate_recipes(argv: Sequence[str]) -> list[str]:
+    """The command line with every `configs/NAME.py` that is not in this folder as the one of this package.
+
+    The package's recipes can be imported from then on, which those of a user also do.
+    """
+    root = next((root for root in _RECIPE_ROOTS if (root / "configs" / "common.py").is_file()), None)
+    if root is None or not _config_flag_names():
+        return list(argv)
+    sys.path.append(str(root))
+    option = re.compile(rf"((?:--?(?:{'|'.join(_config_flag_names())})=)?)(configs/[^:]+\.py)(.*)")
+
+    def locate(argument: str) -> str:
+        match = option.fullmatch(argument)
+        if match is None or Path(match[2]).is_file() or not (root / match[2]).is_file():
+            return argument
+        return f"{match[1]}{root / match[2]}{match[3]}"
+
+    return [locate(argument) for argument in argv]
 
 
 def _config_flag_names() -> list[str]:

@@ -73,7 +73,8 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(environment.get(name, 1)) > 1:
             return True
-    if environment.get("JAX_PLATFORMS", "tpu") not in ("", "tpu"):
+    platforms = environment.get("JAX_PLATFORMS", "")  # XPK, for one, says "tpu,cpu"
+    if platforms and "tpu" not in platforms.split(","):
         return False
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in environment:
         return True

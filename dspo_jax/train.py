@@ -3,9 +3,9 @@
     python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
 
 Every key of the config, with its default, stands in configs/common.py. The same command resumes a run that
-was stopped, by Ctrl-C, SIGTERM or a crash. The workdir holds config.json, checkpoints/, metrics.jsonl,
-tensorboard/, curves.png and samples/. With --dry_run nothing is trained and nothing written: it says what the
-run would take.
+was stopped, by Ctrl-C, SIGTERM (either way saved, with exit status 143) or a crash. The workdir holds
+config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png and samples/. With --dry_run nothing is
+trained and nothing written: it says what the run would take.
 """
 
 import math
@@ -339,14 +339,14 @@ class Run:
         )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit status, which tells a finished run from one that was stopped."""
     del argv
     config = flags.FLAGS.config
     distributed.initialize_from_flags()
     if flags.FLAGS.dry_run:
         print(dry_run(config))
-        return
+        return 0
     if not flags.FLAGS.workdir:
         raise ValueError("--workdir is not set: give --workdir=DIR, the folder of the run")
     workdir = Path(flags.FLAGS.workdir)
@@ -359,8 +359,9 @@ def main(argv: Sequence[str]) -> None:
             f"another process of this run was lost ({str(error).splitlines()[0]}); start all of them again, "
             "and the run resumes from its last checkpoint"
         ) from error
+    status = cli.EXIT_STOPPED if step < config.steps else 0
     if not distributed.is_first():
-        return
+        return status
     print(f"{workdir}: step {step}")
     validations = list(read_validations(workdir / "metrics.jsonl").values())
     for when, scores in zip(("before", "after"), validations[:1] + validations[1:][-1:], strict=False):
@@ -370,6 +371,7 @@ def main(argv: Sequence[str]) -> None:
                 f"held-out implicit accuracy {when}: "
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
+    return status
 
 
 if __name__ == "__main__":

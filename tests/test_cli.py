@@ -41,6 +41,16 @@ def get_config():
     return ConfigDict({"objective": {"name": "dspo", "beta": 5000.0}, "batch_size": 4, "flip": True})
 """
 
+OWN_RECIPE = """
+from configs import emoji_dspo
+
+
+def get_config(name):
+    config = emoji_dspo.get_config()
+    config.objective.name, config.flip = name, True
+    return config
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -117,6 +127,24 @@ def test_flags_reach_the_command(run):
 def test_a_bad_command_line_is_one_line(run, arguments, message):
     result = run(*arguments)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "option", [["--config=configs/emoji_dspo.py"], ["--config", "configs/emoji_dspo.py"]]
+)
+def test_a_recipe_that_is_not_in_this_folder_is_that_of_the_package(run, option):
+    assert (
+        "--config.bach_size: unknown key 'bach_size'; did you mean --config.batch_size?"
+        in run(*option, "--config.bach_size=3").stderr
+    )
+
+
+def test_a_recipe_of_ones_own_comes_before_that_of_the_package_and_can_build_on_it(run, folder):
+    (folder / "configs").mkdir(exist_ok=True)
+    (folder / "configs" / "sd15_dspo.py").write_text(OWN_RECIPE)
+    result = run("--config=configs/sd15_dspo.py:sft")
+    (folder / "configs" / "sd15_dspo.py").unlink()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "sft 32 True\n", "")
 
 
 @pytest.mark.parametrize(

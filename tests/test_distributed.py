@@ -18,6 +18,7 @@ from dspo_jax import distributed
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "JAX_PLATFORMS": "cpu"}, False),
         ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2", "JAX_PLATFORMS": "tpu,cpu"}, True),
     ],
 )
 def test_launchers_are_recognised_by_their_environment(environment, expected):

@@ -11,6 +11,7 @@ import pytest
 from processes import last_step
 from tiny_run import read_reproducible, saved_steps
 
+from dspo_jax.cli import EXIT_STOPPED
 from dspo_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -74,12 +75,14 @@ def stop_when(process, reached, number):
 def test_stopped_interrupted_and_killed_the_command_gives_the_same_metrics(command, undisturbed, tmp_path):
     workdir = tmp_path / "run"
 
-    assert stop_when(command(workdir), lambda: last_step(workdir) >= 8, signal.SIGTERM) == 0
+    assert stop_when(command(workdir), lambda: last_step(workdir) >= 8, signal.SIGTERM) == EXIT_STOPPED
     stopped = last_step(workdir)
     assert 8 <= stopped < STEPS
     assert saved_steps(workdir)[-1] == stopped
 
-    assert stop_when(command(workdir), lambda: last_step(workdir) >= stopped + 8, signal.SIGINT) == 0
+    assert (
+        stop_when(command(workdir), lambda: last_step(workdir) >= stopped + 8, signal.SIGINT) == EXIT_STOPPED
+    )
     interrupted = last_step(workdir)
     assert stopped + 8 <= interrupted < STEPS
     assert saved_steps(workdir)[-1] == interrupted

@@ -9,6 +9,7 @@ import pytest
 from processes import finish, last_step, log_of, start_training, wait_until
 from tiny_run import make_config, read_reproducible, saved_steps
 
+from dspo_jax.cli import EXIT_STOPPED
 from dspo_jax.train import train
 
 SETTINGS = {
@@ -93,7 +94,7 @@ def kill_and_resume(settings, workdir, at, number, victims=(0, 1), timeout=300):
 def stopped(settings, tmp_path_factory):
     """A run of which one process was asked to stop."""
     workdir = tmp_path_factory.mktemp("runs") / "stopped"
-    assert kill_and_resume(settings, workdir, 5, signal.SIGTERM, victims=(1,)) == [0, 0]
+    assert kill_and_resume(settings, workdir, 5, signal.SIGTERM, victims=(1,)) == [EXIT_STOPPED] * 2
     return workdir
 
 
