@@ -205,6 +205,7 @@ case "$*" in
     *" describe "*) [ -n "$state" ] || exit 1; echo "$state" ;;
     *" create "*) echo READY > {state} ;;
     *" delete "*) rm {state} ;;
+    *nohup*) ;;
     *pgrep*) exit 1 ;;
     *"tail -n"*) [ -e {state}.seen ] || echo PREEMPTED > {state} ;;
     *"cat train.status"*) if [ -e {state}.seen ]; then echo {status}; else touch {state}.seen; exit 255; fi ;;
