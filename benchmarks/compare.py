@@ -1,7 +1,7 @@
 """The training step of this project and that of torch, in turn in one run, and the ratio of their speeds.
 
-    python -m benchmarks.compare --config configs/emoji_diffusion_dpo.py --torch=plain,channels_last,online_vae
-    python -m benchmarks.compare --config configs/sd15_dspo.py --published=sd15 --config.batch_size=16 --rounds=1
+    python -m benchmarks.compare --config configs/emoji_diffusion_dpo.py --torch=channels_last,online_vae
+    python -m benchmarks.compare --config configs/sd15_dspo.py --published=sd15 --config.batch_size=8
 
 Each is a process of its own, so that neither holds memory of the other: `train_step`, then `torch_reference`
 in each way that --torch names, and so round after round. What is compared are medians over the rounds; what

@@ -124,7 +124,7 @@ class Trainer:
         if "compile" in options:
             self._policy = torch.compile(policy)
             self._frozen = self._frozen and torch.compile(self._frozen)
-        self._schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self._schedule: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
     @property
     def default_resolution(self) -> int:

@@ -42,7 +42,7 @@ def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, 
     def fill(tree: Params) -> Params:
         leaves, structure = jax.tree.flatten(tree)
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        return structure.unflatten(map(draw, keys, leaves))
+        return jax.tree.unflatten(structure, map(draw, keys, leaves))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     start = jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=shardings)

@@ -108,6 +108,21 @@ def mean_flops_per_pair(config: ConfigDict, task: Task, mesh: Mesh) -> float | N
     return total
 
 
+def held(state: TrainState, reference: Params) -> dict[str, Any]:
+    """What is on the devices whatever the batch, by name: trees of arrays or shapes with their sharding."""
+    gradients = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
+    )
+    parts = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "moving average": state.ema,
+        "gradients": gradients,
+        "reference": reference,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
 def describe(
     config: ConfigDict, task: Task, mesh: Mesh, state: TrainState, reference: Params
 ) -> Iterator[str]:
@@ -144,17 +159,8 @@ def describe(
         f"{peak / config.batch_size:g} an example (what trainers that scale the rate by the batch are "
         f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     )
-    gradients = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
-    )
-    parts = {
-        "parameters": state.params,
-        "optimizer": state.opt_state,
-        "moving average": state.ema,
-        "gradients": gradients,
-        "reference": reference,
-    }
-    sizes = {name: bytes_per_device(part) for name, part in parts.items() if part is not None}
+    parts = held(state, reference)
+    sizes = {name: bytes_per_device(part) for name, part in parts.items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     yield f"on each device: {listed}; together {in_units(sum(sizes.values()))}, and activations"
     if mesh.size > 1:

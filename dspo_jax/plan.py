@@ -30,10 +30,10 @@ from ml_collections import ConfigDict, config_flags
 
 from dspo_jax import cli, compiled, published
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
-from dspo_jax.dry_run import batch_shapes, flops_per_pair, in_units
+from dspo_jax.dry_run import batch_shapes, flops_per_pair, held, in_units
 from dspo_jax.models import flash
 from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import check_batch_size, make_mesh, replicated
+from dspo_jax.sharding import bytes_per_device, check_batch_size, make_mesh, replicated
 from dspo_jax.start import make_adapters, make_state, make_task
 from dspo_jax.step import compile_step
 from dspo_jax.throughput import Chip, find_chip, peak_flops
@@ -71,7 +71,7 @@ class Plan:
       collectives: {kind: {"count", "bytes"}}.
       kernels: {name: {"count", "flops"}}, padding included.
       compile_seconds: of this machine.
-      largest_pairs_per_device: that fit, by a straight line through two compilations.
+      largest_pairs_per_device: that should fit, by how much memory these pairs take beside the state.
     """
 
     topology: str
@@ -80,7 +80,7 @@ class Plan:
     mesh: dict[str, int]
     pairs_per_device: int
     fits: bool | None
-    peak_bytes: int | None
+    peak_bytes: int
     hbm_bytes: int | None
     argument_bytes: int | None = None
     temporary_bytes: int | None = None
@@ -127,10 +127,13 @@ def find_devices(topology: str | None) -> Sequence[Any]:
 
 
 def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
-    """Height and width of the largest images in pixels: as asked for, or its data's, or the model's."""
+    """Height and width of the images in pixels: as asked for, or the largest of its data, or the model's.
+
+    The data need not be here: then it is the model's.
+    """
     if resolution is not None:
         return resolution, resolution
-    if config.data.path:
+    if config.data.path and all(Path(path).exists() for path in config.data.path.split(",")):
         buckets = count_examples(read_datasets(config.data.path), config.data.split)
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
     side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
@@ -182,7 +185,12 @@ def plan(
     }
     lowered = compile_step(state).lower(state, reference, batch, key)
     facts = _kept_facts(lowered, devices[0])
-    return Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
+    found = Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
+    fixed = sum(map(bytes_per_device, held(state, reference).values()))
+    largest = largest_that_fits(
+        found.hbm_bytes, found.peak_bytes, fixed, pairs_per_device, config.accumulation
+    )
+    return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 
 def _judge(facts: Mapping[str, Any], device: Any, pairs: int, flops: float | None) -> dict[str, Any]:
@@ -291,18 +299,14 @@ def _cost_of_kernels(
     return found, seconds
 
 
-def largest_that_fits(first: Plan, second: Plan, step: int = 1) -> int | None:
-    """Pairs on a device, a multiple of `step`, by the straight line through the peaks of two plans.
+def largest_that_fits(hbm: int | None, peak: int, fixed: int, pairs: int, step: int) -> int | None:
+    """Pairs on a device, a multiple of `step`, if all memory but `fixed` grows with them.
 
-    None where they do not tell: no limit is known, or memory does not grow with the batch.
+    None where the device's memory is not known.
     """
-    if first.hbm_bytes is None or first.peak_bytes is None or second.peak_bytes is None:
+    if hbm is None:
         return None
-    slope = (second.peak_bytes - first.peak_bytes) / (second.pairs_per_device - first.pairs_per_device)
-    if slope <= 0:
-        return None
-    fixed = first.peak_bytes - slope * first.pairs_per_device
-    return max(0, int((first.hbm_bytes - fixed) / slope)) // step * step
+    return max(0, int((hbm - fixed) / ((peak - fixed) / pairs))) // step * step
 
 
 def describe(found: Plan) -> Iterator[str]:
@@ -315,12 +319,11 @@ def describe(found: Plan) -> Iterator[str]:
             f"arguments {in_units(found.argument_bytes)}, temporaries {in_units(found.temporary_bytes)}; "
             f"compiled in {found.compile_seconds:.0f} s"
         )
-    if found.peak_bytes is not None:
-        limit = "" if found.hbm_bytes is None else f" of {in_units(found.hbm_bytes)}"
-        verdict = {True: ": fits", False: ": does not fit", None: ""}[found.fits]
-        yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
+    limit = "" if found.hbm_bytes is None else f" of {in_units(found.hbm_bytes)}"
+    verdict = {True: ": fits", False: ": does not fit", None: ""}[found.fits]
+    yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
     if found.largest_pairs_per_device is not None:
-        yield f"largest batch that fits: about {found.largest_pairs_per_device} pairs on each device"
+        yield f"about {found.largest_pairs_per_device} pairs should fit on each: ask for them to be sure"
     if found.flops is not None:
         yield f"{found.flops / 1e12:.4g} TFLOP of the model in a step on each device"
     if found.bytes_accessed is not None:
@@ -355,14 +358,7 @@ def main(argv: Sequence[str]) -> None:
     pairs = values.pairs_per_device or max(1, config.batch_size // len(devices))
     print(f"{config.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
     logging.info("compiling the step; for a full-size model that takes many minutes")
-    options = {"size": size, "topology": values.topology}
-    found = plan(config, pipe, devices, pairs_per_device=pairs, **options)
-    if values.largest:
-        other = max(config.accumulation, pairs // 2) if pairs > config.accumulation else 2 * pairs
-        second = plan(config, pipe, devices, pairs_per_device=other, **options)
-        found = dataclasses.replace(
-            found, largest_pairs_per_device=largest_that_fits(found, second, config.accumulation)
-        )
+    found = plan(config, pipe, devices, size=size, pairs_per_device=pairs, topology=values.topology)
     for line in describe(found):
         print(line)
     if values.json:
@@ -382,6 +378,5 @@ if __name__ == "__main__":
         "pairs_per_device", None, "In a step (default: by config.batch_size).", lower_bound=1
     )
     flags.DEFINE_integer("resolution", None, "Side of the images (default: the data's, or the model's).")
-    flags.DEFINE_bool("largest", True, "Also find the largest batch that fits, by a second compilation.")
     flags.DEFINE_string("json", None, "A .json file for the numbers.")
     cli.run(main)

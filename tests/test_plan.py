@@ -1,6 +1,5 @@
 """What a run would take on devices that are not here."""
 
-import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -72,14 +71,12 @@ def test_the_compilers_estimate_without_what_it_does_not_know():
     assert plan.expected_seconds({}, "") is None
 
 
-def test_the_largest_batch_lies_on_the_line_through_two():
-    first = plan.Plan("t", "k", 1, {}, 4, fits=True, peak_bytes=30, hbm_bytes=100)
-    second = dataclasses.replace(first, pairs_per_device=2, peak_bytes=20)
-    assert plan.largest_that_fits(first, second) == 18  # 10 + 5 a pair
-    assert plan.largest_that_fits(first, second, step=4) == 16
-    assert plan.largest_that_fits(dataclasses.replace(first, hbm_bytes=8), second) == 0
-    assert plan.largest_that_fits(dataclasses.replace(first, hbm_bytes=None), second) is None
-    assert plan.largest_that_fits(first, dataclasses.replace(second, peak_bytes=30)) is None
+def test_the_largest_batch_fills_what_the_state_leaves():
+    assert plan.largest_that_fits(100, 30, 10, 4, 1) == 18  # 5 a pair
+    assert plan.largest_that_fits(100, 30, 10, 4, 4) == 16
+    assert plan.largest_that_fits(24, 30, 10, 4, 1) == 2
+    assert plan.largest_that_fits(8, 30, 10, 4, 1) == 0
+    assert plan.largest_that_fits(None, 30, 10, 4, 1) is None
 
 
 def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
@@ -113,6 +110,8 @@ def test_the_size_of_the_images(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs)
     assert plan.image_size(config, pipe, None) == (16, 16)
     assert plan.image_size(config, pipe, 32) == (32, 32)
+    config.data.path = "not/here"
+    assert plan.image_size(config, pipe, None) == (16, 16)
     config.data.path = None
     assert plan.image_size(config, published.architecture("sdxl"), None) == (1024, 1024)
 
@@ -133,7 +132,7 @@ def test_without_the_compiler_a_topology_is_refused():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, libtpu")
 def test_the_emoji_model_on_four_tpus(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = ["--config=configs/emoji_dspo.py", "--config.data.path=", "--topology=v5e:2x2", "--nolargest"]
+    flags = ["--config=configs/emoji_dspo.py", "--config.data.path=", "--topology=v5e:2x2"]
     subprocess.run(
         [sys.executable, "-m", "dspo_jax.plan", *flags, f"--json={tmp_path / 'plan.json'}"], check=True
     )
@@ -144,3 +143,4 @@ def test_the_emoji_model_on_four_tpus(tmp_path, monkeypatch):
     assert found["pairs_per_second_per_device"] == pytest.approx(8 / found["estimated_seconds"])
     assert found["collectives"]["all-reduce"]["bytes"] > 4 * 3e6
     assert found["peak_bytes"] < found["hbm_bytes"]
+    assert found["largest_pairs_per_device"] > 8
