@@ -8,6 +8,7 @@ output. Of a kernel the compiler counts neither arithmetic nor time: what its pr
 padded to the matrix unit, is a column of its own, and less than it takes.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]
     lanes = 256 if "v6" in device.device_kind else 128
     names = ("splash_mha_fwd", "splash_mha_dkv")
-    return 1e3 * sum(flash.kernel_flops(name, operands, lanes) for name in names) / peak_flops(device)
+    flops = sum(flash.kernel_flops(name, operands, lanes) for name in names)
+    return 1e3 * flops / (peak_flops(device) or math.nan)
 
 
 def find_device(topology: str | None) -> Any:

@@ -183,7 +183,8 @@ def target(batch: int) -> Target | None:
         if device is None or not ours or batch % (mesh.shape["data"] * mesh.shape["fsdp"]):
             return None
     else:
-        if jax.config.jax_default_device is not None or jax.device_count() > 1:
+        settings: Any = jax.config
+        if settings.jax_default_device is not None or jax.device_count() > 1:
             return None
         device = jax.devices()[0]
     capability = (0, 0)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -70,8 +69,8 @@ def splash_attention(
     if tiling.keys > key.shape[1]:
         # Queries attend to the keys of their own segment, and no query is in that of the padding.
         segments = splash.SegmentIds(
-            q=np.zeros(tiling.queries, np.int32),
-            kv=(np.arange(tiling.keys) >= key.shape[1]).astype(np.int32),
+            q=jnp.zeros(tiling.queries, jnp.int32),
+            kv=(jnp.arange(tiling.keys) >= key.shape[1]).astype(jnp.int32),
         )
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.FullMask((tiling.queries, tiling.keys))] * query.shape[2]),
