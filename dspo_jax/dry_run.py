@@ -56,6 +56,21 @@ def batch_shapes(
     }
 
 
+def lower_step(
+    state: TrainState, reference: Params, batch: Mapping[str, Any], mesh: Mesh
+) -> jax.stages.Lowered:
+    """The step of a run, traced and ready to be compiled for the devices of the mesh.
+
+    Args:
+      state, reference: from `start.make_state`, abstract.
+      batch: from `abstract_batch` or `batch_shapes`.
+      mesh: the devices.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    return compile_step(state).lower(state, reference, batch, key)
+
+
 def flops_per_pair(task: Task, batch: Mapping[str, Any]) -> float | None:
     """FLOPs of the model for a pair: forward and backward of the policy, forward of the reference.
 
@@ -209,10 +224,8 @@ def dry_run(config: ConfigDict) -> str:
     if flops is not None:
         lines.append(f"{flops / 1e12:.4g} TFLOP a pair, {flops * config.batch_size / 1e12:.4g} a step")
     logging.info("compiling the step; for a full-size model that takes minutes")
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     before = time.perf_counter()
-    memory = compile_step(state).lower(state, reference, batch, key).compile().memory_analysis()
+    memory = lower_step(state, reference, batch, mesh).compile().memory_analysis()
     lines.append(f"the step compiles in {time.perf_counter() - before:.0f} s")
     if memory is not None:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -30,18 +30,21 @@ from ml_collections import ConfigDict, config_flags
 
 from dspo_jax import cli, compiled, published
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
-from dspo_jax.dry_run import batch_shapes, flops_per_pair, held, in_units
+from dspo_jax.dry_run import batch_shapes, flops_per_pair, held, in_units, lower_step
 from dspo_jax.models import flash
 from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import bytes_per_device, check_batch_size, make_mesh, replicated
+from dspo_jax.sharding import bytes_per_device, check_batch_size, make_mesh
 from dspo_jax.start import make_adapters, make_state, make_task
-from dspo_jax.step import compile_step
 from dspo_jax.throughput import Chip, find_chip, peak_flops
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
 
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
+_TOO_LARGE = re.compile(
+    r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+    r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Plan:
       mesh: size by axis.
       pairs_per_device: in a step.
       argument_bytes, temporary_bytes: None where the program was too large to be compiled.
-      peak_bytes: the two, and what is neither.
+      peak_bytes: the two, and what is neither; of a program that is too large as much as its compiler had
+        counted.
       hbm_bytes: what there is.
       fits: whether the one is less than the other.
       flops: of the model in a step (`dry_run.flops_per_pair`), without what is computed twice.
@@ -172,8 +176,6 @@ def plan(
     check_batch_size(part, mesh, "--pairs_per_device * devices / config.accumulation")
     state, reference = make_state(task, mesh, adapters, abstract=True)
     batch = batch_shapes(task, 2, size, config.batch_size, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     flops = flops_per_pair(task, batch)
     known = {
         "topology": topology or "present",
@@ -183,8 +185,7 @@ def plan(
         "pairs_per_device": pairs_per_device,
         "flops": None if flops is None else flops * pairs_per_device,
     }
-    lowered = compile_step(state).lower(state, reference, batch, key)
-    facts = _kept_facts(lowered, devices[0])
+    facts = _kept_facts(lower_step(state, reference, batch, mesh), devices[0])
     found = Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
     largest = largest_that_fits(
@@ -249,7 +250,11 @@ def _compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
         too_large = _TOO_LARGE.search(str(error))
         if too_large is None:
             raise
-        peak, hbm = (int(float(too_large[i]) * 1024 ** ("KMGT".index(too_large[i + 1]) + 1)) for i in (1, 3))
+        used, used_unit, limit, limit_unit = (group for group in too_large.groups() if group)
+        peak, hbm = (
+            int(float(size) * 1024 ** ("KMGT".index(unit) + 1))
+            for size, unit in ((used, used_unit), (limit, limit_unit))
+        )
         return {"peak_bytes": peak, "hbm_bytes": hbm}
     seconds = time.perf_counter() - before
     memory: Any = program.memory_analysis()
@@ -302,9 +307,9 @@ def _cost_of_kernels(
 def largest_that_fits(hbm: int | None, peak: int, fixed: int, pairs: int, step: int) -> int | None:
     """Pairs on a device, a multiple of `step`, if all memory but `fixed` grows with them.
 
-    None where the device's memory is not known.
+    None where the device's memory is not known, or a program was too large before all of it was counted.
     """
-    if hbm is None:
+    if hbm is None or peak <= fixed:
         return None
     return max(0, int((hbm - fixed) / ((peak - fixed) / pairs))) // step * step
 

@@ -56,7 +56,7 @@ class Chip:
     Attributes:
       hbm: bytes that a program can use: what the compiler names when one is too large.
       bandwidth: of that memory, bytes/s.
-      links: of all links to other chips together, bytes/s.
+      links: of all links to other chips together, in one direction, bytes/s.
       lanes: side of the matrix unit, to which a kernel's products are padded.
     """
 
@@ -66,12 +66,12 @@ class Chip:
     lanes: int
 
 
-# By a regular expression that the whole `device_kind` must match. Source: cloud.google.com/tpu/docs, the page
-# of each version.
+# By a regular expression that the whole `device_kind` must match. Bandwidths: cloud.google.com/tpu/docs, the
+# page of each version, which gives v5e and v6e's links for both directions (400 and 800 GB/s).
 CHIPS = {
     r"TPU v5( lite|e)": Chip(15.75 * 2**30, 819e9, 200e9, 128),
     r"TPU v5p?": Chip(95.74 * 2**30, 2765e9, 600e9, 128),
-    r"TPU v6( lite|e)": Chip(31.25 * 2**30, 1640e9, 400e9, 256),
+    r"TPU v6( lite|e)": Chip(31.25 * 2**30, 1638e9, 400e9, 256),
 }
 
 

@@ -1,10 +1,13 @@
 """What the examples do besides calling the commands."""
 
 import csv
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
+from processes import ROOT
 
 from dspo_jax.data.sources import decode_image
 from dspo_jax.data.sources.emoji import EmojiImages, EmojiPairs, load_emoji, load_sentiment
@@ -36,6 +39,18 @@ def test_the_loop_trains_on_no_name_that_it_is_evaluated_on(tmp_path):
     assert set(chosen) <= captions
     assert choose_prompts(held_out) == choose_prompts(held_out)
     assert choose_prompts([Prompt(chosen[0])])[0].text != chosen[0]
+
+
+def test_what_would_stop_the_evaluation_stops_the_ablation_before_it_trains(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    flags = ["--config=configs/emoji_diffusion_dpo.py", "--betas=500", "--rewards=pickscoer"]
+    flags += [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'out'}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "examples.beta_ablation", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2, result.stderr
+    assert "pickscoer" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("out/run_*"))
 
 
 def test_medians_over_beta(tmp_path):

@@ -77,6 +77,32 @@ def test_the_largest_batch_fills_what_the_state_leaves():
     assert plan.largest_that_fits(24, 30, 10, 4, 1) == 2
     assert plan.largest_that_fits(8, 30, 10, 4, 1) == 0
     assert plan.largest_that_fits(None, 30, 10, 4, 1) is None
+    assert plan.largest_that_fits(100, 10, 10, 4, 1) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(33.94G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.94G of 15.75G hbm. Exceeded hbm "
+        "capacity by 18.19G.",
+    ],
+)
+def test_a_program_that_is_too_large_does_not_fit(said):
+    def compile():
+        raise jax.errors.JaxRuntimeError(said)
+
+    facts = plan._compile_facts(SimpleNamespace(compile=compile))
+    assert facts == {"peak_bytes": int(33.94 * 2**30), "hbm_bytes": int(15.75 * 2**30)}
+
+
+def test_another_error_of_the_compiler_is_not_taken_for_it():
+    def compile():
+        raise jax.errors.JaxRuntimeError("INTERNAL: Used 3 of 4 registers")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="registers"):
+        plan._compile_facts(SimpleNamespace(compile=compile))
 
 
 def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
