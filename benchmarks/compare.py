@@ -48,13 +48,14 @@ def run(module: str, arguments: Sequence[str]) -> measuring.Result:
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, f"--json={path}"]
         if subprocess.run(command).returncode:
             raise ValueError(f"benchmarks.{module} failed; see above")
-        return json.loads(path.read_text(encoding="utf-8"))
+        [result] = json.loads(path.read_text(encoding="utf-8"))
+        return result
 
 
 def combine(rounds: Sequence[measuring.Result]) -> measuring.Result:
     """The same measurement of several rounds as one: the median of speeds, the most memory."""
     combined = dict(rounds[0])
-    for key in ("seconds_per_step", "pairs_per_second", "tflops_per_device", "mfu", "first_step_seconds"):
+    for key in ("seconds", "pairs_per_second", "tflops_per_device", "mfu"):
         values = [each[key] for each in rounds if each.get(key) is not None]
         combined[key] = statistics.median(values) if values else None
     combined["all_seconds"] = [seconds for each in rounds for seconds in each["all_seconds"]]
@@ -82,11 +83,9 @@ def main(argv: Sequence[str]) -> None:
         table.add_column(heading, justify="left" if heading == "by" else "right")
     for result in (ours, *theirs):
         result["ratio"] = ours["pairs_per_second"] / result["pairs_per_second"]
-        if result is not ours and ours.get("tflop_per_pair"):
+        for key in ("tflops_per_device", "mfu"):
             # The same model does the same arithmetic; what online encoding adds is not counted.
-            result["tflops_per_device"] = ours["tflop_per_pair"] * result["pairs_per_second"]
-            if ours.get("mfu"):
-                result["mfu"] = ours["mfu"] / result["ratio"]
+            result[key] = ours[key] and ours[key] / result["ratio"]
         table.add_row(result["implementation"], f"{result['pairs_per_second']:.4g}", f"{result['ratio']:.2f}")
     Console().print(table)
     best = max(
@@ -96,10 +95,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if best is not None:
         print(f"ratio to the fastest way of torch with cached latents: {best['ratio']:.2f}")
-    if values.json:
-        path = Path(values.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([ours, *theirs], indent=2) + "\n", encoding="utf-8")
+    measuring.write([ours, *theirs], values.json)
 
 
 if __name__ == "__main__":

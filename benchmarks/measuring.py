@@ -33,7 +33,7 @@ COLUMNS = {
     "tflops_per_device": ("TFLOP/s a device", "{:.3g}"),
     "mfu": ("MFU", "{:.1%}"),
     "peak_memory_gib": ("peak GiB", "{:.1f}"),
-    "first_step_seconds": ("compiling, s", "{:.0f}"),
+    "compile_seconds": ("compiling, s", "{:.0f}"),
     "device": ("device", "{}"),
     "date": ("date", "{}"),
     "versions": ("versions", "{}"),
@@ -47,7 +47,7 @@ def define_flags() -> None:
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("published", None, "sd15 or sdxl: random weights in place of config.model's.")
     flags.DEFINE_integer("resolution", None, "Side of the images in pixels; the UNet's own by default.")
-    flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.", lower_bound=1)
+    flags.DEFINE_integer("steps", 10, "Timed steps, after one that is not.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result.")
 
 
@@ -77,41 +77,55 @@ def describe(config: ConfigDict, resolution: int) -> str:
     )
 
 
-def time_steps(step: Callable[[], Any], wait: Callable[[Any], None], count: int) -> list[float]:
+def time_steps(
+    step: Callable[[], Any],
+    wait: Callable[[Any], None],
+    count: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Seconds from the end of each step to the end of the next.
 
     Args:
       step: dispatches a step and returns what tells of its end.
       wait: waits for that. The next step is dispatched before, as the training loop does.
-      count: how many are timed; one more is run before them.
+      count: how many are timed; one more is run before them, and one after.
+      now: a clock in seconds.
     """
     ends, pending = [], step()
     for _ in range(count + 1):
         following = step()
         wait(pending)
-        ends.append(time.perf_counter())
+        ends.append(now())
         pending = following
     wait(pending)
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def make_result(
-    config: ConfigDict, implementation: str, resolution: int, seconds: Sequence[float], **measured: Any
+    what: str, implementation: str, *, pairs: int, seconds: Sequence[float], **measured: Any
 ) -> Result:
-    """A result: what, where, when and by which command, beside what was measured."""
+    """A result: what, where, when and by which command, beside what was measured.
+
+    Args:
+      what: in words.
+      implementation: who computes it.
+      pairs: how many each of `seconds` was spent on.
+      seconds: of all measurements; their median counts.
+      **measured: whatever else belongs to the benchmark.
+    """
     middle = statistics.median(seconds)
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--json")]
     return {
-        "what": describe(config, resolution),
+        "what": what,
         "implementation": implementation,
-        "batch_size": config.batch_size,
-        "resolution": resolution,
-        "seconds_per_step": middle,
+        "pairs": pairs,
+        "seconds": middle,
         "all_seconds": list(seconds),
-        "pairs_per_second": config.batch_size / middle,
+        "pairs_per_second": pairs / middle,
         **measured,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
     }
 
 
@@ -130,19 +144,23 @@ def _is_installed(name: str) -> bool:
     return any(True for _ in metadata.distributions(name=name))
 
 
-def report(result: Result) -> None:
-    """Prints a result in a line, and writes it where --json says."""
+def report(result: Result, path: str | None) -> None:
+    """Prints the result of a step in a line, and writes it to `path`, if there is one."""
     shown = f"{result['implementation']:<24}{result['pairs_per_second']:9.4g} pairs/s"
     if result.get("tflops_per_device"):
         shown += f", {result['tflops_per_device']:.3g} TFLOP/s a device"
     if result.get("mfu"):
         shown += f", MFU {result['mfu']:.1%}"
     shown += f", peak memory {result['peak_memory_gib']:.2f} GiB"
-    print(f"{shown}; the first step {result['first_step_seconds']:.1f} s", flush=True)
-    if flags.FLAGS.json:
-        path = Path(flags.FLAGS.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{shown}; before the first step {result['compile_seconds']:.1f} s", flush=True)
+    write([result], path)
+
+
+def write(results: Sequence[Result], path: str | None) -> None:
+    """Writes results as a JSON list; `path` None writes nothing."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def markdown(results: Iterable[Mapping[str, Any]]) -> str:
@@ -161,7 +179,8 @@ def markdown(results: Iterable[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     folder = Path(argv[1])
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
+    results = [result for file in files for result in json.loads(file.read_text(encoding="utf-8"))]
     if not results:
         raise FileNotFoundError(f"{folder}: no results (*.json) there")
     print(markdown(results))

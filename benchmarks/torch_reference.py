@@ -247,19 +247,18 @@ def main(argv: Sequence[str]) -> None:
 
     started = time.perf_counter()
     wait(trainer.step(batch))
-    first = time.perf_counter() - started
+    first = time.perf_counter() - started  # torch.compile compiles here
     seconds = measuring.time_steps(lambda: trainer.step(batch), wait, values.steps)
-    measuring.report(
-        measuring.make_result(
-            config,
-            " + ".join(("torch", *values.options)),
-            resolution,
-            seconds,
-            device=kind,
-            first_step_seconds=first,
-            peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else measuring.host_memory(),
-        )
+    result = measuring.make_result(
+        measuring.describe(config, resolution),
+        " + ".join(("torch", *values.options)),
+        pairs=config.batch_size,
+        seconds=seconds,
+        device=kind,
+        compile_seconds=first,
+        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else measuring.host_memory(),
     )
+    measuring.report(result, values.json)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, 
 
     @partial(jax.jit, static_argnums=1)
     def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        """By fan-in; norms and biases are small, which no measure of speed sees."""
+        """Kernels by their fan-in, so that nothing overflows."""
         values = jax.random.normal(key, leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5
         return jax.lax.with_sharding_constraint(values.astype(leaf.dtype), leaf.sharding)
 
@@ -71,8 +71,8 @@ def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict
 def main(argv: Sequence[str]) -> None:
     """Measures."""
     del argv
-    sharding.use_cpu_cores()
     values, config = flags.FLAGS, flags.FLAGS.config
+    sharding.use_cpu_cores(config.batch_size // max(1, config.accumulation))
     measuring.check_model(config)
     pipe: Pipeline = (
         published.architecture(values.published) if values.published else load_pipeline(config.model)
@@ -102,22 +102,21 @@ def main(argv: Sequence[str]) -> None:
     flops, peak = flops_per_pair(task, batch), peak_flops(device)
     rate = None if flops is None else flops * config.batch_size / np.median(seconds) / mesh.size
     peaks = memory_peaks()
-    measuring.report(
-        measuring.make_result(
-            config,
-            "dspo_jax",
-            resolution,
-            seconds,
-            device=f"{mesh.size} x {device.device_kind}",
-            first_step_seconds=compiled,
-            tflop_per_pair=flops and flops / 1e12,
-            tflops_per_device=rate and rate / 1e12,
-            mfu=rate / peak if rate and peak and task.compute_dtype == "bfloat16" else None,
-            peak_memory_gib=peaks.get("device_memory_peak_gib", peaks["host_memory_peak_gib"]),
-            argument_gib=memory and memory.argument_size_in_bytes / 2**30,
-            temporary_gib=memory and memory.temp_size_in_bytes / 2**30,
-        )
+    result = measuring.make_result(
+        measuring.describe(config, resolution),
+        "dspo_jax",
+        pairs=config.batch_size,
+        seconds=seconds,
+        device=f"{mesh.size} x {device.device_kind}",
+        compile_seconds=compiled,
+        tflop_per_pair=flops and flops / 1e12,
+        tflops_per_device=rate and rate / 1e12,
+        mfu=rate / peak if rate and peak and task.compute_dtype == "bfloat16" else None,
+        peak_memory_gib=peaks.get("device_memory_peak_gib", peaks["host_memory_peak_gib"]),
+        argument_gib=memory and memory.argument_size_in_bytes / 2**30,
+        temporary_gib=memory and memory.temp_size_in_bytes / 2**30,
     )
+    measuring.report(result, values.json)
 
 
 if __name__ == "__main__":

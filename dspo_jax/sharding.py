@@ -40,16 +40,20 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def use_cpu_cores() -> None:
+def use_cpu_cores(batch_size: int = 0) -> None:
     """Makes a device of each CPU core, up to 8 and a power of two; call it before anything asks for a device.
 
     XLA keeps little more than one core busy with one device; each of several works on its part of a batch.
     What the user has set (`XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`) stays. Accelerators are not affected.
+
+    Args:
+      batch_size: which the devices must be able to split evenly; 0 where any number of them can be used.
     """
     set_by_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not set_by_user and "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", 2 ** int(math.log2(min(cores, 8))))
+        devices = 2 ** int(math.log2(min(cores, 8)))
+        jax.config.update("jax_num_cpu_devices", math.gcd(devices, batch_size))
 
 
 def make_mesh(

@@ -319,11 +319,15 @@ def compile_step(state: TrainState) -> Any:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     sharding: Any = state.step.sharding
     mesh = sharding.mesh
-    # By default XLA orders a program for the CPU for concurrency, at up to twice the temporaries.
-    memory_first = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    for_cpu: dict[str, str | int] = {
+        # By default XLA orders the program for concurrency, at up to twice the temporaries.
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        # And takes half of what AVX-512 offers.
+        "xla_cpu_prefer_vector_width": 512,
+    }
     return jax.jit(
         on_mesh(train_step, mesh),
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=memory_first if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=for_cpu if mesh.devices.flat[0].platform == "cpu" else None,
     )

@@ -30,7 +30,7 @@ from dspo_jax.dry_run import describe, dry_run, mean_flops_per_pair
 from dspo_jax.metrics import VALIDATION_PREFIX, MetricsWriter, Progress, read_validations
 from dspo_jax.models import Params
 from dspo_jax.sample_grids import SampleGrids, first_captions
-from dspo_jax.sharding import batch_share, replicated, shard_batch
+from dspo_jax.sharding import batch_share, replicated, shard_batch, use_cpu_cores
 from dspo_jax.start import claim_workdir, make_state, prepare
 from dspo_jax.step import INPUTS, Metrics, Task, TrainState, cast, compile_step, policy_params, predict
 from dspo_jax.throughput import Clock, Profiler, memory_peaks, peak_flops
@@ -343,6 +343,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status, which tells a finished run from one that was stopped."""
     del argv
     config = flags.FLAGS.config
+    parts = config.accumulation * (flags.FLAGS.num_processes or 1)
+    use_cpu_cores(config.batch_size // max(1, parts))
     distributed.initialize_from_flags()
     if flags.FLAGS.dry_run:
         print(dry_run(config))

@@ -39,6 +39,23 @@ def test_mesh_takes_all_devices_or_refuses(sizes, shape):
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "devices"), [(2, 0, 2), (6, 0, 4), (64, 0, 8), (8, 12, 4), (8, 1, 1), (8, 32, 8)]
+)
+def test_a_device_of_each_core_that_has_its_share_of_a_batch(monkeypatch, cores, batch_size, devices):
+    asked = {}
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    sharding.use_cpu_cores(batch_size)
+    assert asked == {"jax_num_cpu_devices": devices}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    asked.clear()
+    sharding.use_cpu_cores(batch_size)
+    assert not asked
+
+
 def test_mesh_of_chosen_devices():
     assert sharding.make_mesh({"data": -1}, devices=jax.devices()[:1]).devices.shape == (1, 1, 1)
 

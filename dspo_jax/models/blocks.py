@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspo_jax.models import cpu
 from dspo_jax.models.attention import attention
 from dspo_jax.models.remat import run_block
 
@@ -30,8 +31,14 @@ def conv2d(
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=bias,
+        conv_general_dilated=cpu.convolve,
         rngs=rngs,
     )
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer over the last axis."""
+    return nnx.Linear(in_features, out_features, use_bias=bias, dot_general=cpu.dot_general, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):
@@ -53,6 +60,8 @@ class GroupNorm(nnx.Module):
 
         def group_mean(values_BPC: jax.Array) -> jax.Array:
             means_BC = values_BPC.mean(1)
+            if cpu.is_target(means_BC.shape[0]):
+                return cpu.group_mean(means_BC, groups)[:, None]
             means_BGc = means_BC.reshape(means_BC.shape[0], groups, -1)
             return jnp.broadcast_to(means_BGc.mean(-1, keepdims=True), means_BGc.shape).reshape(
                 means_BC.shape
@@ -95,8 +104,8 @@ class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between."""
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(in_features, features, rngs=rngs)
-        self.linear_2 = nnx.Linear(features, features, rngs=rngs)
+        self.linear_1 = linear(in_features, features, rngs=rngs)
+        self.linear_2 = linear(features, features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(nnx.silu(self.linear_1(x)))
@@ -118,7 +127,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = GroupNorm(in_channels, groups, epsilon)
         self.conv1 = conv2d(in_channels, out_channels, 3, rngs=rngs)
         if temb is not None:
-            self.time_emb_proj = nnx.Linear(temb, out_channels, rngs=rngs)
+            self.time_emb_proj = linear(temb, out_channels, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, groups, epsilon)
         self.conv2 = conv2d(out_channels, out_channels, 3, rngs=rngs)
         if in_channels != out_channels:
@@ -161,6 +170,11 @@ class Upsample2D(nnx.Module):
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         """[B, h, w, C] -> [B, 2h, 2w, C], or `size` (height, width), which may be one less each."""
         height, width = size or (None, None)
+        whole = size in (None, (2 * x.shape[1], 2 * x.shape[2]))
+        bias = self.conv.bias
+        # With an adapter the layer is of another class.
+        if whole and type(self.conv) is nnx.Conv and bias is not None and cpu.is_target(x.shape[0]):
+            return cpu.convolve_doubled(x, self.conv.kernel[...]) + bias[...][None, None, None]
         return self.conv(double(x)[:, :height, :width])
 
 
@@ -180,10 +194,10 @@ class Attention(nnx.Module):
         inner = heads * head_dim
         context_features = features if context_features is None else context_features
         self.heads = heads
-        self.to_q = nnx.Linear(features, inner, use_bias=bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_features, inner, use_bias=bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_features, inner, use_bias=bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(inner, features, rngs=rngs)])
+        self.to_q = linear(features, inner, bias=bias, rngs=rngs)
+        self.to_k = linear(context_features, inner, bias=bias, rngs=rngs)
+        self.to_v = linear(context_features, inner, bias=bias, rngs=rngs)
+        self.to_out = nnx.List([linear(inner, features, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         """x [B, T, features], context [B, S, context_features] (default x) -> [B, T, features]."""
@@ -200,7 +214,7 @@ class GEGLU(nnx.Module):
     """Gated linear unit with an exact (erf) GELU."""
 
     def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(in_features, 2 * features, rngs=rngs)
+        self.proj = linear(in_features, 2 * features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -215,7 +229,7 @@ class FeedForward(nnx.Module):
             [
                 GEGLU(features, 4 * features, rngs=rngs),
                 Identity(),
-                nnx.Linear(4 * features, features, rngs=rngs),
+                linear(4 * features, features, rngs=rngs),
             ]
         )
 
@@ -256,7 +270,7 @@ class Transformer2DModel(nnx.Module):
     ):
         self.norm = GroupNorm(channels, groups, 1e-6)
         self.proj_in = (
-            nnx.Linear(channels, channels, rngs=rngs)
+            linear(channels, channels, rngs=rngs)
             if linear_projection
             else conv2d(channels, channels, 1, rngs=rngs)
         )
@@ -267,7 +281,7 @@ class Transformer2DModel(nnx.Module):
             ]
         )
         self.proj_out = (
-            nnx.Linear(channels, channels, rngs=rngs)
+            linear(channels, channels, rngs=rngs)
             if linear_projection
             else conv2d(channels, channels, 1, rngs=rngs)
         )

@@ -24,9 +24,10 @@ _A, _B = ".lora_A.kernel", ".lora_B.kernel"
 class _LoRALinear(nnx.Linear):
     def __init__(self, base: nnx.Linear, rank: int, rngs: Any):
         inputs, outputs = base.in_features, base.out_features
-        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs)
-        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, rngs=rngs)
-        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, rngs=rngs)
+        product: Any = {"dot_general": base.dot_general}
+        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **product)
+        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, rngs=rngs, **product)
+        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, rngs=rngs, **product)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
@@ -35,10 +36,11 @@ class _LoRALinear(nnx.Linear):
 class _LoRAConv(nnx.Conv):
     def __init__(self, base: nnx.Conv, rank: int, rngs: Any):
         window: Any = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
+        form: Any = {"conv_general_dilated": base.conv_general_dilated}
         inputs, outputs = base.in_features, base.out_features
-        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window)
-        self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window)
-        self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs)
+        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window, **form)
+        self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window, **form)
+        self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs, **form)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))

@@ -1,0 +1,225 @@
+"""The benchmarks of the training step run, and say what they promise."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from fake_time import FakeTime
+
+torch = pytest.importorskip("torch")
+
+from benchmarks import compare, measuring, torch_reference, train_step  # noqa: E402
+from configs import common, emoji_diffusion_dpo  # noqa: E402
+from dspo_jax import published  # noqa: E402
+from dspo_jax.models import build_model  # noqa: E402
+from dspo_jax.sharding import make_mesh  # noqa: E402
+from dspo_jax.start import make_state, make_task  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def compared(shallow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
+    """What `compare` prints and writes of the tiny model."""
+    file = tmp_path_factory.mktemp("benchmarks") / "results" / "compared.json"
+    command = [sys.executable, "-m", "benchmarks.compare", "--config=configs/sd15_dspo.py"]
+    command += [f"--config.model={shallow_model}", "--config.batch_size=8", "--resolution=16", "--steps=2"]
+    command += ["--rounds=1", "--torch=channels_last+online_vae", "--config.compute_dtype=float32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, f"--json={file}"], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_both_steps_are_measured_and_compared(compared):
+    _, (ours, theirs) = compared
+    assert ours["what"] == theirs["what"]
+    assert "dspo of " in ours["what"]
+    assert "8 pairs" in ours["what"]
+    assert ours["implementation"] == "dspo_jax"
+    assert theirs["implementation"] == "torch + channels_last + online_vae"
+    for result in (ours, theirs):
+        assert len(result["all_seconds"]) == 2
+        assert result["pairs_per_second"] == pytest.approx(8 / result["seconds"])
+        assert result["peak_memory_gib"] > 0.1
+        assert result["compile_seconds"] > 0
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+        assert "jax " in result["versions"]
+        assert "torch " in result["versions"]
+    assert ours["command"].startswith("python -m benchmarks.train_step --config=configs/sd15_dspo.py")
+    assert theirs["ratio"] == pytest.approx(ours["pairs_per_second"] / theirs["pairs_per_second"])
+    per_device = ours["tflop_per_pair"] * ours["pairs_per_second"] / 8
+    assert ours["tflops_per_device"] == pytest.approx(per_device)
+    assert ours["mfu"] is None  # a CPU's peak is not known
+
+
+def test_what_is_printed_and_the_table_hold_the_results(compared):
+    printed, results = compared
+    assert re.search(
+        r"^dspo_jax +[\d.]+ pairs/s, .* peak memory .* before the first step", printed, re.MULTILINE
+    )
+    assert "ours / theirs" in printed
+    heading, _, *rows = measuring.markdown(results).splitlines()
+    assert heading.startswith("| what | by | pairs/s |")
+    assert [row.split(" | ")[1] for row in rows] == [result["implementation"] for result in results]
+    assert f"`{results[0]['command']}`" in rows[0]
+
+
+@pytest.fixture
+def trainer(shallow_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes torch's trainer of the tiny model, with changes of the recipe: (trainer, batch of 4 pairs)."""
+    monkeypatch.setattr(torch_reference, "flags", SimpleNamespace(FLAGS=SimpleNamespace(published=None)))
+
+    def make(options: Sequence[str] = (), **changes: Any) -> tuple[Any, Any]:
+        config = emoji_diffusion_dpo.get_config()
+        config.model = str(shallow_model)
+        config.update_from_flattened_dict(changes)
+        torch.manual_seed(0)
+        made = torch_reference.Trainer(config, options, torch.device("cpu"))
+        return made, made.make_batch(4, 16)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ((), {"accumulation": 2}),
+        (("channels_last", "online_vae"), {}),
+        ((), {"lora.rank": 2}),
+        ((), {"optimizer.name": "adafactor", "remat": "blocks"}),
+    ],
+    ids=["parts", "online", "lora", "adafactor"],
+)
+def test_torchs_step_starts_at_the_reference_and_leaves_it(trainer, options, changes):
+    made, batch = trainer(options, **changes)
+    assert made.step(batch).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert made.step(batch).item() != pytest.approx(math.log(2), abs=1e-9)
+
+
+def test_an_objective_without_a_torch_step_is_refused(trainer):
+    made, batch = trainer(**{"objective.name": "mapo"})
+    with pytest.raises(ValueError, match=r"^config.objective.name = 'mapo': unknown"):
+        made.step(batch)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_a_published_architecture_has_no_weights(name, parameters):
+    pipe = published.architecture(name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pipe.unet.abstract_params())) == parameters
+    assert pipe.empty_tokens.shape == (len(pipe.text_encoders), 77)
+    with pytest.raises(ValueError, match=f"^{name}: an architecture without weights for its unet$"):
+        pipe.read_params("unet", "float32")
+    with pytest.raises(ValueError, match="'sd51': unknown; did you mean 'sd15'"):
+        published.architecture("sd51")
+
+
+def test_random_weights_are_born_where_they_belong():
+    pipe = dataclasses.replace(
+        published.architecture("sd15"),
+        unet=build_model("UNet2DConditionModel", tiny_model.UNET | {"layers_per_block": 1}),
+        text_encoders={"text_encoder": build_model("CLIPTextModel", tiny_model.TEXT_ENCODER)},
+    )
+    config = common.get_config()
+    task, mesh = make_task(config, pipe), make_mesh({"data": 2, "fsdp": 4})
+    state, reference = train_step.random_state(task, mesh, {})
+    expected = make_state(task, mesh, abstract=True)
+    for made, shape in zip(jax.tree.leaves((state, reference)), jax.tree.leaves(expected), strict=True):
+        assert (made.shape, made.dtype) == (shape.shape, shape.dtype)
+        assert made.sharding.is_equivalent_to(shape.sharding, made.ndim)
+    deviation = np.std(np.asarray(state.params["unet"]["mid_block"]["resnets"]["0"]["conv1"]["kernel"]))
+    assert deviation == pytest.approx((9 * 16) ** -0.5, rel=0.1)
+
+
+def test_a_step_is_timed_from_the_end_of_the_last_one():
+    clock = FakeTime()
+    waited = []
+
+    def step() -> int:
+        clock.seconds += 1
+        return len(waited)
+
+    def wait(number: int) -> None:
+        waited.append(number)
+        clock.seconds += 2
+
+    assert measuring.time_steps(step, wait, 3, now=clock) == [3, 3, 3]
+    assert len(waited) == 5
+
+
+def test_compare_passes_on_what_the_benchmarks_understand():
+    given = ["--config", "a.py", "--torch=plain", "--rounds", "2", "--steps=3", "--json=x", "--config.a=1"]
+    assert list(compare.arguments_for_both(given)) == ["--config", "a.py", "--steps=3", "--config.a=1"]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        (None, None, "config.model is not set: give"),
+        ("m", "sd15", "--published=sd15: the recipe names a model"),
+    ],
+)
+def test_a_benchmark_of_no_model_or_of_two_is_refused(model, name, message, monkeypatch):
+    monkeypatch.setattr(measuring, "flags", SimpleNamespace(FLAGS=SimpleNamespace(published=name)))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        measuring.check_model(SimpleNamespace(model=model))
+
+
+def test_the_input_pipeline_says_how_far_ahead_it_keeps(tmp_path):
+    file = tmp_path / "read.json"
+    command = [sys.executable, "-m", "benchmarks.input_pipeline", f"--folder={tmp_path / 'pairs'}"]
+    command += ["--pairs=128", "--threads=1", "--target=0.5", f"--json={file}"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    results = {(result["what"], result["implementation"]): result for result in json.loads(file.read_text())}
+    speed = results["read, 1 thread(s)", "dspo_jax"]["pairs_per_second"]
+    assert f"keeps ahead of a step of 0.5 pairs/s by {speed / 0.5:.0f} x" in done.stdout
+    assert not (tmp_path / "pairs").exists()
+
+
+# Does what a benchmark does for the script: a result where --json says, or failure.
+STUB = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+[[ $* == *benchmarks.measuring* ]] && { echo "| table |"; exit; }
+[[ $* == *benchmarks.sample* ]] && { echo "no pictures today"; exit 3; }
+for argument; do [[ $argument == --json=* ]] && echo "[]" > "${argument#--json=}"; done
+exit 0
+"""
+
+
+def test_the_script_runs_every_part_once_and_says_what_failed(tmp_path):
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    environment = {"CALLS": str(tmp_path / "calls"), "PYTHON": str(tmp_path / "python"), "TINY": "1"}
+
+    def run(**more: str) -> tuple[str, list[str]]:
+        (tmp_path / "calls").write_text("")
+        command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+        done = subprocess.run(
+            command, env=os.environ | environment | more, check=True, capture_output=True, text=True
+        )
+        return done.stdout, (tmp_path / "calls").read_text().splitlines()
+
+    printed, calls = run(SECONDS_IN_ALL="0")
+    assert "sd15: left out, 0 seconds are over" in printed
+    assert len(calls) == 1  # the table alone
+    printed, calls = run()
+    assert re.search("sample: failed with status 3 after .* s: no pictures today", printed)
+    for name in ("sd15", "sdxl", "sd15_lora", "sdxl_lora", "input_pipeline", "encode"):
+        assert re.search(rf"^{name}: \d+ s$", printed, re.MULTILINE), name
+    assert (tmp_path / "out" / "table.md").read_text() == "| table |\n"
+    assert sum("benchmarks.compare" in call for call in calls) == 4
+    printed, calls = run()  # goes on with what is missing
+    assert [call.split()[1] for call in calls] == ["benchmarks.sample", "benchmarks.measuring"]
