@@ -70,9 +70,7 @@ compare sd15 "$ways" --config=configs/sd15_dspo.py --steps=$steps "${sd15_flags[
 compare sdxl "channels_last" --config=configs/sdxl_dspo.py --steps=$steps "${sdxl_flags[@]}"
 compare sd15_lora "channels_last" --config=configs/sd15_dspo.py --steps=$steps "${sd15_flags[@]}" "${lora[@]}"
 compare sdxl_lora "channels_last" --config=configs/sdxl_dspo.py --steps=$steps "${sdxl_flags[@]}" "${lora[@]}"
-if [[ -e benchmarks/attention.py && -z $tiny ]]; then
-  part attention -m benchmarks.attention
-fi
+[[ -n $tiny ]] || part attention -m benchmarks.attention
 part input_pipeline -m benchmarks.input_pipeline --folder="$out/pairs" --pairs=$pairs --json=@
 part sample -m benchmarks.sample "${sample[@]}"
 part encode -m benchmarks.encode --out="$out/encode" --rows=$rows

@@ -98,7 +98,10 @@ class Encoder:
         def moments(params: Mapping[str, Params], images: jax.Array) -> jax.Array:
             return pipe.encode_moments(params, (images.astype(jnp.float32) / 127.5 - 1.0).astype(vae_dtype))
 
-        self._moments = jax.jit(moments, in_shardings=(whole, self._split), out_shardings=self._split)
+        # Without the mesh, what it computes would depend on how many other processes there are.
+        self._moments = jax.jit(
+            sharding.on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
+        )
 
     def examples(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:
         """Yields the examples of the good rows, those of one size in order; tells `on_bad_row` of the others.
