@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     sizes = config.mesh.to_dict()
     mesh = sharding.make_mesh(sizes, dcn_sizes=sizes.pop("dcn"))
     sharding.check_batch_size(config.batch_size // config.accumulation, mesh)
-    resolution = values.resolution or pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    resolution = values.resolution or pipe.image_side
     device = mesh.devices.flat[0]
     print(f"{measuring.describe(config, resolution)}; {mesh.size} {device.device_kind} device(s)", flush=True)
 

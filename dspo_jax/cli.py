@@ -28,9 +28,9 @@ def run(
     """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
 
     Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a ValueError or an
-    OSError (what library code raises about the user's input); or 130 after Ctrl-C; or 143 where the command
-    was asked to stop and the same command goes on. Any other exception is a bug and keeps its traceback.
-    `--verbosity=1` shows the traceback of those one-line errors too.
+    OSError (what library code raises about the user's input), or a program too large for its device; or 130
+    after Ctrl-C; or 143 where the command was asked to stop and the same command goes on. Any other exception
+    is a bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
 
     Args:
       main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
@@ -56,6 +56,15 @@ def run(
         except (ValueError, OSError) as error:
             logging.debug("Traceback of the error below", exc_info=True)
             _fail(_describe(error))
+        except RuntimeError as error:  # what JAX raises; its own class of it is not worth importing JAX here
+            if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            logging.debug("Traceback of the error below", exc_info=True)
+            _fail(
+                f"the device's memory does not suffice: {str(error).splitlines()[0]}; take fewer examples at "
+                "a time (--config.batch_size, --batch_size), in training see docs/troubleshooting.md, "
+                "Devices and memory"
+            )
 
     # TFDS narrates every file it opens, JAX every kind of device it does not find; warnings come through.
     logging.get_absl_handler().addFilter(

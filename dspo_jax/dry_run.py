@@ -166,6 +166,11 @@ def describe(
         f"{config.batch_size // config.accumulation // ways} on each of {ways} device(s) or groups of them; "
         f"{config.steps} steps are {config.steps * config.batch_size / examples:.3g} epochs"
     )
+    if config.batch_size > examples:
+        yield (
+            f"warning: config.batch_size = {config.batch_size}: every step holds each of the {examples:,} "
+            "examples more than once, and takes the memory and time of as many; lower it"
+        )
     yield from _describe_mixture(config, datasets, buckets)
     optimizer = config.optimizer
     peak = peak_rate(optimizer, config.batch_size)

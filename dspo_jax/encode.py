@@ -54,10 +54,11 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
     source = _open_source(config)
     splits = _choose_splits(config, source)
     pipe = load_pipeline(config.model)
-    framing = _frame(config, pipe)
+    resolution = pipe.image_side if config.resolution is None else config.resolution
+    framing = _frame(config, resolution, pipe)
     manifest = {
         "model": pipe.fingerprint(),
-        "resolution": config.resolution,
+        "resolution": resolution,
         "source": {
             "name": config.source.name,
             "arguments": _arguments(config),
@@ -76,7 +77,7 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
         for number in range(num_shards[split])
     }
     buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
-    side = None if buckets else config.resolution // pipe.vae_scale_factor
+    side = None if buckets else resolution // pipe.vae_scale_factor
     features = shards.feature_spec(
         (source.images_per_example, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers)
     )
@@ -145,7 +146,7 @@ def _check_values(config: ConfigDict) -> None:
         if config[key] not in allowed:
             raise ValueError(spelling.unknown(f"config.{key}", config[key], allowed))
     for key in ("resolution", "batch_size", "rows_per_shard", "bucket_step", "max_aspect_ratio"):
-        if config[key] < 1:
+        if config[key] is not None and config[key] < 1:
             raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
     if config.num_workers is not None and config.num_workers < 0:
         raise ValueError(f"config.num_workers = {config.num_workers}: must be at least 0")
@@ -176,10 +177,11 @@ def _choose_splits(config: ConfigDict, source: Source) -> tuple[str, ...]:
     return splits
 
 
-def _frame(config: ConfigDict, pipe: Pipeline) -> Framing:
-    sizes = bucket_sizes(config.resolution, config.bucket_step, config.max_aspect_ratio)
-    for key, value in (("resolution", sizes[0][0]), ("bucket_step", math.gcd(*sizes[-1]))):
-        if value % pipe.vae_scale_factor:
+def _frame(config: ConfigDict, resolution: int, pipe: Pipeline) -> Framing:
+    sizes = bucket_sizes(resolution, config.bucket_step, config.max_aspect_ratio)
+    units = {"resolution": resolution, "bucket_step": math.gcd(*sizes[-1])}
+    for key, pixels in units.items():
+        if pixels % pipe.vae_scale_factor:
             raise ValueError(
                 f"config.{key} = {config[key]}: must be a multiple of {pipe.vae_scale_factor}, the pixels "
                 "per latent of this model's VAE"

@@ -89,6 +89,11 @@ class Pipeline:
         return self.vae.settings["vae_scale_factor"]
 
     @property
+    def image_side(self) -> int:
+        """Pixels along a side of the square images that the model was made for."""
+        return self.unet.config["sample_size"] * self.vae_scale_factor
+
+    @property
     def scaling_factor(self) -> float:
         """UNet units per VAE unit of a latent."""
         return self.vae.settings["scaling_factor"]

@@ -140,8 +140,7 @@ def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tu
     if config.data.path and all(Path(path).exists() for path in config.data.path.split(",")):
         buckets = count_examples(read_datasets(config.data.path), config.data.split)
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
-    side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
-    return side, side
+    return pipe.image_side, pipe.image_side
 
 
 def plan(

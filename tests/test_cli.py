@@ -28,6 +28,9 @@ def main(argv):
         raise RuntimeError("a bug")
     if config.batch_size == 10:
         raise KeyboardInterrupt
+    if config.batch_size == 11:
+        import jax
+        jax.jit(lambda: jax.numpy.zeros(2**50)).lower().compile()()
 
 
 cli.run(main)
@@ -157,6 +160,12 @@ def test_a_recipe_of_ones_own_comes_before_that_of_the_package_and_can_build_on_
             "(ValueError from command.py; --verbosity=1 shows the traceback)",
         ),
         (8, "absent/file: No such file or directory"),
+        (
+            11,
+            "the device's memory does not suffice: RESOURCE_EXHAUSTED: Out of memory allocating "
+            f"{2**52} bytes.; take fewer examples at a time (--config.batch_size, --batch_size), in "
+            "training see docs/troubleshooting.md, Devices and memory",
+        ),
     ],
 )
 def test_an_error_a_user_can_fix_is_one_line(run, batch_size, message):

@@ -5,7 +5,7 @@ import pytest
 from tiny_run import make_config
 
 from dspo_jax import start
-from dspo_jax.dry_run import abstract_batch, dry_run, flops_per_pair
+from dspo_jax.dry_run import abstract_batch, describe, dry_run, flops_per_pair
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.sharding import make_mesh
 from dspo_jax.throughput import count_flops
@@ -32,7 +32,16 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
         assert words in said
     assert "temporaries" in said
     assert "warning: parameters kept in bfloat16" in said
+    assert "more than once" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
+    config = make_config(shallow_model, tiny_pairs, {"batch_size": 32})
+    task, mesh, adapters = start.prepare(config)
+    state, reference = start.make_state(task, mesh, adapters, abstract=True)
+    said = "\n".join(describe(config, task, mesh, state, reference))
+    assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class StubPipeline:
     tokenizers = ("one", "two")
     vae_scale_factor = 4
     latent_channels = 3
+    image_side = 32
 
     scale = 1.0
 
@@ -270,6 +271,13 @@ def test_an_empty_source_is_refused(pipe, config, tmp_path):
     config.source.count = 0
     with pytest.raises(ValueError, match="split 'train' is empty"):
         encode(config, tmp_path / "out")
+
+
+def test_images_have_the_models_size_if_nothing_is_said(pipe, config, tmp_path):
+    config.resolution = None
+    encode(config, tmp_path / "out")
+    assert shards.read_manifest(tmp_path / "out")["resolution"] == 32
+    assert read(tmp_path / "out", "train")[0]["moments"].shape == (2, 8, 8, 6)
 
 
 def test_a_split_without_a_usable_row_is_refused(pipe, config, tmp_path):

@@ -32,7 +32,7 @@ def load(name, *arguments):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe_builds_its_source_and_its_card_gives_the_command(name):
     config, source = load(name)
-    assert config.resolution in (64, 512, 1024)
+    assert config.resolution in (None, 64, 512, 1024)
     assert source == get_source(config.source.name, **OWN_SETTINGS.get(name, {}))
     card = (RECIPES / f"{name}.py").read_text().split('"""')[1]
     assert f"python -m dspo_jax.encode --config configs/encode/{name}.py" in card

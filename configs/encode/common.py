@@ -8,14 +8,14 @@ from dspo_jax.data.sources import get_source
 
 
 def get_config() -> ConfigDict:
-    """The schema; a recipe sets `resolution` and `source`."""
+    """The schema; a recipe sets `source`."""
     config = ConfigDict()
 
     # The model whose VAE and tokenizers encode the data: a diffusers folder, a hub id or a training workdir.
     config.model = config_dict.placeholder(str)
     # Side of the square training images in pixels: the shortest side is resized to it (bilinear), the centre
-    # is kept.
-    config.resolution = 512
+    # is kept. None: that of the images the model was made for (512 for Stable Diffusion 1.5, 1024 for SDXL).
+    config.resolution = config_dict.placeholder(int)
     # Largest ratio of the sides; 1 is the square, as in the papers. Above it, an image is cropped to the
     # nearest of several shapes of about the same area, whose sides are multiples of `bucket_step`.
     config.max_aspect_ratio = 1.0

@@ -3,7 +3,7 @@
     python -m dspo_jax.encode --config configs/encode/folder.py \
         --config.source.path=DIR --config.model=MODEL_DIR --out OUT
 
-At 512 pixels, for Stable Diffusion 1.5; set --config.resolution=1024 for SDXL. What the file may say
+At the model's own size, which --config.resolution changes. What the file may say
 stands in dspo_jax/data/sources/folder.py and docs/data.md. A pair takes 128 KiB at 512 pixels, a single image
 half of that. Time and hardware: not measured.
 """
@@ -16,6 +16,5 @@ from configs.encode import common
 def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
-    config.resolution = 512
     common.set_source(config, "folder")
     return config

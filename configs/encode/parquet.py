@@ -3,7 +3,7 @@
     python -m dspo_jax.encode --config configs/encode/parquet.py \
         --config.source.path=DIR_OR_HUB_ID --config.model=MODEL_DIR --out OUT
 
-At 512 pixels, for Stable Diffusion 1.5; set --config.resolution=1024 for SDXL. Columns are named with
+At the model's own size, which --config.resolution changes. Columns are named with
 --config.source.caption=..., winner, loser, preference and key (dspo_jax/data/sources/parquet.py). Of a
 repository on the hub only what is encoded is fetched, and nothing is stored. Time and hardware: not measured.
 """
@@ -16,6 +16,5 @@ from configs.encode import common
 def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
-    config.resolution = 512
     common.set_source(config, "parquet")
     return config

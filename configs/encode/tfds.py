@@ -3,7 +3,7 @@
     python -m dspo_jax.encode --config configs/encode/tfds.py \
         --config.source.dataset=NAME:VERSION --config.source.data_dir=DIR --config.model=MODEL_DIR --out OUT
 
-At 512 pixels, for Stable Diffusion 1.5; set --config.resolution=1024 for SDXL. The dataset must have been
+At the model's own size, which --config.resolution changes. The dataset must have been
 prepared (tfds build --file_format=array_record); features are named with --config.source.caption=..., winner,
 loser, preference and key (dspo_jax/data/sources/tfds.py). Time and hardware: not measured.
 """
@@ -16,6 +16,5 @@ from configs.encode import common
 def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
-    config.resolution = 512
     common.set_source(config, "tfds")
     return config
