@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from dspo_jax import cli, plan
+from dspo_jax import cli, compiling, plan
 from dspo_jax.models import flash
 from dspo_jax.models.attention import plain_attention
 from dspo_jax.throughput import find_chip, peak_flops
@@ -81,7 +81,7 @@ def milliseconds(program: Any, device: Any, runs: int) -> float:
 def promise(program: Any) -> str:
     """What the TPU's compiler says of a program."""
     costs = program.cost_analysis()
-    seconds = plan.expected_seconds(costs, program.as_text()) or math.nan
+    seconds = compiling.expected_seconds(costs, program.as_text()) or math.nan
     return f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
 
 

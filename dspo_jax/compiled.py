@@ -24,6 +24,7 @@ _CALLED = re.compile(
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), ([^|:]*)", re.MULTILINE)
 _OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
@@ -104,6 +105,16 @@ def array_bytes(type_: str) -> int:
         bits = 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
         total += math.prod(int(size) for size in shape.split(",") if size) * max(bits, 8) // 8
     return total
+
+
+def assigned_bytes(text: str) -> tuple[int, int]:
+    """Bytes of a device's main memory, by XLA's text of a program's buffers: (of arguments, of all)."""
+    arguments = everything = 0
+    for size, kind in _ALLOCATION.findall(text):
+        if "color " not in kind:  # another memory of the device
+            everything += int(size)
+            arguments += int(size) if "parameter " in kind else 0
+    return arguments, everything
 
 
 def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]]:

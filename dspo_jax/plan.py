@@ -12,14 +12,11 @@ declared. Both are put right here, and what was added is shown.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import re
-import time
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from absl import flags, logging
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from dspo_jax import cli, compiled, published
+from dspo_jax import cli, compiling, published
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.dry_run import batch_shapes, flops_per_pair, held, in_units, lower_step
 from dspo_jax.models import flash
@@ -39,12 +36,6 @@ from dspo_jax.throughput import Chip, find_chip, peak_flops
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
-
-# What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
-_TOO_LARGE = re.compile(
-    r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
-    r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +142,7 @@ def plan(
     size: tuple[int, int],
     pairs_per_device: int,
     topology: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Compiles the step of a run for some devices and says what it takes.
 
@@ -161,6 +153,7 @@ def plan(
       size: height and width of the images in pixels.
       pairs_per_device: in a step, a multiple of config.accumulation.
       topology: what the devices are called.
+      facts: of its compilation, where they are known; by default the step is compiled.
 
     Raises:
       ValueError: a config that cannot be trained, or a batch that the mesh cannot split.
@@ -184,7 +177,8 @@ def plan(
         "pairs_per_device": pairs_per_device,
         "flops": None if flops is None else flops * pairs_per_device,
     }
-    facts = _kept_facts(lower_step(state, reference, batch, mesh), devices[0])
+    if facts is None:
+        facts = compiling.kept_facts(lower_step(state, reference, batch, mesh), devices[0])
     found = Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
     largest = largest_that_fits(
@@ -222,71 +216,6 @@ def _judge(facts: Mapping[str, Any], device: Any, pairs: int, flops: float | Non
     }
 
 
-def _kept_facts(lowered: jax.stages.Lowered, device: Any) -> dict[str, Any]:
-    """`_compile_facts`, which are kept by the program's text for the next time."""
-    versions = [
-        f"{name} {metadata.version(name)}"
-        for name in ("jaxlib", "libtpu")
-        if any(metadata.distributions(name=name))
-    ]
-    text = "\n".join([device.device_kind, *versions, lowered.as_text()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    facts = _compile_facts(lowered)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    return facts
-
-
-def _compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
-    """What compiling a program tells of it, and nothing that is concluded from that."""
-    before = time.perf_counter()
-    try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        too_large = _TOO_LARGE.search(str(error))
-        if too_large is None:
-            raise
-        used, used_unit, limit, limit_unit = (group for group in too_large.groups() if group)
-        peak, hbm = (
-            int(float(size) * 1024 ** ("KMGT".index(unit) + 1))
-            for size, unit in ((used, used_unit), (limit, limit_unit))
-        )
-        return {"peak_bytes": peak, "hbm_bytes": hbm}
-    seconds = time.perf_counter() - before
-    memory: Any = program.memory_analysis()
-    costs = program.cost_analysis() or {}
-    text = program.as_text() or ""
-    instructions = list(compiled.read_instructions(text))
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "peak_bytes": peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "hbm_bytes": None,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "bytes_accessed": costs.get("bytes accessed"),
-        "compiler_seconds": expected_seconds(costs, text),
-        "loop_factor": compiled.loop_factor(instructions),
-        "collectives": compiled.collectives(instructions),
-        "kernel_calls": compiled.kernels(instructions),
-        "compile_seconds": seconds,
-    }
-
-
-def expected_seconds(costs: Mapping[str, float], text: str) -> float | None:
-    """The compiler's estimate of a program, or None where there is none.
-
-    Args:
-      costs: its cost analysis.
-      text: of the compiled program.
-    """
-    # Such a call, which does nothing, is counted as -1 s: unknown.
-    seconds = costs.get("optimal_seconds", -1.0) + text.count('custom_call_target="ConcatBitcast"')
-    return seconds if seconds > 0 else None
-
-
 def _cost_of_kernels(
     calls: Iterable[tuple[str, Sequence[Sequence[int]], int, int]], chip: Chip, peak_rate: float
 ) -> tuple[dict[str, dict[str, float]], float]:
@@ -321,7 +250,11 @@ def describe(found: Plan) -> Iterator[str]:
     if found.argument_bytes is not None and found.temporary_bytes is not None:
         yield (
             f"arguments {in_units(found.argument_bytes)}, temporaries {in_units(found.temporary_bytes)}; "
-            f"compiled in {found.compile_seconds:.0f} s"
+            + (
+                "compiled until the memory was known, without that of its own code"
+                if found.compile_seconds is None
+                else f"compiled in {found.compile_seconds:.0f} s"
+            )
         )
     limit = "" if found.hbm_bytes is None else f" of {in_units(found.hbm_bytes)}"
     verdict = {True: ": fits", False: ": does not fit", None: ""}[found.fits]
@@ -347,7 +280,7 @@ def describe(found: Plan) -> Iterator[str]:
         yield f"{found.pairs_per_second_per_device:.4g} pairs/s on each device{mfu}"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Runs the command."""
     del argv
     values, config = flags.FLAGS, flags.FLAGS.config
@@ -356,17 +289,30 @@ def main(argv: Sequence[str]) -> None:
             "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15 or "
             "sdxl"
         )
+    facts = None
+    if values.memory_only:
+        if not values.topology:
+            raise ValueError("--memory_only: ends the TPU's compiler early; give it a --topology")
+        command = [sys.executable, "-m", "dspo_jax.plan", *sys.argv[1:], "--nomemory_only"]
+        answer = compiling.memory_facts(command, "jit_train_step")
+        if isinstance(answer, int):  # it ended by itself, and has said everything
+            return answer
+        facts = answer
     devices = find_devices(values.topology)
     pipe = published.architecture(values.published) if values.published else load_pipeline(config.model)
     size = image_size(config, pipe, values.resolution)
     pairs = values.pairs_per_device or max(1, config.batch_size // len(devices))
-    print(f"{config.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
-    logging.info("compiling the step; for a full-size model that takes many minutes")
-    found = plan(config, pipe, devices, size=size, pairs_per_device=pairs, topology=values.topology)
+    if facts is None:
+        print(f"{config.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
+        logging.info("compiling the step; for a full-size model that takes many minutes")
+    found = plan(
+        config, pipe, devices, size=size, pairs_per_device=pairs, topology=values.topology, facts=facts
+    )
     for line in describe(found):
         print(line)
     if values.json:
         Path(values.json).write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
@@ -382,5 +328,8 @@ if __name__ == "__main__":
         "pairs_per_device", None, "In a step (default: by config.batch_size).", lower_bound=1
     )
     flags.DEFINE_integer("resolution", None, "Side of the images (default: the data's, or the model's).")
+    flags.DEFINE_bool(
+        "memory_only", False, "Compile only until the step's memory is known, a small part of the way."
+    )
     flags.DEFINE_string("json", None, "A .json file for the numbers.")
     cli.run(main)

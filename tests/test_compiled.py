@@ -92,3 +92,20 @@ def test_loops_and_collectives_of_a_real_program():
 )
 def test_bytes_of_a_type(written, size):
     assert compiled.array_bytes(written) == size
+
+
+BUFFERS = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <488 reduce_sum.800 @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, parameter 122, shape |f32[32,32]| at ShapeIndex {}, maybe-live-out:
+ value: <37497 param.165 @0> (size=4096,offset=0): f32[32,32]{1,0:T(8,128)}
+allocation 2: size 1024, parameter 3, shape |f32[256]| at ShapeIndex {}:
+allocation 3: size 70000, color 1, preallocated-temp:
+allocation 4: size 8192, preallocated-temp:
+allocation 5: size 64, output shape is |(f32[], f32[3])|, maybe-live-out:
+"""
+
+
+def test_the_text_of_a_tpu_programs_buffers():
+    arguments = 4096 + 1024
+    assert compiled.assigned_bytes(BUFFERS) == (arguments, 512 + arguments + 8192 + 64)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from test_compiled import BUFFERS, TPU_TEXT
 from tiny_run import make_config
 
-from dspo_jax import plan, published
+from dspo_jax import compiled, compiling, plan, published
 from dspo_jax.dry_run import batch_shapes, flops_per_pair
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.sharding import make_mesh
@@ -66,9 +67,9 @@ def test_where_nothing_is_estimated_nothing_is_said():
 
 def test_the_compilers_estimate_without_what_it_does_not_know():
     text = 'x = custom-call(%a), custom_call_target="ConcatBitcast"\n' * 2
-    assert plan.expected_seconds({"optimal_seconds": -1.75}, text) == pytest.approx(0.25)
-    assert plan.expected_seconds({"optimal_seconds": -1.0}, "") is None
-    assert plan.expected_seconds({}, "") is None
+    assert compiling.expected_seconds({"optimal_seconds": -1.75}, text) == pytest.approx(0.25)
+    assert compiling.expected_seconds({"optimal_seconds": -1.0}, "") is None
+    assert compiling.expected_seconds({}, "") is None
 
 
 def test_the_largest_batch_fills_what_the_state_leaves():
@@ -93,7 +94,7 @@ def test_a_program_that_is_too_large_does_not_fit(said):
     def compile():
         raise jax.errors.JaxRuntimeError(said)
 
-    facts = plan._compile_facts(SimpleNamespace(compile=compile))
+    facts = compiling.compile_facts(SimpleNamespace(compile=compile))
     assert facts == {"peak_bytes": int(33.94 * 2**30), "hbm_bytes": int(15.75 * 2**30)}
 
 
@@ -102,7 +103,36 @@ def test_another_error_of_the_compiler_is_not_taken_for_it():
         raise jax.errors.JaxRuntimeError("INTERNAL: Used 3 of 4 registers")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="registers"):
-        plan._compile_facts(SimpleNamespace(compile=compile))
+        compiling.compile_facts(SimpleNamespace(compile=compile))
+
+
+# Notes the memory as XLA does, and then goes on for ever.
+COMPILER = """
+import os, pathlib, re, sys, time
+folder = pathlib.Path(re.search("--xla_dump_to=([^ ]+)", os.environ["XLA_FLAGS"])[1])
+begin = str(folder / "module_0003.jit_train_step.cl_1.after_optimizations")
+pathlib.Path(begin + ".txt").write_text(sys.argv[1])
+pathlib.Path(begin + "-buffer-assignment.txt").write_text(sys.argv[2])
+pathlib.Path(begin + "-buffer-assignment-values.txt").touch()
+time.sleep(1000)
+"""
+
+
+def test_a_compiler_is_ended_as_soon_as_it_has_noted_the_memory():
+    facts = compiling.memory_facts([sys.executable, "-c", COMPILER, TPU_TEXT, BUFFERS], "jit_train_step")
+    assert facts == {
+        "peak_bytes": 13_888,
+        "hbm_bytes": None,
+        "argument_bytes": 5120,
+        "temporary_bytes": 8768,
+        "collectives": compiled.collectives(compiled.read_instructions(TPU_TEXT)),
+    }
+    found = plan._judge(facts, V5P, 4, 10e12)
+    assert (found["fits"], found["peak_bytes"], found["compiler_seconds"]) == (True, 13_888, None)
+
+
+def test_a_compiler_that_ends_before_has_the_last_word():
+    assert compiling.memory_facts([sys.executable, "-c", "raise SystemExit(3)"], "jit_train_step") == 3
 
 
 def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
@@ -170,3 +200,16 @@ def test_the_emoji_model_on_four_tpus(tmp_path, monkeypatch):
     assert found["collectives"]["all-reduce"]["bytes"] > 4 * 3e6
     assert found["peak_bytes"] < found["hbm_bytes"]
     assert found["largest_pairs_per_device"] > 8
+
+    flags = [*flags, "--memory_only", "--config.batch_size=64"]
+    subprocess.run(
+        [sys.executable, "-m", "dspo_jax.plan", *flags, f"--json={tmp_path / 'memory.json'}"], check=True
+    )
+    memory = json.loads((tmp_path / "memory.json").read_text())
+    assert (memory["fits"], memory["compile_seconds"], memory["collectives"]) == (
+        True,
+        None,
+        found["collectives"],
+    )
+    assert memory["argument_bytes"] == pytest.approx(found["argument_bytes"], rel=0.01)
+    assert found["argument_bytes"] < memory["peak_bytes"] < 2 * found["peak_bytes"]
