@@ -166,7 +166,7 @@ class Pipeline:
           params: by component.
           latents: [B, h, w, C] in UNet units.
           timesteps: [B], integers, or floats between them (Euler's).
-          text: of B captions.
+          text: of B captions; or of fewer, each for as many images in a row.
           micro_conditioning: [B, 6] pixels: original height and width, top and left of the crop, target
             height and width (SDXL, section 2.2). Only SDXL reads it.
           remat: a policy of models/remat.py for the backward pass.
@@ -184,7 +184,7 @@ class Pipeline:
             latents,
             timesteps,
             text.states,
-            text_embeds=text.pooled,
+            text_embeds=jnp.repeat(text.pooled, len(latents) // len(text.pooled), axis=0),
             time_ids=micro_conditioning,
             remat=remat,
         )
@@ -211,16 +211,13 @@ class Pipeline:
 
         Returns:
           [B, P, h, w, C] in the dtype of `noisy`. A pair is folded into the batch as (winner 0, loser 0,
-          winner 1, ...), and its text is encoded once.
+          winner 1, ...); its text is encoded, and made keys and values of, once.
         """
-        images = noisy.shape[1]
-        text = jax.tree.map(
-            lambda x: jnp.repeat(x, images, axis=0), self.encode_text(params, tokens, remat=remat)
-        )
 
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
+        text = self.encode_text(params, tokens, remat=remat)
         output = self.predict(
             params, fold(noisy), fold(timesteps), text, fold(micro_conditioning), remat=remat
         )

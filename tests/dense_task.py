@@ -22,7 +22,7 @@ def apply_network(params, latents, timesteps, text, micro_conditioning, remat):
     hidden = (
         latents @ params["in"]
         + (timesteps / 1000)[:, None, None, None]
-        + text.mean((1, 2))[:, None, None, None]
+        + jnp.repeat(text.mean((1, 2)), len(latents) // len(text))[:, None, None, None]
     )
     return jnp.tanh(jnp.tanh(hidden) @ params["middle"]) @ params["out"]
 

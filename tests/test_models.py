@@ -193,6 +193,24 @@ def test_conditions_of_another_model_are_refused():
         model.apply(model.abstract_params(), *inputs)
 
 
+def test_a_text_for_two_images_in_a_row_is_that_text_twice():
+    model = build_model(UNET, tiny.UNET)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.3 * draw.standard_normal(leaf.shape, np.float32), model.abstract_params()
+    )
+    sample = draw.standard_normal((4, 8, 8, 4), np.float32)
+    states = draw.standard_normal((2, 7, tiny.UNET["cross_attention_dim"]), np.float32)
+
+    def weighted(params, states, images):
+        out = model.apply(params, sample, np.arange(4), jnp.repeat(states, images, axis=0))
+        return (out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)).sum(), out
+
+    once, twice = (jax.grad(weighted, (0, 1), has_aux=True)(params, states, images) for images in (1, 2))
+    for actual, expected in zip(jax.tree.leaves(once), jax.tree.leaves(twice), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_softmax_of_scaled_products(causal):
     draw = np.random.default_rng(0)

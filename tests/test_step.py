@@ -323,7 +323,8 @@ def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(batches):
         return Text(params["text_encoder"] * tokens[:, 0, :, None].astype(jnp.float32), None)
 
     def predict(params, latents, timesteps, text, micro_conditioning, remat):
-        added = timesteps + text.states.sum((1, 2)) + micro_conditioning @ jnp.arange(6)
+        of_text = jnp.repeat(text.states.sum((1, 2)), len(latents) // len(text.states))
+        added = timesteps + of_text + micro_conditioning @ jnp.arange(6)
         return params["unet"] * latents + added[:, None, None, None]
 
     pipe = SimpleNamespace(encode_text=encode_text, predict=predict)

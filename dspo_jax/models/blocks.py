@@ -200,14 +200,17 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([linear(inner, features, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """x [B, T, features], context [B, S, context_features] (default x) -> [B, T, features]."""
+        """x [B, T, features], context [B, S, context_features] (default x) -> [B, T, features].
+
+        Of a context [B / n, ...] each is for n images in a row, whose queries it meets as those of one.
+        """
         context = x if context is None else context
 
         def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*y.shape[:2], self.heads, -1)
+            return y.reshape(len(context), -1, self.heads, y.shape[-1] // self.heads)
 
         out = attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
-        return self.to_out[0](out.reshape(*out.shape[:2], -1))
+        return self.to_out[0](out.reshape(*x.shape[:2], -1))
 
 
 class GEGLU(nnx.Module):

@@ -208,7 +208,8 @@ class UNet2DCondition(nnx.Module):
         Args:
           sample: [B, h, w, in_channels] noisy latents (UNet units).
           timesteps: [B] integers.
-          encoder_hidden_states: [B, S, cross_attention_dim] text states.
+          encoder_hidden_states: [B, S, cross_attention_dim] text states; or [B / n, ...], each for n images
+            in a row.
           text_embeds: [B, F] pooled text (SDXL only).
           time_ids: [B, 6] original h, w, crop top, left, target h, w (SDXL only).
           remat: a policy of models/remat.py, by which each resnet and transformer block is a block.
