@@ -24,6 +24,7 @@ _CALLED = re.compile(
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), ([^|:]*)", re.MULTILINE)
 _OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
 
@@ -118,11 +119,18 @@ def assigned_bytes(text: str) -> tuple[int, int]:
 
 
 def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]]:
-    """How often a device sends or receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results."""
+    """How often a device sends or receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results.
+
+    The TPU's compiler spreads one over several fusions, whose computation hides it: by its channel it is
+    known, and counts once.
+    """
     found: dict[str, dict[str, int]] = {}
+    seen = set()
     for instruction in instructions:
         kind = instruction.op.removesuffix("-start")
-        if kind in COLLECTIVES:
+        channel = _CHANNEL.search(instruction.rest)
+        if kind in COLLECTIVES and not (channel and (kind, channel[1]) in seen):
+            seen.add((kind, channel and channel[1]))
             # What starts gives its operands back, and then its results.
             size = array_bytes(instruction.type) // (
                 2 if instruction.op != kind and kind != "all-reduce" else 1

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspo_jax import spelling
 
@@ -135,14 +135,45 @@ def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
       The same tree with a `NamedSharding` for every array.
     """
 
-    def choose(path: tuple[Any, ...], array: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        for pattern, spec in rules:
-            if re.search(pattern, name) and len(spec) <= len(array.shape):
-                return NamedSharding(mesh, _keep_even_splits(array.shape, spec, mesh))
-        return NamedSharding(mesh, _split_largest_axis(array.shape, mesh))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: NamedSharding(mesh, _choose(path, array.shape, mesh, rules)), tree
+    )
 
-    return jax.tree_util.tree_map_with_path(choose, tree)
+
+def _choose(
+    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]
+) -> PartitionSpec:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for pattern, spec in rules:
+        if re.search(pattern, name) and len(spec) <= len(shape):
+            return _keep_even_splits(shape, spec, mesh)
+    return _split_largest_axis(shape, mesh)
+
+
+def gather(params: Any) -> Any:
+    """Parameters as layers use them: whole along `fsdp`, in the program that is being traced for a mesh.
+
+    Left to itself, XLA rather gathers the images of all devices before a convolution whose kernel is split.
+    The gradients are split again, as `RULES` say.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+
+    def use(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+        split = _choose(path, array.shape, mesh, RULES)
+        if "fsdp" not in split:
+            return array
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
+        constrain = jax.lax.with_sharding_constraint
+        used = jax.custom_vjp(lambda array: constrain(array, NamedSharding(mesh, whole)))
+        used.defvjp(
+            lambda array: (used(array), None),
+            lambda _, gradient: (constrain(gradient, NamedSharding(mesh, split)),),
+        )
+        return used(array)
+
+    return jax.tree_util.tree_map_with_path(use, params)
 
 
 class Target(NamedTuple):
@@ -308,7 +339,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     ways = mesh.shape["fsdp"]
     divisible = [axis for axis, size in enumerate(shape) if size and size % ways == 0]
     if ways == 1 or not divisible:
@@ -317,7 +348,9 @@ def _split_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
-def _keep_even_splits(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _keep_even_splits(
+    shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     return PartitionSpec(
         *(
             axis if axis is None or size % mesh.shape[axis] == 0 else None

@@ -15,7 +15,7 @@ from dspo_jax import stability
 from dspo_jax.models import Params, lora
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipeline import Pipeline
-from dspo_jax.sharding import on_mesh
+from dspo_jax.sharding import gather, on_mesh
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -181,7 +181,7 @@ def predict(
     micro_conditioning: jax.Array,
 ) -> jax.Array:
     """`Pipeline.predict_pairs` in the task's compute dtype."""
-    noisy = noisy.astype(task.compute_dtype)
+    params, noisy = gather(params), noisy.astype(task.compute_dtype)
     return task.pipe.predict_pairs(params, noisy, timesteps, tokens, micro_conditioning, remat=task.remat)
 
 

@@ -8,19 +8,26 @@ from jax.sharding import PartitionSpec
 from dspo_jax import compiled, sharding
 from dspo_jax.models.flash import kernel_flops
 
-# As the TPU's compiler writes it, shortened: a kernel inside a loop of six, whose condition alone tells its
-# length, and attributes that go over several lines and end as a computation does.
+# As the TPU's compiler writes it, shortened: a transfer that goes on in a second fusion, a kernel inside a
+# loop of six, whose condition alone tells its length, and attributes that go over several lines and end as a
+# computation does.
 TPU_TEXT = """HloModule jit_f, is_scheduled=true
 
 %fused (p: bf16[4,1024]) -> bf16[4,1024] {
   %p = bf16[4,1024]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %gathered = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}
+  ROOT %gathered = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%continued (p: bf16[4,1024]) -> bf16[16,1024] {
+  %p.2 = bf16[4,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gathered.2 = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=3, dimensions={0}
 }
 
 %body (s: (s32[], bf16[8,1024])) -> (s32[], bf16[8,1024]) {
   %s = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
   %fusion.1 = bf16[8,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%s), calls=%fused, \
 backend_config={"estimated_cycles":"100"}
+  %fusion.3 = bf16[16,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%s), calls=%continued
   %splash_mha_fwd.1 = (f32[2,8,4096]{2,1,0}, bf16[2,8,4096,40]{3,2,1,0}) custom-call(%a), \
 custom_call_target="tpu_custom_call", \
 operand_layout_constraints={s8[1,8,2]{2,1,0}, bf16[2,8,4096,40]{3,2,1,0}, \
@@ -50,6 +57,7 @@ def test_the_text_of_a_tpu_program():
     assert {each.name: each.times for each in instructions if each.op == "fusion"} == {
         "fusion.1": 6,
         "fusion.2": 1,
+        "fusion.3": 6,
     }
     assert compiled.collectives(instructions) == {
         "all-reduce": {"count": 1, "bytes": 4 * (8 + 9)},

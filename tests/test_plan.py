@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ from test_compiled import BUFFERS, TPU_TEXT
 from tiny_run import make_config
 
 from dspo_jax import compiled, compiling, plan, published
-from dspo_jax.dry_run import batch_shapes, flops_per_pair
+from dspo_jax.dry_run import batch_shapes, flops_per_pair, lower_step
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.sharding import make_mesh
-from dspo_jax.start import make_task
+from dspo_jax.start import make_state, make_task
 
 V5P = SimpleNamespace(device_kind="TPU v5")
 FACTS = {
@@ -159,6 +160,23 @@ def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypat
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *given: pytest.fail("compiled again"))
     assert ask() == found
+
+
+def test_devices_that_split_the_parameters_send_one_another_no_image(shallow_model):
+    """What is gathered are parameters; XLA by itself would rather gather images and split channels."""
+    config = make_config(shallow_model, "", {"batch_size": 8})
+    task, mesh = make_task(config, load_pipeline(shallow_model)), make_mesh({"data": 2, "fsdp": 4})
+    state, reference = make_state(task, mesh, {}, abstract=True)
+    text = lower_step(state, reference, batch_shapes(task, 2, (16, 16), 8, mesh), mesh).compile().as_text()
+    of_parameters = {leaf.shape for leaf in jax.tree.leaves(reference)}
+    gathered = set()
+    for instruction in compiled.read_instructions(text):
+        assert not instruction.op.startswith("all-to-all")
+        if instruction.op.startswith("all-gather"):
+            shapes = re.findall(r"\[([\d,]*)\]", instruction.type)
+            gathered |= {tuple(int(size) for size in shape.split(",")) for shape in shapes}
+    assert len(gathered) > 5
+    assert gathered <= of_parameters
 
 
 def test_the_size_of_the_images(shallow_model, tiny_pairs):
