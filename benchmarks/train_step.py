@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from benchmarks import measuring
 from dspo_jax import cli, published, sharding
@@ -68,10 +69,9 @@ def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measures."""
-    del argv
-    values, config = flags.FLAGS, flags.FLAGS.config
+def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str, jax.Array], jax.Array]:
+    """What is measured in words, and on its devices: mesh, state, reference, batch and the run's key."""
+    values = flags.FLAGS
     sharding.use_cpu_cores(config.batch_size // max(1, config.accumulation))
     measuring.check_model(config)
     pipe: Pipeline = (
@@ -82,12 +82,23 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(sizes, dcn_sizes=sizes.pop("dcn"))
     sharding.check_batch_size(config.batch_size // config.accumulation, mesh)
     resolution = values.resolution or pipe.image_side
-    device = mesh.devices.flat[0]
-    print(f"{measuring.describe(config, resolution)}; {mesh.size} {device.device_kind} device(s)", flush=True)
+    print(
+        f"{measuring.describe(config, resolution)}; {mesh.size} {mesh.devices.flat[0].device_kind} device(s)",
+        flush=True,
+    )
 
     state, reference = (random_state if values.published else make_state)(task, mesh, adapters)
     batch = make_batch(task, resolution, config.batch_size, mesh)
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+    return measuring.describe(config, resolution), mesh, state, reference, batch, key
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures."""
+    del argv
+    values, config = flags.FLAGS, flags.FLAGS.config
+    what, mesh, state, reference, batch, key = prepare(config)
+    task, device = state.task, mesh.devices.flat[0]
     started = time.perf_counter()
     step = compile_step(state).lower(state, reference, batch, key).compile()
     compiled = time.perf_counter() - started
@@ -103,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     rate = None if flops is None else flops * config.batch_size / np.median(seconds) / mesh.size
     peaks = memory_peaks()
     result = measuring.make_result(
-        measuring.describe(config, resolution),
+        what,
         "dspo_jax",
         pairs=config.batch_size,
         seconds=seconds,

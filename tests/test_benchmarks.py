@@ -20,10 +20,11 @@ from fake_time import FakeTime
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import compare, measuring, torch_reference, train_step  # noqa: E402
+from benchmarks import compare, measuring, step_parts, torch_reference, train_step  # noqa: E402
 from configs import common, emoji_diffusion_dpo  # noqa: E402
 from dspo_jax import published  # noqa: E402
 from dspo_jax.models import build_model  # noqa: E402
+from dspo_jax.pipeline import load_pipeline  # noqa: E402
 from dspo_jax.sharding import make_mesh  # noqa: E402
 from dspo_jax.start import make_state, make_task  # noqa: E402
 
@@ -223,3 +224,25 @@ def test_the_script_runs_every_part_once_and_says_what_failed(tmp_path):
     assert sum("benchmarks.compare" in call for call in calls) == 4
     printed, calls = run()  # goes on with what is missing
     assert [call.split()[1] for call in calls] == ["benchmarks.sample", "benchmarks.measuring"]
+
+
+@pytest.mark.slow
+def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmetic(shallow_model):
+    config = common.get_config()
+    config.update(model=str(shallow_model), batch_size=8)
+    config.objective.name = "diffusion_dpo"
+    task, mesh = make_task(config, load_pipeline(shallow_model)), make_mesh({"data": 8})
+    batch, key = train_step.make_batch(task, 16, 8, mesh), jax.random.key(0)
+    norms, flops, held = {}, {}, {}
+    for part in (step_parts.AS_IT_IS, *step_parts.UNDOING):
+        state, reference = make_state(task, mesh, {})
+        step, flops[part] = step_parts.trace(part, state, reference, batch, key)
+        held[part] = step_parts.bytes_held(step.memory_analysis())
+        _, metrics = step(state, reference, batch, key)
+        norms[part] = float(metrics["grad_norm"])
+    assert len(norms) == 5
+    assert norms == pytest.approx(dict.fromkeys(norms, norms[step_parts.AS_IT_IS]), rel=1e-4)
+    assert flops["text encoded once for a pair"] > flops["text's keys and values once for a pair"]
+    assert flops["text's keys and values once for a pair"] > flops[step_parts.AS_IT_IS]
+    assert flops["state donated"] == flops[step_parts.AS_IT_IS]
+    assert held["state donated"] > held[step_parts.AS_IT_IS]
