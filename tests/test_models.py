@@ -11,7 +11,7 @@ from flax import nnx
 from dspo_jax.convert import flatten
 from dspo_jax.models import build_model
 from dspo_jax.models.attention import attention
-from dspo_jax.models.blocks import GroupNorm
+from dspo_jax.models.blocks import GroupNorm, LayerNorm
 
 CONFIGS = {
     "UNet2DConditionModel": tiny.UNET,
@@ -249,7 +249,20 @@ def test_group_norm_matches_torch(offset):
         nchw, 4, torch.from_numpy(scale).double(), torch.from_numpy(bias).double(), 1e-5
     )
     np.testing.assert_allclose(norm(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5 * max(1.0, offset))
-    assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("norm", [GroupNorm(8, 4, 1e-5), LayerNorm(8)], ids=["group", "layer"])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0])
+def test_norms_of_bfloat16_are_those_of_the_same_numbers_in_float32(norm, offset):
+    """Their variance comes from a mean of squares, also where means are large and channels differ."""
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 16, 16, 8)) + offset * np.arange(8), jnp.bfloat16)
+    out = norm(x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), norm(x.astype(jnp.float32)), rtol=2**-8, atol=2**-8)
+    # A variance of 0, beside squares of 10^6.
+    flat = jnp.full((1, 16, 16, 8), 1000.0, jnp.bfloat16)
+    np.testing.assert_array_equal(norm(flat), np.zeros_like(flat))
 
 
 @pytest.mark.parametrize("class_name", list(CONFIGS))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspo_jax.models.attention import attention
-from dspo_jax.models.blocks import Identity, conv2d, layer_norm
+from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
 from dspo_jax.models.config import check_config
 
 _NAME = "ImageReward"
@@ -85,9 +85,9 @@ class _ImageMLP(nnx.Module):
 class _ImageBlock(nnx.Module):
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
         features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
-        self.norm1 = layer_norm(features, epsilon, rngs=rngs)
+        self.norm1 = LayerNorm(features, epsilon)
         self.attn = _ImageAttention(features, cfg["num_attention_heads"], rngs=rngs)
-        self.norm2 = layer_norm(features, epsilon, rngs=rngs)
+        self.norm2 = LayerNorm(features, epsilon)
         self.mlp = _ImageMLP(features, cfg["intermediate_size"], rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,7 +115,7 @@ class _ImageEncoder(nnx.Module):
         self.pos_embed = nnx.Param(draw(rngs.params(), (1, 1 + patches, features)))
         self.patch_embed = _PatchEmbed(patch, features, rngs=rngs)
         self.blocks = nnx.List([_ImageBlock(cfg, rngs=rngs) for _ in range(cfg["num_hidden_layers"])])
-        self.norm = layer_norm(features, cfg["layer_norm_eps"], rngs=rngs)
+        self.norm = LayerNorm(features, cfg["layer_norm_eps"])
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         patches = self.patch_embed(pixels)
@@ -145,7 +145,7 @@ class _Output(nnx.Module):
 
     def __init__(self, in_features: int, features: int, epsilon: float, *, rngs: nnx.Rngs):
         self.dense = nnx.Linear(in_features, features, rngs=rngs)
-        self.LayerNorm = layer_norm(features, epsilon, rngs=rngs)
+        self.LayerNorm = LayerNorm(features, epsilon)
 
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
         return self.LayerNorm(self.dense(x) + skip)
@@ -192,7 +192,7 @@ class _TextEmbeddings(nnx.Module):
         self.position_embeddings = nnx.Embed(
             cfg["max_position_embeddings"], features, embedding_init=draw, rngs=rngs
         )
-        self.LayerNorm = layer_norm(features, cfg["layer_norm_eps"], rngs=rngs)
+        self.LayerNorm = LayerNorm(features, cfg["layer_norm_eps"])
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         # Not by calling nnx.Embed, which gives the dtype that its table was made with.

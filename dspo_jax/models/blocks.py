@@ -8,7 +8,9 @@ from flax import nnx
 
 from dspo_jax.models import cpu
 from dspo_jax.models.attention import attention
+from dspo_jax.models.lora import LoRAConv
 from dspo_jax.models.remat import run_block
+from dspo_jax.sharding import target
 
 
 def conv2d(
@@ -44,8 +46,13 @@ def linear(in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.
 class GroupNorm(nnx.Module):
     """Group normalisation over positions and the channels of a group, in float32.
 
-    Two passes, as torch: the variance is taken about the mean. Positions are reduced first and channels
-    grouped after, which leaves the large array in its own layout: on a CPU the other order is slower.
+    In float32 two passes, as torch: the variance is taken about the mean. Of a bfloat16 input the mean of
+    squares is taken beside the mean, which a TPU's program does while it writes the layer before: what that
+    cancels in float32 is below what rounding the input did. Channels are combined by their means and
+    variances (Chan et al. 1983), so that only a channel's own mean cancels.
+
+    Positions are reduced first and channels grouped after, which leaves the large array in its own layout: on
+    a CPU the other order is slower.
     """
 
     def __init__(self, channels: int, groups: int, epsilon: float):
@@ -58,27 +65,52 @@ class GroupNorm(nnx.Module):
         """[B, h, w, C] -> [B, h, w, C] in the dtype of `x`."""
         groups = self.groups
 
-        def group_mean(values_BPC: jax.Array) -> jax.Array:
-            means_BC = values_BPC.mean(1)
+        def group_mean(means_BC: jax.Array) -> jax.Array:
             if cpu.is_target(means_BC.shape[0]):
-                return cpu.group_mean(means_BC, groups)[:, None]
+                return cpu.group_mean(means_BC, groups)
             means_BGc = means_BC.reshape(means_BC.shape[0], groups, -1)
             return jnp.broadcast_to(means_BGc.mean(-1, keepdims=True), means_BGc.shape).reshape(
                 means_BC.shape
-            )[:, None]
+            )
 
         x_BPC = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
-        centred_BPC = x_BPC - group_mean(x_BPC)
-        inverse_B1C = jax.lax.rsqrt(group_mean(jnp.square(centred_BPC)) + self.epsilon)
+        channel_BC = x_BPC.mean(1)
+        mean_BC = group_mean(channel_BC)
+        centred_BPC = x_BPC - mean_BC[:, None]
+        if x.dtype == jnp.float32:
+            variance_BC = group_mean(jnp.square(centred_BPC).mean(1))
+        else:
+            within_BC = jnp.maximum(jnp.square(x_BPC).mean(1) - jnp.square(channel_BC), 0.0)
+            variance_BC = group_mean(within_BC + jnp.square(channel_BC - mean_BC))
+        inverse_B1C = jax.lax.rsqrt(variance_BC + self.epsilon)[:, None]
         scale_11C, bias_11C = (
             param[...][None, None].astype(jnp.float32) for param in (self.scale, self.bias)
         )
         return (centred_BPC * (inverse_B1C * scale_11C) + bias_11C).reshape(x.shape).astype(x.dtype)
 
 
-def layer_norm(features: int, epsilon: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation whose variance is computed about the mean, as torch's is."""
-    return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in float32; the variance is computed as `GroupNorm`'s is."""
+
+    def __init__(self, features: int, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., features] -> [..., features] in the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(-1, keepdims=True)
+        centred = wide - mean
+        if x.dtype == jnp.float32:
+            variance = jnp.square(centred).mean(-1, keepdims=True)
+        else:
+            variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0.0)
+        leading = tuple(range(x.ndim - 1))
+        scale, bias = (
+            jnp.expand_dims(param[...].astype(jnp.float32), leading) for param in (self.scale, self.bias)
+        )
+        return (centred * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(x.dtype)
 
 
 def sinusoidal_embedding(
@@ -161,6 +193,48 @@ def double(x: jax.Array) -> jax.Array:
     return doubled.reshape(batch, 2 * height, 2 * width, channels)
 
 
+def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3 x 3 convolution of `double(x)` with padding 1, from `x` itself: 4/9 of the arithmetic.
+
+    Two of the three rows that an output looks at are the same row of `x`, and so with columns. Their weights
+    are added, and the four outputs at a pixel of `x` have each a kernel of 2 x 2.
+
+    Args:
+      x: [B, h, w, C].
+      kernel: [3, 3, C, O].
+
+    Returns:
+      [B, 2h, 2w, O], equal to the plain one but for rounding.
+    """
+    batch, height, width, _ = x.shape
+
+    def merge(kernel: jax.Array, second: int) -> jax.Array:
+        """The weights of the two rows that the first or second of doubled rows sees; rows lead."""
+        above, middle, below = kernel
+        return jnp.stack([above + middle, below] if second else [above, middle + below])
+
+    weights = kernel.astype(jnp.float32)  # sums are rounded once
+
+    def outputs(i: int, j: int) -> jax.Array:
+        columns = merge(weights, i).swapaxes(0, 1)
+        return jax.lax.conv_general_dilated(
+            x,
+            merge(columns, j).swapaxes(0, 1).astype(kernel.dtype),
+            (1, 1),
+            ((1 - i, i), (1 - j, j)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    rows = [jnp.stack([outputs(i, j) for j in (0, 1)], axis=3) for i in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _merges_rows(batch: int) -> bool:
+    """Whether the program that is being traced is for a device where `convolve_doubled` takes less time."""
+    device = target(batch)
+    return device is not None and device.platform in ("cpu", "tpu")
+
+
 class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling followed by a convolution."""
 
@@ -172,10 +246,12 @@ class Upsample2D(nnx.Module):
         height, width = size or (None, None)
         whole = size in (None, (2 * x.shape[1], 2 * x.shape[2]))
         bias = self.conv.bias
-        # With an adapter the layer is of another class.
-        if whole and type(self.conv) is nnx.Conv and bias is not None and cpu.is_target(x.shape[0]):
-            return cpu.convolve_doubled(x, self.conv.kernel[...]) + bias[...][None, None, None]
-        return self.conv(double(x)[:, :height, :width])
+        if not whole or bias is None or not _merges_rows(x.shape[0]):
+            return self.conv(double(x)[:, :height, :width])
+        out = convolve_doubled(x, self.conv.kernel[...]) + bias[...][None, None, None]
+        if isinstance(self.conv, LoRAConv):
+            out = out + self.conv.adapt(double(x))
+        return out
 
 
 class Attention(nnx.Module):
@@ -244,11 +320,11 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a layer norm and a skip."""
 
     def __init__(self, features: int, heads: int, head_dim: int, context_features: int, *, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(features, rngs=rngs)
+        self.norm1 = LayerNorm(features)
         self.attn1 = Attention(features, heads, head_dim, rngs=rngs)
-        self.norm2 = layer_norm(features, rngs=rngs)
+        self.norm2 = LayerNorm(features)
         self.attn2 = Attention(features, heads, head_dim, context_features=context_features, rngs=rngs)
-        self.norm3 = layer_norm(features, rngs=rngs)
+        self.norm3 = LayerNorm(features)
         self.ff = FeedForward(features, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:

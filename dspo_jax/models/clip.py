@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspo_jax.models.attention import attention
-from dspo_jax.models.blocks import layer_norm
+from dspo_jax.models.blocks import LayerNorm
 from dspo_jax.models.config import check_config
 from dspo_jax.models.remat import run_block
 
@@ -64,9 +64,9 @@ class _Layer(nnx.Module):
         features, heads, epsilon = (
             cfg[key] for key in ("hidden_size", "num_attention_heads", "layer_norm_eps")
         )
-        self.layer_norm1 = layer_norm(features, epsilon, rngs=rngs)
+        self.layer_norm1 = LayerNorm(features, epsilon)
         self.self_attn = _SelfAttention(features, heads, causal=causal, rngs=rngs)
-        self.layer_norm2 = layer_norm(features, epsilon, rngs=rngs)
+        self.layer_norm2 = LayerNorm(features, epsilon)
         self.mlp = _MLP(features, cfg["intermediate_size"], cfg["hidden_act"], rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ class _TextModel(nnx.Module):
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
         self.embeddings = _Embeddings(cfg, rngs=rngs)
         self.encoder = Encoder(cfg, causal=True, rngs=rngs)
-        self.final_layer_norm = layer_norm(cfg["hidden_size"], cfg["layer_norm_eps"], rngs=rngs)
+        self.final_layer_norm = LayerNorm(cfg["hidden_size"], cfg["layer_norm_eps"])
 
 
 def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspo_jax.models.blocks import conv2d, layer_norm
+from dspo_jax.models.blocks import LayerNorm, conv2d
 from dspo_jax.models.clip import (
     FIXED,
     TEXT_KEYS,
@@ -117,9 +117,9 @@ class _VisionModel(nnx.Module):
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
         features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
         self.embeddings = _ImageEmbeddings(cfg, rngs=rngs)
-        self.pre_layrnorm = layer_norm(features, epsilon, rngs=rngs)  # spelt as in every checkpoint
+        self.pre_layrnorm = LayerNorm(features, epsilon)  # spelt as in every checkpoint
         self.encoder = Encoder(cfg, causal=False, rngs=rngs)
-        self.post_layernorm = layer_norm(features, epsilon, rngs=rngs)
+        self.post_layernorm = LayerNorm(features, epsilon)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x = self.pre_layrnorm(self.embeddings(pixels))

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from dspo_jax.sharding import target
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
-
 
 def is_target(batch: int) -> bool:
     """Whether the program that is being traced, over so many examples, is for a CPU."""
@@ -51,37 +49,3 @@ def group_mean(x: jax.Array, groups: int) -> jax.Array:
     size = x.shape[-1] // groups
     members = jnp.repeat(jnp.eye(groups, dtype=x.dtype), size, axis=0)
     return (x @ members / size) @ members.T
-
-
-def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3 x 3 convolution of `blocks.double(x)` with padding 1, from `x` itself: 4/9 of the arithmetic.
-
-    Two of the three rows that an output looks at are the same row of `x`, and so with columns. Their weights
-    are added, and the four outputs at a pixel of `x` have each a kernel of 2 x 2.
-
-    Args:
-      x: [B, h, w, C].
-      kernel: [3, 3, C, O].
-
-    Returns:
-      [B, 2h, 2w, O], equal to the plain one but for rounding.
-    """
-    batch, height, width, _ = x.shape
-
-    def merge(kernel: jax.Array, second: int) -> jax.Array:
-        """The weights of the two rows that the first or second of doubled rows sees; rows lead."""
-        above, middle, below = kernel
-        return jnp.stack([above + middle, below] if second else [above, middle + below])
-
-    def outputs(i: int, j: int) -> jax.Array:
-        columns = merge(kernel, i).swapaxes(0, 1)
-        return jax.lax.conv_general_dilated(
-            x,
-            merge(columns, j).swapaxes(0, 1),
-            (1, 1),
-            ((1 - i, i), (1 - j, j)),
-            dimension_numbers=_NHWC,
-        )
-
-    rows = [jnp.stack([outputs(i, j) for j in (0, 1)], axis=3) for i in (0, 1)]
-    return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)

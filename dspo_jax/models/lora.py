@@ -33,7 +33,9 @@ class _LoRALinear(nnx.Linear):
         return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
 
 
-class _LoRAConv(nnx.Conv):
+class LoRAConv(nnx.Conv):
+    """A convolution with an adapter."""
+
     def __init__(self, base: nnx.Conv, rank: int, rngs: Any):
         window: Any = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
         form: Any = {"conv_general_dilated": base.conv_general_dilated}
@@ -42,8 +44,12 @@ class _LoRAConv(nnx.Conv):
         self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window, **form)
         self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs, **form)
 
+    def adapt(self, inputs: jax.Array) -> jax.Array:
+        """What the adapter adds."""
+        return self.lora_B(self.lora_A(inputs))
+
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
+        return super().__call__(inputs, out_sharding) + self.adapt(inputs)
 
 
 def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: Any) -> None:
@@ -54,7 +60,7 @@ def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: Any) -> None:
         for name in parents:
             parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
         layer = parent[int(last)] if last.isdigit() else getattr(parent, last)
-        adapted = (_LoRAConv if isinstance(layer, nnx.Conv) else _LoRALinear)(layer, rank, rngs)
+        adapted = (LoRAConv if isinstance(layer, nnx.Conv) else _LoRALinear)(layer, rank, rngs)
         if last.isdigit():
             parent[int(last)] = adapted
         else:
