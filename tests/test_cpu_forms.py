@@ -99,9 +99,20 @@ def test_a_program_for_another_device_has_the_plain_layers(trace_for):
     }
     # A linear layer's kernel is the same in two dimensions.
     forms = {"convolution of one position", "doubling", "group norm"}
-    for device, differing in ((GPU, set()), (TPU, {"doubling"}), (None, set()), (CPU, forms)):
+    for device, differing in ((GPU, set()), (TPU, set()), (None, set()), (CPU, forms)):
         trace_for(device)
         assert {name for name, layer in made.items() if products(layer, 8) != expected[name]} == differing
+
+
+@pytest.mark.parametrize(
+    ("device", "channels", "merged"), [(TPU, 256, True), (TPU, 255, False), (GPU, 256, False)]
+)
+def test_wide_convolutions_after_doubling_are_merged_on_tpus_too(device, channels, merged, trace_for):
+    layer = blocks.Upsample2D(channels, rngs=nnx.Rngs(0))
+    trace_for(device)
+    jaxpr = jax.make_jaxpr(lambda x: layer(x))(jnp.zeros((1, 4, 4, channels))).jaxpr
+    side, times = (2, 4) if merged else (3, 1)
+    assert primitives(jaxpr) == [("conv_general_dilated", (side, side, channels, channels))] * times
 
 
 def test_the_mesh_in_use_says_what_a_program_is_for():
