@@ -148,7 +148,7 @@ def _draw_steps(axes: Axes, records: Records, panel: _Panel) -> None:
         axes.axhline(panel.level, color="dimgray", linestyle="--", linewidth=1)
     axes.set_title(title, color=colour, fontsize=11)
     axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def _draw_timesteps(axes: Axes, profiles: Mapping[int, Mapping[int, float]], title: str) -> None:
@@ -160,7 +160,7 @@ def _draw_timesteps(axes: Axes, profiles: Mapping[int, Mapping[int, float]], tit
         axes.plot(timesteps, values, color=colour, marker="o", markersize=4, label=f"step {step}")
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("timestep (more noise to the right)")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
