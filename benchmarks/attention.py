@@ -8,17 +8,15 @@ output. Of a kernel the compiler counts neither arithmetic nor time: what its pr
 padded to the matrix unit, is a column of its own, and less than it takes.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.sharding import SingleDeviceSharding
 
-from dspo_jax import cli, compiling, plan
+from benchmarks import programs
+from dspo_jax import cli, plan
 from dspo_jax.models import flash
 from dspo_jax.models.attention import plain_attention
 from dspo_jax.throughput import find_chip, peak_flops
@@ -51,40 +49,6 @@ def forward_and_backward(attend: Callable[..., jax.Array], heads: int) -> Callab
     return both
 
 
-def compile_for(device: Any, attend: Callable[..., jax.Array], case: tuple[int, ...], images: int) -> Any:
-    """The program, compiled for a device."""
-    queries, keys, heads, size = case
-    arrays = [
-        jax.ShapeDtypeStruct(
-            (images, length, heads * size), jnp.bfloat16, sharding=SingleDeviceSharding(device)
-        )
-        for length in (queries, keys, keys, queries)
-    ]
-    return jax.jit(forward_and_backward(attend, heads)).lower(*arrays).compile()
-
-
-def milliseconds(program: Any, device: Any, runs: int) -> float:
-    """Of a run, the mean of several."""
-    shapes = jax.tree.leaves(program.in_avals)
-    arrays = [
-        jax.device_put(jax.random.normal(jax.random.key(i), shape.shape, shape.dtype), device)
-        for i, shape in enumerate(shapes)
-    ]
-    jax.block_until_ready(program(*arrays))
-    start = time.perf_counter()
-    for _ in range(runs):
-        result = program(*arrays)
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / runs * 1e3
-
-
-def promise(program: Any) -> str:
-    """What the TPU's compiler says of a program."""
-    costs = program.cost_analysis()
-    seconds = compiling.expected_seconds(costs, program.as_text()) or math.nan
-    return f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
-
-
 def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> float:
     """What the products of the TPU's kernel take at the peak rate, forward and backward."""
     queries, keys, heads, size = case
@@ -109,22 +73,19 @@ def main(argv: Sequence[str]) -> None:
     for name, case in CASES.items():
         if values.only not in name:
             continue
+        queries, keys, heads, size = case
+        arrays = [
+            jax.ShapeDtypeStruct((values.images, length, heads * size), jnp.bfloat16)
+            for length in (queries, keys, keys, queries)
+        ]
         for backend, attend in backends.items():
-            program = compile_for(device, attend, case, values.images)
-            temporaries = program.memory_analysis().temp_size_in_bytes
-            line = f"{name:<18}{backend:<7}temporaries {temporaries / 1e6:6.0f} MB, "
-            if values.topology is None:
-                line += f"{milliseconds(program, device, values.runs):8.3f} ms"
-            else:
-                line += promise(program)
-                if backend == "kernel":
-                    line += f" + {kernel_milliseconds(device, case, values.images):.3f} ms of products"
+            program = programs.compile_for(device, forward_and_backward(attend, heads), arrays)
+            line = f"{name:<18}{backend:<7}{programs.describe(program, device)}"
+            if values.topology is not None and backend == "kernel":
+                line += f" + {kernel_milliseconds(device, case, values.images):.3f} ms of products"
             print(line, flush=True)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "A TPU that need not be here, e.g. v5e:2x2, v5p:2x2x1 or v6e:2x2.")
-    flags.DEFINE_integer("images", 8, "In the batch.", lower_bound=1)
-    flags.DEFINE_integer("runs", 20, "That are timed.", lower_bound=1)
-    flags.DEFINE_string("only", "", "Cases whose name holds this.")
+    programs.define_flags(images=8)
     cli.run(main)

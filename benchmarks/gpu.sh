@@ -75,5 +75,6 @@ part input_pipeline -m benchmarks.input_pipeline --folder="$out/pairs" --pairs=$
 part sample -m benchmarks.sample "${sample[@]}"
 part encode -m benchmarks.encode --out="$out/encode" --rows=$rows
 [[ -n $tiny ]] || part gpu_tests -m pytest -q -m "" -k "on_a_gpu" tests
+[[ -n $tiny ]] || part layers -m benchmarks.layers
 
 "$python" -m benchmarks.measuring "$out" >"$out/table.md" && cat "$out/table.md"

@@ -190,6 +190,27 @@ def test_the_input_pipeline_says_how_far_ahead_it_keeps(tmp_path):
     assert not (tmp_path / "pairs").exists()
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "case", "forms"),
+    [
+        ("layers", "double 128 to", ("3 x 3 of what is doubled", "four of 2 x 2")),
+        ("attention", "SD1.5 16x16", ("plain",)),
+    ],
+)
+def test_single_layers_are_timed_in_each_form(benchmark, case, forms):
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", f"--only={case}", "--images=1", "--runs=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(rf"one cpu, 1 images, jax {jax.__version__}", lines[0])
+    measured = [line for line in lines[1:] if line.startswith(case)]
+    assert len(measured) == len(forms)
+    for line, form in zip(measured, forms, strict=True):
+        found = re.fullmatch(rf"{case}.* {form} +temporaries +(\d+) MB, +([\d.]+) ms", line)
+        assert found
+        assert float(found[2]) > 0
+
+
 # Does what a benchmark does for the script: a result where --json says, or failure.
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"

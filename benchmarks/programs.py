@@ -1,0 +1,57 @@
+"""What the benchmarks of single layers share: a program compiled for a device, timed there or estimated."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import SingleDeviceSharding
+
+from dspo_jax import compiling
+
+
+def define_flags(images: int) -> None:
+    """For which device, and how it is timed."""
+    flags.DEFINE_string("topology", None, "A TPU that need not be here, e.g. v5e:2x2, v5p:2x2x1 or v6e:2x2.")
+    flags.DEFINE_integer("images", images, "In the batch.", lower_bound=1)
+    flags.DEFINE_integer("runs", 20, "That are timed.", lower_bound=1)
+    flags.DEFINE_string("only", "", "Cases whose name holds this.")
+
+
+def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> Any:
+    """`function`, compiled for a device that need not be here; of `arguments` shapes and dtypes count."""
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), arguments
+    )
+    return jax.jit(function).lower(*placed).compile()
+
+
+def describe(program: Any, device: Any) -> str:
+    """Its temporaries, and its time: measured if the device is here, else as the TPU's compiler estimates."""
+    line = f"temporaries {program.memory_analysis().temp_size_in_bytes / 1e6:6.0f} MB, "
+    if flags.FLAGS.topology is None:
+        return line + f"{_milliseconds(program, device):8.3f} ms"
+    costs = program.cost_analysis()
+    seconds = compiling.expected_seconds(costs, program.as_text()) or math.nan
+    return line + f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
+
+
+def _milliseconds(program: Any, device: Any) -> float:
+    """Of a run, the mean of several."""
+    shapes, structure = jax.tree.flatten(program.in_avals)
+    values = [
+        jax.device_put(
+            jax.random.normal(jax.random.key(i), shape.shape, jnp.float32).astype(shape.dtype), device
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    arguments, named = jax.tree.unflatten(structure, values)
+    jax.block_until_ready(program(*arguments, **named))
+    start = time.perf_counter()
+    for _ in range(flags.FLAGS.runs):
+        result = program(*arguments, **named)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / flags.FLAGS.runs * 1e3
