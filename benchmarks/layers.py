@@ -22,8 +22,16 @@ from dspo_jax.sharding import make_mesh, on_mesh
 
 # Channels and the side before doubling.
 DOUBLED = ((1280, 16), (640, 32), (256, 32), (128, 16))
-# Kind of norm, channels and side: SD1.5's two outer levels, and SDXL's outermost, without attention.
-NORMS = (("group", 320, 64), ("group", 640, 32), ("group", 320, 128), ("layer", 320, 64), ("layer", 640, 32))
+# Kind of norm, channels and side, of the outer levels of SD1.5 and SDXL.
+NORMS = (
+    ("group", 320, 64),
+    ("group", 640, 32),
+    ("group", 320, 128),
+    ("layer", 320, 64),
+    ("layer", 640, 32),
+    ("layer", 640, 64),
+    ("layer", 1280, 32),
+)
 
 Form = tuple[str, Callable[..., jax.Array], Sequence[Any]]  # its name, function and arguments
 
