@@ -35,18 +35,14 @@ CASES = {
 KERNELS = {"gpu": flash.cudnn_attention, "tpu": flash.splash_attention}
 
 
-def forward_and_backward(attend: Callable[..., jax.Array], heads: int) -> Callable[..., Any]:
-    """(queries, keys, values, gradient of the output), each [B, T, heads * size] -> output and gradients."""
+def without_heads(attend: Callable[..., jax.Array], heads: int) -> Callable[..., jax.Array]:
+    """`attend` of queries, keys and values [B, T, heads * size], to an output of that shape."""
 
     def forward(*arrays: jax.Array) -> jax.Array:
         out = attend(*(array.reshape(*array.shape[:2], heads, -1) for array in arrays))
         return out.reshape(*out.shape[:2], -1)
 
-    def both(query: jax.Array, key: jax.Array, value: jax.Array, gradient: jax.Array) -> Any:
-        out, backward = jax.vjp(forward, query, key, value)
-        return out, backward(gradient)
-
-    return both
+    return forward
 
 
 def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> float:
@@ -76,10 +72,11 @@ def main(argv: Sequence[str]) -> None:
         queries, keys, heads, size = case
         arrays = [
             jax.ShapeDtypeStruct((values.images, length, heads * size), jnp.bfloat16)
-            for length in (queries, keys, keys, queries)
+            for length in (queries, queries, keys, keys)  # the gradient of the output is the first
         ]
         for backend, attend in backends.items():
-            program = programs.compile_for(device, forward_and_backward(attend, heads), arrays)
+            function = programs.forward_and_backward(without_heads(attend, heads))
+            program = programs.compile_for(device, function, arrays)
             line = f"{name:<18}{backend:<7}{programs.describe(program, device)}"
             if values.topology is not None and backend == "kernel":
                 line += f" + {kernel_milliseconds(device, case, values.images):.3f} ms of products"

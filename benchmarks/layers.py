@@ -47,9 +47,9 @@ def doubled(images: int, channels: int, side: int) -> Iterator[Form]:
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        ones = ((1, 1), (1, 1))
+        padding = ((1, 1), (1, 1))
         return jax.lax.conv_general_dilated(
-            blocks.double(x), kernel, (1, 1), ones, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            blocks.double(x), kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
     yield "3 x 3 of what is doubled", plain, arrays
@@ -85,16 +85,6 @@ def normed(images: int, channels: int, side: int, kind: str) -> Iterator[Form]:
     yield "from the mean of squares", apply(lambda norm: norm), arrays
 
 
-def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """(gradient of the output, arguments...) -> output and gradients."""
-
-    def both(gradient: jax.Array, *arguments: Any) -> Any:
-        out, backward = jax.vjp(function, *arguments)
-        return out, backward(gradient)
-
-    return both
-
-
 def main(argv: Sequence[str]) -> None:
     """Prints a line for each layer and form."""
     del argv
@@ -111,7 +101,9 @@ def main(argv: Sequence[str]) -> None:
             function = on_mesh(function, mesh)
             forward = programs.compile_for(device, function, arguments)
             gradient = jax.eval_shape(function, *arguments)
-            whole = programs.compile_for(device, forward_and_backward(function), (gradient, *arguments))
+            whole = programs.compile_for(
+                device, programs.forward_and_backward(function), (gradient, *arguments)
+            )
             print(f"{name:<22}{form:<26}{programs.describe(whole, device)}", flush=True)
             print(f"{'':<22}{'  forward alone':<26}{programs.describe(forward, device)}", flush=True)
 

@@ -21,6 +21,16 @@ def define_flags(images: int) -> None:
     flags.DEFINE_string("only", "", "Cases whose name holds this.")
 
 
+def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(gradient of the output, arguments...) -> output and gradients."""
+
+    def both(gradient: jax.Array, *arguments: Any) -> Any:
+        out, backward = jax.vjp(function, *arguments)
+        return out, backward(gradient)
+
+    return both
+
+
 def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> Any:
     """`function`, compiled for a device that need not be here; of `arguments` shapes and dtypes count."""
     placed = jax.tree.map(

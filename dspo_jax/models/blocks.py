@@ -229,7 +229,7 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
 
 
-# By the estimate for a v5p; with fewer channels putting the four outputs together takes more than it saves.
+# By the estimate for a v5p; with fewer channels a forward pass alone takes longer so (benchmarks.layers).
 _FEWEST_CHANNELS_ON_TPU = 256
 
 
