@@ -284,14 +284,17 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         """x [B, T, features], context [B, S, context_features] (default x) -> [B, T, features].
 
-        Of a context [B / n, ...] each is for n images in a row, whose queries it meets as those of one.
+        Of a context [B / n, ...] each is for n images in a row, and is made keys and values of once.
         """
         context = x if context is None else context
+        images = len(x) // len(context)
 
         def split(y: jax.Array) -> jax.Array:
-            return y.reshape(len(context), -1, self.heads, y.shape[-1] // self.heads)
+            return y.reshape(*y.shape[:2], self.heads, -1)
 
-        out = attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        # The few keys are repeated: on a TPU the queries of n images as those of one are moved in memory.
+        key, value = (jnp.repeat(split(of(context)), images, axis=0) for of in (self.to_k, self.to_v))
+        out = attention(split(self.to_q(x)), key, value)
         return self.to_out[0](out.reshape(*x.shape[:2], -1))
 
 
