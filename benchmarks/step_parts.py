@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import measuring, train_step
 from dspo_jax import cli
+from dspo_jax.compiled import peak_bytes
 from dspo_jax.models import Params
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.pipeline import Pipeline, Text
@@ -96,12 +97,6 @@ def trace(
         return step, count_flops(lambda *inputs: one_step(*inputs), state, reference, batch, key)
 
 
-def bytes_held(memory: Any) -> int:
-    """What a program holds while it runs, by its `memory_analysis`: arguments, results apart, temporaries."""
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-
-
 def main(argv: Sequence[str]) -> None:
     """Measures, prints the table and writes the results."""
     del argv
@@ -137,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
             device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             arithmetic=flops / count if flops and count else None,
             ratio=statistics.median(seconds[part]) / plain,
-            memory_gib=memory and bytes_held(memory) / 2**30,
+            memory_gib=memory and peak_bytes(memory) / 2**30,
         )
         shown = (result[name] for name in ("arithmetic", "ratio", "memory_gib"))
         table.add_row(part, *("" if each is None else f"{each:.3f}" for each in shown))

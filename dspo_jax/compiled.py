@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -99,6 +100,13 @@ def _trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction)
     return 1
 
 
+def peak_bytes(memory: Any) -> int:
+    """What a program needs of a device's memory, by its `memory_analysis`."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return memory.argument_size_in_bytes + results + own
+
+
 def array_bytes(type_: str) -> int:
     """Bytes of a type as the text writes it: one array or a tuple of them."""
     total = 0
@@ -131,13 +139,24 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]
         channel = _CHANNEL.search(instruction.rest)
         if kind in COLLECTIVES and not (channel and (kind, channel[1]) in seen):
             seen.add((kind, channel and channel[1]))
-            # What starts gives its operands back, and then its results.
-            size = array_bytes(instruction.type) // (
-                2 if instruction.op != kind and kind != "all-reduce" else 1
-            )
+            type_ = instruction.type
+            if instruction.op != kind and kind != "all-reduce":
+                type_ = _elements(type_)[1]  # what starts gives its operands back, and then its results
             entry = found.setdefault(kind, {"count": 0, "bytes": 0})
             entry["count"] += instruction.times
-            entry["bytes"] += instruction.times * size
+            entry["bytes"] += instruction.times * array_bytes(type_)
+    return found
+
+
+def _elements(type_: str) -> list[str]:
+    """The types in a tuple, which may be tuples themselves."""
+    found, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
     return found
 
 

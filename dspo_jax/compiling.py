@@ -26,21 +26,26 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
+_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of XLA's compilers
 
 
-def kept_facts(lowered: jax.stages.Lowered, device: Any) -> dict[str, Any]:
-    """`compile_facts`, which are kept by the program's text for the next time.
+def kept_facts(lowered: jax.stages.Lowered, device: Any, topology: str | None = None) -> dict[str, Any]:
+    """`compile_facts`, which are kept for the next time: by the program's text, and what else decides them.
 
     Args:
       lowered: the program.
       device: one of those that it is for.
+      topology: how they are connected; None for those that are here.
     """
     versions = [
         f"{name} {metadata.version(name)}"
         for name in ("jaxlib", "libtpu")
         if any(metadata.distributions(name=name))
     ]
-    text = "\n".join([device.device_kind, *versions, lowered.as_text()])
+    # What `memory_facts` adds to the flags changes nothing but what the compiler notes.
+    options = [flag for name in _OPTIONS for flag in os.environ.get(name, "").split()]
+    options = [flag for flag in options if not flag.startswith("--xla_dump_")]
+    text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.is_file():
@@ -75,9 +80,8 @@ def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
     costs = program.cost_analysis() or {}
     text = program.as_text() or ""
     instructions = list(compiled.read_instructions(text))
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "peak_bytes": peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "peak_bytes": compiled.peak_bytes(memory),
         "hbm_bytes": None,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dspo_jax import compiled
 from dspo_jax.data.datasets import Dataset, bucket_size, count_examples, mixing_weights, read_datasets
 from dspo_jax.models import Params
 from dspo_jax.optim import peak_rate
@@ -233,10 +234,10 @@ def dry_run(config: ConfigDict) -> str:
     memory = lower_step(state, reference, batch, mesh).compile().memory_analysis()
     lines.append(f"the step compiles in {time.perf_counter() - before:.0f} s")
     if memory is not None:
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed = compiled.peak_bytes(memory)
         lines.append(
             f"on each device: arguments {in_units(memory.argument_size_in_bytes)}, temporaries "
-            f"{in_units(memory.temp_size_in_bytes)}; together {in_units(needed)}"
+            f"{in_units(memory.temp_size_in_bytes)}; at the peak {in_units(needed)}"
         )
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         if limit is not None:

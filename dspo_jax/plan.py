@@ -112,13 +112,19 @@ def find_devices(topology: str | None) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # what is here is not used
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices: Sequence[Any] = topologies.get_topology_desc(topology, "tpu").devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--topology={topology}: cannot be compiled for ({reason}); a topology is written like v5e:2x4, "
             "v5p:2x2x1 or v6e:4x4, and the TPU's compiler comes with: pip install 'dspo_jax[plan]'"
         ) from error
+    if find_chip(devices[0]) is None:
+        raise ValueError(
+            f"--topology={topology}: nothing is known here of a {devices[0].device_kind}'s memory; use v5e, "
+            "v5p or v6e"
+        )
+    return devices
 
 
 def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
@@ -178,7 +184,7 @@ def plan(
         "flops": None if flops is None else flops * pairs_per_device,
     }
     if facts is None:
-        facts = compiling.kept_facts(lower_step(state, reference, batch, mesh), devices[0])
+        facts = compiling.kept_facts(lower_step(state, reference, batch, mesh), devices[0], topology)
     found = Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
     largest = largest_that_fits(

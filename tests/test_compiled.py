@@ -45,7 +45,9 @@ bf16[2,8,256,40]{3,2,1,0}, bf16[2,8,256,40]{3,2,1,0}}, frontend_attributes={kern
 ENTRY %main (x: bf16[8,1024]) -> bf16[8,1024] {
   %x = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(0)
   %all-reduce.4 = (f32[8]{0}, f32[3,3]{1,0}) all-reduce(%x), to_apply=%add
-  %collective-permute-start.1 = (bf16[8]{0}, bf16[8]{0}) collective-permute-start(%x)
+  %collective-permute-start.1 = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x)
+  %all-gather-start.1 = (f32[3,5]{1,0:T(8,128)}, f32[12,5]{1,0:T(8,128)}) all-gather-start(%x), channel_id=4
+  %reduce-scatter-start.1 = ((f32[8,5]{1,0}, bf16[8]), (f32[2,5]{1,0}, bf16[2])) reduce-scatter-start(%x)
   %fusion.2 = bf16[8,1024]{1,0} fusion(%x), calls=%other, backend_config={"estimated_cycles":"50"}
   ROOT %while.13 = (s32[]{:T(128)}, bf16[8,1024]{1,0}) while(%x), condition=%condition, body=%body
 }
@@ -61,8 +63,9 @@ def test_the_text_of_a_tpu_program():
     }
     assert compiled.collectives(instructions) == {
         "all-reduce": {"count": 1, "bytes": 4 * (8 + 9)},
-        "all-gather": {"count": 6, "bytes": 6 * 2 * 16 * 1024},
+        "all-gather": {"count": 6 + 1, "bytes": 6 * 2 * 16 * 1024 + 4 * 12 * 5},
         "collective-permute": {"count": 1, "bytes": 2 * 8},
+        "reduce-scatter": {"count": 1, "bytes": 4 * 2 * 5 + 2 * 2},
     }
     assert compiled.loop_factor(instructions) == pytest.approx((50 + 6 * 100) / (50 + 100))
     ((name, operands, size, times),) = compiled.kernels(instructions)

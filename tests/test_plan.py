@@ -1,7 +1,9 @@
 """What a run would take on devices that are not here."""
 
 import importlib.util
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -200,6 +202,30 @@ def test_a_batch_that_cannot_be_split_is_refused(shallow_model):
 def test_without_the_compiler_a_topology_is_refused():
     with pytest.raises(ValueError, match=r"--topology=v5e:2x2: .* pip install 'dspo_jax\[plan\]'"):
         plan.find_devices("v5e:2x2")
+
+
+def test_a_topology_of_unknown_chips_is_refused_before_anything_is_compiled(monkeypatch):
+    described = SimpleNamespace(devices=[SimpleNamespace(device_kind="TPU v4")])
+    monkeypatch.setattr(plan.topologies, "get_topology_desc", lambda *given: described)
+    with pytest.raises(ValueError, match=r"^--topology=v4:2x2x1: nothing is known here of a TPU v4's memory"):
+        plan.find_devices("v4:2x2x1")
+
+
+def test_what_was_compiled_with_other_flags_or_for_another_topology_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    count = itertools.count()
+    monkeypatch.setattr(compiling, "compile_facts", lambda lowered: {"number": next(count)})
+    program = SimpleNamespace(as_text=lambda: "module @f")
+
+    def number(topology: str = "v5p:2x2x1") -> int:
+        return compiling.kept_facts(program, V5P, topology)["number"]
+
+    assert [number(), number(), number("v5p:1x2x2"), number()] == [0, 0, 1, 0]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_hlo_deduplication=true")
+    assert number() == 2
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to=folder")
+    assert number() == 2
 
 
 @pytest.mark.slow
