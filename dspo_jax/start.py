@@ -50,6 +50,11 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
     """
     if not config.model:
         raise ValueError("config.model is not set: give --config.model=DIR, a diffusers folder")
+    if (Path(config.model) / "checkpoints").is_dir():
+        raise ValueError(
+            f"config.model = {config.model!r}: a training workdir; write its model out, and name that: "
+            f"python -m dspo_jax.convert export --run={config.model} --out=DIR"
+        )
     pipe = load_pipeline(config.model)
     task = make_task(config, pipe)
     adapters = make_adapters(config, pipe)
