@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import programs
-from dspo_jax import cli, plan
+from dspo_jax import cli, plan, sharding
 from dspo_jax.models import flash
-from dspo_jax.models.attention import plain_attention
+from dspo_jax.models.attention import choose, plain_attention
 from dspo_jax.throughput import find_chip, peak_flops
 
 # queries, keys, heads, size of a head
@@ -32,7 +32,7 @@ CASES = {
     "SDXL 64x64, text": (4096, 77, 10, 64),
     "SDXL 32x32": (1024, 1024, 20, 64),
 }
-KERNELS = {"gpu": flash.cudnn_attention, "tpu": flash.splash_attention}
+KERNELS = {"gpu": ("cudnn", flash.cudnn_attention), "tpu": ("flash", flash.splash_attention)}
 
 
 def without_heads(attend: Callable[..., jax.Array], heads: int) -> Callable[..., jax.Array]:
@@ -43,6 +43,18 @@ def without_heads(attend: Callable[..., jax.Array], heads: int) -> Callable[...,
         return out.reshape(*out.shape[:2], -1)
 
     return forward
+
+
+def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Callable[..., jax.Array]]:
+    """The plain backend, and the device's kernel if it has one that takes such heads."""
+    backends: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention}
+    if device.platform in KERNELS:
+        queries, keys, heads, size = case
+        name, kernel = KERNELS[device.platform]
+        shape = (images, queries, heads, size)
+        if choose(sharding.target_of(device), shape, keys, jnp.bfloat16, wanted=name) == name:
+            backends["kernel"] = kernel
+    return backends
 
 
 def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> float:
@@ -63,9 +75,6 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     device = plan.find_devices(values.topology)[0]
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
-    backends: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention}
-    if device.platform in KERNELS:
-        backends["kernel"] = KERNELS[device.platform]
     for name, case in CASES.items():
         if values.only not in name:
             continue
@@ -74,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             jax.ShapeDtypeStruct((values.images, length, heads * size), jnp.bfloat16)
             for length in (queries, queries, keys, keys)  # the gradient of the output is the first
         ]
-        for backend, attend in backends.items():
+        for backend, attend in backends_of(device, case, values.images).items():
             function = programs.forward_and_backward(without_heads(attend, heads))
             program = programs.compile_for(device, function, arrays)
             line = f"{name:<18}{backend:<7}{programs.describe(program, device)}"

@@ -5,7 +5,7 @@
 
 Each is a process of its own, so that neither holds memory of the other: `train_step`, then `torch_reference`
 in each way that --torch names, and so round after round. What is compared are medians over the rounds; what
-else the machine does falls on all of them alike.
+else the machine does falls on all of them alike. A way that fails is left out of what follows.
 """
 
 import json
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -24,6 +24,7 @@ from benchmarks import measuring
 from dspo_jax import cli
 
 OWN_FLAGS = ("json", "rounds", "torch")
+OURS = "dspo_jax"
 
 
 def arguments_for_both(argv: Sequence[str]) -> Iterator[str]:
@@ -37,17 +38,13 @@ def arguments_for_both(argv: Sequence[str]) -> Iterator[str]:
             next(rest, None)
 
 
-def run(module: str, arguments: Sequence[str]) -> measuring.Result:
-    """Runs a benchmark; returns its result.
-
-    Raises:
-      ValueError: it failed; what it said has been printed.
-    """
+def run(module: str, arguments: Sequence[str]) -> measuring.Result | None:
+    """Runs a benchmark; returns its result, or None if it failed. What it says is printed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, f"--json={path}"]
         if subprocess.run(command).returncode:
-            raise ValueError(f"benchmarks.{module} failed; see above")
+            return None
         [result] = json.loads(path.read_text(encoding="utf-8"))
         return result
 
@@ -63,29 +60,60 @@ def combine(rounds: Sequence[measuring.Result]) -> measuring.Result:
     return combined
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measures, prints the table and writes the results."""
-    del argv
-    values = flags.FLAGS
-    measuring.check_model(values.config)
-    arguments = list(arguments_for_both(sys.argv[1:]))
-    runs = [("train_step", arguments)]
-    for way in values.torch:
-        options = [] if way == "plain" else [f"--options={way.replace('+', ',')}"]
-        runs.append(("torch_reference", [*arguments, *options]))
-    found: list[list[measuring.Result]] = [[] for _ in runs]
-    for _ in range(values.rounds):
-        for results, (module, their_arguments) in zip(found, runs, strict=True):
-            results.append(run(module, their_arguments))
-    ours, *theirs = map(combine, found)
-    table = Table(title=f"{ours['what']}; {ours['device']}; {values.rounds} round(s)")
-    for heading in ("by", "pairs/s", "ours / theirs"):
-        table.add_column(heading, justify="left" if heading == "by" else "right")
-    for result in (ours, *theirs):
+def summarise(found: Mapping[str, Sequence[measuring.Result]]) -> list[measuring.Result]:
+    """A result for each way that has any, ours first, with the ratio of our speed to its."""
+    results = [combine(rounds) for rounds in found.values() if rounds]
+    ours = results[0]
+    for result in results:
         result["ratio"] = ours["pairs_per_second"] / result["pairs_per_second"]
         for key in ("tflops_per_device", "mfu"):
             # The same model does the same arithmetic; what online encoding adds is not counted.
             result[key] = ours[key] and ours[key] / result["ratio"]
+    return results
+
+
+def options_of(way: str, ours: measuring.Result) -> list[str]:
+    """Flags for torch's step in that way, on a device like ours.
+
+    Raises:
+      ValueError: torch cannot use as many as we did.
+    """
+    if ours["platform"] != "cpu" and ours["devices"] > 1:
+        raise ValueError(
+            f"JAX computes on {ours['devices']} devices and torch on one; set CUDA_VISIBLE_DEVICES=0"
+        )
+    options = [] if way == "plain" else [f"--options={way.replace('+', ',')}"]
+    return [*options, f"--platform={ours['platform']}"]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints the table and writes the results, those so far after every process."""
+    del argv
+    values = flags.FLAGS
+    measuring.check_model(values.config)
+    arguments = list(arguments_for_both(sys.argv[1:]))
+    found: dict[str, list[measuring.Result]] = {OURS: []} | {way: [] for way in values.torch}
+    failed: list[str] = []
+    for _ in range(values.rounds):
+        for way, rounds in found.items():
+            if way in failed:
+                continue
+            if way == OURS:
+                result = run("train_step", arguments)
+            else:
+                result = run("torch_reference", [*arguments, *options_of(way, found[OURS][0])])
+            if result is not None:
+                rounds.append(result)
+                measuring.write(summarise(found), values.json)
+            elif way == OURS:
+                raise ValueError("benchmarks.train_step failed; see above")
+            else:
+                failed.append(way)
+    ours, *theirs = summarise(found)
+    table = Table(title=f"{ours['what']}; {ours['device']}; {values.rounds} round(s)")
+    for heading in ("by", "pairs/s", "ours / theirs"):
+        table.add_column(heading, justify="left" if heading == "by" else "right")
+    for result in (ours, *theirs):
         table.add_row(result["implementation"], f"{result['pairs_per_second']:.4g}", f"{result['ratio']:.2f}")
     Console().print(table)
     best = max(
@@ -95,7 +123,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if best is not None:
         print(f"ratio to the fastest way of torch with cached latents: {best['ratio']:.2f}")
-    measuring.write([ours, *theirs], values.json)
+    if failed:
+        raise ValueError(f"--torch={','.join(failed)}: failed; see above")
 
 
 if __name__ == "__main__":

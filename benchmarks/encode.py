@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -45,11 +46,13 @@ def picture(emoji: Emoji, side: int, rng: np.random.Generator) -> bytes:
 
 
 def write_parquet(folder: Path, num_rows: int, side: int) -> None:
-    """Writes `num_rows` rows, a tie in every eighth, into files of `ROWS_PER_FILE`."""
+    """Writes `num_rows` rows, a tie in every eighth, into files of `ROWS_PER_FILE`; all of them or none."""
     rng = np.random.default_rng(0)
     emoji = load_emoji()[:256]
     pictures = [picture(each, side, rng) for each in emoji]
-    folder.mkdir(parents=True)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     num_files = -(-num_rows // ROWS_PER_FILE)
     for file in range(num_files):
         count = min(ROWS_PER_FILE, num_rows - file * ROWS_PER_FILE)
@@ -68,8 +71,9 @@ def write_parquet(folder: Path, num_rows: int, side: int) -> None:
             "image_1_uid": [f"{file}-{row}-1" for row in range(count)],
             "has_label": [True] * count,
         }
-        path = folder / f"train-{file:05d}-of-{num_files:05d}.parquet"
+        path = partial / f"train-{file:05d}-of-{num_files:05d}.parquet"
         pq.write_table(pa.table(table), path, row_group_size=ROWS_PER_GROUP)
+    partial.rename(folder)
 
 
 def family(pid: int) -> list[int]:
@@ -128,8 +132,7 @@ def main(argv: Sequence[str]) -> None:
         if not source.exists():
             write_parquet(source, rows, side)
         encoded = out / f"encoded-{rows}"
-        if encoded.exists():
-            raise ValueError(f"{encoded}: exists already; delete it, or choose another --out")
+        shutil.rmtree(encoded, ignore_errors=True)  # of an earlier run, which may not have ended
         seconds, peak, log = measure(source, encoded)
         waiting = float(re.findall(r"waiting for images ([\d.e-]+)", log)[-1])
         manifest = json.loads((encoded / "manifest.json").read_text(encoding="utf-8"))

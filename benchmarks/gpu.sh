@@ -4,10 +4,10 @@
 #   benchmarks/gpu.sh [FOLDER]                 # runs/gpu by default
 #   TINY=1 benchmarks/gpu.sh [FOLDER]          # the same parts at the emoji model's size, to see that they run
 #
-# Needs JAX and torch that see the GPU, and the packages of the `test` extra; PYTHON names the interpreter. FOLDER
-# gets a .json or a .log of every part and table.md. A part that has its file is not run again, and one that
-# would begin after SECONDS_IN_ALL is left out: the same command then goes on from there. PAIRS_SD15 and
-# PAIRS_SDXL are the pairs of a step.
+# Needs JAX and torch that see the GPU (the first of several is used), and the packages of the `test` extra; PYTHON
+# names the interpreter. FOLDER gets a .log of every part, the .json of those that have numbers, and table.md. A part
+# that is done is not run again, and one that would begin after SECONDS_IN_ALL is left out: the same command then goes
+# on from there. PAIRS_SD15 and PAIRS_SDXL are the pairs of a step.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -17,8 +17,18 @@ tiny=${TINY:-}
 limit=${SECONDS_IN_ALL:-570}
 sd15=${PAIRS_SD15:-8}
 sdxl=${PAIRS_SDXL:-2}
-mkdir -p "$out/cache"
-export JAX_COMPILATION_CACHE_DIR=$out/cache HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+mkdir -p "$out"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [[ -z $tiny ]]; then
+  if ! command -v nvidia-smi >/dev/null; then
+    echo "gpu.sh: no GPU here (no nvidia-smi); TINY=1 runs its parts on a CPU" >&2
+    exit 2
+  fi
+  # One GPU for both, and no fallback to the CPU, which counts FLOPs.
+  export JAX_PLATFORMS=cuda,cpu
+  first=${CUDA_VISIBLE_DEVICES:-0}
+  export CUDA_VISIBLE_DEVICES=${first%%,*}
+fi
 # torch's processes take their turn between JAX's, but the tests hold both.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 
@@ -26,7 +36,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 part() {
   local name=$1 left=$((limit - SECONDS)) begun=$SECONDS
   shift
-  if [[ -e $out/$name.json || -e $out/$name.done ]]; then
+  if [[ -e $out/$name.done ]]; then
     echo "$name: has been run"
     return
   fi

@@ -6,7 +6,6 @@ python -m benchmarks.measuring RESULTS_DIR     # all results in a folder as a Ma
 import itertools
 import json
 import platform
-import resource
 import shlex
 import statistics
 import sys
@@ -129,9 +128,23 @@ def make_result(
     }
 
 
-def host_memory() -> float:
-    """The most memory that this process ever held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def torch_device(platform: str) -> Any:
+    """torch's device of a JAX platform ("cpu" or "gpu"), with TF32 where XLA takes it for float32 too.
+
+    Raises:
+      ValueError: torch sees no such device.
+    """
+    import torch  # which this project's own step is measured without
+
+    if platform == "cpu":
+        return torch.device("cpu")
+    if platform != "gpu" or not torch.cuda.is_available():
+        raise ValueError(
+            f"JAX computes on a {platform} and torch {torch.__version__} sees none; install one that does, "
+            "or set JAX_PLATFORMS=cpu"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device("cuda")
 
 
 def versions() -> str:

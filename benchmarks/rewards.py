@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from benchmarks import measuring
 from dspo_jax import cli
 from dspo_jax.rewards import convert, load_reward
 
@@ -58,8 +59,9 @@ def ours(folder: Path, batch_size: int) -> Score:
 
 
 def theirs(folder: Path, batch_size: int) -> Score:
-    """As the released code does it."""
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    """As the released code does it, on a device of the same kind."""
+    device = measuring.torch_device(jax.default_backend())
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor, tokenizer = CLIPImageProcessorPil(), CLIPTokenizer.from_pretrained(folder)
 
     def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -68,7 +70,8 @@ def theirs(folder: Path, batch_size: int) -> Score:
             list(prompts), padding="max_length", truncation=True, max_length=77, return_tensors="pt"
         )
         with torch.inference_mode():
-            return model(**pixels, **tokens).logits_per_image.diagonal().numpy()
+            scores = model(**pixels.to(device), **tokens.to(device)).logits_per_image
+            return scores.diagonal().cpu().numpy()
 
     del batch_size
     return score

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from absl import flags
 
+from benchmarks import measuring
 from dspo_jax import cli, sharding
 from dspo_jax.image_sampler import Drawing, Job, initial_noise
 from dspo_jax.pipeline import load_pipeline
@@ -40,10 +41,12 @@ def ours(
 def theirs(
     model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
 ) -> tuple:
-    """The same by diffusers."""
+    """The same by diffusers, on a device of the same kind."""
+    device = measuring.torch_device(jax.default_backend())
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, local_files_only=True
     )
+    pipe.to(device)
     pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
     noise = np.array(initial_noise(jobs, size)).transpose(0, 3, 1, 2)
@@ -53,7 +56,7 @@ def theirs(
         part = jobs[start : start + batch_size]
         drawn = pipe(
             [job.prompt for job in part],
-            latents=torch.tensor(noise[start : start + batch_size].copy()),
+            latents=torch.tensor(noise[start : start + batch_size], device=device),
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance_scale,
             height=size[0] * pipe.vae_scale_factor,
@@ -76,7 +79,10 @@ def main(argv: Sequence[str]) -> None:
     size = (side, side, pipe.latent_channels)
     drawing = Drawing(steps=values.steps, guidance_scale=4.0)
     jobs = [Job(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
-    print(f"{model}: batches of {batch_size}, {values.steps} steps of DDIM, {jax.device_count()} device(s)")
+    print(
+        f"{model}: batches of {batch_size}, {values.steps} steps of DDIM, "
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
+    )
     results = {}
     for name, draw in (("dspo_jax", ours), ("diffusers, torch", theirs)):
         images, seconds = draw(model, jobs, drawing, batch_size, size)

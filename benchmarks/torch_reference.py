@@ -26,6 +26,7 @@ from transformers import Adafactor, CLIPTextConfig, CLIPTextModel, CLIPTextModel
 
 from benchmarks import measuring
 from dspo_jax import cli, published, spelling
+from dspo_jax.throughput import host_memory_peak
 
 OPTIONS = ("channels_last", "compile", "online_vae")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -232,8 +233,7 @@ def main(argv: Sequence[str]) -> None:
     for option in values.options:
         if option not in OPTIONS:
             raise ValueError(spelling.unknown("--options", option, OPTIONS))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = measuring.torch_device(values.platform or ("gpu" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     trainer = Trainer(config, values.options, device)
     resolution = values.resolution or trainer.default_resolution
@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         seconds=seconds,
         device=kind,
         compile_seconds=first,
-        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else measuring.host_memory(),
+        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else host_memory_peak(),
     )
     measuring.report(result, values.json)
 
@@ -264,4 +264,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     measuring.define_flags()
     flags.DEFINE_list("options", [], f"Of {', '.join(OPTIONS)}.")
+    flags.DEFINE_enum("platform", None, ["cpu", "gpu"], "Where (default: a GPU if torch sees one).")
     cli.run(main)

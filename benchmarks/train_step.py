@@ -119,6 +119,8 @@ def main(argv: Sequence[str]) -> None:
         pairs=config.batch_size,
         seconds=seconds,
         device=f"{mesh.size} x {device.device_kind}",
+        devices=mesh.size,
+        platform=device.platform,
         compile_seconds=compiled,
         tflop_per_pair=flops and flops / 1e12,
         tflops_per_device=rate and rate / 1e12,

@@ -222,6 +222,11 @@ def target(batch: int) -> Target | None:
         if settings.jax_default_device is not None or jax.device_count() > 1:
             return None
         device = jax.devices()[0]
+    return target_of(device)
+
+
+def target_of(device: Any) -> Target:
+    """A device as a `Target`; a mesh's `abstract_device` too."""
     capability = (0, 0)
     if device.platform == "gpu":
         # A mesh in use does not tell it, and GPUs that are not there are not compiled for.

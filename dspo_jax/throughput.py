@@ -118,9 +118,14 @@ def memory_peaks() -> dict[str, float]:
     in_use = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
     if in_use:
         peaks["device_memory_peak_gib"] = max(in_use) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
-    peaks["host_memory_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peaks["host_memory_peak_gib"] = host_memory_peak()
     return peaks
+
+
+def host_memory_peak() -> float:
+    """The most memory that the process ever held, in GiB; JAX's devices are not asked for."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Clock:

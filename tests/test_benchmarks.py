@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ torch = pytest.importorskip("torch")
 from benchmarks import compare, measuring, step_parts, torch_reference, train_step  # noqa: E402
 from configs import common, emoji_diffusion_dpo  # noqa: E402
 from dspo_jax import published  # noqa: E402
+from dspo_jax.compiled import peak_bytes  # noqa: E402
 from dspo_jax.models import build_model  # noqa: E402
 from dspo_jax.pipeline import load_pipeline  # noqa: E402
 from dspo_jax.sharding import make_mesh  # noqa: E402
@@ -32,21 +34,22 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def compared(shallow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
-    """What `compare` prints and writes of the tiny model."""
+def compared(shallow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[dict]]:
+    """What `compare` prints, says last and writes of the tiny model, where one way of torch fails."""
     file = tmp_path_factory.mktemp("benchmarks") / "results" / "compared.json"
     command = [sys.executable, "-m", "benchmarks.compare", "--config=configs/sd15_dspo.py"]
     command += [f"--config.model={shallow_model}", "--config.batch_size=8", "--resolution=16", "--steps=2"]
-    command += ["--rounds=1", "--torch=channels_last+online_vae", "--config.compute_dtype=float32"]
+    command += ["--rounds=1", "--torch=misspelt,channels_last+online_vae", "--config.compute_dtype=float32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, f"--json={file}"], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        [*command, f"--json={file}"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    return done.stdout, json.loads(file.read_text())
+    assert done.returncode == 2, done.stderr
+    return done.stdout, done.stderr.splitlines()[-1], json.loads(file.read_text())
 
 
 def test_both_steps_are_measured_and_compared(compared):
-    _, (ours, theirs) = compared
+    _, _, (ours, theirs) = compared
     assert ours["what"] == theirs["what"]
     assert "dspo of " in ours["what"]
     assert "8 pairs" in ours["what"]
@@ -67,8 +70,24 @@ def test_both_steps_are_measured_and_compared(compared):
     assert ours["mfu"] is None  # a CPU's peak is not known
 
 
+def test_a_way_that_fails_leaves_what_the_others_found(compared):
+    _, last, results = compared
+    assert last.startswith("error: --torch=misspelt: failed; see above (")
+    assert len(results) == 2
+
+
+def test_torch_is_measured_where_jax_was():
+    ours = {"platform": "gpu", "devices": 1}
+    assert compare.options_of("plain", ours) == ["--platform=gpu"]
+    assert compare.options_of("a+b", ours | {"platform": "cpu"}) == ["--options=a,b", "--platform=cpu"]
+    with pytest.raises(ValueError, match=r"^JAX computes on 4 devices and torch on one; set CUDA_VISIBLE"):
+        compare.options_of("plain", ours | {"devices": 4})
+    with pytest.raises(ValueError, match=r"^JAX computes on a tpu and torch .* sees none; install one"):
+        measuring.torch_device("tpu")
+
+
 def test_what_is_printed_and_the_table_hold_the_results(compared):
-    printed, results = compared
+    printed, _, results = compared
     assert re.search(
         r"^dspo_jax +[\d.]+ pairs/s, .* peak memory .* before the first step", printed, re.MULTILINE
     )
@@ -247,6 +266,15 @@ def test_the_script_runs_every_part_once_and_says_what_failed(tmp_path):
     assert [call.split()[1] for call in calls] == ["benchmarks.sample", "benchmarks.measuring"]
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="an NVIDIA GPU is here")
+def test_the_script_refuses_a_machine_without_a_gpu(tmp_path):
+    environment = os.environ | {"PYTHON": "false", "TINY": ""}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "gpu.sh: no GPU here (no nvidia-smi); TINY=1 runs its parts on a CPU\n"
+
+
 @pytest.mark.slow
 def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmetic(shallow_model):
     config = common.get_config()
@@ -258,7 +286,7 @@ def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmet
     for part in (step_parts.AS_IT_IS, *step_parts.UNDOING):
         state, reference = make_state(task, mesh, {})
         step, flops[part] = step_parts.trace(part, state, reference, batch, key)
-        held[part] = step_parts.bytes_held(step.memory_analysis())
+        held[part] = peak_bytes(step.memory_analysis())
         _, metrics = step(state, reference, batch, key)
         norms[part] = float(metrics["grad_norm"])
     assert len(norms) == 5
