@@ -1,14 +1,19 @@
-"""Training and sampling need neither TensorFlow nor torch, and do not load them where they are installed."""
+"""Training and sampling need neither TensorFlow nor torch, and do not load them where they are installed; and
+imports go one way."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import pytest
 from example_shards import write_dataset
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 IMPORT_EVERYTHING_AND_READ_SHARDS = """
 import importlib, pkgutil, sys
@@ -53,3 +58,38 @@ def test_the_block_works(name):
     result = run("-c", f"import blocked_imports; blocked_imports.install(); import {name}")
     assert result.returncode == 1
     assert result.stderr.endswith(f"AssertionError: {name} was imported\n")
+
+
+def test_imports_go_up_the_table_of_rooms():
+    table = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
+    rows = {
+        Path(name).name: number
+        for number, line in enumerate(table)
+        for name in re.findall("`([^`]+)`", line.split("|")[1])
+    }
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): next(
+            (rows[part] for part in path.relative_to(ROOT).parts[1:] if part in rows), None
+        )
+        for path in (ROOT / "dspo_jax").rglob("*.py")
+    }
+    assert {name for name, row in modules.items() if row is None} == {"dspo_jax", "dspo_jax.data"}
+    downwards = [
+        f"{name} imports {imported}"
+        for name, row in modules.items()
+        for imported in imports_of(name, modules)
+        if row is not None and (modules[imported] or 0) > row
+    ]
+    assert not downwards
+
+
+def imports_of(name: str, modules: Container[str]) -> Iterator[str]:
+    """Those of the modules that one of them imports, wherever in its file."""
+    path = ROOT / name.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            inside = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (each if each in modules else node.module for each in inside)
