@@ -3,8 +3,8 @@
     python -m examples.emoji.closed_loop
 
 The shipped model draws, JPEG's compressibility says which of its pictures is better, Diffusion-DPO trains on
-the pairs, and other prompts and noise show whether the model's pictures compress better now. A run that was
-stopped goes on where it was.
+the pairs, and 60 prompts and other noise show whether the model's pictures compress better now; 8 of them,
+the categories, were trained on too. A run that was stopped goes on where it was.
 """
 
 import random
@@ -72,7 +72,7 @@ def run_loop(out: Path, console: Console) -> None:
     if train(config, out / "run") < config.steps:
         announce("stopped; the same command goes on from there")
         return
-    announce("evaluate: other prompts, other noise")
+    announce("evaluate: other noise, and other prompts but for the categories")
     evaluation = evaluate(
         MODEL,
         {"Diffusion-DPO": out / "run"},
