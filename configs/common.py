@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     # Pairs in an update, over all devices.
     config.batch_size = 2048
     # Parts that a batch is worked through in, one after the other, to save memory. Does not change the
-    # result.
+    # result, but of `kto` and of `dspo_sdxl`'s released switch, which look at all examples of a part.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # Without a caption is with the empty one, or for SDXL with zeros, as its model_index.json asks.

@@ -6,6 +6,8 @@ checkpoint.
 """
 
 import errno
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import WARNING, LogRecord
@@ -27,6 +29,8 @@ _UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Of an array that several devices hold, each writes its part if that is at least this much.
 _SPLIT_BYTES = 2**20
+# Errors of reading that say nothing of what is read.
+_NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class DamagedCheckpoint(ValueError):
@@ -82,7 +86,7 @@ class Checkpoints:
           step: number of optimizer updates done.
           state: pytree of JAX arrays.
           extra: whatever else a resumed run needs, such as the position in the data; JSON types only.
-          score: how good the model is, higher is better; None: not known, and never the best.
+          score: how good the model is, higher is better; None or not finite: not known, and never the best.
           wait: return only when the checkpoint is complete on disk.
 
         Raises:
@@ -97,7 +101,7 @@ class Checkpoints:
             items = ocp.args.Composite(
                 **{STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
             )
-            metrics = {_SCORE: _UNKNOWN if score is None else score}
+            metrics = {_SCORE: score if score is not None and math.isfinite(score) else _UNKNOWN}
             self._manager.save(step, args=items, metrics=metrics, force=True)
         if wait:
             self.wait()
@@ -150,8 +154,9 @@ class Checkpoints:
                 raise damage
             logging.error("%s: config.checkpoint.fallback: using the one before it", damage)
             if distributed.is_first():
-                folder = self._directory / str(newest)
-                folder.rename(folder.with_name(f"{newest}.damaged"))
+                names = (f"{newest}.damaged{number or ''}" for number in itertools.count())
+                aside = next(path for path in map(self._directory.joinpath, names) if not path.exists())
+                (self._directory / str(newest)).rename(aside)
             distributed.wait_for_all("damaged checkpoint set aside")
             self._manager.reload()
 
@@ -302,6 +307,12 @@ def name_restore_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax raises anything up to a bare Exception for damaged files
+        if (
+            isinstance(error, MemoryError)
+            or "RESOURCE_EXHAUSTED" in str(error)
+            or getattr(error, "errno", None) in _NOT_DAMAGE
+        ):
+            raise
         raise DamagedCheckpoint(
             f"{path}: damaged checkpoint: {_reason(error)}; move this folder away to use the one before it"
         ) from error

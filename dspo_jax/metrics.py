@@ -164,14 +164,23 @@ def _import_summary_writer() -> Any:
     return SummaryWriter
 
 
-def _start_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
-    """Starts or resumes the workdir's W&B run."""
+def import_wandb(project: str) -> Any:
+    """The package wandb, which the config asks for by naming a project.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     try:
-        wandb = importlib.import_module("wandb")  # as a statement, mypy would want it installed
+        return importlib.import_module("wandb")  # as a statement, mypy would want it installed
     except ImportError as error:
         raise ValueError(
             f"config.wandb_project = {project!r}: needs the package wandb: pip install 'dspo_jax[wandb]'"
         ) from error
+
+
+def _start_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
+    """Starts or resumes the workdir's W&B run."""
+    wandb = import_wandb(project)
     id_file = workdir / "wandb_run_id"
     known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
     run = wandb.init(project=project, config=config, id=known, resume="allow", dir=str(workdir))

@@ -1,5 +1,6 @@
 """The optimizer and its learning-rate schedule, made from `config.optimizer`."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,10 @@ def make_optimizer(
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.optimizer.{key} = {config[key]}: must be at least 0 and below 1")
     for key in ("eps", "learning_rate", "max_grad_norm", "weight_decay"):
-        if config[key] < 0:
-            raise ValueError(f"config.optimizer.{key} = {config[key]}: must not be negative")
+        if not 0 <= config[key] < math.inf:
+            raise ValueError(f"config.optimizer.{key} = {config[key]}: must be finite and not negative")
+    if config["name"] == "adamw" and not config["eps"]:
+        raise ValueError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
     if config["moment_dtype"] == "bfloat16":
         _check_bfloat16(config)
     schedule = make_schedule({**config, "learning_rate": peak_rate(config, batch_size)}, total_steps)

@@ -4,6 +4,7 @@ Every refusal that needs no step is made here.
 """
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from dspo_jax import distributed, spelling
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import datasets, shards
+from dspo_jax.metrics import import_wandb
 from dspo_jax.models import Params, lora
 from dspo_jax.models.remat import check_policy
 from dspo_jax.objectives import Objective, get_objective
@@ -65,6 +67,14 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
     check_batch_size(
         config.batch_size // config.accumulation, mesh, "config.batch_size / config.accumulation"
     )
+    if config.validation.every:
+        check_batch_size(config.validation.batch_size, mesh, "config.validation.batch_size")
+    if config.samples.every:
+        steps, most = config.samples.num_inference_steps, pipe.schedule.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise ValueError(f"config.samples.num_inference_steps = {steps}: must be between 1 and {most}")
+    if config.wandb_project:
+        import_wandb(config.wandb_project)
     return task, mesh, adapters
 
 
@@ -119,9 +129,19 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if values[key] < 1:
             raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
-    for key in ("stability.loss_spike", "stability.max_skipped", "samples.every", "profile.steps"):
+    for key in (
+        "stability.loss_spike",
+        "stability.max_skipped",
+        "validation.every",
+        "samples.every",
+        "profile.steps",
+    ):
         if values[key] < 0:
             raise ValueError(f"config.{key} = {values[key]}: must not be negative")
+    if values["validation.every"] and values["validation.draws"] < 1:
+        raise ValueError(f"config.validation.draws = {values['validation.draws']}: must be at least 1")
+    if values["samples.every"] and not all(0 <= seed < 2**32 for seed in values["samples.seeds"]):
+        raise ValueError(f"config.samples.seeds = {values['samples.seeds']}: must be from 0 to {2**32 - 1}")
     if config.batch_size % config.accumulation:
         raise ValueError(
             f"config.accumulation = {config.accumulation}: must divide "
@@ -284,5 +304,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     distributed.wait_for_all("config checked")
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        partial_file = path.with_name(path.name + ".tmp")
+        partial_file.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(partial_file, path)
     distributed.wait_for_all("config written")

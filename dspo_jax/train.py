@@ -81,7 +81,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
     )
     skip_to: str | None = None  # in the data
     rolled_back_to: int | None = None
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpoints:
+    with (
+        stop_requests() as stop_requested,  # until the last checkpoint is written, too
+        Checkpoints(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpoints,
+    ):
         while True:
             position, clock = None, Clock()
             if checkpoints.latest_step() is not None:
@@ -92,7 +95,7 @@ def train(config: ConfigDict, workdir: Path) -> int:
                 state = TrainState(**{"ema": None, **arrays}, task=task)
                 position, clock = extra["data"], Clock(**extra["clock"])
             try:
-                return run(state, checkpoints, skip_to or position, clock)
+                return run(state, checkpoints, skip_to or position, clock, stop_requested)
             except Unstable as error:
                 latest = checkpoints.latest_step()
                 if not config.stability.rollback or latest is None or latest == rolled_back_to:
@@ -160,7 +163,12 @@ class Run:
             )
 
     def __call__(
-        self, state: TrainState, checkpoints: Checkpoints, position: str | None, clock: Clock
+        self,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        position: str | None,
+        clock: Clock,
+        stop_requested: Callable[[], bool],
     ) -> int:
         """Trains on from `state`, which is donated; returns the step at which it ended.
 
@@ -169,6 +177,7 @@ class Run:
           checkpoints: of the run.
           position: in the data, from the loader's `get_state`; None is the beginning.
           clock: of the run so far.
+          stop_requested: asked between steps.
 
         Raises:
           Unstable: more than `config.stability.max_skipped` updates in a row were skipped.
@@ -193,7 +202,6 @@ class Run:
                 wandb_project=config.wandb_project,
                 config=config.to_dict(),
             ) as writer,
-            stop_requests() as stop_requested,
             Progress("train", config.steps, start, active=first) as progress,
             Profiler(
                 self._workdir / "profile", start + 1 + config.profile.start, config.profile.steps, clock
@@ -242,6 +250,7 @@ class Run:
                     with clock.paused():
                         checkpoints.save(step, state.arrays(), extra, score)
                 if stopping:
+                    checkpoints.wait()
                     logging.info("asked to stop: saved step %d; the same command resumes it", step)
                     break
         return step
@@ -358,8 +367,8 @@ def main(argv: Sequence[str]) -> int:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise OSError(
-            f"another process of this run was lost ({str(error).splitlines()[0]}); start all of them again, "
-            "and the run resumes from its last checkpoint"
+            f"another process of this run was lost, or this one failed ({str(error).splitlines()[0]}); start "
+            "all of them again, and the run resumes from its last checkpoint"
         ) from error
     status = cli.EXIT_STOPPED if step < config.steps else 0
     if not distributed.is_first():

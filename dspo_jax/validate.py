@@ -190,7 +190,7 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
     if measures[-1] != "drift" or len(images) == 1:
         return summary
     margins_DN = values[1, :, :, 1] - values[1, :, :, 0]
-    correct_N = 0.5 + 0.5 * np.sign(margins_DN.mean(0))
+    correct_N = _correct(margins_DN.mean(0))
     low, high = binomial_interval(correct_N.sum(), len(correct_N))
     summary |= {
         "margin": float(margins_DN.mean()),
@@ -200,8 +200,13 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
     }
     for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
         summary[f"margin_t{timestep}"] = float(margins_N.mean())
-        summary[f"implicit_accuracy_t{timestep}"] = float((0.5 + 0.5 * np.sign(margins_N)).mean())
+        summary[f"implicit_accuracy_t{timestep}"] = float(_correct(margins_N).mean())
     return summary
+
+
+def _correct(margins: np.ndarray) -> np.ndarray:
+    """1 for a margin above 0, 1/2 for none at all, 0 for one below and for one that is not a number."""
+    return np.where(np.isnan(margins), 0.0, 0.5 + 0.5 * np.sign(margins))
 
 
 def judge(
@@ -306,8 +311,10 @@ if __name__ == "__main__":
         required=True,
     )
     flags.DEFINE_string("split", "validation", "Which of its splits.")
-    flags.DEFINE_integer("draws", 8, "Draws of timestep and noise for each pair; the timesteps lie evenly.")
-    flags.DEFINE_integer("batch_size", 32, "Pairs in one call of the networks.")
+    flags.DEFINE_integer(
+        "draws", 8, "Draws of timestep and noise for each pair; the timesteps lie evenly.", lower_bound=1
+    )
+    flags.DEFINE_integer("batch_size", 32, "Pairs in one call of the networks.", lower_bound=1)
     flags.DEFINE_enum(
         "compute_dtype",
         None,

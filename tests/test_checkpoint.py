@@ -137,7 +137,7 @@ def test_only_the_newest_are_kept_and_a_saved_step_is_not_saved_again(tmp_path):
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     state = {"params": {"a": jnp.zeros((2,))}}
-    scores = {1: 0.5, 2: 0.7, 3: None, 4: 0.6, 5: None}
+    scores = {1: 0.5, 2: 0.7, 3: None, 4: 0.6, 5: float("nan")}
     with Checkpoints(tmp_path / "checkpoints", max_to_keep=2) as checkpoints:
         assert checkpoints.best() is None
         for step, score in scores.items():
@@ -255,6 +255,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(saved, damaged):
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_only_when_asked(saved, caplog):
     os.truncate(saved / "2" / "state" / "_METADATA", 10)
+    (saved / "2.damaged").mkdir()  # an earlier one
     state = abstract(make_state())
     with Checkpoints(saved) as checkpoints:
         with pytest.raises(DamagedCheckpoint, match=r"checkpoints/2: damaged checkpoint"):
@@ -265,8 +266,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over_only_when_asked(saved, caplo
         assert_bit_identical(restored, make_state(1))
         assert "checkpoints/2: damaged checkpoint" in caplog.text
         checkpoints.save(2, make_state(2), {}, wait=True)  # the step is free again
-    assert sorted(entry.name for entry in saved.iterdir()) == ["1", "2", "2.damaged"]
+    assert sorted(entry.name for entry in saved.iterdir()) == ["1", "2", "2.damaged", "2.damaged1"]
     assert restore_params(saved)[1] == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OSError(errno.ESTALE, "Stale file handle")],
+    ids=["memory", "network"],
+)
+def test_what_says_nothing_of_a_checkpoint_does_not_set_it_aside(saved, monkeypatch, error):
+    with Checkpoints(saved) as checkpoints:
+
+        def restore(*given, **how):
+            raise error
+
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            checkpoints.restore_newest(abstract(make_state()), fallback=True)
+    assert sorted(entry.name for entry in saved.iterdir()) == ["1", "2"]
 
 
 @pytest.mark.filterwarnings(

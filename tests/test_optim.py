@@ -1,5 +1,7 @@
 """The optimizers against torch and their formulas, the schedules against theirs, and every refusal."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,7 +226,12 @@ def test_the_optimizer_uses_the_schedule_it_returns():
             {"wieght_decay": 0.1},
             r"a key of config\.optimizer = 'wieght_decay': unknown; did you mean 'weight_decay'\?",
         ),
-        ({"learning_rate": -1.0}, r"config\.optimizer\.learning_rate = -1\.0: must not be negative"),
+        (
+            {"learning_rate": -1.0},
+            r"config\.optimizer\.learning_rate = -1\.0: must be finite and not negative",
+        ),
+        ({"learning_rate": math.nan}, r"config\.optimizer\.learning_rate = nan: must be finite"),
+        ({"eps": 0.0}, r"config\.optimizer\.eps = 0: must be above 0"),
         (
             {"moment_dtype": "bflot16"},
             r"config\.optimizer\.moment_dtype = 'bflot16': unknown; did you mean 'bfloat16'\?.*float32\)",
@@ -242,7 +249,10 @@ def test_the_optimizer_uses_the_schedule_it_returns():
             r"config\.optimizer\.b1 = 0\.9985: is 1 in bfloat16, .* use 0\.99 or less",
         ),
         ({"b2": 1.0}, r"config\.optimizer\.b2 = 1\.0: must be at least 0 and below 1"),
-        ({"max_grad_norm": -1.0}, r"config\.optimizer\.max_grad_norm = -1\.0: must not be negative"),
+        (
+            {"max_grad_norm": -1.0},
+            r"config\.optimizer\.max_grad_norm = -1\.0: must be finite and not negative",
+        ),
         (
             {"schedule": "linear", "warmup_steps": 10},
             r"config\.optimizer\.warmup_steps = 10: must be below the run's 10 steps for schedule 'linear'",

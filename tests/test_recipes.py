@@ -46,6 +46,12 @@ def test_the_card_gives_the_command(name):
     assert f"python -m dspo_jax.train --config configs/{name}.py --workdir runs/" in load(name).__doc__
 
 
+@pytest.mark.parametrize("name", ["sd15_dspo", "sdxl_dspo"])
+def test_the_checkpoints_that_the_authors_chose_from_are_kept_to_the_end(name):
+    config = load(name).get_config()
+    assert config.checkpoint.max_to_keep > config.steps // config.checkpoint.every
+
+
 def test_the_default_is_the_released_launcher_and_the_print_differs():
     sd15, sdxl = load("sd15_dspo"), load("sdxl_dspo")
     assert sd15.get_config().to_dict() == sd15.get_config("released").to_dict()

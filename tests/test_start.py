@@ -44,6 +44,28 @@ def config(shallow_model, tiny_pairs):
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
         ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
+        ({"validation.every": -1}, "config.validation.every = -1: must not be negative"),
+        (
+            {"validation.every": 1, "validation.draws": 0},
+            "config.validation.draws = 0: must be at least 1",
+        ),
+        (
+            {"validation.every": 1, "validation.batch_size": 12},
+            "config.validation.batch_size = 12: not a multiple of 8, the ways the mesh splits a batch "
+            "(data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        (
+            {"samples.every": 1, "samples.seeds": (-1,)},
+            "config.samples.seeds = (-1,): must be from 0 to 4294967295",
+        ),
+        (
+            {"samples.every": 1, "samples.num_inference_steps": 0},
+            "config.samples.num_inference_steps = 0: must be between 1 and 1000",
+        ),
+        (
+            {"wandb_project": "aligned"},
+            "config.wandb_project = 'aligned': needs the package wandb: pip install 'dspo_jax[wandb]'",
+        ),
         ({"ema_decay": 1.0}, "config.ema_decay = 1.0: must be at least 0 and below 1"),
         (
             {"remat": "block"},

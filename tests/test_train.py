@@ -11,6 +11,7 @@ import pytest
 from tiny_run import make_config, read_reproducible, saved_steps
 
 from dspo_jax import train as train_module
+from dspo_jax.checkpoint import Checkpoints
 from dspo_jax.data import loader
 from dspo_jax.metrics import read_metrics
 from dspo_jax.start import claim_workdir
@@ -109,6 +110,26 @@ def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
     assert train(config, stopped) == 12
     assert fake_step.seen == expected
     assert read_reproducible(stopped) == read_reproducible(undisturbed)
+
+
+def test_being_asked_to_stop_again_does_not_cut_the_last_checkpoint_short(
+    config, fake_step, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(signal, "default_int_handler", lambda *given: pytest.fail("interrupted"))
+    default = signal.signal(signal.SIGTERM, lambda *given: pytest.fail("ended"))
+    close = Checkpoints.close
+
+    def close_and_be_asked_again(checkpoints):
+        signal.raise_signal(signal.SIGTERM)
+        close(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "close", close_and_be_asked_again)
+    fake_step.interrupt = {3: signal.SIGTERM}
+    try:
+        assert train(config, tmp_path / "run") == 3
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    assert saved_steps(tmp_path / "run")[-1] == 3
 
 
 def test_a_crash_goes_back_to_the_last_checkpoint(config, fake_step, tmp_path):

@@ -128,6 +128,14 @@ def test_summary_of_pairs_by_hand():
     assert (low, high) == pytest.approx((0.5 - 0.37467, 0.5 + 0.37467), abs=1e-5)
 
 
+def test_a_margin_that_is_no_number_is_wrong():
+    values = np.ones((2, 1, 4, 2), np.float32)
+    values[1, 0, :, 0] = [0, np.nan, np.nan, 0]
+    scores = summarise(values, np.array([500]))
+    assert (scores["implicit_accuracy"], scores["implicit_accuracy_t500"]) == (0.5, 0.5)
+    assert 0 < scores["implicit_accuracy_low"] < 0.5 < scores["implicit_accuracy_high"] < 1
+
+
 def test_summary_without_a_reference_by_hand():
     error = np.array([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]], np.float32)
     assert summarise(error[None], np.array([250, 750])) == {
