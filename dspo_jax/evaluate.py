@@ -26,7 +26,7 @@ from dspo_jax.pipeline import load_pipeline
 from dspo_jax.prompt_sets import SETS, PromptSet, read_prompt_set
 from dspo_jax.rewards import load_reward
 from dspo_jax.sample import sample
-from dspo_jax.sample_folder import place_images
+from dspo_jax.sample_folder import SETTINGS, place_images
 from dspo_jax.scores import score_files
 
 # What is kept in the output folder: images drawn, their scores, the pictures that edits start from.
@@ -138,7 +138,8 @@ def _check(models: Mapping[str, Source], out: Path, seeds: int, draws: int) -> N
 
 def _check_out(out: Path) -> None:
     """Refuses a folder with other things in it than an evaluation."""
-    ours = any((out / name).is_dir() for name in (_IMAGES, _SCORES, _PROMPT_IMAGES))
+    marks = (f"{_IMAGES}/*/{SETTINGS}", f"{_SCORES}/*.jsonl", f"{_PROMPT_IMAGES}/*")
+    ours = any(any(out.glob(mark)) for mark in marks)
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
 

@@ -52,7 +52,7 @@ def _draw_win_rates(evaluation: Evaluation) -> Figure:
             0.9 * thickness,
             color=colours[label],
             label=_wrap(label),
-            xerr=np.diff(values, axis=0),
+            xerr=np.maximum(np.diff(values, axis=0), 0),  # rounding may put a bound past the mean
             error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "0.25"},
         )
         for place, (_, value, high) in zip(places, values.T, strict=True):

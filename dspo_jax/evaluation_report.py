@@ -44,6 +44,8 @@ def write_report(evaluation: Evaluation, out: Path) -> None:
         _replace(out / name, partial(figure.savefig, format="png"))
     for name, text in texts.items():
         _replace(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+    for name in {"rejection.csv", "rejection.png", "wins_by_prompt.png"} - {*texts, *figures}:
+        (out / name).unlink(missing_ok=True)  # of an earlier run, with more seeds
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

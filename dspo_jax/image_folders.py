@@ -94,7 +94,7 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
         return
-    for line in manifest.read_text(encoding="utf-8").splitlines():
+    for line in manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         record = json.loads(line)
         if not record["file"].startswith(f"{path.name}/") or record["prompt_index"] >= len(prompts):
             continue

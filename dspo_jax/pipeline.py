@@ -267,6 +267,23 @@ class Pipeline:
             "pad_token_id": [tokenizer.pad_token_id for tokenizer in self.tokenizers],
         }
 
+    def weights_digest(self) -> str:
+        """Changes when any network's weights do: of the start of each trained array, and of each file's size
+        and 4 KiB at 256 places, for files of gigabytes are not to be read for it.
+        """
+        digest = hashlib.sha256()
+        for component, model in self.networks.items():
+            for file in find_weights(self.path / component, model.class_name):
+                size = file.stat().st_size
+                digest.update(f"{component} {size}".encode())
+                with file.open("rb") as content:
+                    for place in range(256):
+                        content.seek(size * place // 256)
+                        digest.update(content.read(4096))
+        for leaf in jax.tree.leaves(self.trained):
+            digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
+        return digest.hexdigest()
+
 
 def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     """Read a model directory: a diffusers folder, or a training workdir (its base with trained weights).

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import io
-import os
 import re
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -182,9 +182,10 @@ def _read(path: Path, name: str, images: Path) -> list[Prompt]:
         rows = pq.read_table(path, columns=["edit_prompt", "input_image"]).to_pylist()
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not parquet ({error})") from error
-    images.mkdir(parents=True, exist_ok=True)
+    folder = images / path.stem  # a set may have several files
+    folder.mkdir(parents=True, exist_ok=True)
     return [
-        Prompt(row["edit_prompt"].strip(), _unpack(row["input_image"]["bytes"], images / f"{i:05d}", path))
+        Prompt(row["edit_prompt"].strip(), _unpack(row["input_image"]["bytes"], folder / f"{i:05d}", path))
         for i, row in enumerate(rows)
     ]
 
@@ -197,7 +198,7 @@ def _unpack(content: bytes, stem: Path, source: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{source}: row {int(stem.name)}: undecodable image ({error})") from error
     if not file.is_file() or file.stat().st_size != len(content):
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
         partial.write_bytes(content)
         partial.replace(file)
     return file

@@ -85,7 +85,8 @@ def _parse(row: Any, path: Path, where: str) -> Prompt:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    # Not by splitlines, which ends a line at Unicode's separators too: JSON may hold them.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     return ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -111,9 +112,18 @@ def _decode(text: str, path: Path, where: str) -> Any:
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     quoting: Any = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting)
-        for row in reader:
-            yield f"line {reader.line_num}", {name: value for name, value in row.items() if name}
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    fix = "quote what holds commas" if delimiter == "," else "take tabs out of the fields"
+                    raise ValueError(
+                        f"{path}: line {reader.line_num}: more fields than the first line has names; {fix}"
+                    )
+                yield f"line {reader.line_num}", {name: value for name, value in row.items() if name}
+        except csv.Error as error:
+            raise ValueError(f"{path}: after line {reader.line_num}: not CSV ({error}); mend it") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

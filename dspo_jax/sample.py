@@ -85,6 +85,7 @@ def sample(
             )
     settings = {
         "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],
+        "weights_sha256": [pipe.weights_digest() for pipe in pipes.values()],
         "prompts_sha256": _digest(prompts),
         "init_latents_sha256": None
         if init_latents is None
@@ -261,8 +262,8 @@ def _parse_seeds(texts: Sequence[str]) -> list[int]:
         seeds = [int(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"--seeds={','.join(texts)}: must be whole numbers, separated by commas") from error
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={','.join(texts)}: must be different numbers from 0 on")
+    if not seeds or not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(texts)}: must be different numbers from 0 to {2**32 - 1}")
     return seeds
 
 

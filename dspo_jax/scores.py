@@ -83,7 +83,7 @@ def _read(cache: Path, reward: Reward) -> dict[tuple[str, str], float]:
     """(file, prompt) -> score; a line that was cut short is passed over."""
     known = {}
     for part in sorted(cache.glob(f"{reward.name}.*.jsonl")):
-        for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

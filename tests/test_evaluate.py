@@ -171,11 +171,12 @@ def test_what_is_refused_before_anything_is_drawn(folders, shallow_model, tmp_pa
 
 
 def test_other_peoples_folders_are_not_written_to(folders, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").touch()
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / "images" / "logo.png").touch()
+    (tmp_path / "out" / "index.html").touch()
     with pytest.raises(ValueError, match="out: not empty, and not made by this command"):
         call(folders[0], {"mine": folders[1]}, tmp_path / "out", ["compressibility"])
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert len(list((tmp_path / "out").rglob("*"))) == 3
 
 
 def test_a_reward_of_the_wrong_shape_is_refused(folders, own, tmp_path):

@@ -7,12 +7,13 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from image_files import image_bytes
 from rich.console import Console
 
 from dspo_jax.evaluation import assess
 from dspo_jax.evaluation_figures import draw_figures
 from dspo_jax.evaluation_page import make_page
-from dspo_jax.evaluation_report import print_report
+from dspo_jax.evaluation_report import print_report, write_report
 from dspo_jax.evaluation_tables import to_csv, to_markdown, to_tex
 from dspo_jax.image_folders import Images
 from dspo_jax.prompt_sets import PromptSet
@@ -134,6 +135,29 @@ def test_figures(tmp_path, seeds):
     curve = figures["rejection"].axes[0].lines[0].get_ydata()
     np.testing.assert_allclose(curve, [50] * 5)
     assert draw_figures(make(tmp_path, seeds=2)).keys() == {"win_rates", "wins_by_prompt", "rewards"}
+
+
+def test_a_bound_that_rounding_puts_past_the_mean_is_drawn(tmp_path):
+    evaluation = make(tmp_path, prompts=20, seeds=3, base_seeds=3)
+    scores = {"base": np.zeros((20, 3)), "a & <b>": np.tile([1.0, -1.0, -1.0], (20, 1))}
+    both = {label: dict.fromkeys(evaluation.rewards, values) for label, values in scores.items()}
+    found = assess(evaluation.prompts, evaluation.images, evaluation.rewards, both, 3)
+    (bars,) = draw_figures(found)["win_rates"].axes
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100 / 3] * 2)
+
+
+def test_what_an_earlier_report_had_beside_is_removed(tmp_path):
+    for name in ("rejection.csv", "rejection.png", "wins_by_prompt.png"):
+        (tmp_path / name).touch()
+    for label in ("base", "a & <b>"):
+        for i in range(4):
+            file = tmp_path / "images" / label / f"{i:05d}_0.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(image_bytes())
+    write_report(make(tmp_path, prompts=4, seeds=1, base_seeds=1), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "win_rates.png" in names
+    assert not names & {"rejection.csv", "rejection.png", "wins_by_prompt.png"}
 
 
 def test_the_terminal_shows_names_as_they_are(tmp_path):

@@ -70,6 +70,14 @@ def test_what_was_drawn_and_scored_is_a_source_of_pairs(drawn, tmp_path, monkeyp
     assert len(set(keys)) == 6
 
 
+def test_pairs_of_others_are_not_overwritten(drawn, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pairs.jsonl").write_text("made by hand")
+    with pytest.raises(ValueError, match=r"out: has a pairs\.jsonl of others in it; choose another folder"):
+        drawn()
+    assert (tmp_path / "out" / "pairs.jsonl").read_text() == "made by hand"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -89,13 +89,14 @@ def test_edits_are_unpacked_with_their_pictures(tmp_path):
     write_edits(source)
     found = read_prompt_set(f"instructpix2pix={tmp_path / 'data'}", images)
     assert len(found.prompts) == 1000
-    assert found.prompts[9] == Prompt("edit 9", images / "00009.jpeg")
-    with Image.open(images / "00008.png") as picture:
+    pictures = images / source.stem
+    assert found.prompts[9] == Prompt("edit 9", pictures / "00009.jpeg")
+    with Image.open(pictures / "00008.png") as picture:
         assert picture.getpixel((0, 0)) == (8, 8, 8)
-    kept = (images / "00008.png").stat().st_mtime_ns
-    (images / "00009.jpeg").write_bytes(b"cut short")
+    kept = (pictures / "00008.png").stat().st_mtime_ns
+    (pictures / "00009.jpeg").write_bytes(b"cut short")
     assert read_prompt_set(f"instructpix2pix={source}", images) == found
-    assert (images / "00008.png").stat().st_mtime_ns == kept
+    assert (pictures / "00008.png").stat().st_mtime_ns == kept
     pq.write_table(pa.table({"edit_prompt": ["a"]}), source)
     with pytest.raises(ValueError, match=r"no column 'input_image' \(found: edit_prompt\)"):
         read_prompt_set(f"instructpix2pix={source}", images)

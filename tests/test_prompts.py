@@ -40,6 +40,27 @@ def test_files(tmp_path, name, content):
     assert texts(tmp_path / name) == ["one", "", "three"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt\na cat, sitting\n", "line 2: more fields than the first line has names; quote"),
+        ("p.tsv", "Prompt\na cat\tsitting\n", "line 2: more fields than the first line has names; take tabs"),
+        ("p.csv", 'prompt\none\n"two\nthree\n', "after line 2: not CSV"),
+    ],
+)
+def test_a_table_that_would_lose_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        read_prompts(str(tmp_path / name))
+
+
+def test_unicodes_line_separators_are_no_ends_of_lines(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one\u2028line"}\n"two\u0085"\n', encoding="utf-8")
+    (tmp_path / "p.txt").write_text("one\u2029line\ntwo\n", encoding="utf-8")
+    assert texts(tmp_path / "p.jsonl") == ["one\u2028line", "two"]
+    assert texts(tmp_path / "p.txt") == ["one\u2029line", "two"]
+
+
 def test_quotes_in_a_tsv_are_part_of_the_prompt(tmp_path):
     (tmp_path / "p.tsv").write_text('Prompt\tNote\n"GO" on a sign\tx\nthe word "STOP\ty\n', encoding="utf-8")
     assert texts(tmp_path / "p.tsv") == ['"GO" on a sign', 'the word "STOP']

@@ -55,7 +55,7 @@ def test_a_function_of_ones_own_and_what_was_scored_is_not_scored_again(tmp_path
     for i in range(3):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(plain((10 * i, 0, 0))).save(files[-1])
-    prompts = ["a", "b", "c"]
+    prompts = ["a\u2028", "b", "c"]  # which is no end of a line
 
     first = score_files(files[:2], prompts[:2], [reward], tmp_path / "cache")
     np.testing.assert_array_equal(first["redness"], [0, 10])
@@ -63,16 +63,16 @@ def test_a_function_of_ones_own_and_what_was_scored_is_not_scored_again(tmp_path
     cache.write_bytes(cache.read_bytes()[:-9])  # killed in the middle of the second line
     again = score_files(files, prompts, [reward], tmp_path / "cache")
     np.testing.assert_array_equal(again["redness"], [0, 10, 20])
-    assert log.read_text().splitlines() == ["a,b", "b,c"]
+    assert log.read_text().split("\n") == ["a\u2028,b", "b,c", ""]
 
     Image.fromarray(plain((200, 0, 0))).save(files[0])
     changed = score_files(files, prompts, [reward], tmp_path / "cache")
     np.testing.assert_array_equal(changed["redness"], [200, 10, 20])
-    assert log.read_text().splitlines()[2:] == ["a"]
+    assert log.read_text().split("\n")[2:] == ["a\u2028", ""]
 
     other = Reward(reward.name, "another version", lambda images, prompts: np.ones(len(images)))
     assert score_files(files, prompts, [other], tmp_path / "cache")["redness"].tolist() == [1, 1, 1]
-    versions = {json.loads(line)["version"] for line in cache.read_text().splitlines() if line[-1:] == "}"}
+    versions = {json.loads(line)["version"] for line in cache.read_text().split("\n") if line[-1:] == "}"}
     assert versions == {reward.version, "another version"}
 
 

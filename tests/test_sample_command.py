@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from processes import finish, log_of, start
 
-from dspo_jax import sample
+from dspo_jax import convert, sample
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.pipeline import load_pipeline
 from dspo_jax.prompts import Prompt
@@ -96,6 +96,19 @@ def test_images_of_other_settings_are_refused_or_deleted_on_request(draw, tmp_pa
     assert images_of(out / "0-base").keys() == before.keys()
     draw(seeds=(5,), drawing=other, overwrite=True)
     assert list(images_of(out / "0-base")) == ["00000_5.png", "00001_5.png"]
+
+
+def test_images_of_a_model_that_was_made_again_are_not_taken_for_its(draw, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "model")
+    draw(seeds=(0,), models={"mine": other})
+    shutil.copytree(model, other, dirs_exist_ok=True)  # the same, if later
+    draw(seeds=(0,), models={"mine": other})
+    pipe = load_pipeline(other)
+    weights = pipe.read_params("unet")
+    weights["conv_out"]["bias"] = weights["conv_out"]["bias"] + 1
+    convert.write_params(other / "unet", pipe.unet, weights)
+    with pytest.raises(ValueError, match=r"out: holds images of other weights; choose another folder"):
+        draw(seeds=(0,), models={"mine": other})
 
 
 def test_a_folder_without_an_image_is_free_for_other_settings(draw, tmp_path):
@@ -206,7 +219,7 @@ OPTIONS = {
     [
         ({"prompts": "missing.txt"}, "--prompts=missing.txt: no such file"),
         ({"seeds": ["1", "x"]}, "--seeds=1,x: must be whole numbers"),
-        ({"seeds": ["1", "1"]}, "--seeds=1,1: must be different numbers from 0 on"),
+        ({"seeds": ["1", "1"]}, "--seeds=1,1: must be different numbers from 0 to 4294967295"),
         ({"height": 64}, "--height and --width: give both or none"),
         ({"strength": 0.5}, "--strength=0.5: is of editing an image"),
         ({"init_image": "none.png"}, "--init_image=none.png: no such file"),

@@ -23,7 +23,7 @@ from dspo_jax.image_sampler import Drawing, Job
 from dspo_jax.prompts import Prompt, read_prompts
 from dspo_jax.rewards import Reward, load_reward, reward_names
 from dspo_jax.sample import sample
-from dspo_jax.sample_folder import place_images
+from dspo_jax.sample_folder import SETTINGS, place_images
 from dspo_jax.scores import score_files
 from dspo_jax.tensors import name_write_errors
 
@@ -103,7 +103,9 @@ def label(
         raise ValueError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
     if temperature < 0:
         raise ValueError(f"--temperature={temperature:g}: must not be negative")
-    name, images = str(model), out / "images"
+    name, images, path = str(model), out / "images", out / "pairs.jsonl"
+    if path.exists() and not (images / SETTINGS).is_file():
+        raise ValueError(f"--out={out}: has a pairs.jsonl of others in it; choose another folder")
     seeds = range(_FIRST_SEED, _FIRST_SEED + images_per_prompt)
     sample(
         {name: model},
@@ -136,7 +138,7 @@ def label(
             }
         )
     if distributed.is_first():
-        path, partial = out / "pairs.jsonl", out / ".pairs.jsonl"
+        partial = out / ".pairs.jsonl"
         with name_write_errors(path):
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             partial.write_text("".join(lines), encoding="utf-8")
