@@ -9,7 +9,6 @@ knowing of one another, with --shard=0/4 to --shard=3/4.
 """
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from dspo_jax.data.sources import PreferencePair, Source, get_source
 from dspo_jax.data.writer import DatasetWriter
 from dspo_jax.metrics import Progress
 from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import cpu_cores
 
 # Between two looks at what all processes have finished.
 _SECONDS_BETWEEN_LOOKS = 3.0
@@ -82,7 +82,7 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
         (source.images_per_example, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers)
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
-    workers = len(os.sched_getaffinity(0)) if config.num_workers is None else config.num_workers
+    workers = cpu_cores() if config.num_workers is None else config.num_workers
     # What this module imports, which takes long; each worker imports the module itself.
     with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
         encoder = Encoder(

@@ -40,6 +40,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def cpu_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cpu_cores(batch_size: int = 0) -> None:
     """Makes a device of each CPU core, up to 8 and a power of two; call it before anything asks for a device.
 
@@ -51,8 +56,7 @@ def use_cpu_cores(batch_size: int = 0) -> None:
     """
     set_by_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not set_by_user and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = 2 ** int(math.log2(min(cores, 8)))
+        devices = 2 ** int(math.log2(min(cpu_cores(), 8)))
         jax.config.update("jax_num_cpu_devices", math.gcd(devices, batch_size))
 
 

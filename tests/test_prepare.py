@@ -32,6 +32,11 @@ def test_the_shortest_side_is_resized_and_the_centre_kept():
     assert prepare_image(gradient(32, 97), (16, 16))[1].tolist() == [97, 32, 16, 0, 16, 16]
 
 
+def test_an_image_too_narrow_to_be_resized_is_a_bad_row():
+    with pytest.raises(BadRow, match=r"^image too narrow: 4000x2 would be 1024000x512 before it is cropped$"):
+        prepare_image(gradient(4000, 2), (512, 512))
+
+
 def test_a_flip_mirrors_the_crop():
     plain, micro = prepare_image(gradient(40, 16), (16, 16))
     flipped, flipped_micro = prepare_image(gradient(40, 16), (16, 16), flip=True)

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from image_files import image_bytes
 from PIL import Image
@@ -52,6 +53,24 @@ def test_a_rotated_photograph_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: turn by 90 degrees
     assert decode_image(image_bytes(size=(6, 4), file_format="JPEG", exif=exif)).size == (4, 6)
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x011A])
+def test_letters_for_numbers_in_exif_are_a_bad_row(tag):
+    entries = sorted([(tag, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\6\0\0\0")])  # the other turns it by 90 degrees
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + struct.pack("<I", 0)
+    with pytest.raises(BadRow, match=r"^undecodable image: damaged EXIF"):
+        decode_image(image_bytes(size=(6, 4), file_format="JPEG", exif=exif))
+
+
+def test_sixteen_bits_of_grey_are_scaled_to_eight():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16)).save(buffer, "PNG")
+    decoded = decode_image(buffer.getvalue())
+    assert [decoded.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (100, 100, 100), (255, 255, 255)]
+    with pytest.raises(BadRow, match="of mode F, whose range is not known"):
+        decode_image(Image.new("F", (2, 2)))
 
 
 @pytest.mark.parametrize(

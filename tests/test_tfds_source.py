@@ -132,6 +132,13 @@ def test_only_what_is_yielded_is_read_where_nothing_is_selected(dataset, monkeyp
     assert read == [5, 6, 7]
 
 
+def test_other_examples_of_the_same_number_have_another_digest(dataset):
+    source = dataset({"train": 4, "validation": 4})()
+    both = {split: source.digest(split) for split in ("train", "validation")}
+    assert len(set(both.values())) == 2
+    assert {split: source.digest(split) for split in both} == both
+
+
 def test_a_preference_out_of_range_is_a_bad_row(dataset):
     *_, row = dataset({"train": 130, "test": 1}, LABELLED)().pairs("train")
     with pytest.raises(BadRow, match="preference outside"):

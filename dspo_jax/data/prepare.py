@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from PIL import Image, ImageOps
 
-from dspo_jax.data.sources.pairs import BadRow, PreferencePair, decode_pair
+from dspo_jax.data.sources.pairs import MAX_PIXELS, BadRow, PreferencePair, decode_pair
 
 FLIPS = ("none", "random", "both")
 
@@ -76,12 +76,20 @@ def prepare_image(
     Returns:
       Pixels [height, width, 3] uint8, and what SDXL is told about it, [6] int32: original height and width,
       top and left of the crop in the resized image, target height and width.
+
+    Raises:
+      BadRow: "image too narrow": the resized image would be over the pixel limit.
     """
     (width, height), (target_height, target_width) = image.size, size
     if target_width * height >= target_height * width:
         resized_width, resized_height = target_width, target_width * height // width
     else:
         resized_width, resized_height = target_height * width // height, target_height
+    if resized_width * resized_height > MAX_PIXELS:
+        raise BadRow(
+            "image too narrow",
+            f"{width}x{height} would be {resized_width}x{resized_height} before it is cropped",
+        )
     left, top = round((resized_width - target_width) / 2), round((resized_height - target_height) / 2)
     resized = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
     if flip:

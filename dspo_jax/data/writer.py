@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ class DatasetWriter:
           ValueError: an unfinished dataset of other settings is there.
         """
         self._out, self._unfinished = out, out / shards.UNFINISHED
+        self._id = uuid.uuid4().hex  # processes of several hosts may have the same number
         self._features = features
         self._manifest, self._num_shards, self._buckets = manifest, num_shards, tuple(buckets)
         plan = json.loads(json.dumps({**manifest, "num_shards": num_shards, "buckets": self._buckets}))
@@ -168,7 +170,7 @@ class DatasetWriter:
         if self._buckets:
             used = {file["bucket"] for split in splits.values() for file in split["shards"]}
             complete["buckets"] = [bucket for bucket in self._buckets if bucket in used]
-        staging = self._unfinished / f"metadata-{os.getpid()}"
+        staging = self._unfinished / f"metadata-{self._id}"
         try:
             self._write_metadata(staging, splits)
             self._replace(
@@ -238,7 +240,7 @@ class DatasetWriter:
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator["_File"]:
         # Two processes that write the same shard do not disturb each other.
-        file = _File(name, self._unfinished / f"{name}.{os.getpid()}")
+        file = _File(name, self._unfinished / f"{name}.{self._id}")
         try:
             yield file
         except BaseException:
@@ -246,7 +248,7 @@ class DatasetWriter:
             raise
 
     def _replace(self, path: Path, text: str) -> None:
-        temporary = self._unfinished / f"{path.name}.{os.getpid()}"
+        temporary = self._unfinished / f"{path.name}.{self._id}"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -76,7 +78,11 @@ def decode_image(data: ImageLike) -> Image.Image:
             )
         if image.width * image.height == 0:
             raise BadRow("zero-size image", f"{image.width}x{image.height}")
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
+        if image.mode.startswith("I;16"):  # which convert would cut off at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise BadRow("undecodable image", f"of mode {image.mode}, whose range is not known")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -90,6 +96,13 @@ def decode_image(data: ImageLike) -> Image.Image:
         raise BadRow("undecodable image", f"not one of {formats}, or damaged") from error
     except _DECODE_ERRORS as error:
         raise BadRow("undecodable image", str(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (struct.error, TypeError, AttributeError) as error:  # what PIL raises of EXIF with wrong types
+        raise BadRow("undecodable image", f"damaged EXIF ({error})") from error
 
 
 def decode_pair(pair: PreferencePair) -> list[Image.Image]:
