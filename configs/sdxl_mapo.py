@@ -22,4 +22,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 0
+    config.checkpoint.max_to_keep = 3  # of 31 GB each, with AdamW's moments
     return config

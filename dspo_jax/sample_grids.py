@@ -15,6 +15,7 @@ from dspo_jax.data import loader
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline
+from dspo_jax.samplers.spacing import check_steps
 
 # In one call; few, as most of the memory belongs to the training.
 _IMAGES_PER_DEVICE = 4
@@ -33,6 +34,20 @@ def first_captions(path: str | Path, split: str, count: int = 4) -> list[str]:
     """
     with closing(loader.eval_batches(path, batch_size=count, split=split)) as batches:
         return next(batches)["caption"]
+
+
+def check_settings(seeds: Sequence[int], num_inference_steps: int, num_train_timesteps: int) -> None:
+    """Refuses columns and steps that cannot be drawn.
+
+    Raises:
+      ValueError: by the key of the config.
+    """
+    if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
+    try:
+        check_steps(num_train_timesteps, num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"config.samples.{error}") from error
 
 
 class SampleGrids:
@@ -67,11 +82,11 @@ class SampleGrids:
           compute_dtype: of the networks.
 
         Raises:
-          ValueError: no prompt, no seed, or a number of steps that the schedule does not have.
+          ValueError: no prompt, or what `check_settings` refuses.
         """
-        for name, value in (("prompts", prompts), ("seeds", seeds)):
-            if not len(value):
-                raise ValueError(f"config.samples.{name} = {value}: needs at least one")
+        if not prompts:
+            raise ValueError(f"config.samples.prompts = {prompts}: needs at least one")
+        check_settings(seeds, num_inference_steps, pipe.schedule.num_train_timesteps)
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
         self._prompts, self._seeds = prompts, seeds
         jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dspo_jax import distributed, spelling
+from dspo_jax import distributed, sample_grids, spelling, validate
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import datasets, shards
 from dspo_jax.metrics import import_wandb
@@ -68,11 +68,10 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
         config.batch_size // config.accumulation, mesh, "config.batch_size / config.accumulation"
     )
     if config.validation.every:
-        check_batch_size(config.validation.batch_size, mesh, "config.validation.batch_size")
+        validate.check_settings(config.validation.batch_size, config.validation.draws, mesh)
     if config.samples.every:
-        steps, most = config.samples.num_inference_steps, pipe.schedule.num_train_timesteps
-        if not 1 <= steps <= most:
-            raise ValueError(f"config.samples.num_inference_steps = {steps}: must be between 1 and {most}")
+        samples, end = config.samples, pipe.schedule.num_train_timesteps
+        sample_grids.check_settings(samples.seeds, samples.num_inference_steps, end)
     if config.wandb_project:
         import_wandb(config.wandb_project)
     return task, mesh, adapters
@@ -138,10 +137,6 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if values[key] < 0:
             raise ValueError(f"config.{key} = {values[key]}: must not be negative")
-    if values["validation.every"] and values["validation.draws"] < 1:
-        raise ValueError(f"config.validation.draws = {values['validation.draws']}: must be at least 1")
-    if values["samples.every"] and not all(0 <= seed < 2**32 for seed in values["samples.seeds"]):
-        raise ValueError(f"config.samples.seeds = {values['samples.seeds']}: must be from 0 to {2**32 - 1}")
     if config.batch_size % config.accumulation:
         raise ValueError(
             f"config.accumulation = {config.accumulation}: must divide "

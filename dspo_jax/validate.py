@@ -46,6 +46,17 @@ Predict = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 _SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
 
 
+def check_settings(batch_size: int, draws: int, mesh: Mesh) -> None:
+    """Refuses a batch size that the mesh cannot split, and no draw.
+
+    Raises:
+      ValueError: by the key of the config.
+    """
+    check_batch_size(batch_size, mesh, "config.validation.batch_size")
+    if draws < 1:
+        raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
+
+
 class Validator:
     """Judges a model on one split; compiled once (for each image size, where there are buckets)."""
 
@@ -73,11 +84,9 @@ class Validator:
             bins.
 
         Raises:
-          ValueError: a batch size that the mesh cannot split, no draw, or a split that is missing or empty.
+          ValueError: what `check_settings` refuses, or a split that is missing or empty.
         """
-        check_batch_size(batch_size, mesh, "config.validation.batch_size")
-        if draws < 1:
-            raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
+        check_settings(batch_size, draws, mesh)
         self.num_examples = loader.num_examples(path, split)
         self._path, self._split, self._batch_size, self._mesh = path, split, batch_size, mesh
         steps = schedule.num_train_timesteps

@@ -56,11 +56,11 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"samples.every": 1, "samples.seeds": (-1,)},
-            "config.samples.seeds = (-1,): must be from 0 to 4294967295",
+            "config.samples.seeds = (-1,): needs at least one, each from 0 to 4294967295",
         ),
         (
             {"samples.every": 1, "samples.num_inference_steps": 0},
-            "config.samples.num_inference_steps = 0: must be between 1 and 1000",
+            "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",
         ),
         (
             {"wandb_project": "aligned"},
