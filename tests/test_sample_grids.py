@@ -131,13 +131,16 @@ def test_captions_of_the_data_stand_in_for_prompts(tiny_pairs, tiny_model, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ()}, "config.samples.seeds = (): needs at least one"),
+        ({"seeds": ()}, "config.samples.seeds = (): needs at least one, each from 0 to 4294967295"),
         ({"prompts": ()}, "config.samples.prompts = (): needs at least one"),
-        ({"num_inference_steps": 0}, "num_inference_steps = 0: must be between 1 and the schedule's 1000"),
+        (
+            {"num_inference_steps": 0},
+            "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(pipe, tmp_path, changes, message):
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match=r"samples|num_inference_steps") as caught:
+    with pytest.raises(ValueError, match="config.samples") as caught:
         make_grids(pipe, place(pipe, mesh), mesh, tmp_path, **changes)
     assert str(caught.value) == message
