@@ -141,6 +141,6 @@ def test_captions_of_the_data_stand_in_for_prompts(tiny_pairs, tiny_model, tmp_p
 )
 def test_what_cannot_be_drawn_is_refused(pipe, tmp_path, changes, message):
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match="config.samples") as caught:
+    with pytest.raises(ValueError, match=r"config\.samples") as caught:
         make_grids(pipe, place(pipe, mesh), mesh, tmp_path, **changes)
     assert str(caught.value) == message
