@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax.evaluation_tables import count_images
 
 _WIDTH, _COLUMNS = 11.0, 3
 _BASE_COLOUR = "lightgray"
@@ -36,32 +37,42 @@ def _wrap(label: str) -> str:
 
 
 def _draw_win_rates(evaluation: Evaluation) -> Figure:
-    """A group of bars for each reward, a bar for each model; Fig. 2 of DSPO's paper, with intervals."""
+    """A group of bars for each reward, a bar for each model, whose pale end is the half of the ties.
+
+    Fig. 2 of DSPO's paper, with intervals and ties.
+    """
     names, models, colours = list(evaluation.rewards), evaluation.models, _colours(evaluation)
     height = 1.4 + len(names) * (0.3 + 0.3 * len(models))
     figure = Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     thickness = 0.8 / len(models)
     for i, label in enumerate(models):
-        shares = [evaluation.win_rates[label][name].share for name in names]
-        values = np.array([[share.low, share.value, share.high] for share in shares]).T * 100
+        found = [evaluation.win_rates[label][name] for name in names]
+        values = np.array([[each.share.low, each.share.value, each.share.high] for each in found]).T * 100
+        won, tied, lost = np.array(
+            [[each.images_won, each.images_tied, each.images_lost] for each in found]
+        ).T
+        solid = 100 * won / (won + tied + lost)
         places = np.arange(len(names)) + (i - (len(models) - 1) / 2) * thickness
+        axes.barh(places, solid, 0.9 * thickness, color=colours[label], label=_wrap(label))
         axes.barh(
             places,
-            values[1],
+            values[1] - solid,
             0.9 * thickness,
+            left=solid,
             color=colours[label],
-            label=_wrap(label),
+            alpha=0.45,
             xerr=np.maximum(np.diff(values, axis=0), 0),  # rounding may put a bound past the mean
             error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "0.25"},
         )
-        for place, (_, value, high) in zip(places, values.T, strict=True):
-            axes.text(high + 1, place, f"{value:.1f}", va="center", fontsize=9)
+        for place, (_, value, high), each in zip(places, values.T, found, strict=True):
+            axes.text(high + 1, place, f"{value:.1f}  ({count_images(each)})", va="center", fontsize=9)
     axes.axvline(50, color="dimgray", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), list(map(_wrap, names)))
     axes.invert_yaxis()
-    axes.set_xlim(0, 107)
-    axes.set_xlabel("win rate over the base, %, with its 95 % interval")
+    axes.set_xlim(0, 140)  # the counts stand beside the longest bar
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel("win rate over the base, %, with its 95 % interval; pale: half of the ties")
     _tidy(axes, "x")
     figure.legend(loc="outside upper center", ncols=min(len(models), 4), frameon=False)
     return figure

@@ -16,7 +16,10 @@ from dspo_jax.win_rates import Estimate, WinRate
 
 # The widest guidance interval, which is none, as commands and as code write it.
 _EVERYWHERE = ([0, 1000], [0, 10**6])
-NOTE = "[ ]: 95 % bootstrap interval over prompts; p: sign test over prompts, two-sided"
+NOTE = (
+    "won, tied, lost: images, a tie counts one half; [ ]: 95 % bootstrap interval over prompts; "
+    "p: sign test over prompts, two-sided"
+)
 
 
 class Table(NamedTuple):
@@ -109,7 +112,13 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
 def _win_rate(found: WinRate) -> str:
     share = found.share
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    return f"{100 * share.value:.1f}\n[{100 * share.low:.1f}, {100 * share.high:.1f}]\n{p}"
+    interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return f"{100 * share.value:.1f}\n{interval}\n{count_images(found)}\n{p}"
+
+
+def count_images(found: WinRate) -> str:
+    """Says how many images won, tied and lost: "56 won, 118 tied, 18 lost"."""
+    return f"{found.images_won:,} won, {found.images_tied:,} tied, {found.images_lost:,} lost"
 
 
 def _estimate(mean: Estimate) -> str:
@@ -179,6 +188,7 @@ def to_csv(evaluation: Evaluation) -> str:
                 "reward_version": evaluation.rewards[name],
                 **_flatten("win_rate", found.share),
                 "p_value": found.p_value,
+                **{f"images_{what}": getattr(found, f"images_{what}") for what in ("won", "tied", "lost")},
                 **{f"prompts_{what}": getattr(found, what) for what in ("won", "lost", "tied")},
                 **_flatten("mean_reward", found.mean_reward),
                 **_flatten("base_mean_reward", found.base_mean_reward),

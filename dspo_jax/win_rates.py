@@ -23,6 +23,7 @@ class WinRate:
     Attributes:
       share: in [0, 1], of the images that score higher than the base's of the same prompt and seed; ties
         count one half.
+      images_won, images_tied, images_lost: what `share` is made of.
       per_seed: the same of each seed by itself; `share` is their mean.
       won, lost, tied: prompts, counted as the sign test counts them.
       p_value: of the sign test, two-sided.
@@ -30,6 +31,9 @@ class WinRate:
     """
 
     share: Estimate
+    images_won: int
+    images_tied: int
+    images_lost: int
     per_seed: tuple[float, ...]
     won: int
     lost: int
@@ -85,6 +89,9 @@ def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, see
     won, lost = int((signs > 0).sum()), int((signs < 0).sum())
     return WinRate(
         share=share,
+        images_won=int((model > base).sum()),
+        images_tied=int((model == base).sum()),
+        images_lost=int((model < base).sum()),
         per_seed=tuple(wins.mean(axis=0).tolist()),
         won=won,
         lost=lost,

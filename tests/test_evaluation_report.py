@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -97,12 +98,12 @@ def test_the_tables_say_what_they_are_of(tmp_path):
     markdown, tex = to_markdown(evaluation), to_tex(evaluation)
     assert [text for text in about if text not in markdown] == []
     assert [text for text in about if text not in tex] == []
-    assert "| a & <b> | 50.0 [33.3, 66.7] p = 1.000 |" in markdown
+    assert "| a & <b> | 50.0 [33.3, 66.7] 30 won, 0 tied, 30 lost p = 1.000 |" in markdown
     assert r"| model | r_1 | q\|2 |" in markdown
     # Half of the prompts are won by any draw, in the others the first draw loses: 1 or all 4 of them.
     assert r"| a & <b> | r_1 | 2.5 | 1 | 50.0 % |" in markdown
     assert "by category" not in markdown
-    assert r"a \& $<$b$>$ & 50.0 [33.3, 66.7] p = 1.000" in tex
+    assert r"a \& $<$b$>$ & 50.0 [33.3, 66.7] 30 won, 0 tied, 30 lost p = 1.000" in tex
     assert tex.count(r"\begin{tabular}") == tex.count(r"\bottomrule") == 2
     rows = list(csv.DictReader(io.StringIO(to_csv(evaluation))))
     assert [row["reward"] for row in rows] == ["r_1", "q|2"]
@@ -118,7 +119,7 @@ def test_a_wide_margin_is_below_a_thousandth(tmp_path):
     }
     images = {"base": evaluation.images["base"], "m": evaluation.images["a & <b>"]}
     found = assess(evaluation.prompts, images, evaluation.rewards, scores, 2)
-    assert "| m | 100.0 [100.0, 100.0] p < 0.001 |" in to_markdown(found)
+    assert "| m | 100.0 [100.0, 100.0] 60 won, 0 tied, 0 lost p < 0.001 |" in to_markdown(found)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -130,7 +131,8 @@ def test_figures(tmp_path, seeds):
     for figure in figures.values():
         figure.savefig(io.BytesIO())  # warnings of a layout that does not fit are errors
     (bars,) = figures["win_rates"].axes
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx([50] * 4)
+    # A model's two rewards: what it won, then the half of its ties.
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([50, 50, 0, 0] * 2)
     assert [text.get_text() for text in figures["rewards"].axes[0].get_yticklabels()][:2] == ["base", "m"]
     curve = figures["rejection"].axes[0].lines[0].get_ydata()
     np.testing.assert_allclose(curve, [50] * 5)
@@ -143,7 +145,23 @@ def test_a_bound_that_rounding_puts_past_the_mean_is_drawn(tmp_path):
     both = {label: dict.fromkeys(evaluation.rewards, values) for label, values in scores.items()}
     found = assess(evaluation.prompts, evaluation.images, evaluation.rewards, both, 3)
     (bars,) = draw_figures(found)["win_rates"].axes
-    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100 / 3] * 2)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([100 / 3, 100 / 3, 0, 0])
+
+
+def test_ties_stand_in_the_table_the_figure_and_the_csv(tmp_path):
+    evaluation = make(tmp_path, prompts=20, seeds=1, base_seeds=1, rewards=("r",))
+    scores = {
+        "base": {"r": np.zeros((20, 1))},
+        "a & <b>": {"r": np.repeat([1.0, 0.0, -1.0], [6, 10, 4])[:, None]},
+    }
+    found = assess(evaluation.prompts, evaluation.images, evaluation.rewards, scores, 1)
+    assert re.search(r"\| 55\.0 \[[\d., ]+\] 6 won, 10 tied, 4 lost p = 0\.754 \|", to_markdown(found))
+    assert "6 won, 10 tied, 4 lost" in make_page(found, tmp_path, [])
+    (bars,) = draw_figures(found)["win_rates"].axes
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([30, 25])
+    assert [text.get_text() for text in bars.texts] == ["55.0  (6 won, 10 tied, 4 lost)"]
+    (row,) = csv.DictReader(io.StringIO(to_csv(found)))
+    assert [row[f"images_{what}"] for what in ("won", "tied", "lost")] == ["6", "10", "4"]
 
 
 def test_what_an_earlier_report_had_beside_is_removed(tmp_path):

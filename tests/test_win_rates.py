@@ -16,6 +16,7 @@ def test_several_seeds_by_hand():
     found = compare(model, base)
     assert found.per_seed == (0.5, 0.5, 0.625)
     assert found.share.value == pytest.approx(np.mean(found.per_seed))
+    assert (found.images_won, found.images_tied, found.images_lost) == (5, 3, 4)
     # The first prompt is won 2 to 1, the second 1 to 0, the third is 1 to 1, the fourth lost 1 to 2.
     assert (found.won, found.lost, found.tied) == (2, 1, 1)
     assert found.p_value == 1.0
