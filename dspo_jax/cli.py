@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dspo_jax import spelling
+from dspo_jax import overrides, spelling
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
@@ -49,6 +49,8 @@ def run(
         if len(argv) > (2 if commands or operand else 1):
             _fail(f"unexpected argument {argv[-1]!r}; options are written --name=value")
         try:
+            for line in overrides.settle(flags.FLAGS):
+                logging.info("%s", line)
             return main(argv)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -72,6 +74,7 @@ def run(
             record.levelno >= WARNING or not re.search("tensorflow_datasets|xla_bridge", record.pathname)
         )
     )
+    overrides.accept_none()
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")
 

@@ -55,11 +55,24 @@ def get_config(name):
 """
 
 
+OPTIONAL = """
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config():
+    config = ConfigDict({"objective": {"name": "dspo"}, "batch_size": 4, "flip": True})
+    config.objective.lam = config_dict.placeholder(float)
+    config.objective.lam = 0.5
+    return config
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     (folder / "command.py").write_text(COMMAND)
     (folder / "toy.py").write_text(CONFIG)
+    (folder / "optional.py").write_text(OPTIONAL)
     (folder / "raises.py").write_text('def get_config():\n    raise ValueError("config.a = 3: too large")\n')
     (folder / "broken.py").write_text('def get_config():\n    return {}["absent"]\n')
     return folder
@@ -87,9 +100,20 @@ def test_flags_reach_the_command(run):
     assert (result.returncode, result.stdout, result.stderr) == (0, "sft 5 False\n", "")
 
 
+def test_what_a_new_name_drops_is_said(run):
+    result = run("--config=optional.py", "--config.objective.name=sft", "--config.batch_size=5")
+    assert (result.returncode, result.stdout) == (0, "sft 5 True\n")
+    said = "config.objective.name = 'sft': dropped what the recipe sets for 'dspo': lam = 0.5\n"
+    assert result.stderr.endswith(said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--config=toy.py", "--config.flip=None"],
+            "--config.flip=None: needs a value; without the option it is the recipe's",
+        ),
         (
             ["--config=toy.py", "--config.objectve.name=x"],
             "--config.objectve.name: unknown key 'objectve'; did you mean --config.objective.name? "

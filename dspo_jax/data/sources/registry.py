@@ -67,5 +67,9 @@ def get_source(name: str, **arguments: Any) -> Source:
     fields = [field.name for field in dataclasses.fields(cls)]
     for argument in arguments:
         if argument not in fields:
-            raise ValueError(spelling.unknown(f"argument of config.source.name = {name!r}", argument, fields))
+            problem = spelling.unknown(f"argument of config.source.name = {name!r}", argument, fields)
+            raise ValueError(
+                f"{problem}; a recipe has the arguments of its own source: take one of {name!r} in "
+                "configs/encode/"
+            )
     return cls(**arguments)

@@ -1,0 +1,84 @@
+"""Overrides of a recipe's keys on the command line: `None` unsets, and a new name drops the old arguments."""
+
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict
+from ml_collections.config_flags import config_flags, config_path, tuple_parser
+
+_UNSET = "None"
+
+
+def accept_none() -> None:
+    """Lets `--config.KEY=None` parse, for a key of any type; `settle` refuses it where None means nothing."""
+    parsers = {bool: flags.BooleanParser, float: flags.FloatParser, int: flags.IntegerParser}
+    for kind, parser in {**parsers, str: flags.ArgumentParser}.items():
+        config_flags.register_flag_parser_for_type(kind, _or_none(parser, None)())
+    config_flags.register_flag_parser_for_type(tuple, _or_none(tuple_parser.TupleParser, ())())
+
+
+def _or_none(parser: type[flags.ArgumentParser], unset: Any) -> type[flags.ArgumentParser]:
+    """A parser like the given one that takes `None` for `unset`."""
+
+    class OrNone(parser):  # type: ignore[valid-type,misc]
+        def parse(self, argument: Any) -> Any:
+            return unset if argument == _UNSET else super().parse(argument)
+
+    return OrNone
+
+
+def settle(values: flags.FlagValues) -> list[str]:
+    """Finishes the configs of all config flags after their overrides were parsed.
+
+    Where an override changes the `name` of a group of keys, such as `config.objective.name`, what the recipe
+    set for the old name among the group's optional keys is unset; what was overridden stays.
+
+    Args:
+      values: the parsed flags; their configs are changed.
+
+    Returns:
+      What was dropped, a line for each changed name.
+
+    Raises:
+      ValueError: an override unsets a key that needs a value.
+    """
+    lines = []
+    for flag_name in values:
+        flag = values[flag_name]
+        if not config_flags.is_config_flag(flag) or flag.value is None:
+            continue
+        overridden = config_flags.get_override_values(flag)
+        for key, value in overridden.items():
+            *path, last = config_path.split(key)
+            group = flag.value
+            for part in path:
+                group = group[part]
+            if value is None and last not in _optional_keys(group):
+                raise ValueError(
+                    f"--{flag_name}.{key}=None: needs a value; without the option it is the recipe's"
+                )
+            old_name = values[f"{flag_name}.{key}"].default
+            if last != "name" or value == old_name:
+                continue
+            given = [config_path.split(other) for other in overridden]
+            dropped = {
+                other: group[other]
+                for other in _optional_keys(group)
+                if group[other] is not None and (*path, other) not in given
+            }
+            for other in dropped:
+                group[other] = None
+            if dropped:
+                lines.append(
+                    f"{flag_name}.{key} = {value!r}: dropped what the recipe sets for {old_name!r}: "
+                    + ", ".join(f"{other} = {was!r}" for other, was in dropped.items())
+                )
+    return lines
+
+
+def _optional_keys(group: Any) -> list[str]:
+    """The keys of a group that may be None: its placeholders."""
+    if not isinstance(group, config_dict.ConfigDict):
+        return []
+    items = group.items(preserve_field_references=True)
+    return [key for key, value in items if isinstance(value, config_dict.FieldReference)]
