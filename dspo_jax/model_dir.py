@@ -226,18 +226,28 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
         copy_files(base, kept, partial)
         for component, values in written.items():
             tensors.write_tensors(weights_file(partial / component, classes[component]), values)
-            _follow_dtype(partial / component / "config.json", values)
+        for component, class_name in classes.items():
+            if component.startswith("text_encoder"):
+                _load_as_float32(partial / component, class_name)
         with tensors.name_write_errors(partial / "README.md"):
             (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _follow_dtype(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Correct the dtype that a config.json names, which is what transformers loads the weights as."""
-    config = read_json(path)
-    dtype = str(min(values.items())[1].dtype)
-    changes = {key: dtype for key in ("torch_dtype", "dtype") if config.get(key) not in (None, dtype)}
-    if changes:
-        path.write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
+def _load_as_float32(folder: Path, class_name: str) -> None:
+    """Have transformers load a text encoder as float32, whatever it is stored as.
+
+    diffusers loads the UNet so unless it is told otherwise, transformers a text encoder as config.json or
+    else the weights say; the first picture fails where they differ.
+    """
+    config = read_json(folder / "config.json")
+    named = [key for key in ("torch_dtype", "dtype") if config.get(key) is not None]
+    stored = {str(tensor.dtype) for tensor in open_stored(folder, class_name).values()}
+    if all(config[key] == "float32" for key in named) and (named or not stored & {"float16", "bfloat16"}):
+        return
+    content = config | dict.fromkeys(named or ("torch_dtype",), "float32")
+    with tensors.name_write_errors(folder / "config.json"):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def require_space(out: Path, nbytes: int) -> None:

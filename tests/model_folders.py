@@ -67,6 +67,7 @@ def publish(model):
     edit(model / UNET_FILE, halve)
     edit(model / "vae" / "diffusion_pytorch_model.safetensors", rename)
     edit(model / TEXT_FILE, halve)
+    write_config(model / "text_encoder", torch_dtype="float32")  # which transformers loads it as
     edit(
         model / TEXT_FILE,
         lambda values: values.update({"text_model.embeddings.position_ids": np.arange(77)[None]}),
