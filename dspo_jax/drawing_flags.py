@@ -8,7 +8,7 @@ from absl import flags
 
 from dspo_jax import samplers
 from dspo_jax.image_sampler import Drawing
-from dspo_jax.prompts import Prompt
+from dspo_jax.prompts import Prompt, check_text
 from dspo_jax.sample_folder import FORMATS
 
 
@@ -21,6 +21,9 @@ def define_drawing_flags() -> None:
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
     flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
+    flags.DEFINE_bool(
+        "allow_outside", False, "Read images that lie outside the folder of the file that names them."
+    )
     flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
     flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
     flags.DEFINE_integer("width", None, "In pixels.")
@@ -56,7 +59,7 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             guidance_interval=_parse_interval(settings.guidance_interval),
-            negative_prompt=settings.negative_prompt,
+            negative_prompt=check_text(settings.negative_prompt, "--negative_prompt"),
             strength=strength,
         ),
         "batch_size": settings.batch_size,

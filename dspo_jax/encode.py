@@ -61,7 +61,8 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
         "resolution": resolution,
         "source": {
             "name": config.source.name,
-            "arguments": _arguments(config),
+            # Where images may lie is a matter of trust; it does not decide which there are.
+            "arguments": {key: value for key, value in _arguments(config).items() if key != "allow_outside"},
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: config[key] for key in _ENCODING},

@@ -191,13 +191,14 @@ def read_options(settings: Any) -> dict[str, Any]:
             label, path = _parse_named(text)
             if label in models:
                 raise ValueError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
-            models[label] = path if flag == "model" else ImageFolder(Path(path))
+            models[label] = path if flag == "model" else ImageFolder(Path(path), settings.allow_outside)
     out = Path(settings.out)
     _check(models, out, settings.seeds, settings.base_seeds or settings.seeds)
-    prompts = read_prompt_set(settings.prompts, out / _PROMPT_IMAGES)
+    outside = settings.allow_outside
+    prompts = read_prompt_set(settings.prompts, out / _PROMPT_IMAGES, allow_outside=outside)
     options = read_drawing_flags(settings, prompts.prompts)
     return {
-        "base": settings.base or ImageFolder(Path(settings.base_images)),
+        "base": settings.base or ImageFolder(Path(settings.base_images), outside),
         "models": models,
         "out": out,
         "rewards": settings.rewards,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspo_jax.prompts import Prompt
+from dspo_jax.data.sources import ImagePaths
+from dspo_jax.prompts import ALLOW_OUTSIDE, Prompt
 from dspo_jax.sample_folder import MANIFEST, SETTINGS
 
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -19,9 +20,14 @@ class ImageFolder:
     """A folder with one image for each prompt and seed, `00012_3.png` of prompt 12 (from 0) and seed 3.
 
     Or the output of `sample` for one model, of which the folder and how it was drawn are then known.
+
+    Attributes:
+      path: the folder.
+      allow_outside: whether its files may be symbolic links that lead out of it.
     """
 
     path: Path
+    allow_outside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +50,10 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
 
     Raises:
       FileNotFoundError: no such folder, or an image is missing.
-      ValueError: an image too many, or images of other prompts.
+      ValueError: an image too many, a link out of the folder, or images of other prompts.
     """
     path, settings = _locate(folder.path)
+    paths = ImagePaths(path, None if folder.allow_outside else ALLOW_OUTSIDE)
     files: dict[tuple[int, int], Path] = {}
     wanted = f"{len(prompts):,} prompts with seeds 0 to {seeds - 1}"
     for file in sorted(path.iterdir()):
@@ -60,7 +67,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
         prompt, seed = int(match[1]), int(match[2])
         if prompt >= len(prompts) or seed >= seeds or (prompt, seed) in files:
             raise ValueError(f"{file}: an image too many; there are {wanted}; move it away")
-        files[prompt, seed] = file
+        files[prompt, seed] = paths.find(file.name)
     for prompt in range(len(prompts)):
         for seed in range(seeds):
             if (prompt, seed) not in files:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dspo_jax import spelling
+from dspo_jax.data.sources import read_image_file
 from dspo_jax.model_dir import is_hub_id
 from dspo_jax.prompts import Prompt, read_prompts
 
@@ -36,7 +37,7 @@ class PromptSet:
         for prompt in self.prompts:
             digest.update(f"{prompt.text}\n".encode())
             if prompt.image:
-                digest.update(prompt.image.read_bytes())
+                digest.update(read_image_file(prompt.image))
         return digest.hexdigest()
 
 
@@ -88,13 +89,14 @@ SETS = {
 }
 
 
-def read_prompt_set(text: str, images: Path) -> PromptSet:
+def read_prompt_set(text: str, images: Path, *, allow_outside: bool = False) -> PromptSet:
     """A published set, `NAME=WHERE`; or the prompts of a file, or one prompt, as `read_prompts` has them.
 
     Args:
       text: of a set, NAME is a key of `SETS`, WHERE its file, the folder of its files (searched with its
         subfolders) or a dataset repository of the model hub.
       images: folder that the pictures of a set of edits are unpacked into.
+      allow_outside: see `read_prompts`.
 
     Raises:
       ValueError: an unknown name; another number of prompts, or other prompts, than the set has.
@@ -105,7 +107,7 @@ def read_prompt_set(text: str, images: Path) -> PromptSet:
         places = SETS[text].where
         raise ValueError(f"--prompts={text}: say where it is, {text}=FILE, FOLDER or HUB_ID (from {places})")
     if not equals or Path(text).is_file() or not re.fullmatch(r"[\w.-]+", name) or " " in where:
-        prompts = read_prompts(text)
+        prompts = read_prompts(text, allow_outside=allow_outside)
         source = Path(text).name if Path(text).is_file() else "a text"
         return PromptSet(source, tuple(prompts))
     if name not in SETS:

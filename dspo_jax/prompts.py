@@ -10,6 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dspo_jax import spelling
+from dspo_jax.data.sources import ImagePaths
+
+ALLOW_OUTSIDE = "--allow_outside"
+"""The option of the commands that allows images outside their folder, as messages name it."""
+
 _TEXT_KEYS = ("prompt", "caption", "text")
 
 
@@ -28,7 +34,7 @@ class Prompt:
     category: str = ""
 
 
-def read_prompts(text_or_file: str) -> list[Prompt]:
+def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prompt]:
     """The prompts of a file, in its order; or one prompt, if the argument ends in none of these.
 
     `.txt`: one a line, empty lines are passed over. `.jsonl`: objects with `prompt` (or `caption`, `text`)
@@ -36,9 +42,13 @@ def read_prompts(text_or_file: str) -> list[Prompt]:
     list of the same. `.tsv` (PartiPrompts), `.csv`: a column `prompt` (or `caption`, `text`), upper or lower
     case, and perhaps `image` and `category`. `.parquet`: the same columns.
 
+    Args:
+      text_or_file: the argument.
+      allow_outside: whether images may lie outside the folder of the file that names them.
+
     Raises:
       FileNotFoundError: it ends like a file and there is none, or an image is missing.
-      ValueError: no prompt, or a file that cannot be understood, by line.
+      ValueError: no prompt, a file that cannot be understood, by line, or an image outside the folder.
     """
     path = Path(text_or_file)
     readers = {
@@ -53,11 +63,12 @@ def read_prompts(text_or_file: str) -> list[Prompt]:
     if path.suffix not in readers or (" " in text_or_file and not path.is_file()):
         if not text_or_file.strip():
             raise ValueError("--prompts: empty; give a text or a file")
-        return [Prompt(text_or_file.strip())]
+        return [Prompt(check_text(text_or_file.strip(), "--prompts"))]
     if not path.is_file():
         raise FileNotFoundError(f"--prompts={path}: no such file")
     try:
-        prompts = [_parse(row, path, where) for where, row in readers[path.suffix](path)]
+        paths = ImagePaths(path.parent, None if allow_outside else ALLOW_OUTSIDE)
+        prompts = [_parse(row, path, where, paths) for where, row in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     if not prompts:
@@ -65,23 +76,40 @@ def read_prompts(text_or_file: str) -> list[Prompt]:
     return prompts
 
 
-def _parse(row: Any, path: Path, where: str) -> Prompt:
+def _parse(row: Any, path: Path, where: str, paths: ImagePaths) -> Prompt:
+    where = f"{path}: {where}"
     if isinstance(row, str):
-        return Prompt(row.strip())
+        return Prompt(check_text(row.strip(), where))
     if not isinstance(row, dict):
-        raise ValueError(f"{path}: {where}: {row!r}: must be a prompt, or an object with one")
+        raise ValueError(f"{where}: {row!r}: must be a prompt, or an object with one")
     fields = {str(name).lower(): value for name, value in row.items()}
     text = next((fields[key] for key in _TEXT_KEYS if key in fields), None)
     if not isinstance(text, str):
-        raise ValueError(f"{path}: {where}: no text under {', '.join(_TEXT_KEYS)} (found: {', '.join(row)})")
-    category = str(fields.get("category") or "").strip()
+        raise ValueError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {', '.join(row)})")
+    text = check_text(text.strip(), where)
+    category = check_text(str(fields.get("category") or "").strip(), where)
     name = fields.get("image")
     if not name:
-        return Prompt(text.strip(), category=category)
-    image = path.parent / str(name)
+        return Prompt(text, category=category)
+    try:
+        image = paths.find(str(name))
+    except ValueError as error:
+        raise ValueError(f"{where}: image = {name!r}: {error}") from error
     if not image.is_file():
-        raise FileNotFoundError(f"{path}: {where}: image = {name!r}: no such file")
-    return Prompt(text.strip(), image, category)
+        raise FileNotFoundError(f"{where}: image = {name!r}: no such file")
+    return Prompt(text, image, category)
+
+
+def check_text(text: str, where: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+      ValueError: it holds half a character or a null character; the message begins with `where`.
+    """
+    fault = spelling.fault_of_text(text)
+    if fault:
+        raise ValueError(f"{where}: {text!r} has {fault} in it; write it anew, in UTF-8")
+    return text
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -105,7 +133,7 @@ def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
 def _decode(text: str, path: Path, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting without end
         raise ValueError(f"{path}: {where}: not JSON ({error})") from error
 
 

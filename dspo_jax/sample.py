@@ -243,7 +243,7 @@ def read_options(settings: Any) -> dict[str, Any]:
         "seeds": _parse_seeds(settings.seeds),
         "init_latents": _read_latents(settings.init_latents) if settings.init_latents else None,
         "preview_vae": settings.preview_vae,
-        **read_drawing_flags(settings, read_prompts(settings.prompts)),
+        **read_drawing_flags(settings, read_prompts(settings.prompts, allow_outside=settings.allow_outside)),
     }
 
 

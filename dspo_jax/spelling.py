@@ -1,4 +1,5 @@
-"""One wording for every refused name: the key, the value, the nearest valid spelling and what is allowed."""
+"""One wording for every refused name: the key, the value, the nearest valid spelling and what is allowed;
+and texts that are none."""
 
 import difflib
 from collections.abc import Iterable
@@ -30,3 +31,16 @@ def unknown(key: str, value: str, allowed: Iterable[str]) -> str:
     guess = nearest(value, names)
     hint = f"; did you mean {guess!r}?" if guess else ""
     return f"{key} = {value!r}: unknown{hint} (allowed: {', '.join(names)})"
+
+
+def fault_of_text(text: str) -> str | None:
+    """Says why a string cannot be a text that people wrote, or None where it can.
+
+    JSON can name half a character ("\\ud83d"), and so does the command line for bytes that are not UTF-8;
+    UTF-8 cannot hold one. A null character comes of files in UTF-16, or of bytes that are no text.
+    """
+    if "\0" in text:
+        return "a null character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "half a character"
+    return None

@@ -384,3 +384,22 @@ def test_an_unknown_key_on_the_command_line_is_one_line_with_the_nearest_spellin
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "config.resolution" in done.stderr
+
+
+def test_leave_to_read_outside_the_folder_is_not_part_of_the_dataset(tmp_path, pipe, config):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    (data / "a.png").write_bytes(png((1, 2, 3)))
+    (tmp_path / "b.png").write_bytes(png((4, 5, 6)))
+    (data / "b.png").symlink_to("../b.png")
+    (data / "pairs.jsonl").write_text('{"caption": "a", "winner": "a.png", "loser": "b.png"}\n')
+    config.source = {"max_skipped": 0.0}
+    common.set_source(config, "folder")
+    config.source.path = str(data)
+    with pytest.raises(ValueError, match=r"b\.png: leads out of .*; .* --config\.source\.allow_outside=True"):
+        encode(config, out)
+    config.source.allow_outside = True
+    assert encode(config, out)  # goes on in the same folder
+    config.source.allow_outside = False
+    assert encode(config, out)
+    assert "allow_outside" not in shards.read_manifest(out)["source"]["arguments"]

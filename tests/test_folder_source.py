@@ -124,6 +124,7 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(write):
         ({"preference": 0.3}, "preference outside [0.5, 1]"),
         ({"preference": 1.5}, "preference outside [0.5, 1]"),
         ({"preference": float("nan")}, "preference outside [0.5, 1]"),
+        ({"preference": 10**400}, "preference outside [0.5, 1]"),
     ],
 )
 def test_a_faulty_row_is_yielded_and_found_bad(write, change, reason):
@@ -152,6 +153,8 @@ def test_a_faulty_row_is_yielded_and_found_bad(write, change, reason):
         ([PAIR, {**PAIR, "caption": 3}], r"pairs.jsonl:2: caption = 3: must be text"),
         ([{**PAIR, "loser": ["b"]}], r"pairs.jsonl:1: loser = \['b'\]: must be text"),
         ([{**PAIR, "caption": "a fox \ud83e"}], r"pairs.jsonl:1: caption = .* has half a character"),
+        ([{**PAIR, "key": "a fox \ud83e"}], r"pairs.jsonl:1: key = .* has half a character"),
+        (["[" * 100_000], r"pairs.jsonl:1: not JSON"),
         ([{**PAIR, "preference": "0.8"}], r"pairs.jsonl:1: preference = '0.8': must be a number"),
         ([{**PAIR, "preference": True}], r"pairs.jsonl:1: preference = True: must be a number"),
         ([{**PAIR, "split": "a/b"}], r"pairs.jsonl:1: split = 'a/b': must be a word"),

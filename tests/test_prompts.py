@@ -119,6 +119,37 @@ def test_a_file_that_cannot_be_understood_is_refused_by_line(tmp_path, name, con
         read_prompts(str(tmp_path / name))
 
 
+HALF = "a fox \\ud83e"  # as JSON writes it
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", f'"one"\n{{"prompt": "{HALF}"}}', "p.jsonl: line 2: .* has half a character in it"),
+        ("p.jsonl", f'"one"\n"{HALF}"', "p.jsonl: line 2: .* has half a character in it"),
+        ("p.jsonl", f'{{"prompt": "a", "category": "{HALF}"}}', "p.jsonl: line 1: .* has half a character"),
+        ("p.json", f'["one", "{HALF}"]', "p.json: entry 1: .* has half a character in it"),
+        ("p.json", '["one", "two\\u0000"]', "p.json: entry 1: .* has a null character in it"),
+        ("p.txt", "one\ntwo\0", "p.txt: line 2: .* has a null character in it"),
+        ("p.txt", "a cat".encode("utf-16"), "p.txt: not UTF-8"),
+        ("p.txt", "café".encode("latin-1"), "p.txt: not UTF-8"),
+        ("p.csv", "prompt\ncafé".encode("latin-1"), "p.csv: not UTF-8"),
+        ("p.jsonl", "[" * 100_000, "p.jsonl: line 1: not JSON"),
+        ("p.jsonl", "7" * 5000, "p.jsonl: line 1: not JSON"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompts(str(tmp_path / name))
+    str(caught.value).encode()  # so that it can be printed
+
+
+def test_bytes_on_the_command_line_that_are_no_utf_8_are_refused():
+    with pytest.raises(ValueError, match=r"--prompts: 'caf\\udce9' has half a character in it"):
+        read_prompts(os.fsdecode(b"caf\xe9"))
+
+
 def test_a_missing_file_and_an_empty_text_are_refused():
     with pytest.raises(FileNotFoundError, match=r"--prompts=missing\.txt: no such file"):
         read_prompts("missing.txt")

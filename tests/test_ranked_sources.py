@@ -130,6 +130,8 @@ def test_ranges_are_parts_of_the_whole_and_keys_are_unique(source):
             [{**RANKED[1], "ranking": ["a", "b"]}],
             r"entry 0: the ranks = \['a', 'b'\]: must be",
         ),
+        ("image_reward", [{**RANKED[1], "prompt": "a \ud83e"}], r"entry 0: .* has half a character in it"),
+        ("image_reward", [{**RANKED[1], "ranking": [1, 10**400]}], r"entry 0: the ranks = .*: must be small"),
         ("image_reward", [{**RANKED[1], "prompt": None}], r"entry 0: the prompt = \[None\]: must be of type"),
     ],
 )

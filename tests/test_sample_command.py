@@ -211,6 +211,7 @@ OPTIONS = {
     **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": ""},
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
+    **{"allow_outside": False},
 }
 
 
@@ -222,6 +223,7 @@ OPTIONS = {
         ({"seeds": ["1", "1"]}, "--seeds=1,1: must be different numbers from 0 to 4294967295"),
         ({"height": 64}, "--height and --width: give both or none"),
         ({"strength": 0.5}, "--strength=0.5: is of editing an image"),
+        ({"negative_prompt": "caf\udce9"}, "--negative_prompt: .* has half a character in it"),
         ({"init_image": "none.png"}, "--init_image=none.png: no such file"),
         ({"guidance_interval": ["9", "3"]}, "--guidance_interval=9,3: the first must not be above"),
         ({"guidance_interval": ["9"]}, "--guidance_interval=9: must be two timesteps"),

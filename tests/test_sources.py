@@ -112,6 +112,8 @@ def test_a_single_image_gives_one():
     ("change", "reason"),
     [
         ({"caption": " \n"}, "empty caption"),
+        ({"caption": "a fox \ud83e"}, "caption is no text"),
+        ({"caption": "a fox\0"}, "caption is no text"),
         ({"preference": 0.4}, "preference outside [0.5, 1]"),
         ({"preference": float("nan")}, "preference outside [0.5, 1]"),
         ({"winner": b""}, "undecodable image"),

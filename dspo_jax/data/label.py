@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
         images_per_prompt=values.images,
         pairs=values.pairs,
         temperature=values.temperature,
-        **read_drawing_flags(values, read_prompts(values.prompts)),
+        **read_drawing_flags(values, read_prompts(values.prompts, allow_outside=values.allow_outside)),
     )
     if distributed.is_first():
         print(

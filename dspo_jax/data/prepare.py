@@ -17,7 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from PIL import Image, ImageOps
 
-from dspo_jax.data.sources.pairs import MAX_PIXELS, BadRow, PreferencePair, decode_pair
+from dspo_jax.data.sources.image_files import BadRow
+from dspo_jax.data.sources.pairs import MAX_PIXELS, PreferencePair, decode_pair
 
 FLIPS = ("none", "random", "both")
 

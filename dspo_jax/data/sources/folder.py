@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dspo_jax import spelling
+from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
@@ -39,10 +42,13 @@ class Folder(Selection):
 
     Attributes:
       path: the folder, or the .jsonl or .csv file.
+      allow_outside: whether images may lie outside the folder of that file, by `..`, an absolute path or a
+        symbolic link.
       min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1.
     """
 
     path: str = ""
+    allow_outside: bool = False
 
     @property
     def images_per_example(self) -> int:
@@ -57,20 +63,25 @@ class Folder(Selection):
         rows = rows.append_column("margin", pa.array(2 * rows["preference"].to_numpy() - 1))
         images = ("winner", "loser") if "loser" in rows.column_names else None
         identity = images or ("winner",)
+        for name in identity:
+            self._paths().check(rows[name].unique().to_pylist())
         return Candidates(rows, ("caption", *identity, "preference", "key"), {}, (*identity, "key"), images)
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
-        folder = _find(self.path).parent
+        paths = self._paths()
         for batch in self.selected(split).rows[start:stop].to_batches(max_chunksize=1024):
             for row in batch.to_pylist():
                 yield PreferencePair(
                     caption=row["caption"],
-                    winner=folder / row["winner"],
-                    loser=folder / row["loser"] if "loser" in row else None,
+                    winner=paths.find(row["winner"]),
+                    loser=paths.find(row["loser"]) if "loser" in row else None,
                     preference=row["preference"],
                     key=row["key"],
                     loser_won=row["loser_won"],
                 )
+
+    def _paths(self) -> ImagePaths:
+        return ImagePaths(_find(self.path).parent, None if self.allow_outside else ALLOW_OUTSIDE)
 
 
 def _find(path: str) -> Path:
@@ -143,7 +154,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting without end
                 raise ValueError(f"{file}:{number}: not JSON ({error}); mend or delete the line") from error
             if not isinstance(row, dict):
                 raise ValueError(f'{file}:{number}: not an object; write {{"caption": ..., "winner": ...}}')
@@ -183,8 +194,6 @@ def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
         values[name] = "" if values[name] is None else values[name]
         if not isinstance(values[name], str):
             raise ValueError(f"{where}: {name} = {values[name]!r}: must be text")
-        if any("\ud800" <= character <= "\udfff" for character in values[name]):
-            raise ValueError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
     values["split"] = values["split"] or "train"
     if not re.fullmatch(r"\w+", values["split"]):
         raise ValueError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")
@@ -192,5 +201,10 @@ def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
         values["preference"] = 1.0
     if isinstance(values["preference"], bool) or not isinstance(values["preference"], int | float):
         raise ValueError(f"{where}: preference = {values['preference']!r}: must be a number")
+    if not -1 <= values["preference"] <= 2:  # a number that no column of them holds, too; it makes a bad row
+        values["preference"] = math.nan
     values["key"] = line if values["key"] is None else str(values["key"])
+    for name in (*_TEXT, "key"):
+        if spelling.fault_of_text(values[name].replace("\0", "")):  # a null character makes a bad row
+            raise ValueError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
     return values

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dspo_jax import spelling
+from dspo_jax.data.sources.image_files import BadRow, read_image_file
+
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded: a decompression bomb is a bad row, not a dead run."""
 
@@ -46,28 +49,15 @@ class PreferencePair:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class BadRow(ValueError):
-    """A row that cannot be encoded. `reason` is a short phrase under which such rows are counted."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
-        return BadRow, (self.reason, self.detail)  # so that a process can hand it to another
-
-
 def decode_image(data: ImageLike) -> Image.Image:
     """Decodes an image to RGB, upright, transparency composited over white.
 
     Raises:
-      BadRow: "missing image file", "undecodable image", "zero-size image" or "image over the pixel limit".
+      BadRow: "undecodable image", "zero-size image", "image over the pixel limit", or any of
+        `read_image_file`'s.
     """
     if isinstance(data, Path):
-        try:
-            data = data.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise BadRow("missing image file", str(error)) from error
+        data = read_image_file(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -109,10 +99,14 @@ def decode_pair(pair: PreferencePair) -> list[Image.Image]:
     """Checks a row and decodes its images: [winner, loser], or [winner] for single-image data.
 
     Raises:
-      BadRow: "empty caption", "preference outside [0.5, 1]", "identical images", or any of `decode_image`'s.
+      BadRow: "empty caption", "caption is no text", "preference outside [0.5, 1]", "identical images", or
+        any of `decode_image`'s.
     """
     if not pair.caption.strip():
         raise BadRow("empty caption")
+    fault = spelling.fault_of_text(pair.caption)
+    if fault:
+        raise BadRow("caption is no text", f"{fault} in {pair.caption!r}")
     if not 0.5 <= pair.preference <= 1.0:  # also refuses NaN
         raise BadRow("preference outside [0.5, 1]", str(pair.preference))
     images = [decode_image(image) for image in (pair.winner, pair.loser) if image is not None]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import pyarrow as pa
 
 from dspo_jax import spelling
+from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
@@ -42,12 +43,14 @@ class Ranked(Selection):
       path: the JSON file.
       images: the folder that the names of images are relative to.
       comparisons: "all" or "best".
+      allow_outside: whether images may lie outside that folder, by `..`, an absolute path or a symbolic link.
       min_margin (of `Selection`): smallest difference of the two ranks.
     """
 
     path: str = ""
     images: str = ""
     comparisons: str = "all"
+    allow_outside: bool = False
 
     images_per_example: ClassVar[int] = 2
     max_margin: ClassVar[float] = math.inf
@@ -71,7 +74,9 @@ class Ranked(Selection):
 
     def candidates(self, split: str) -> Candidates:
         rows: list[tuple[int, int, int, str, str, str, float]] = []
+        paths = self._paths()
         for number, (caption, images, ranks, _) in enumerate(_read(self)):
+            paths.check(images)
             order = sorted(range(len(ranks)), key=lambda i: ranks[i])
             for i, j in itertools.combinations(order, 2):
                 if self.comparisons == "all" or ranks[i] == ranks[order[0]]:
@@ -88,19 +93,23 @@ class Ranked(Selection):
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         lists = _read(self)
-        folder = Path(self.images) if self.images else self.folder()
+        paths = self._paths()
         for batch in self.selected(split).rows[start:stop].to_batches(max_chunksize=1024):
             for row in batch.to_pylist():
                 number, i, j = row["list"], row["i"], row["j"]
                 caption, images, ranks, name = lists[number]
                 yield PreferencePair(
                     caption=caption,
-                    winner=folder / images[i],
-                    loser=folder / images[j],
+                    winner=paths.find(images[i]),
+                    loser=paths.find(images[j]),
                     key=f"{number}/{i}>{j}",
                     loser_won=row["loser_won"],
                     meta={"winner_rank": ranks[i], "loser_rank": ranks[j], "id": name},
                 )
+
+    def _paths(self) -> ImagePaths:
+        folder = Path(self.images) if self.images else self.folder()
+        return ImagePaths(folder, None if self.allow_outside else ALLOW_OUTSIDE)
 
 
 @functools.cache
@@ -112,7 +121,7 @@ def _read(source: Ranked) -> list[RankedList]:
         )
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a number or a nesting without end
         raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
@@ -134,6 +143,12 @@ def _read(source: Ranked) -> list[RankedList]:
         ):
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
                 raise ValueError(f"{where}: {name} = {values!r}: must be of type {kind}")
+        for text in (parsed.caption, *parsed.images):
+            fault = spelling.fault_of_text(text)
+            if fault:
+                raise ValueError(f"{where}: {text!r} has {fault} in it; mend or delete the entry")
+        if not all(-(10**9) < rank < 10**9 for rank in parsed.ranks):  # NaN neither
+            raise ValueError(f"{where}: the ranks = {parsed.ranks!r}: must be small numbers")
         if len(parsed.images) != len(parsed.ranks):
             raise ValueError(f"{where}: {len(parsed.images)} images, but {len(parsed.ranks)} ranks")
         lists.append(parsed)

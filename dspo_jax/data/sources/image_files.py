@@ -1,0 +1,116 @@
+"""Image files that data name: where they may lie; their kind and size are seen before they are read."""
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import PngImagePlugin
+
+MAX_FILE_BYTES = 256 * 1024 * 1024
+"""Larger files are not read: as many bytes as the pixel limit has pixels of four bytes, uncompressed."""
+
+# Pillow gives up on a PNG with a text or a colour profile of more than 1 MB, though its pixels are whole
+# (prompts and workflows are kept there). Its limit for all texts of a file, 64 MiB, holds for each as well.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+ALLOW_OUTSIDE = "--config.source.allow_outside=True"
+"""The key of the sources that allows images outside their folder, as their messages name it."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be encoded. `reason` is a short phrase under which such rows are counted."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        return BadRow, (self.reason, self.detail)  # so that a process can hand it to another
+
+
+def read_image_file(path: Path) -> bytes:
+    """Reads the file of an image: a regular file, of at most `MAX_FILE_BYTES`.
+
+    Raises:
+      BadRow: "missing image file", "not a regular file" or "image file over the size limit".
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadRow("missing image file", f"{path} is a folder")
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise BadRow("not a regular file", f"{path} is {kind}")
+        with path.open("rb") as file:
+            # Some files, as those of /proc, hold more than they say.
+            data = b"" if status.st_size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
+    except BadRow:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise BadRow("missing image file", str(error)) from error
+    if max(status.st_size, len(data)) > MAX_FILE_BYTES:
+        raise BadRow("image file over the size limit", f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+    return data
+
+
+class ImagePaths:
+    """Paths of images that a file of data names: they must stay within one folder, unless the user says so.
+
+    What counts is where a path leads in the end, so that `..`, absolute paths and symbolic links are fine as
+    long as they stay inside. The links of a snapshot in the hub's cache lead to its `blobs`, which is inside.
+    """
+
+    def __init__(self, root: Path, allow: str | None):
+        """Takes the folder, and the option that allows what leaves it; None where the user has set it."""
+        self._root, self._allow = root, allow
+        self._real = os.path.realpath(root)
+        self._inside = (self._real, *_hub_blobs(Path(self._real)))
+
+    def find(self, name: str, folder: Path | None = None) -> Path:
+        """The path of an image.
+
+        Args:
+          name: as the data have it.
+          folder: that it is relative to; None is the root.
+
+        Raises:
+          ValueError: it leads out of the root.
+        """
+        path = (self._root if folder is None else folder) / name
+        if self._allow is None or "\0" in name:  # of which there is no file
+            return path
+        real = os.path.realpath(path)
+        if not any(real == inside or real.startswith(os.path.join(inside, "")) for inside in self._inside):
+            raise ValueError(
+                f"{path}: leads out of {self._root}, to {real}; move the image there, or set {self._allow} "
+                "if you trust these data"
+            )
+        return path
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuses names that leave the root by what is written in them, without a look at the disk.
+
+        Raises:
+          ValueError: one leads out of the root.
+        """
+        for name in names:
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                self.find(name)
+
+
+def _hub_blobs(folder: Path) -> list[str]:
+    """The files that a snapshot in the hub's cache links to, if the folder is one or in one."""
+    for inside in (folder, *folder.parents):
+        blobs = inside.parent.parent / "blobs"
+        if inside.parent.name == "snapshots" and blobs.is_dir():
+            return [str(blobs)]
+    return []
