@@ -21,9 +21,10 @@ from absl import flags
 from flax import traverse_util
 
 from dspo_jax import cli, model_dir
+from dspo_jax.files import name_write_errors
 from dspo_jax.model_dir import open_stored, read_json, stored_name, weights_file
 from dspo_jax.models import Model, Params, build_model, lora
-from dspo_jax.tensors import Tensor, name_write_errors, write_tensors
+from dspo_jax.tensors import Tensor, write_tensors
 
 # How torch stores each kind of leaf: (last part of its path, axes) -> (torch's name, order of the axes).
 _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {

@@ -6,7 +6,8 @@ checkpoint.
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dspo_jax import locks
 from dspo_jax.sharding import MESH_AXES, replicated
 
 
@@ -91,6 +93,34 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def claim(out: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
+    """Keeps other runs off a folder that this one writes to; see `locks.claim`.
+
+    The first process holds the lock for all. Where it is refused, all processes end.
+
+    Raises:
+      ValueError, OSError: as `locks.claim`, in every process.
+    """
+    if not jax.distributed.is_initialized():  # and no device is asked for
+        with locks.claim(out, share):
+            yield
+        return
+    with ExitStack() as stack:
+        refusal = None
+        if is_first():
+            try:
+                stack.enter_context(locks.claim(out, share))
+            except (ValueError, OSError) as error:
+                refusal = error
+        refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise ValueError(f"{out}: refused to this run; its first process says why")
+        yield
 
 
 class Vote:

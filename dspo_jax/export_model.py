@@ -22,6 +22,7 @@ from dspo_jax.convert import (
     read_models,
     to_torch,
 )
+from dspo_jax.files import appear, refuse_existing
 from dspo_jax.model_card import make_card
 from dspo_jax.model_dir import find_model, weights_file
 from dspo_jax.models import Model, lora
@@ -63,7 +64,7 @@ def export(
       ValueError: `out` exists, the base is another model, a weight is not finite or does not fit `dtype`, or
         there are no adapters.
     """
-    model_dir.refuse_existing(out)
+    refuse_existing(out)
     if adapters and out.suffix != ".safetensors":
         raise ValueError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
     with SavedParams(run / "checkpoints", step) as saved:
@@ -158,7 +159,7 @@ def _write_file(out: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, however large, that appears when it is complete."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     model_dir.require_space(out, size)
-    with model_dir.appear(out) as partial:
+    with appear(out) as partial:
         write_tensors(partial, tensors, max_shard_bytes=size)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import logging
 
 from dspo_jax import convert, ldm, model_dir, tensors
+from dspo_jax.files import appear, refuse_existing
 from dspo_jax.pipeline import load_pipeline
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -31,7 +32,7 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
       ValueError: a tensor is missing, left over or of another shape; a config of another class; a
         truncated file.
     """
-    model_dir.refuse_existing(out)
+    refuse_existing(out)
     path = Path(model)
     if path.suffix in _PICKLES:
         raise ValueError(f"{path}: a pickle, which is not read; convert it to .safetensors where it was made")
@@ -62,7 +63,7 @@ def _import_folder(folder: Path, out: Path) -> None:
                     tensors.open_file(file)
     files = model_dir.list_files(folder)
     model_dir.require_space(out, sum((folder / file).stat().st_size for file in files))
-    with model_dir.appear(out) as partial:
+    with appear(out) as partial:
         model_dir.copy_files(folder, files, partial)
 
 

@@ -1,4 +1,4 @@
-"""Model directories: where one is, which files belong to it, and how a new one appears under its name."""
+"""Model directories: where one is, which files belong to it, and how a new one is written."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax import tensors
+from dspo_jax.files import appear, name_write_errors
 from dspo_jax.tensors import Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -193,7 +194,7 @@ def copy_files(folder: Path, files: Iterable[Path], out: Path) -> None:
     """Copy `files` (relative to `folder`) to the same places under `out`, byte for byte."""
     for file in files:
         target = out / file
-        with tensors.name_write_errors(target):
+        with name_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target)
 
@@ -229,7 +230,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
         for component, class_name in classes.items():
             if component.startswith("text_encoder"):
                 _load_as_float32(partial / component, class_name)
-        with tensors.name_write_errors(partial / "README.md"):
+        with name_write_errors(partial / "README.md"):
             (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -263,30 +264,3 @@ def require_space(out: Path, nbytes: int) -> None:
             f"--out={out}: needs {nbytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
             "make room or choose another disk"
         )
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise ValueError where `out` is taken."""
-    if out.exists():
-        raise ValueError(f"--out={out}: exists already; choose another name or delete it")
-
-
-@contextmanager
-def appear(out: Path) -> Iterator[Path]:
-    """A hidden path beside `out` to write a file or folder to; it gets its name when all went well."""
-    refuse_existing(out)
-    partial = out.parent / f".{out.name}.partial"
-    _remove(partial)  # what a killed run left
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -5,17 +5,17 @@ then the tensors' bytes. Shards are such files beside an index that says which t
 """
 
 import dataclasses
-import errno
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from dspo_jax.files import name_write_errors
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own limit
 
@@ -206,14 +206,3 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
             value = tensor.read()
             assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), name
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-
-@contextmanager
-def name_write_errors(path: Path) -> Iterator[None]:
-    """Says which file could not be written, in plain words where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left on the disk" if full else error.strerror or str(error)
-        raise OSError(f"{path}: not written: {reason}") from error

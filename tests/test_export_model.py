@@ -21,6 +21,7 @@ from model_folders import (
 
 from dspo_jax import tensors
 from dspo_jax.export_model import export
+from dspo_jax.files import name_write_errors
 from dspo_jax.import_model import import_model
 
 
@@ -148,7 +149,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(name, full_run, tin
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(full_run, out, monkeypatch):
     def write(path, values):
-        with tensors.name_write_errors(path):
+        with name_write_errors(path):
             path.write_bytes(b"a part")
             raise OSError(errno.ENOSPC, "No space left on device")
 

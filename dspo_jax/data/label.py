@@ -19,13 +19,13 @@ from absl import flags
 
 from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.files import name_write_errors
 from dspo_jax.image_sampler import Drawing, Job
 from dspo_jax.prompts import Prompt, read_prompts
 from dspo_jax.rewards import Reward, load_reward, reward_names
 from dspo_jax.sample import sample
 from dspo_jax.sample_folder import SETTINGS, place_images
 from dspo_jax.scores import score_files
-from dspo_jax.tensors import name_write_errors
 
 PAIRS = ("best_worst", "all")
 # Evaluations count their seeds from 0: no image that a model is judged by begins with noise it trained on.

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from dspo_jax import cli, convert, model_dir, spelling, tensors
+from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models import Model, build_model
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
 from dspo_jax.rewards.clip_folder import TOKENIZER_FILES, read_clip, read_tokenizer
@@ -100,8 +101,8 @@ def write_clip(job: Job, *, features: int, activation: str) -> None:
     if job.tokenizer:
         read_tokenizer(job.tokenizer, model)
     model_dir.require_space(job.out, sum(each.nbytes for part in written.values() for each in part.values()))
-    with model_dir.appear(job.out) as partial:
-        with tensors.name_write_errors(partial):
+    with appear(job.out) as partial:
+        with name_write_errors(partial):
             partial.mkdir()
             for name, content in (("config.json", model.config), ("reward.json", about)):
                 text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
@@ -194,7 +195,7 @@ def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | Non
     if reward not in RECIPES:
         raise ValueError(spelling.unknown("--reward", reward, RECIPES))
     recipe = RECIPES[reward]
-    model_dir.refuse_existing(out)
+    refuse_existing(out)
     if recipe.head and head is None:
         raise ValueError(
             f"--head is missing: name the file {_HEAD}, which lies on GitHub in "

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import BertTokenizer
 
 from dspo_jax import convert, model_dir, tensors
+from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.registry import Reward, register_loader
@@ -94,7 +95,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
         another one.
       OSError: the disk is full.
     """
-    model_dir.refuse_existing(out)
+    refuse_existing(out)
     if tokenizer is None:
         raise ValueError(
             f"reward {_NAME}: needs a tokenizer: a folder with vocab.txt of bert-base-uncased, or that file"
@@ -107,8 +108,8 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {"name": _NAME, "source": source, "sha256": digest}
     model_dir.require_space(out, sum(tensor.nbytes for tensor in stored.values()))
-    with model_dir.appear(out) as partial:
-        with tensors.name_write_errors(partial):
+    with appear(out) as partial:
+        with name_write_errors(partial):
             partial.mkdir()
             for name, content in (("config.json", model.config), ("reward.json", about)):
                 (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

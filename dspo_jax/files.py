@@ -1,0 +1,138 @@
+"""A file or folder appears when it is whole: it is written under a hidden name beside it, and then renamed.
+
+What a killed process leaves under such a name is taken up, or removed, by the next one that writes there.
+"""
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dspo_jax import locks
+
+
+class NotWritten(OSError):
+    """A file that could not be written; the message names it."""
+
+
+@contextmanager
+def name_write_errors(path: Path) -> Iterator[None]:
+    """Says which file could not be written, in plain words where the disk is full."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left on the disk" if full else error.strerror or str(error)
+        raise NotWritten(f"{path}: not written: {reason}") from error
+
+
+@contextmanager
+def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A hidden path to write a file to; when all went well it becomes `path`, in place of what was there.
+
+    Its name does not end as that of `path` does. The folder is made if need be; a pipe, terminal or other
+    device is written to as it is.
+
+    Args:
+      path: the file.
+      shared: whether several processes may write it at once; one of theirs stays.
+
+    Raises:
+      NotWritten: names the file.
+    """
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        with name_write_errors(path):
+            yield path
+        return
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{f'{uuid.uuid4().hex}.' if shared else ''}partial")
+    with name_write_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Writes a text file, whole and on the disk when this returns; see `whole`."""
+    with whole(path, shared=shared) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if partial != path:
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False, shared: bool = False) -> None:
+    """Writes a value as indented JSON; see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", shared=shared)
+
+
+def read_json(path: Path, fix: str) -> Any:
+    """The value in a JSON file of ours.
+
+    Args:
+      path: the file.
+      fix: what to do where it is damaged, e.g. by a full disk, for the message.
+
+    Raises:
+      ValueError: it is empty, cut short or no JSON.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        damage = f"not valid JSON ({error})" if text.strip() else "empty, as a full disk leaves a file"
+        raise ValueError(f"{path}: {damage}; {fix}") from error
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises ValueError where `out` is taken."""
+    if out.exists():
+        raise ValueError(f"--out={out}: exists already; choose another name or delete it")
+
+
+@contextmanager
+def appear(out: Path) -> Iterator[Path]:
+    """A hidden path beside `out` to write a new file or folder to; it gets its name when all went well.
+
+    Raises:
+      ValueError: `out` exists, or another process is writing it.
+    """
+    with locks.reserve(out):
+        refuse_existing(out)
+        partial = out.with_name(f".{out.name}.partial")
+        _remove(partial)  # what a killed run left
+        try:
+            yield partial
+            with name_write_errors(out):
+                _sync(partial)
+                partial.rename(out)
+        finally:
+            _remove(partial)
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or every file of a folder, is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
