@@ -40,8 +40,9 @@ def get_config() -> ConfigDict:
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # Without a caption is with the empty one, or for SDXL with zeros, as its model_index.json asks.
     config.caption_dropout = 0.2
-    # Whether winner and loser share timestep and noise, as in every released code base (DSPO's Eq. 14 does
-    # not).
+    # Whether winner and loser share their timestep, as in every released code base and in the papers' prints,
+    # and their noise, as in every released code base; the prints (DSPO's Eq. 14) draw noise for each image.
+    config.share_timesteps = True
     config.share_noise = True
     # Of an objective for single images with labels (kto) on pairs: one image is taken of each, the liked one
     # with this probability.

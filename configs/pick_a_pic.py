@@ -19,7 +19,8 @@ def sd15(variant: str, *, printed: bool = True) -> ConfigDict:
 
     "paper" is what DSPO prints in D.3: 2.048e-8 and 2000 warm-up steps, here the whole run. Its "inverse
     scaling" thereafter is no schedule: in Diffusion-DPO's text, where it comes from, it is the division of
-    the rate by beta.
+    the rate by beta. Both papers print one timestep for a pair and noise of each image's own (DSPO's Eq. 14,
+    Diffusion-DPO's supplement S2), where the launchers' trainers share the noise too.
 
     Args:
       variant: "", "released" or "paper".
@@ -64,6 +65,7 @@ def _base(variant: str, printed: bool) -> ConfigDict:
 
 
 def _as_printed(config: ConfigDict) -> ConfigDict:
+    config.share_noise = False
     config.optimizer.learning_rate = 2.048e-8
     config.optimizer.warmup_steps = 2000
     return config

@@ -4,8 +4,8 @@
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
 
 `:released` (the default) is the launcher: beta = 5000. `:paper` is section 5.1 of the paper: beta = 2000,
-learning rate 2.048e-8 times 2000 / beta, linear warm-up over a quarter of the run. Not run at this size by
-this project: no hours and no result to report.
+learning rate 2.048e-8 times 2000 / beta, linear warm-up over a quarter of the run; and noise of each image's
+own, as the supplement prints it (S2). Not run at this size by this project: no hours and no result to report.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 `:released` (the default) is the launcher: mean over a latent, lambda = 0.001, pairs share timestep and noise.
 The authors searched lambda in 0.001, 0.01, 0.05 and took the checkpoint of step 500, 1000 or 1500. `:paper`
-is the print: sum over a latent, timestep and noise of their own (Eq. 14), learning rate 2.048e-8. Either is
+is the print: sum over a latent, noise of each image's own (Eq. 14), learning rate 2.048e-8. Either is
 numerically SFT on the winners (docs/objectives.md says why, and what to set instead). Not run at this size by
 this project: no hours and no result to report.
 """
@@ -22,5 +22,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.lam = 0.001
     if variant == "paper":
         config.objective.reduction = "sum"
-        config.share_noise = False
     return config

@@ -20,5 +20,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective.lam = 0.001
     if variant == "paper":
         config.objective.reduction = "sum"
-        config.share_noise = False
     return config

@@ -5,8 +5,8 @@
 
 `:released` (the default) is the launcher: beta = 5000 with the switch of loss that the paper does not
 mention; the authors searched beta in 1000 to 5000 and took the checkpoint of step 600 or 700. `:paper` is Eq.
-47 alone, with the printed learning rate; no beta is printed. Not run at this size by this project: no hours
-and no result to report.
+47 alone, with the printed learning rate and noise of each image's own (Eq. 14); no beta is printed. Not run
+at this size by this project: no hours and no result to report.
 """
 
 from ml_collections import ConfigDict

@@ -97,6 +97,7 @@ def make_task(config: ConfigDict, pipe: Pipeline) -> Task:
         remat=config.remat,
         timesteps=_timesteps(config, pipe),
         caption_dropout=config.caption_dropout,
+        share_timesteps=config.share_timesteps,
         share_noise=config.share_noise,
         positive_ratio=config.positive_ratio,
         accumulation=config.accumulation,
@@ -288,7 +289,9 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     ours = json.loads(config.to_json())
     if path.is_file():
         mine, theirs = (flatten_dict(each, sep=".") for each in (ours, json.loads(path.read_text())))
-        theirs.setdefault("data.weights", [])  # runs from before there were any
+        # Keys that older runs did not have, by what those runs did.
+        theirs.setdefault("data.weights", [])
+        theirs.setdefault("share_timesteps", theirs.get("share_noise"))
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
                 raise ValueError(

@@ -39,7 +39,8 @@ class Task:
       remat: which activations the backward pass computes again, see models/remat.py.
       timesteps: (first, last) that are drawn, both included.
       caption_dropout: probability of dropping the caption of a pair.
-      share_noise: whether the images of a pair share timestep and noise.
+      share_timesteps: whether the images of a pair share their timestep.
+      share_noise: whether the images of a pair share their noise.
       positive_ratio: probability that the image drawn of a pair is the winner, for an objective that takes
         one.
       accumulation: parts a batch is worked through in.
@@ -59,6 +60,7 @@ class Task:
     remat: str
     timesteps: tuple[int, int]
     caption_dropout: float
+    share_timesteps: bool
     share_noise: bool
     positive_ratio: float
     accumulation: int
@@ -120,14 +122,14 @@ def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax
     """
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
-    shared = 1 if task.share_noise else images
+    of_noise, of_timesteps = (1 if shared else images for shared in (task.share_noise, task.share_timesteps))
     first, last = task.timesteps
 
     def draw(index: jax.Array) -> tuple[jax.Array, ...]:
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         posterior = jax.random.normal(keys[0], mean.shape[1:])
-        noise = jax.random.normal(keys[1], (shared, *mean.shape[2:]))
-        timesteps = jax.random.randint(keys[2], (shared,), first, last + 1)
+        noise = jax.random.normal(keys[1], (of_noise, *mean.shape[2:]))
+        timesteps = jax.random.randint(keys[2], (of_timesteps,), first, last + 1)
         return posterior, noise, timesteps, jax.random.bernoulli(keys[3], task.caption_dropout)
 
     posterior, noise, timesteps, drop = jax.vmap(draw)(batch["index"])

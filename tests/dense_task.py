@@ -59,6 +59,7 @@ def make_task(name, changes: dict[str, Any] | None = None, **hyperparameters):
         "remat": "none",
         "timesteps": (0, 999),
         "caption_dropout": 0.2,
+        "share_timesteps": True,
         "share_noise": True,
         "positive_ratio": 0.8,
         "accumulation": 1,

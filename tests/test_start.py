@@ -184,6 +184,20 @@ def test_a_run_from_before_weights_has_none(config, tmp_path):
         claim_workdir(tmp_path, config)
 
 
+def test_a_run_from_before_share_timesteps_shared_both_or_neither(config, tmp_path):
+    config.share_noise = config.share_timesteps = False
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("share_timesteps") is False
+    path.write_text(json.dumps(saved))
+    claim_workdir(tmp_path, config)
+    path.write_text(json.dumps(saved))
+    config.share_timesteps = True  # what share_noise=False alone means now
+    with pytest.raises(ValueError, match=r"config\.share_timesteps = False, now it is True"):
+        claim_workdir(tmp_path, config)
+
+
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
     config.optimizer.schedule = "cosine"
     claim_workdir(tmp_path, config)

@@ -263,12 +263,13 @@ def test_examples_and_runs_draw_differently(task):
 
 
 @pytest.mark.parametrize("share_noise", [True, False])
-def test_winner_and_loser_share_timestep_and_noise_or_neither(task, share_noise):
-    task = dataclasses.replace(task, share_noise=share_noise)
+@pytest.mark.parametrize("share_timesteps", [True, False])
+def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(task, share_timesteps, share_noise):
+    task = dataclasses.replace(task, share_timesteps=share_timesteps, share_noise=share_noise)
     latents, noise, timesteps, _ = make_draws(task, np.arange(64), np.ones((64, 2, 2, 2, 8)))
     assert np.mean(noise[:, 0] == noise[:, 1]) == share_noise
     same_timestep = np.mean(timesteps[:, 0] == timesteps[:, 1])
-    assert same_timestep == 1 if share_noise else same_timestep < 0.1
+    assert same_timestep == 1 if share_timesteps else same_timestep < 0.1
     # The posterior's noise is each image's own.
     assert not np.any(latents[:, 0] == latents[:, 1])
 
