@@ -15,7 +15,7 @@ from PIL import Image
 from dspo_jax import spelling
 from dspo_jax.data.sources import read_image_file
 from dspo_jax.model_dir import is_hub_id
-from dspo_jax.prompts import Prompt, read_prompts
+from dspo_jax.prompts import Prompt, check_text, read_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +182,19 @@ def _read(path: Path, name: str, images: Path) -> list[Prompt]:
             if column not in names:
                 raise ValueError(f"{path}: no column {column!r} (found: {', '.join(names)})")
         rows = pq.read_table(path, columns=["edit_prompt", "input_image"]).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not parquet ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
     folder = images / path.stem  # a set may have several files
     folder.mkdir(parents=True, exist_ok=True)
-    return [
-        Prompt(row["edit_prompt"].strip(), _unpack(row["input_image"]["bytes"], folder / f"{i:05d}", path))
-        for i, row in enumerate(rows)
-    ]
+    prompts = []
+    for i, row in enumerate(rows):
+        text, image = row["edit_prompt"], row["input_image"]
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(text, str) or not isinstance(content, bytes):
+            raise ValueError(f"{path}: row {i}: needs a text as edit_prompt and bytes as input_image")
+        text = check_text(text.strip(), f"{path}: row {i}")
+        prompts.append(Prompt(text, _unpack(content, folder / f"{i:05d}", path)))
+    return prompts
 
 
 def _unpack(content: bytes, stem: Path, source: Path) -> Path:
@@ -197,7 +202,7 @@ def _unpack(content: bytes, stem: Path, source: Path) -> Path:
     try:
         with Image.open(io.BytesIO(content)) as image:
             file = stem.with_suffix(f".{image.format}".lower())
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken chunk of a PNG
         raise ValueError(f"{source}: row {int(stem.name)}: undecodable image ({error})") from error
     if not file.is_file() or file.stat().st_size != len(content):
         partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")

@@ -85,14 +85,17 @@ def _parse(row: Any, path: Path, where: str, paths: ImagePaths) -> Prompt:
     fields = {str(name).lower(): value for name, value in row.items()}
     text = next((fields[key] for key in _TEXT_KEYS if key in fields), None)
     if not isinstance(text, str):
-        raise ValueError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {', '.join(row)})")
+        found = ", ".join(f"{name}, a {type(value).__name__}" for name, value in row.items())
+        raise ValueError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {found})")
     text = check_text(text.strip(), where)
     category = check_text(str(fields.get("category") or "").strip(), where)
     name = fields.get("image")
     if not name:
         return Prompt(text, category=category)
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: image is a {type(name).__name__}, but must be the path of a file")
     try:
-        image = paths.find(str(name))
+        image = paths.find(name)
     except ValueError as error:
         raise ValueError(f"{where}: image = {name!r}: {error}") from error
     if not image.is_file():
@@ -160,6 +163,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         wanted = [name for name in names if name.lower() in (*_TEXT_KEYS, "image", "category")]
         # Other columns may hold gigabytes of images.
         rows = pq.read_table(path, columns=wanted).to_pylist() if wanted else [dict.fromkeys(names)]
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not parquet ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
     return ((f"row {number}", row) for number, row in enumerate(rows))

@@ -68,7 +68,7 @@ def test_images_may_be_the_hubs_struct(source):
     columns["loser"][1] = {"bytes": None, "path": "x.png"}
     good, bad = source(columns).pairs("train")
     assert images(good) == [0, 1]
-    with pytest.raises(BadRow, match="undecodable image"):
+    with pytest.raises(BadRow, match="missing image file"):
         decode_pair(bad)
 
 

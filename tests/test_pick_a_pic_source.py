@@ -145,8 +145,9 @@ def test_a_missing_column_is_named_with_the_file(source, column):
     ("column", "values", "message"),
     [
         ("caption", [1], "must hold text"),
-        ("jpg_0", ["a.jpg"], "type string, but must hold images, as bytes or as the hub's struct"),
-        ("label_0", ["1"], "must hold numbers"),
+        ("jpg_0", [7], "'jpg_0' is of type int64, but must hold images, as bytes, as paths or as the hub's"),
+        ("label_0", ["1"], "'label_0' is of type string, but must hold numbers"),
+        ("has_label", ["yes"], "'has_label' is of type string, but must hold true and false"),
     ],
 )
 def test_a_column_of_another_type_is_refused(source, column, values, message):

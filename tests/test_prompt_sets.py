@@ -97,6 +97,10 @@ def test_edits_are_unpacked_with_their_pictures(tmp_path):
     (pictures / "00009.jpeg").write_bytes(b"cut short")
     assert read_prompt_set(f"instructpix2pix={source}", images) == found
     assert (pictures / "00008.png").stat().st_mtime_ns == kept
+    for text, picture in ((None, {"bytes": b"x"}), ("a", None), ("a", {"bytes": None, "path": "x.png"})):
+        pq.write_table(pa.table({"edit_prompt": [text], "input_image": [picture]}), source)
+        with pytest.raises(ValueError, match="row 0: needs a text as edit_prompt and bytes as input_image"):
+            read_prompt_set(f"instructpix2pix={source}", images)
     pq.write_table(pa.table({"edit_prompt": ["a"]}), source)
     with pytest.raises(ValueError, match=r"no column 'input_image' \(found: edit_prompt\)"):
         read_prompt_set(f"instructpix2pix={source}", images)

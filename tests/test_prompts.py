@@ -84,7 +84,24 @@ def test_parquet(tmp_path):
     assert texts(tmp_path / "p.parquet") == ["one", "two"]
     table = pa.table({"jpg_0": [b"1", b"2"]})
     pq.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match=r"row 0: no text under .* \(found: jpg_0\)"):
+    with pytest.raises(ValueError, match=r"row 0: no text under .* \(found: jpg_0, a NoneType\)"):
+        texts(tmp_path / "p.parquet")
+
+
+def test_parquet_of_every_kind_of_text(tmp_path):
+    category = pa.array(["one", "two"]).dictionary_encode()
+    for column in (category, category.cast(pa.string()).cast(pa.large_string())):
+        pq.write_table(pa.table({"Prompt": column, "category": [1, 2]}), tmp_path / "p.parquet")
+        assert read_prompts(str(tmp_path / "p.parquet")) == [
+            Prompt("one", None, "1"),
+            Prompt("two", None, "2"),
+        ]
+    for column, found in (([b"one"], "bytes"), ([1], "int"), ([["one"]], "list")):
+        pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+        with pytest.raises(ValueError, match=rf"row 0: no text under .*found: prompt, a {found}\)"):
+            texts(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": pa.array([b"caf\xe9"]).view(pa.string())}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"p.parquet: not UTF-8"):
         texts(tmp_path / "p.parquet")
 
 
@@ -108,8 +125,14 @@ def test_images_to_start_from_are_relative_to_the_file(tmp_path):
         ("p.json", "[", r"the file: not JSON"),
         ("p.jsonl", '"a"\n{', r"line 2: not JSON"),
         ("p.jsonl", "7", r"line 1: 7: must be a prompt"),
-        ("p.jsonl", '{"promt": "a"}', r"line 1: no text under prompt, caption, text \(found: promt\)"),
-        ("p.csv", "promt\na\n", r"line 2: no text under prompt, caption, text \(found: promt\)"),
+        ("p.jsonl", '{"promt": "a"}', r"line 1: no text under prompt, caption, text \(found: promt, a str\)"),
+        ("p.jsonl", '{"prompt": null}', r"line 1: no text under .* \(found: prompt, a NoneType\)"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "image": {"bytes": 1}}',
+            "line 1: image is a dict, but must be the path",
+        ),
+        ("p.csv", "promt\na\n", r"line 2: no text under prompt, caption, text \(found: promt, a str\)"),
         ("p.parquet", "a", "not parquet"),
     ],
 )

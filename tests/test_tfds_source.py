@@ -23,7 +23,7 @@ LABELLED = {**FEATURES, "preference": tfds.features.Scalar(np.float32), "key": t
 def dataset(tmp_path):
     """Writes a dataset `my_pairs` of some sizes; returns a function that makes its source."""
 
-    def dataset(sizes, features=FEATURES, suffix="array_record", columns=None):
+    def dataset(sizes, features=FEATURES, suffix="array_record", columns=None, caption=None):
         name, columns = "my_pairs", columns or {}
         folder = tmp_path / name / "1.0.0"
         folder.mkdir(parents=True)
@@ -35,7 +35,7 @@ def dataset(tmp_path):
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
             for i in range(first, first + size):
                 example = {
-                    "caption": f"caption {i % 50}",
+                    "caption": caption or f"caption {i % 50}",
                     "winner": io.BytesIO(numbered_image(2 * i)),
                     "loser": io.BytesIO(numbered_image(2 * i + 1)),
                     "preference": 0.5 + i / 256,
@@ -143,6 +143,13 @@ def test_a_preference_out_of_range_is_a_bad_row(dataset):
     *_, row = dataset({"train": 130, "test": 1}, LABELLED)().pairs("train")
     with pytest.raises(BadRow, match="preference outside"):
         decode_pair(row)
+
+
+def test_a_caption_that_is_not_utf_8_is_refused_in_one_line(dataset):
+    source = dataset({"train": 1}, caption=b"caf\xe9")
+    for ask in (source(), source(validation_share=0.0)):
+        with pytest.raises(ValueError, match=r"'my_pairs:1.0.0': example 0: feature 'caption' is not UTF-8"):
+            list(ask.pairs("train"))
 
 
 def test_a_dataset_that_is_not_there_is_refused_in_one_line(dataset, tmp_path):

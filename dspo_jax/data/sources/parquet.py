@@ -8,18 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.parquet_files import (
-    Column,
-    files_of,
-    find_files,
-    image_bytes,
-    read_index,
-    read_rows,
-)
+from dspo_jax.data.sources.parquet_columns import Column
+from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 
-_KINDS = {"caption": "text", "winner": "image", "loser": "image", "preference": "number", "key": "any"}
+_KINDS = {"caption": "text", "winner": "image", "loser": "image", "preference": "number", "key": "name"}
 
 
 @register("parquet")
@@ -27,14 +21,16 @@ _KINDS = {"caption": "text", "winner": "image", "loser": "image", "preference": 
 class Parquet(Selection):
     """Parquet files: one, a folder of them, or the id of a dataset repository on the hub.
 
-    Every row is a caption, the winner and the loser, as bytes of image files or as the hub's struct of bytes
-    and path. `preference`, in [0.5, 1], is 1 where there is no such column; the key is
+    Every row is a caption, the winner and the loser, as bytes of image files, as their paths relative to the
+    parquet file, or as the hub's struct of bytes and path, of which the path is taken where there are no
+    bytes. `preference`, in [0.5, 1], is 1 where there is no such column; the key is
     "{file name}/{row number}" where there is none. `loser_won` is not known.
 
     Attributes:
       path: the file, folder or hub id.
       caption, winner, loser, preference, key: names of the columns. Files without `preference` or `key` are
         fine as long as these have not been given other names. An empty `loser` is for single images.
+      allow_outside: whether paths of images may lead out of `path`, by `..`, absolute or by a symbolic link.
       min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1.
     """
 
@@ -44,6 +40,7 @@ class Parquet(Selection):
     loser: str = "loser"
     preference: str = "preference"
     key: str = "key"
+    allow_outside: bool = False
 
     @property
     def images_per_example(self) -> int:
@@ -78,19 +75,19 @@ class Parquet(Selection):
                 )
         preference = np.ones(rows.num_rows)
         if "preference" in rows.column_names:
-            preference = rows["preference"].cast(pa.float64()).fill_null(1.0).to_numpy()
+            preference = rows["preference"].fill_null(1.0).to_numpy()
         rows = rows.append_column("margin", pa.array(2 * preference - 1))
         return Candidates(rows, ("file", "row"), {}, identity)
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         index = self.selected(split).rows[start:stop]
-        names = [column.name for column in self._columns().values()]
-        for position, row in read_rows(files_of(self.path, split), index, names):
-            preference, key = row.get(self.preference), row.get(self.key)
+        paths = image_paths(self.path, self.allow_outside)
+        for position, row in read_rows(files_of(self.path, split), index, self._columns(), paths):
+            preference, key = row.get("preference"), row.get("key")
             yield PreferencePair(
-                caption=row[self.caption] or "",
-                winner=image_bytes(row[self.winner]),
-                loser=image_bytes(row[self.loser]) if self.loser else None,
+                caption=row["caption"] or "",
+                winner=row["winner"],
+                loser=row["loser"] if self.loser else None,
                 preference=1.0 if preference is None else float(preference),
                 key=position if key is None else str(key),
             )

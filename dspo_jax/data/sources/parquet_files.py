@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
+from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -97,6 +99,12 @@ def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
     return files[split if split in files else "train"]
 
 
+def image_paths(path: str, allow_outside: bool) -> ImagePaths:
+    """Where images may lie that the files of a source give as paths: in its folder, or anywhere."""
+    root = Path(path)
+    return ImagePaths(root if root.is_dir() else root.parent, None if allow_outside else ALLOW_OUTSIDE)
+
+
 def _list_hub(repository: str) -> list[str]:
     """Names of the parquet files of a dataset repository."""
     import huggingface_hub  # slow to import, and needed for the hub only
@@ -140,42 +148,6 @@ def _open(file: ParquetFile, **options: Any) -> Iterator[pq.ParquetFile]:
             ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column: its name, what it holds, and what to do in a file without it (None: nothing)."""
-
-    name: str
-    kind: str
-    fix: str | None = None
-
-
-_KINDS = {
-    "text": (lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind), "text"),
-    "number": (lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind), "numbers"),
-    "image": (
-        lambda kind: _is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0),
-        "images, as bytes or as the hub's struct of bytes and path",
-    ),
-    "any": (lambda kind: True, ""),
-}
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _check_columns(path: str, schema: pa.Schema, columns: Iterable[Column]) -> None:
-    for column in columns:
-        if column.name in schema.names:
-            fits, wanted = _KINDS[column.kind]
-            kind = schema.field(column.name).type
-            if not fits(kind) and not (column.fix is None and pa.types.is_null(kind)):
-                raise ValueError(f"{path}: column {column.name!r} is of type {kind}, but must hold {wanted}")
-        elif column.fix is not None:
-            found = ", ".join(schema.names)
-            raise ValueError(f"{path}: no column {column.name!r} (found: {found}); {column.fix}")
-
-
 def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> pa.Table:
     """Reads the light columns of all files: those that hold no images.
 
@@ -184,8 +156,9 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
       columns: what the files should have, by the name it gets in the index; all of it is checked.
 
     Returns:
-      A table of the light columns (null in the rows of a file that lacks it, absent where all do; text as
-      large strings) and `file` and `row` [int32], the number of the file and of the row in it.
+      A table of the light columns (null in the rows of a file that lacks it, absent where all do; in the
+      types of `parquet_columns.convert`) and `file` and `row` [int32], the number of the file and of the row
+      in it.
 
     Raises:
       ValueError: a column is missing or holds something else; the message names the file and what it has.
@@ -194,21 +167,14 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
 
     def read(number: int) -> pa.Table:
         with _open(files[number], pre_buffer=True) as parquet:
-            schema = parquet.schema_arrow
-            _check_columns(files[number].location, schema, columns.values())
-            light = {
-                name: column.name
-                for name, column in columns.items()
-                if column.kind != "image"
-                and column.name in schema.names
-                and not pa.types.is_null(schema.field(column.name).type)
-            }
-            table = parquet.read(list(light.values()), use_threads=False)
+            found = choose_columns(files[number].location, parquet.schema_arrow, columns)
+            light = {name: column for name, column in found.items() if column.kind != "image"}
+            table = parquet.read([column.name for column in light.values()], use_threads=False)
             num_rows = parquet.metadata.num_rows
-        arrays = {name: table[column] for name, column in light.items()}
-        for name, array in arrays.items():
-            if pa.types.is_string(array.type):  # its 32-bit offsets end at 2 GiB
-                arrays[name] = array.cast(pa.large_string())
+        arrays: dict[str, Any] = {
+            name: convert(files[number].location, table[column.name], column)
+            for name, column in light.items()
+        }
         arrays["file"] = pa.array(np.full(num_rows, number, np.int32))
         arrays["row"] = pa.array(np.arange(num_rows, dtype=np.int32))
         return pa.table(arrays)
@@ -216,34 +182,51 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
     logging.info("reading the index of %d parquet files, without their images", len(files))
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         tables = list(pool.map(read, range(len(files))))
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        for name, column in columns.items():
+            kinds = {
+                table[name].type: file.location
+                for table, file in zip(tables, files, strict=True)
+                if name in table.column_names
+            }
+            if len(kinds) > 1:
+                found = ", ".join(f"{kind} in {location}" for kind, location in kinds.items())
+                raise ValueError(f"column {column.name!r}: {found}; write it in one type") from error
+        raise
 
 
 def read_rows(
-    files: Sequence[ParquetFile], index: pa.Table, columns: Sequence[str]
+    files: Sequence[ParquetFile], index: pa.Table, columns: Mapping[str, Column], paths: ImagePaths
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields rows one by one, reading only the row groups that hold them.
 
     Args:
       files: as given to `read_index`.
       index: `file` and `row` of the rows, in the order of the files.
-      columns: what to read of each row, where its file has it.
+      columns: what to read of each row, where its file has it, by the name it gets.
+      paths: where images may lie that are given as paths, relative to the folder of their file.
 
     Yields:
-      The row's key, "{key of the file}/{row number}", and its values by column.
+      The row's key, "{key of the file}/{row number}", and its values by those names (images: bytes or paths).
+
+    Raises:
+      ValueError: an image of a row lies where it may not.
     """
     file_of, rows = index["file"].to_numpy(), index["row"].to_numpy()
     for number in np.unique(file_of):
         file, wanted = files[number], rows[file_of == number]
         with _open(file, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet:
-            found = [name for name in columns if name in parquet.schema_arrow.names]
+            found = choose_columns(file.location, parquet.schema_arrow, columns)
+            names = list(dict.fromkeys(column.name for column in found.values()))
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             starts = np.cumsum([0, *sizes])
             group_of = np.searchsorted(starts, wanted, side="right") - 1
             for group in np.unique(group_of):
                 first = starts[group]
                 batches = parquet.iter_batches(
-                    _ROWS_AT_ONCE, row_groups=[int(group)], columns=found, use_threads=False
+                    _ROWS_AT_ONCE, row_groups=[int(group)], columns=names, use_threads=False
                 )
                 of_group = wanted[group_of == group]
                 for batch in batches:
@@ -251,12 +234,34 @@ def read_rows(
                     for row, values in zip(
                         inside, batch.take(pa.array(inside - first)).to_pylist(), strict=True
                     ):
-                        yield f"{file.key}/{row}", values
+                        yield (
+                            f"{file.key}/{row}",
+                            {
+                                name: _image(file, row, values[column.name], paths)
+                                if column.kind == "image"
+                                else values[column.name]
+                                for name, column in found.items()
+                            },
+                        )
                     first += batch.num_rows
                     if first > of_group[-1]:
                         break
 
 
-def image_bytes(value: bytes | Mapping[str, bytes | None] | None) -> bytes:
-    """The bytes of an image, plain or in the hub's struct; where there are none, b"" (a bad row)."""
-    return (value["bytes"] if isinstance(value, Mapping) else value) or b""
+def _image(file: ParquetFile, row: int, value: Any, paths: ImagePaths) -> bytes | Path:
+    """An image's bytes, or its path where there are none, or b"" (a bad row) where there is neither.
+
+    Raises:
+      ValueError: a path of a file on the hub, or one that leads out of the folder.
+    """
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
+    if isinstance(data, str):
+        data, name = None, data
+    if data or not name:
+        return data or b""
+    if file.on_hub:
+        raise ValueError(
+            f"{file.location}: row {row}: the image is a file of its own, {name!r}, which is not read from "
+            "the hub; download the repository, and give its folder as config.source.path"
+        )
+    return paths.find(name, Path(file.location).parent)

@@ -9,28 +9,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.parquet_files import (
-    Column,
-    files_of,
-    find_files,
-    image_bytes,
-    read_index,
-    read_rows,
-)
+from dspo_jax.data.sources.parquet_columns import Column
+from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 
 _UIDS, _MODELS = ("image_0_uid", "image_1_uid"), ("model_0", "model_1")
 _FIX = "the files of Pick-a-Pic that hold its images are needed"
-_COLUMNS = (
-    Column("caption", "text", _FIX),
-    Column("jpg_0", "image", _FIX),
-    Column("jpg_1", "image", _FIX),
-    Column("label_0", "number", _FIX),
-    Column("has_label", "any"),
-    *(Column(name, "text") for name in (*_UIDS, *_MODELS)),
-    Column("ranking_id", "any"),
-)
+_COLUMNS = {
+    column.name: column
+    for column in (
+        Column("caption", "text", _FIX),
+        Column("jpg_0", "image", _FIX),
+        Column("jpg_1", "image", _FIX),
+        Column("label_0", "number", _FIX),
+        Column("has_label", "flag"),
+        *(Column(name, "name") for name in (*_UIDS, *_MODELS, "ranking_id")),
+    )
+}
 
 
 @register("pick_a_pic")
@@ -54,11 +50,13 @@ class PickAPic(Selection):
     Attributes:
       path: the folder, file or hub id.
       models: names of generating models, as they stand in the files; both images must be of these. () is any.
+      allow_outside: see `Parquet`, of images that are given as paths.
       min_margin (of `Selection`): smallest |label_0 - label_1|, from 0 to 1.
     """
 
     path: str = ""
     models: tuple[str, ...] = ()
+    allow_outside: bool = False
 
     images_per_example: ClassVar[int] = 2
 
@@ -73,8 +71,8 @@ class PickAPic(Selection):
         return tuple(find_files(require("path", self.path)))
 
     def candidates(self, split: str) -> Candidates:
-        rows = read_index(files_of(self.path, split), {column.name: column for column in _COLUMNS})
-        label = rows["label_0"].cast(pa.float64()).to_numpy()
+        rows = read_index(files_of(self.path, split), _COLUMNS)
+        label = rows["label_0"].to_numpy()
         unlabelled = np.isnan(label)
         if "has_label" in rows.column_names:
             unlabelled |= pc.equal(rows["has_label"], False).fill_null(False).to_numpy()
@@ -84,6 +82,10 @@ class PickAPic(Selection):
         rows = rows.append_column("margin", pa.array(np.abs(2 * label - 1)))
         if not set(_UIDS) <= set(rows.column_names):
             return Candidates(rows, ("file", "row"), left_out, ("file", "row"))
+        if rows[_UIDS[0]].type != rows[_UIDS[1]].type:
+            for name in _UIDS:
+                uids = rows[name].cast(pa.large_string())
+                rows = rows.set_column(rows.column_names.index(name), name, uids)
         first_won = pa.array(label > 0.5)
         for name, first, second in (("winner", *_UIDS), ("loser", *reversed(_UIDS))):
             rows = rows.append_column(name, pc.if_else(first_won, rows[first], rows[second]))
@@ -95,18 +97,20 @@ class PickAPic(Selection):
             raise ValueError(
                 f"config.source.models = {self.models}: the files of {self.path} have no column {column!r}"
             )
-        return pc.is_in(rows[column], value_set=pa.array(self.models, rows[column].type)).to_numpy()
+        names = rows[column].cast(pa.large_string())
+        return pc.is_in(names, value_set=pa.array(self.models, pa.large_string())).to_numpy()
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         index = self.selected(split).rows[start:stop]
-        rows = read_rows(files_of(self.path, split), index, [column.name for column in _COLUMNS])
+        paths = image_paths(self.path, self.allow_outside)
+        rows = read_rows(files_of(self.path, split), index, _COLUMNS, paths)
         for loser_won, (key, row) in zip(index["loser_won"].to_numpy(), rows, strict=True):
             label = float(row["label_0"])
             first, second = (0, 1) if label > 0.5 else (1, 0)
             yield PreferencePair(
                 caption=row["caption"] or "",
-                winner=image_bytes(row[f"jpg_{first}"]),
-                loser=image_bytes(row[f"jpg_{second}"]),
+                winner=row[f"jpg_{first}"],
+                loser=row[f"jpg_{second}"],
                 preference=max(label, 1 - label),
                 key=key,
                 loser_won=bool(loser_won),

@@ -57,7 +57,7 @@ class Tfds(Selection):
         if held_out or self.caption_pattern or self.min_margin or self.one_pair_per_prompt:
             for i in range(len(examples)):
                 example = examples[i]
-                captions[i] = example[self.caption].decode()
+                captions[i] = self._decode(example[self.caption], i)
                 preferences[i] = example.get(self.preference, 1.0)
         rows = pa.table(
             {
@@ -67,6 +67,15 @@ class Tfds(Selection):
             }
         )
         return Candidates(rows, ("row",), {}, ("row",))
+
+    def _decode(self, caption: bytes, row: int) -> str:
+        try:
+            return caption.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"config.source.dataset = {self.dataset!r}: example {row}: feature {self.caption!r} is not "
+                f"UTF-8 ({error}); write the dataset anew"
+            ) from error
 
     def digest(self, split: str) -> str:
         """Of the selected rows' numbers, and of 256 examples: reading all would take as long as encoding."""
@@ -87,7 +96,7 @@ class Tfds(Selection):
             example = examples[int(row)]
             key = example.get(self.key, str(row))
             yield PreferencePair(
-                caption=example[self.caption].decode(),
+                caption=self._decode(example[self.caption], int(row)),
                 winner=example[self.winner],
                 loser=example[self.loser] if self.loser else None,
                 preference=float(example.get(self.preference, 1.0)),
