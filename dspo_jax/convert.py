@@ -21,8 +21,9 @@ from absl import flags
 from flax import traverse_util
 
 from dspo_jax import cli, model_dir
+from dspo_jax.component_files import open_stored, stored_name, weights_file
 from dspo_jax.files import name_write_errors
-from dspo_jax.model_dir import open_stored, read_json, stored_name, weights_file
+from dspo_jax.model_dir import read_json
 from dspo_jax.models import Model, Params, build_model, lora
 from dspo_jax.tensors import Tensor, write_tensors
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dspo_jax import ldm, model_dir
+from dspo_jax.component_files import weights_file
 from dspo_jax.convert import (
     DTYPES,
     cast,
@@ -24,7 +25,7 @@ from dspo_jax.convert import (
 )
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.model_card import make_card
-from dspo_jax.model_dir import find_model, weights_file
+from dspo_jax.model_dir import find_model
 from dspo_jax.models import Model, lora
 from dspo_jax.saved_params import SavedParams
 from dspo_jax.tensors import Tensor, write_tensors

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import logging
 
 from dspo_jax import convert, ldm, model_dir, tensors
+from dspo_jax.component_files import find_weights, open_stored
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.pipeline import load_pipeline
 
@@ -54,17 +55,16 @@ def _import_folder(folder: Path, out: Path) -> None:
         raise ValueError(f"{folder}: a training run; use `convert export --run={folder}`")
     networks = load_pipeline(folder).networks  # checks whether they fit together, tokenizers and schedule too
     classes = model_dir.list_components(model_dir.read_json(folder / "model_index.json"))
+    unusable = model_dir.find_unusable(folder, classes)
     for name, class_name in classes.items():
         if name in networks:
             convert.open_component(folder / name, networks[name])
-        elif (folder / name).is_dir():
-            for file in model_dir.find_weights(folder / name, class_name):
-                if file.suffix == ".safetensors":
-                    tensors.open_file(file)
+        elif name not in unusable and find_weights(folder / name, class_name):
+            open_stored(folder / name, class_name)
     files = model_dir.list_files(folder)
     model_dir.require_space(out, sum((folder / file).stat().st_size for file in files))
     with appear(out) as partial:
-        model_dir.copy_files(folder, files, partial)
+        model_dir.copy_model(folder, files, partial)
 
 
 def _import_single(path: Path, base: Path, out: Path) -> None:

@@ -8,30 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from dspo_jax import tensors
-from dspo_jax.files import appear, name_write_errors
+from dspo_jax.component_files import (
+    OTHER_WEIGHTS,
+    find_weights,
+    hub_repository,
+    missing_weights,
+    open_stored,
+    stored_name,
+    weights_file,
+)
+from dspo_jax.files import appear, name_write_errors, write_json
 from dspo_jax.tensors import Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Files of weights that are never read (pickles) or never chosen (other frameworks, half-precision variants).
-_OTHER_WEIGHTS = {
-    ".bin",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".pb",
-    ".pt",
-    ".pth",
-    ".safetensors",
-}
-# Names that differ in some files: transformers 5 saves a CLIPTextModel without its prefix, which every
-# published Stable Diffusion has, and diffusers called the VAE's attention otherwise before 0.15, as the
-# published VAEs of Stable Diffusion 1 and 2 still do.
-_TEXT_PREFIX = "text_model."
-_OLD_ATTENTION = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 _NOTICES = re.compile(r"(readme|license|licence|notice)", re.IGNORECASE)
+_INDICES = re.compile(r"\.index(\.\w+)?\.json$")
+# Components without which no picture is drawn; for the others diffusers takes null.
+_NEEDED = re.compile(r"unet|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
+_LINK = (
+    "{0}: a link to a file outside the model's folder, which is not copied; put the file itself there "
+    "(cp -rL copies a folder so)"
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,72 +109,22 @@ def list_components(index: Mapping[str, Any]) -> dict[str, str]:
     return components
 
 
-def weights_file(folder: Path, class_name: str) -> Path:
-    """The safetensors file of a component; shards are named after it."""
-    by_diffusers = class_name.startswith(("Autoencoder", "UNet"))
-    return folder / ("diffusion_pytorch_model.safetensors" if by_diffusers else "model.safetensors")
-
-
-def find_weights(folder: Path, class_name: str) -> list[Path]:
-    """The safetensors files of a component: one, or an index and its shards; none where it has no weights.
-
-    Raises:
-      FileNotFoundError: it has weights in other formats only.
-    """
-    path = weights_file(folder, class_name)
-    index = tensors.index_path(path)
-    if not path.is_file() and index.is_file():
-        return [index, *tensors.list_files(path)]
-    if path.is_file() or not any(file.suffix in _OTHER_WEIGHTS for file in folder.iterdir()):
-        return [path] if path.is_file() else []
-    raise _missing_weights(path)
-
-
-def open_stored(folder: Path, class_name: str) -> dict[str, Tensor]:
-    """A component's tensors under the names that its files have for them.
-
-    Raises:
-      FileNotFoundError: there is no safetensors file; a pickle is not read.
-      ValueError: a damaged or truncated file.
-    """
-    path = weights_file(folder, class_name)
-    if not path.is_file() and not tensors.index_path(path).is_file():
-        raise _missing_weights(path)
-    return tensors.open_tensors(path)
-
-
-def _missing_weights(path: Path) -> FileNotFoundError:
-    folder = path.parent
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
-    variants = sorted(file.name for file in folder.glob("*.safetensors"))
-    if pickles:
-        fix = f"{pickles[0]} is a pickle and is not read; save the model with safe_serialization=True"
-    elif variants:
-        fix = f"{variants[0]} is there: give it this name if it holds the whole component"
-    else:
-        fix = "fetch the model again"
-    return FileNotFoundError(f"{path}: no such file; {fix}")
-
-
-def stored_name(name: str, stored: Collection[str]) -> str:
-    """What a file with the tensors `stored` calls `name`."""
-    old = name
-    for today, before in _OLD_ATTENTION.items():
-        old = old.replace(today, before)
-    candidates = (name, name.removeprefix(_TEXT_PREFIX), old)
-    return next((candidate for candidate in candidates if candidate in stored), name)
-
-
 def list_files(folder: Path) -> list[Path]:
     """The files that make up a model directory, relative to it; other copies of its weights are left out.
+
+    Optional components that diffusers could not load without what is never copied are left out, too:
+    `find_unusable` has them.
 
     Raises:
       FileNotFoundError: a component is missing or has no safetensors weights.
     """
     components = list_components(read_json(folder / "model_index.json"))
+    unusable = find_unusable(folder, components)
     files = [path for path in folder.iterdir() if path.is_file() and _NOTICES.match(path.name)]
     files.append(folder / "model_index.json")
     for component, class_name in components.items():
+        if component in unusable:
+            continue
         if not (folder / component).is_dir():
             raise FileNotFoundError(
                 f"{folder / component}: no such folder, but model_index.json names it; fetch the model again"
@@ -183,20 +133,88 @@ def list_files(folder: Path) -> list[Path]:
         files += [
             path
             for path in (folder / component).rglob("*")
-            if path.is_file()
-            and path.suffix not in _OTHER_WEIGHTS
-            and not path.name.endswith(".safetensors.index.json")
+            if path.is_file() and path.suffix not in OTHER_WEIGHTS and not _INDICES.search(path.name)
         ]
     return sorted(path.relative_to(folder) for path in files)
 
 
-def copy_files(folder: Path, files: Iterable[Path], out: Path) -> None:
-    """Copy `files` (relative to `folder`) to the same places under `out`, byte for byte."""
+def find_unusable(folder: Path, components: Mapping[str, str]) -> dict[str, str]:
+    """Optional components of a model directory that cannot be carried along -> why.
+
+    A safety checker that is a pickle or not there is no reason to refuse a model: diffusers draws without.
+    """
+    unusable = {}
+    for component, class_name in components.items():
+        if not _NEEDED.fullmatch(component):
+            reason = _find_fault(folder / component, class_name)
+            if reason:
+                unusable[component] = reason
+    # diffusers loads no checker without what it reads pictures through.
+    usable = components.keys() - unusable.keys()
+    if "safety_checker" in usable and "feature_extractor" not in usable:
+        unusable["safety_checker"] = "diffusers loads none without a feature_extractor"
+    return unusable
+
+
+def _find_fault(folder: Path, class_name: str) -> str | None:
+    """Why diffusers could not load the copy of an optional component; None if it could."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    if not any(folder.glob("*config.json")):
+        return f"{folder}: holds no config"
+    try:
+        # A network has a config.json; what prepares its pictures has another, and no weights.
+        if find_weights(folder, class_name) or not (folder / "config.json").is_file():
+            return None
+    except FileNotFoundError as error:
+        return str(error)
+    return str(missing_weights(folder, class_name))
+
+
+def find_links(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Those of `files` (relative to `folder`) that lie elsewhere, by a symbolic link.
+
+    The hub's cache may link as it does: from a snapshot to the blobs of the same repository.
+    """
+    root = folder.resolve()
+    homes = [root, *([root.parents[1] / "blobs"] if hub_repository(root / "file") else [])]
+    return [
+        file for file in files if not any((folder / file).resolve().is_relative_to(home) for home in homes)
+    ]
+
+
+def foresee_export(folder: Path) -> list[str]:
+    """What a later export over this model will leave out or refuse, a line each."""
+    unusable = find_unusable(folder, list_components(read_json(folder / "model_index.json")))
+    lines = [f"an export will be without {name} ({reason})" for name, reason in unusable.items()]
+    links = find_links(folder, list_files(folder))
+    return [*lines, *([f"an export will be refused: {_LINK.format(folder / links[0])}"] if links else [])]
+
+
+def copy_files(folder: Path, files: Collection[Path], out: Path) -> None:
+    """Copy `files` (relative to `folder`) to the same places under `out`, byte for byte.
+
+    Raises:
+      ValueError: one is a link to a file elsewhere, which might be anything of this machine.
+    """
+    for link in find_links(folder, files):
+        raise ValueError(_LINK.format(folder / link))
     for file in files:
         target = out / file
         with name_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target)
+
+
+def copy_model(folder: Path, files: Collection[Path], out: Path) -> None:
+    """`copy_files` of a model directory; its model_index.json says null where a component is left out."""
+    copy_files(folder, files, out)
+    index = read_json(out / "model_index.json")
+    unusable = find_unusable(folder, list_components(index))
+    for name, reason in unusable.items():
+        logging.warning("%s is left out of the copy: %s", name, reason)
+    if unusable:
+        write_json(out / "model_index.json", index | {name: [None, None] for name in unusable})
 
 
 def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], card: str) -> None:
@@ -224,7 +242,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
     size = sum((base / file).stat().st_size for file in kept)
     require_space(out, size + sum(value.nbytes for values in written.values() for value in values.values()))
     with appear(out) as partial:
-        copy_files(base, kept, partial)
+        copy_model(base, kept, partial)
         for component, values in written.items():
             tensors.write_tensors(weights_file(partial / component, classes[component]), values)
         for component, class_name in classes.items():
@@ -245,10 +263,7 @@ def _load_as_float32(folder: Path, class_name: str) -> None:
     stored = {str(tensor.dtype) for tensor in open_stored(folder, class_name).values()}
     if all(config[key] == "float32" for key in named) and (named or not stored & {"float16", "bfloat16"}):
         return
-    content = config | dict.fromkeys(named or ("torch_dtype",), "float32")
-    with tensors.name_write_errors(folder / "config.json"):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", config | dict.fromkeys(named or ("torch_dtype",), "float32"))
 
 
 def require_space(out: Path, nbytes: int) -> None:

@@ -14,7 +14,8 @@ from absl import logging
 from transformers import CLIPTokenizer
 
 from dspo_jax import convert, saved_params
-from dspo_jax.model_dir import find_model, find_weights
+from dspo_jax.component_files import find_weights
+from dspo_jax.model_dir import find_model
 from dspo_jax.models import Model, Params, lora
 from dspo_jax.schedule import Schedule
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dspo_jax import distributed, sample_grids, spelling, validate
+from dspo_jax import distributed, model_dir, sample_grids, spelling, validate
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import datasets, shards
 from dspo_jax.metrics import import_wandb
@@ -58,6 +59,8 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
             f"python -m dspo_jax.convert export --run={config.model} --out=DIR"
         )
     pipe = load_pipeline(config.model)
+    for line in model_dir.foresee_export(pipe.path):
+        logging.warning("config.model = %s: %s", config.model, line)
     task = make_task(config, pipe)
     adapters = make_adapters(config, pipe)
     check_data(config, pipe, task.objective)

@@ -101,38 +101,34 @@ def index_path(path: Path) -> Path:
 
 
 def list_files(path: Path) -> list[Path]:
-    """The files that hold the tensors of `path`: itself, or its shards in order.
+    """The files that hold what `path` opens: a safetensors file alone; an index and its shards in order.
 
     Raises:
-      FileNotFoundError: neither the file nor an index is there, or a shard is missing.
       ValueError: the index is malformed.
     """
-    index = index_path(path)
-    if path.is_file() or not index.is_file():
-        return [path]
-    return [path.with_name(name) for name in sorted(set(_weight_map(index).values()))]
+    if path.suffix == ".json":
+        return [path, *(path.with_name(name) for name in sorted(set(_weight_map(path).values())))]
+    return [path]
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or, where there is none of that name, of its shards.
+    """The tensors of a safetensors file, or of the shards of which `path` is the index.
 
     Raises:
       FileNotFoundError, ValueError: as `open_file`; or shards and index disagree.
     """
-    files = list_files(path)
-    if files == [path]:
+    if path.suffix != ".json":
         return open_file(path)
-    index = index_path(path)
-    opened = {file.name: open_file(file) for file in files}
-    weight_map = _weight_map(index)
+    opened = {file.name: open_file(file) for file in list_files(path)[1:]}
+    weight_map = _weight_map(path)
     for name, shard in weight_map.items():
         if name not in opened[shard]:
-            raise ValueError(f"{index}: tensor {name} is not in {shard}; fetch the model again")
+            raise ValueError(f"{path}: tensor {name} is not in {shard}; fetch the model again")
     for shard, tensors in opened.items():
         for name in tensors:
             if weight_map.get(name) != shard:
                 raise ValueError(
-                    f"{path.with_name(shard)}: tensor {name} is not in {index.name}; fetch the model again"
+                    f"{path.with_name(shard)}: tensor {name} is not in {path.name}; fetch the model again"
                 )
     return {name: tensor for tensors in opened.values() for name, tensor in tensors.items()}
 

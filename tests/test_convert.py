@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_model import UNET
 
 from dspo_jax import convert, tensors
+from dspo_jax.component_files import weights_file
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 
@@ -59,7 +60,7 @@ def test_read_then_write_gives_the_same_tensors(component, dtype, tiny_model, tm
     assert {str(leaf.dtype) for leaf in convert.flatten(params).values()} == {dtype}
     convert.write_params(tmp_path / "written", model, params)
     stored, written = (
-        contents(convert.weights_file(tmp_path / name, model.class_name)) for name in ("stored", "written")
+        contents(weights_file(tmp_path / name, model.class_name)) for name in ("stored", "written")
     )
     assert written == stored
     assert convert.read_config(tmp_path / "written") == convert.read_config(tiny_model / component)
@@ -69,11 +70,11 @@ def test_shards_that_diffusers_wrote_are_read(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DConditionModel.from_config(UNET)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
-    path = convert.weights_file(tmp_path / "theirs", "UNet2DConditionModel")
+    path = weights_file(tmp_path / "theirs", "UNet2DConditionModel")
     assert not path.exists()
     model, params = read(tmp_path / "theirs")
     convert.write_params(tmp_path / "ours", model, params)
-    written = load_file(convert.weights_file(tmp_path / "ours", "UNet2DConditionModel"))
+    written = load_file(weights_file(tmp_path / "ours", "UNet2DConditionModel"))
     assert set(written) == set(theirs.state_dict())
     for name, value in theirs.state_dict().items():
         np.testing.assert_array_equal(written[name], value.numpy(), err_msg=name)
@@ -82,7 +83,7 @@ def test_shards_that_diffusers_wrote_are_read(tmp_path):
     expected = json.loads(index.read_text())
     again = tmp_path / "again" / path.name
     again.parent.mkdir()
-    tensors.write_tensors(again, tensors.open_tensors(path), max_shard_bytes=50_000)
+    tensors.write_tensors(again, tensors.open_tensors(index), max_shard_bytes=50_000)
     ours = json.loads(tensors.index_path(again).read_text())
     assert ours["metadata"]["total_size"] == expected["metadata"]["total_size"]
     assert set(ours["weight_map"]) == set(expected["weight_map"])

@@ -20,6 +20,7 @@ from tiny_model import FAMILIES, write_model
 
 from configs import common
 from dspo_jax import convert, tensors
+from dspo_jax.component_files import open_stored
 from dspo_jax.models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -93,9 +94,7 @@ def measure(*arguments: str) -> float:
 
 def same_unet(one: Path, other: Path) -> bool:
     """Whether two folders hold the same UNet, compared tensor by tensor."""
-    first, second = (
-        tensors.open_tensors(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (one, other)
-    )
+    first, second = (open_stored(path / "unet", "UNet2DConditionModel") for path in (one, other))
     return first.keys() == second.keys() and all(
         first[name].dtype == second[name].dtype
         and first[name].read().tobytes() == second[name].read().tobytes()

@@ -24,10 +24,12 @@ from model_folders import (
 )
 from safetensors.numpy import save_file
 
+from configs import common
 from dspo_jax import convert, model_dir, tensors
 from dspo_jax.export_model import export
 from dspo_jax.import_model import import_model
 from dspo_jax.pipeline import load_pipeline
+from dspo_jax.start import prepare
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 NAME = "text_model.final_layer_norm.weight"
@@ -63,23 +65,109 @@ def test_an_imported_folder_is_read_as_the_original(published, tiny_model, out):
     assert ours.fingerprint()["latent_channels"] == 4
 
 
-def test_what_is_no_network_is_carried_along_but_not_as_a_pickle(model, out):
+def add_optional(model, **classes):
+    """Names optional components in the index; a network without a folder, a processor with its config."""
     index = json.loads((model / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index |= {name: ["transformers", class_name] for name, class_name in classes.items()}
     (model / "model_index.json").write_text(json.dumps(index))
+    if "feature_extractor" in classes:
+        (model / "feature_extractor").mkdir()
+        (model / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+
+
+def index_of(folder):
+    return json.loads((folder / "model_index.json").read_text())
+
+
+CHECKER = {"safety_checker": "StableDiffusionSafetyChecker", "feature_extractor": "CLIPImageProcessor"}
+
+
+def test_a_safety_checker_is_carried_along(model, out):
+    add_optional(model, **CHECKER)
     checker = model / "safety_checker"
-    with refused(f"{checker}: no such folder, but model_index.json names it", FileNotFoundError):
-        import_model(model, out)
     checker.mkdir()
+    (checker / "config.json").write_text("{}")
     (checker / "pytorch_model.bin").write_bytes(b"pickle")
-    with refused(
-        f"{checker}/model.safetensors: no such file; pytorch_model.bin is a pickle", FileNotFoundError
-    ):
-        import_model(model, out)
-    assert_nothing_written(out)
     save_file({"x": np.ones(1)}, checker / "model.safetensors")
     import_model(model, out)
-    assert [path.name for path in (out / "safety_checker").iterdir()] == ["model.safetensors"]
+    assert {path.name for path in (out / "safety_checker").iterdir()} == {"config.json", "model.safetensors"}
+    assert (out / "feature_extractor" / "preprocessor_config.json").is_file()
+    assert (out / "model_index.json").read_bytes() == (model / "model_index.json").read_bytes()
+    truncate(checker / "model.safetensors")
+    with refused(f"{checker}/model.safetensors: damaged or truncated"):
+        import_model(model, out.with_name("again"))
+
+
+def no_folder(checker):
+    pass
+
+
+def only_a_pickle(checker):
+    checker.mkdir()
+    (checker / "config.json").write_text("{}")
+    (checker / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def no_weights(checker):
+    checker.mkdir()
+    (checker / "config.json").write_text("{}")
+
+
+def no_config(checker):
+    checker.mkdir()
+    save_file({"x": np.ones(1)}, checker / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["safety_checker", "image_encoder"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (no_folder, "no such folder"),
+        (only_a_pickle, "no such file; pytorch_model.bin is a pickle"),
+        (no_weights, "no such file; fetch the model again"),
+        (no_config, "holds no config"),
+    ],
+)
+def test_an_optional_component_that_cannot_be_carried_is_left_out(name, spoil, reason, model, out, caplog):
+    add_optional(model, **CHECKER | {name: "CLIPVisionModelWithProjection"})
+    for network in {"safety_checker", name}:
+        spoil(model / network)
+    (line,) = (
+        line
+        for line in model_dir.foresee_export(model)
+        if line.startswith(f"an export will be without {name} ")
+    )
+    assert reason in line
+    with caplog.at_level("WARNING", logger="absl"):
+        import_model(model, out)
+    assert f"{name} is left out of the copy: {model / name}" in caplog.text
+    assert reason in caplog.text
+    assert index_of(out) == index_of(model) | {name: [None, None], "safety_checker": [None, None]}
+    assert not (out / name).exists()
+    assert model_dir.foresee_export(out) == []
+    export(make_run(model.parent / "run", model), out.with_name("exported"))
+    assert index_of(out.with_name("exported")) == index_of(out)
+
+
+def test_no_checker_is_left_without_its_processor(model, out):
+    add_optional(model, **CHECKER)
+    shutil.rmtree(model / "feature_extractor")
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "config.json").write_text("{}")
+    save_file({"x": np.ones(1)}, model / "safety_checker" / "model.safetensors")
+    import_model(model, out)
+    assert index_of(out) == index_of(model) | {name: [None, None] for name in CHECKER}
+
+
+def test_what_an_export_will_lack_is_said_before_training(model, tiny_pairs, caplog):
+    add_optional(model, **CHECKER)
+    config = common.get_config()
+    config.model, config.data.path = str(model), str(tiny_pairs)
+    config.objective.name, config.batch_size = "sft", 8
+    config.validation.every = config.samples.every = 0
+    with caplog.at_level("WARNING", logger="absl"):
+        prepare(config)
+    assert f"config.model = {model}: an export will be without safety_checker ({model}/safety" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ def arrays():
 
 @pytest.fixture
 def written(arrays, tmp_path):
-    """A model of two matrices in two shards."""
+    """The index of a model of two matrices in two shards."""
     path = tmp_path / "model.safetensors"
     pair = {name: lazy(np.full((4, 4), number, np.float32)) for number, name in enumerate(["a", "b"])}
     write_tensors(path, pair, max_shard_bytes=64)
-    return path
+    return tensors.index_path(path)
 
 
 def test_the_file_is_the_librarys_byte_for_byte(arrays, tmp_path):
@@ -69,17 +69,11 @@ def test_large_models_are_written_in_shards(written):
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
     ]
-    index = json.loads(tensors.index_path(written).read_text())
+    index = json.loads(written.read_text())
     assert index == {"metadata": {"total_size": 128}, "weight_map": {"a": names[0], "b": names[1]}}
     assert set(load_file(written.with_name(names[1]))) == {"b"}
-    assert tensors.list_files(written) == [written.with_name(name) for name in names[:2]]
+    assert tensors.list_files(written) == [written, *(written.with_name(name) for name in names[:2])]
     np.testing.assert_array_equal(open_tensors(written)["b"].read(), np.ones((4, 4)))
-
-
-def test_a_whole_file_is_preferred_to_shards(written):
-    save_file({"c": np.zeros(1)}, written)
-    assert set(open_tensors(written)) == {"c"}
-    assert tensors.list_files(written) == [written]
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
@@ -135,18 +129,18 @@ def test_a_dtype_that_nothing_here_computes_with_is_named(tmp_path):
 
 
 def edit_index(path, edit):
-    index = json.loads(tensors.index_path(path).read_text())
+    index = json.loads(path.read_text())
     edit(index)
-    tensors.index_path(path).write_text(json.dumps(index))
+    path.write_text(json.dumps(index))
 
 
 def test_shards_and_index_must_agree(written):
-    first, second = tensors.list_files(written)
+    _, first, second = tensors.list_files(written)
     edit_index(written, lambda index: index["weight_map"].update(c=second.name))
-    with refused(tensors.index_path(written), f"tensor c is not in {second.name}"):
+    with refused(written, f"tensor c is not in {second.name}"):
         open_tensors(written)
     edit_index(written, lambda index: index.update(weight_map={"b": second.name, "a": second.name}))
-    with refused(tensors.index_path(written), f"tensor a is not in {second.name}"):
+    with refused(written, f"tensor a is not in {second.name}"):
         open_tensors(written)
     save_file({"a": np.zeros(1), "b": np.zeros(1)}, first)
     edit_index(written, lambda index: index.update(weight_map={"a": first.name, "b": second.name}))
@@ -160,14 +154,12 @@ def test_shards_and_index_must_agree(written):
 @pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "a.bin", 3])
 def test_an_index_names_files_of_its_folder_only(name, written):
     edit_index(written, lambda index: index["weight_map"].update(a=name))
-    with refused(
-        tensors.index_path(written), f"{re.escape(repr(name))} is not the name of a safetensors file"
-    ):
+    with refused(written, f"{re.escape(repr(name))} is not the name of a safetensors file"):
         open_tensors(written)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
 def test_a_malformed_index_is_named(text, written):
-    tensors.index_path(written).write_text(text)
-    with refused(tensors.index_path(written), "not an index of safetensors files"):
+    written.write_text(text)
+    with refused(written, "not an index of safetensors files"):
         open_tensors(written)

@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from dspo_jax import convert
+from dspo_jax.component_files import weights_file
 from dspo_jax.models import Model, Params
 
 torch.set_num_threads(1)  # the tests run in several processes
@@ -72,7 +73,7 @@ def assert_gradients_close(
     """
     theirs = {name: parameter.grad.numpy() for name, parameter in module.named_parameters()}
     convert.write_params(folder / "gradients", model, jax.device_get(gradients), like=folder)
-    ours = load_file(convert.weights_file(folder / "gradients", model.class_name))
+    ours = load_file(weights_file(folder / "gradients", model.class_name))
     assert set(ours) == set(theirs)
     floor = 1e-3 * max(np.abs(gradient).max() for gradient in theirs.values())
     for name, gradient in theirs.items():

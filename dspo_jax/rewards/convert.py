@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from dspo_jax import cli, convert, model_dir, spelling, tensors
+from dspo_jax.component_files import find_weights
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models import Model, build_model
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
@@ -120,7 +121,7 @@ def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor]
     if weights.is_dir():
         model = read_clip(weights)
         stored = convert.open_component(weights, model)
-        return model, stored, model_dir.find_weights(weights, model.class_name)
+        return model, stored, find_weights(weights, model.class_name)
     stored = open_weights(weights)
     if not open_clip.is_open_clip(stored):
         first = min(stored, default="nothing")
