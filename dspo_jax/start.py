@@ -274,9 +274,15 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
         )
     # These raise where there are no examples. What is held out need not be so in every dataset.
     for dataset in found:
-        datasets.count_examples([dataset], config.data.split)
+        datasets.count_examples([dataset], config.data.split, "config.data.split")
     if config.validation.every:
-        datasets.count_examples(found, config.validation.split)
+        datasets.count_examples(
+            found,
+            config.validation.split,
+            "config.validation.split",
+            "choose another with --config.validation.split=NAME, train without held-out examples with "
+            "--config.validation.every=0, or encode the data so that some are held out",
+        )
     for dataset in found:
         shards.verify_shards(dataset.folder, dataset.manifest)
 

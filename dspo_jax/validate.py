@@ -249,7 +249,9 @@ def judge(
             )
         reference = read_config(Path(model))["model"]
     pipes = load_pipeline(model), load_pipeline(reference)
-    for dataset in datasets.read_datasets(data):
+    found = datasets.read_datasets(data)
+    datasets.count_examples(found, split, "--split", "choose another with --split=NAME")
+    for dataset in found:
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
         if dataset.manifest["images_per_example"] == 1:
             raise ValueError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")

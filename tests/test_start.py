@@ -8,6 +8,7 @@ import pytest
 from tiny_model import write_model, write_pairs
 from tiny_run import make_config
 
+from dspo_jax.dry_run import dry_run
 from dspo_jax.start import claim_workdir
 from dspo_jax.train import train
 
@@ -96,7 +97,8 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"data.split": "trian"},
-            "{data}: split = 'trian': unknown; did you mean 'train'? (allowed: train, validation)",
+            "{data}: config.data.split = 'trian': unknown; did you mean 'train'? "
+            "(allowed: train, validation)",
         ),
     ],
 )
@@ -108,6 +110,23 @@ def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, messa
     assert str(caught.value) == message
     # Had it been claimed, the corrected command would be refused as another run's.
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start_run", [train, lambda config, _: dry_run(config)], ids=["train", "dry run"])
+def test_data_without_held_out_examples_say_which_keys_to_set(shallow_model, tmp_path, start_run):
+    data = write_pairs(tmp_path / "pairs", shallow_model, train=8, validation=None)
+    changes = {"steps": 1, "validation.every": 1, "samples.every": 1, "samples.num_inference_steps": 1}
+    config = make_config(shallow_model, data, changes)
+    with pytest.raises(ValueError, match="unknown") as caught:
+        start_run(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"{data}: config.validation.split = 'validation': unknown (allowed: train); choose another with "
+        "--config.validation.split=NAME, train without held-out examples with --config.validation.every=0, "
+        "or encode the data so that some are held out"
+    )
+    for fix in ({"validation.every": 0}, {"validation.split": "train"}):
+        config = make_config(shallow_model, data, {**changes, **fix})
+        start_run(config, tmp_path / f"run {next(iter(fix))}")
 
 
 def test_shards_of_another_model_are_refused(config, tmp_path):

@@ -114,7 +114,7 @@ def test_a_dry_run_names_the_share_and_the_epochs_of_each_dataset(shallow_model,
     [
         ({"data.weights": (1.0,)}, r"config\.data\.weights = \(1\.0,\): must be 2 positive number\(s\)"),
         ({"data.weights": (1.0, -1.0)}, r"config\.data\.weights = \(1\.0, -1\.0\): must be 2 positive"),
-        ({"data.split": "tset"}, "{pairs}: split = 'tset': unknown"),
+        ({"data.split": "tset"}, "{pairs}: config.data.split = 'tset': unknown"),
     ],
 )
 def test_a_mixture_that_cannot_be_drawn_is_refused(

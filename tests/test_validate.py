@@ -185,6 +185,15 @@ def test_the_command_finds_what_the_run_found(shallow_model, tiny_pairs, tmp_pat
         judge(shallow_model, None, tiny_pairs, **options)
 
 
+def test_the_command_names_the_flag_of_a_split_that_is_not_there(shallow_model, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", shallow_model, train=2, validation=None)
+    options = {"draws": 1, "batch_size": 4, "compute_dtype": "float32"}
+    with pytest.raises(
+        ValueError, match=r"pairs: --split = 'validation': unknown \(allowed: train\); choose"
+    ):
+        judge(shallow_model, shallow_model, pairs, split="validation", **options)
+
+
 def test_the_command_refuses_single_images_and_another_model(shallow_model, tiny_model, tmp_path):
     options = {"split": "validation", "draws": 1, "batch_size": 4, "compute_dtype": "float32"}
     singles = write_pairs(tmp_path / "singles", shallow_model, validation=2, images=1)

@@ -206,14 +206,14 @@ def write_pairs(
     model: Path,
     *,
     train: int = 24,
-    validation: int = 6,
+    validation: int | None = 6,
     images: int = 2,
     resolution: int = RESOLUTION,
     buckets: Sequence[str] = (),
 ) -> Path:
     """Writes shards of random latents that carry the fingerprint of `model`.
 
-    With buckets, so many examples of each.
+    With buckets, so many examples of each. A validation of None is no such split.
     """
     from dspo_jax.data import shards
     from dspo_jax.data.writer import DatasetWriter
@@ -224,10 +224,11 @@ def write_pairs(
     stored = (images, *((None, None) if buckets else (side, side)), channels)
     features = shards.feature_spec(stored, len(pipe.tokenizers))
     manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
-    writer = DatasetWriter(out, features, manifest, {"train": 1, "validation": 1}, buckets)
+    counts = {"train": train} if validation is None else {"train": train, "validation": validation}
+    writer = DatasetWriter(out, features, manifest, dict.fromkeys(counts, 1), buckets)
     sizes = [tuple(map(int, bucket.split("x"))) for bucket in buckets] or [(resolution, resolution)]
     draw = np.random.default_rng(0)
-    for split, count in (("train", train), ("validation", validation)):
+    for split, count in counts.items():
         captions = [f"{split} {i}" for i in range(count * len(sizes))]
         tokens = pipe.tokenize(captions) if count else []
         examples = []

@@ -72,8 +72,16 @@ def _shared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in ("resolution", "images_per_example")} | model
 
 
-def count_examples(datasets: Sequence[Dataset], split: str) -> dict[str, int]:
+def count_examples(
+    datasets: Sequence[Dataset], split: str, option: str = "split", fix: str = ""
+) -> dict[str, int]:
     """The number of examples of each bucket that a split has in any of the datasets.
+
+    Args:
+      datasets: what is read.
+      split: of each.
+      option: how the user names the split, for the message.
+      fix: what the user can do without one, which the message ends with.
 
     Raises:
       ValueError: none of them has the split, or it is empty in all that have it.
@@ -81,13 +89,14 @@ def count_examples(datasets: Sequence[Dataset], split: str) -> dict[str, int]:
     names = {name for dataset in datasets for name in dataset.manifest["splits"]}
     where = ", ".join(str(dataset.folder) for dataset in datasets)
     if split not in names:
-        raise ValueError(f"{where}: {spelling.unknown('split', split, names)}")
+        raise ValueError(f"{where}: {spelling.unknown(option, split, names)}{fix and '; '}{fix}")
     counts: dict[str, int] = {}
     for dataset in datasets:
         for bucket, count in dataset.buckets(split).items():
             counts[bucket] = counts.get(bucket, 0) + count
     if not counts:
-        raise ValueError(f"{where}: split {split!r} is empty; encode the data again or choose another")
+        fix = fix or "encode the data again or choose another"
+        raise ValueError(f"{where}: split {split!r} is empty; {fix}")
     return counts
 
 
