@@ -107,6 +107,10 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     # What the first moment of adamw and lion is stored in, "float32" or "bfloat16".
     config.optimizer.moment_dtype = "float32"
+    # Which two axes adafactor factors second moments over: "largest", or "released", as transformers'
+    # Adafactor in the released trainers: those of a matrix, and the height and width of a convolution's
+    # kernel, of which it keeps 6 numbers of 9: 0.86 GiB of SDXL, 1.5 of Stable Diffusion 1.5.
+    config.optimizer.factored_axes = "largest"
     # Gradients are scaled down to this global norm; 0 turns it off.
     config.optimizer.max_grad_norm = 1.0
 

@@ -39,14 +39,16 @@ def sd15(variant: str, *, printed: bool = True) -> ConfigDict:
 def sdxl(variant: str, *, printed: bool = True) -> ConfigDict:
     """SDXL at 1024 pixels, 2048 pairs a step, Adafactor.
 
-    "released" (the default) is the launcher of Diffusion-DPO and DSPO: as for SD1.5, with 200 warm-up steps.
+    "released" (the default) is the launcher of Diffusion-DPO and DSPO: as for SD1.5, with 200 warm-up steps
+    and transformers' Adafactor.
     "paper" is as for SD1.5, and so are the arguments and what is raised.
     """
     config = _base(variant, printed)
     config.optimizer.name = "adafactor"
+    config.optimizer.factored_axes = "released"
     config.optimizer.warmup_steps = 200
     config.checkpoint.every = 100
-    # All, of 10 GB each, and a few where it was interrupted: the authors' best ones are those of steps 600
+    # All, of 11 GB each, and a few where it was interrupted: the authors' best ones are those of steps 600
     # and 700.
     config.checkpoint.max_to_keep = 24
     config.validation.every = 100

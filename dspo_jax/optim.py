@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dspo_jax import spelling
+from dspo_jax.adafactor import scale_by_released_factored_rms
 
 OPTIMIZERS = ("adafactor", "adamw", "lion")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear")
@@ -16,10 +17,12 @@ SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear")
 # Of these, what does not depend on where the run ends.
 ENDLESS_SCHEDULES = ("constant", "inverse_sqrt")
 MOMENT_DTYPES = ("bfloat16", "float32")
+FACTORED_AXES = ("largest", "released")
 KEYS = (
     "b1",
     "b2",
     "eps",
+    "factored_axes",
     "learning_rate",
     "max_grad_norm",
     "moment_dtype",
@@ -40,8 +43,9 @@ def make_optimizer(
 
     "adamw" is torch's. "adafactor" is what the released trainers use for SDXL: second moments factored into
     rows and columns, updates clipped to root mean square 1, no momentum, the learning rate as given rather
-    than relative to the parameters; b1, b2 and eps are not used. Where transformers' version factors the last
-    two axes of a tensor, optax's factors the two largest, of at least 128.
+    than relative to the parameters; b1, b2 and eps are not used. `factored_axes` "released" factors the axes
+    that transformers' Adafactor does (`scale_by_released_factored_rms`), "largest" the two largest of at
+    least 128, as optax does, which of a convolution keeps next to nothing.
 
     "lion" (Chen et al. 2023, arXiv 2302.06675) steps by the sign of b1 m + (1 - b1) g and then keeps one
     momentum m = b2 m + (1 - b2) g, where adamw keeps two moments; eps is not used. Every parameter moves by
@@ -50,8 +54,8 @@ def make_optimizer(
 
     Args:
       config: mapping with exactly the keys `KEYS`. `max_grad_norm` 0 turns clipping off; `moment_dtype` is
-        what the first moment of adamw and lion is stored in, "float32" or "bfloat16"; the rest is
-        `peak_rate`'s and `make_schedule`'s.
+        what the first moment of adamw and lion is stored in, "float32" or "bfloat16"; `factored_axes` is
+        adafactor's; the rest is `peak_rate`'s and `make_schedule`'s.
       total_steps: optimizer updates of the whole run, where a schedule that ends with it reaches 0.
       batch_size: examples in an update, over all devices and parts.
 
@@ -67,7 +71,11 @@ def make_optimizer(
     for key in KEYS:
         if key not in config:
             raise ValueError(f"config.optimizer.{key}: missing")
-    for key, allowed in (("name", OPTIMIZERS), ("moment_dtype", MOMENT_DTYPES)):
+    for key, allowed in (
+        ("name", OPTIMIZERS),
+        ("moment_dtype", MOMENT_DTYPES),
+        ("factored_axes", FACTORED_AXES),
+    ):
         if config[key] not in allowed:
             raise ValueError(spelling.unknown(f"config.optimizer.{key}", config[key], allowed))
     for key in ("b1", "b2"):
@@ -99,7 +107,9 @@ def make_optimizer(
     else:
         # Not optax.adafactor, whose weight decay does not follow the learning rate.
         optimizer = optax.chain(
-            optax.scale_by_factored_rms(),
+            scale_by_released_factored_rms()
+            if config["factored_axes"] == "released"
+            else optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(schedule),
@@ -139,7 +149,8 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
     """The learning rate as a function of the number of updates done.
 
     It rises linearly over `warmup_steps` updates, the first of which already has 1/warmup_steps of the full
-    rate (the released trainers waste one update at rate 0), then stays (`constant`), falls to 0 at
+    rate (diffusers' schedulers, and so the released trainers, are one update
+    behind, with a first one at rate 0), then stays (`constant`), falls to 0 at
     `total_steps` (`cosine`, `linear`) or falls without an end (`inverse_sqrt`). The last is Vaswani et al.'s
     (2017, arXiv 1706.03762, Eq. 3), scaled to the given peak: with w = max(warmup_steps, 1) and n the number
     of the update, counted from 1, the rate is peak * min(n / w, sqrt(w / n)).

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 from torch.optim.adamw import adamw
+from transformers.optimization import Adafactor
 
 from dspo_jax.optim import make_optimizer, make_schedule, peak_rate
 
@@ -26,6 +27,7 @@ def config(**changes):
         "schedule": "constant",
         "warmup_steps": 0,
         "moment_dtype": "float32",
+        "factored_axes": "largest",
         "scale_lr": False,
     }
     return ConfigDict({**defaults, **changes})
@@ -99,6 +101,74 @@ def test_adafactor_takes_a_step_of_the_learning_rate_and_factors_its_moments():
     # A gradient whose squares are a product of rows and columns is factored without loss.
     for name, update in updates.items():
         np.testing.assert_allclose(update, -1e-2 * (signs[name] + 1e-2 * start[name]), rtol=1e-4, atol=1e-7)
+
+
+# What is trained, and how torch lays it out.
+SHAPES = {
+    "conv3x3": ((3, 3, 5, 7), (3, 2, 0, 1)),
+    "conv_wide": ((3, 3, 130, 129), (3, 2, 0, 1)),  # of which optax factors the other two axes
+    "conv1x1": ((1, 1, 5, 7), (3, 2, 0, 1)),
+    "linear": ((6, 4), (1, 0)),
+    "bias": ((7,), (0,)),
+}
+
+
+def test_the_released_adafactor_is_that_of_transformers():
+    """As the released trainers call it, for six updates of a rate that changes."""
+    random = np.random.default_rng(0)
+    start = {name: random.normal(size=shape).astype(np.float32) for name, (shape, _) in SHAPES.items()}
+    gradients = [
+        # With a scale for each of a kernel's positions, or the factors would all be about one.
+        jax.tree.map(
+            lambda p: (random.normal(size=p.shape) * random.uniform(0.01, 3, p.shape)).astype(np.float32),
+            start,
+        )
+        for _ in range(6)
+    ]
+    theirs = {
+        name: torch.nn.Parameter(torch.tensor(start[name].transpose(SHAPES[name][1]))) for name in start
+    }
+    theirs_optimizer = Adafactor(
+        theirs.values(),
+        lr=1e-2,
+        weight_decay=1e-2,
+        clip_threshold=1.0,
+        scale_parameter=False,
+        relative_step=False,
+    )
+    changes = {"schedule": "linear", "max_grad_norm": 0.0}
+    made, rate = make_optimizer(
+        config(name="adafactor", factored_axes="released", **changes), total_steps=10, batch_size=1
+    )
+    ours = jax.tree.map(jnp.asarray, start)
+    state = made.init(ours)
+    for done, gradient in enumerate(gradients):
+        theirs_optimizer.param_groups[0]["lr"] = float(rate(done))
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name].transpose(SHAPES[name][1]))
+        theirs_optimizer.step()
+        updates, state = made.update(jax.tree.map(jnp.asarray, gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for name, parameter in theirs.items():
+        expected = parameter.detach().numpy().transpose(np.argsort(SHAPES[name][1]))
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=2e-6, err_msg=name)
+        assert np.abs(ours[name] - start[name]).mean() > 1e-2
+
+
+def test_the_released_adafactor_keeps_six_numbers_of_nine():
+    params = {name: jnp.zeros(shape) for name, (shape, _) in SHAPES.items()}
+    made, _ = make_optimizer(config(name="adafactor", factored_axes="released"), total_steps=5, batch_size=1)
+    kept = {name: 0 for name in params}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made.init(params)):
+        if leaf.size > 1:
+            kept[path[-1].key] += leaf.size
+    assert kept == {
+        "conv3x3": 6 * 35,
+        "conv_wide": 6 * 130 * 129,
+        "conv1x1": 35,
+        "linear": 10,
+        "bias": 7,
+    }
 
 
 def test_lion_follows_its_formula():
@@ -235,6 +305,10 @@ def test_the_optimizer_uses_the_schedule_it_returns():
         (
             {"moment_dtype": "bflot16"},
             r"config\.optimizer\.moment_dtype = 'bflot16': unknown; did you mean 'bfloat16'\?.*float32\)",
+        ),
+        (
+            {"factored_axes": "last"},
+            r"config\.optimizer\.factored_axes = 'last': unknown.* \(allowed: largest, released\)",
         ),
         (
             {"name": "adafactor", "moment_dtype": "bfloat16"},

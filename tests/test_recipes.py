@@ -67,6 +67,7 @@ def test_the_default_is_the_released_launcher_and_the_print_differs():
         True,
         "adafactor",
     )
+    assert sdxl.get_config().optimizer.factored_axes == "released"
     assert sdxl.get_config("paper").objective.released_switch is False
 
 

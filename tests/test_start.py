@@ -203,18 +203,27 @@ def test_a_run_from_before_weights_has_none(config, tmp_path):
         claim_workdir(tmp_path, config)
 
 
-def test_a_run_from_before_share_timesteps_shared_both_or_neither(config, tmp_path):
-    config.share_noise = config.share_timesteps = False
-    claim_workdir(tmp_path, config)
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [
+        ("share_timesteps", False, True),  # what share_noise=False alone meant, and means
+        ("optimizer.factored_axes", "largest", "released"),
+    ],
+)
+def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, key, then, now):
+    config.share_noise = False
+    config.update_from_flattened_dict({key: then})
     path = tmp_path / "config.json"
-    saved = json.loads(path.read_text())
-    assert saved.pop("share_timesteps") is False
-    path.write_text(json.dumps(saved))
     claim_workdir(tmp_path, config)
+    saved = json.loads(path.read_text())
+    *groups, last = key.split(".")
+    assert (saved[groups[0]] if groups else saved).pop(last) == then
     path.write_text(json.dumps(saved))
-    config.share_timesteps = True  # what share_noise=False alone means now
-    with pytest.raises(ValueError, match=r"config\.share_timesteps = False, now it is True"):
+    config.update_from_flattened_dict({key: now})
+    with pytest.raises(ValueError, match=rf"config\.{key} = {then!r}, now it is {now!r}"):
         claim_workdir(tmp_path, config)
+    config.update_from_flattened_dict({key: then})
+    claim_workdir(tmp_path, config)
 
 
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
