@@ -39,6 +39,12 @@ def test_the_recipe_builds_its_source_and_its_card_gives_the_command(name):
     assert "--config.model=MODEL_DIR --out OUT" in card
 
 
+def test_the_data_of_the_published_recipes_are_mirrored_as_in_the_release():
+    flips = {name: load(name)[0].flip for name in NAMES}
+    released = {"pickapic_sd15", "pickapic_sdxl"}
+    assert flips == {name: "independent" if name in released else "none" for name in NAMES}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_NO_PATH])
 def test_where_the_data_are_must_be_said(name):
     _, source = load(name)

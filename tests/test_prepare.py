@@ -1,5 +1,6 @@
 """What becomes of an image before the VAE sees it, and the processes that do it."""
 
+import collections
 import os
 import signal
 import subprocess
@@ -70,6 +71,27 @@ def test_both_images_of_a_pair_are_mirrored_together_or_not_at_all():
     assert again == flips
     other_seed = Framing(((16, 16),), "random", seed=1)
     assert [mirrored(prepare_row(row, other_seed)[0].pixels[0]) for row in rows] != flips
+
+
+def test_each_image_is_mirrored_by_itself():
+    framing = Framing(((16, 16),), "independent", seed=0)
+    winner, loser = gradient(16, 16), Image.eval(gradient(16, 16), lambda value: value // 2)
+    rows = [PreferencePair("a caption", winner, loser, key=str(i)) for i in range(400)]
+
+    def flips(framing):
+        prepared = [prepare_row(row, framing) for row in rows]
+        assert all(len(examples) == 1 for examples in prepared)
+        return [tuple(map(mirrored, examples[0].pixels)) for examples in prepared]
+
+    ways = flips(framing)
+    counts = collections.Counter(ways)
+    assert len(counts) == 4
+    assert all(70 < count < 130 for count in counts.values())  # a quarter each; 3.5 deviations
+    assert flips(framing) == ways
+    assert flips(Framing(((16, 16),), "independent", seed=1)) != ways
+    # Of single images there is one, and it is mirrored as a winner is.
+    single = PreferencePair("a caption", winner, key="0")
+    assert mirrored(prepare_row(single, framing)[0].pixels[0]) == ways[0][0]
 
 
 def test_both_makes_two_examples_of_a_row():

@@ -20,10 +20,11 @@ def get_config() -> ConfigDict:
     # nearest of several shapes of about the same area, whose sides are multiples of `bucket_step`.
     config.max_aspect_ratio = 1.0
     config.bucket_step = 64
-    # Mirrors images left to right, both of a pair or neither: "none"; "random" (half of the examples);
-    # "both", each row is stored as it is and mirrored.
+    # Mirrors images left to right: "none"; "random", half of the pairs, both images or neither;
+    # "independent", half of the images, each by itself, as the released trainers do; "both", each row is
+    # stored as it is and with both images mirrored. The same in every epoch, and in all splits.
     config.flip = "none"
-    # Of what encoding draws at random: which examples are flipped.
+    # Of what encoding draws at random: which images are mirrored.
     config.seed = 0
     # What the VAE computes in: "float32" or "bfloat16".
     config.vae_dtype = "float32"

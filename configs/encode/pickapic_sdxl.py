@@ -10,6 +10,11 @@ An example takes 512 KiB, so that a million take about 524 GB. All splits are en
 training alone set --config.splits="('train', 'validation_unique')" and train with
 --config.validation.split=validation_unique. The papers' "-nodup" is --config.source.one_pair_per_prompt=True.
 
+Each image is mirrored with probability one half, by itself, as in the train.py of Diffusion-DPO and of DSPO,
+where a mirror is drawn anew whenever an image is read. Here it is drawn once, of seed, key and image, so that
+an image looks the same in all of a published run's four to five epochs (docs/data.md, Mirrored images).
+--config.flip=none leaves all images as they are.
+
 Not run at this size by this project: no hours and no hardware to report.
 """
 
@@ -22,5 +27,6 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = common.get_config()
     config.resolution = 1024
+    config.flip = "independent"
     common.set_source(config, "pick_a_pic")
     return config

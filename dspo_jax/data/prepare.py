@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from dspo_jax.data.sources.image_files import BadRow
 from dspo_jax.data.sources.pairs import MAX_PIXELS, PreferencePair, decode_pair
 
-FLIPS = ("none", "random", "both")
+FLIPS = ("none", "random", "independent", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Framing:
     Attributes:
       sizes: (height, width) in pixels of what comes out; with several, the winner's shape decides for both
         images of a pair.
-      flip: "none"; "random", half of the examples mirrored; "both", each row as it is and mirrored. The
-        images of a pair are mirrored together. (The released code mirrors them independently.)
-      seed: decides, with a row's key, whether "random" mirrors it.
+      flip: "none"; "random", half of the examples mirrored, both images or neither; "independent", half of
+        the images mirrored, each by itself, as the released code does (torchvision's RandomHorizontalFlip on
+        each image, anew in every epoch); "both", each row as it is and with both images mirrored.
+      seed: decides, with a row's key and, for "independent", the image's place, what is mirrored.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -108,17 +109,24 @@ def prepare_row(row: PreferencePair, framing: Framing) -> list[Prepared]:
     images = decode_pair(row)
     aspect = math.log(images[0].height / images[0].width)
     size = min(framing.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
-    flips = {row.key: False}
+    count = len(images)
+    flips = {row.key: [False] * count}
     if framing.flip == "random":
-        flips[row.key] = hashlib.sha256(f"{framing.seed}|{row.key}".encode()).digest()[0] < 128
+        flips[row.key] = [_draw_flip(framing.seed, row.key)] * count
+    elif framing.flip == "independent":
+        flips[row.key] = [_draw_flip(framing.seed, row.key, str(place)) for place in range(count)]
     elif framing.flip == "both":
-        flips[f"{row.key}|mirrored"] = True
+        flips[f"{row.key}|mirrored"] = [True] * count
     prepared = []
     for key, flip in flips.items():
-        framed = [prepare_image(image, size, flip) for image in images]
+        framed = [prepare_image(image, size, each) for image, each in zip(images, flip, strict=True)]
         pixels, micro_conditioning = (np.stack(arrays) for arrays in zip(*framed, strict=True))
         prepared.append(Prepared(key, pixels, micro_conditioning))
     return prepared
+
+
+def _draw_flip(seed: int, *what: str) -> bool:
+    return hashlib.sha256("|".join((str(seed), *what)).encode()).digest()[0] < 128
 
 
 @contextlib.contextmanager
