@@ -25,7 +25,7 @@ from dspo_jax.convert import (
 )
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.model_card import make_card
-from dspo_jax.model_dir import find_model
+from dspo_jax.model_dir import find_model, read_json
 from dspo_jax.models import Model, lora
 from dspo_jax.saved_params import SavedParams
 from dspo_jax.tensors import Tensor, write_tensors
@@ -153,6 +153,9 @@ def _write_single(
         )
     except ValueError as error:
         raise ValueError(f"--out={out}: {error}; export a folder instead") from error
+    if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
+        # Web user interfaces and ComfyUI draw a model as one of epsilon without it.
+        single[ldm.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
     _write_file(out, single)
 
 

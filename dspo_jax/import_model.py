@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import logging
 
-from dspo_jax import convert, ldm, model_dir, tensors
+from dspo_jax import convert, file_kinds, ldm, model_dir, tensors
 from dspo_jax.component_files import find_weights, open_stored
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.pipeline import load_pipeline
@@ -38,6 +38,8 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
     if path.suffix in _PICKLES:
         raise ValueError(f"{path}: a pickle, which is not read; convert it to .safetensors where it was made")
     if path.suffix == ".safetensors":
+        if path.is_file():
+            _refuse_other_kinds(path)
         if base is None:
             raise ValueError(
                 f"{path}: a single file holds no configs and no tokenizer; name a diffusers folder of the "
@@ -67,10 +69,23 @@ def _import_folder(folder: Path, out: Path) -> None:
         model_dir.copy_model(folder, files, partial)
 
 
+def _refuse_other_kinds(path: Path) -> None:
+    kind = file_kinds.find_kind(tensors.open_file(path))
+    if kind:
+        raise ValueError(f"{path}: is {kind}")
+
+
 def _import_single(path: Path, base: Path, out: Path) -> None:
-    networks = load_pipeline(base).networks
+    pipe = load_pipeline(base)
+    networks = pipe.networks
     single = tensors.open_file(path)
     try:
+        said = ldm.find_prediction_type(single, tensors.read_metadata(path))
+        if said not in (None, pipe.schedule.prediction_type):
+            raise ValueError(
+                f"says that it predicts {said}, but {base}/scheduler/scheduler_config.json has "
+                f"prediction_type = {pipe.schedule.prediction_type!r}; name a base with {said}"
+            )
         layouts = ldm.make_layouts({name: model.config for name, model in networks.items()})
         shapes = {name: convert.torch_shapes(model) for name, model in networks.items()}
         replaced = ldm.split(single, layouts, shapes)

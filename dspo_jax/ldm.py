@@ -7,7 +7,7 @@ Source: the modules of CompVis/latent-diffusion, Stability-AI/generative-models 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,23 @@ _BY_THE_WAY = re.compile(
     r"model_ema\..*|.*alphas_cumprod.*|betas|posterior_.*|logvar|lvlb_weights|scale_factor|denoiser\.sigmas"
     r"|first_stage_model\.loss\..*"
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(.*\.)?"
-    r"(position_ids|logit_scale|text_projection(\.weight)?)"
+    r"(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
+    r"|v_pred"
 )
+
+# Empty tensors, and two numbers, by which programs that load such files are told how a model was trained.
+V_PREDICTION = "v_pred"
+_NOT_COMPUTED = {
+    "ztsnr": "with zero terminal SNR",
+    "edm_vpred.sigma_max": "on the noise levels of EDM, as CosXL is",
+    "edm_vpred.sigma_min": "on the noise levels of EDM, as CosXL is",
+    "edm_mean": "on the noise levels of EDM, as Playground 2.5 is",
+    "edm_std": "on the noise levels of EDM, as Playground 2.5 is",
+}
+# Keys of a file's metadata that say the same, and their values: Stability's model specification and ComfyUI.
+_SPECIFICATIONS = ("modelspec.prediction_type", "modelspec.predict_key")
+_PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_BARE_TEXT = re.compile(r"(embeddings|encoder|final_layer_norm)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +223,59 @@ def _open_clip_layout(root: str, config: Mapping[str, Any]) -> Layout:
     return Layout(root, modules, tensors, passed_over=rf"transformer\.resblocks\.{layers}\..*")
 
 
+def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> str | None:
+    """The prediction type that a single file says its model has; None where it says nothing.
+
+    Args:
+      names: of its tensors.
+      metadata: from its header.
+
+    Raises:
+      ValueError: it was trained in a way that is not supported.
+    """
+    for name, way in _NOT_COMPUTED.items():
+        if name in names:
+            raise ValueError(f"has the tensor {name}: it was trained {way}, which is not supported")
+    if V_PREDICTION in names:
+        return "v_prediction"
+    said = (_PREDICTIONS.get(metadata.get(key, "").lower()) for key in _SPECIFICATIONS)
+    return next(filter(None, said), None)
+
+
+def _usual_names(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Mapping[str, Tensor]:
+    """`single` under the names of the published files.
+
+    Web user interfaces saved OpenAI's CLIP without "text_model."; SD-Turbo has Stable Diffusion 2's tower
+    where XL has its first.
+    """
+    root = layouts["text_encoder"].root
+    turbo = "conditioner.embedders.0."
+    renamed = {}
+    for name in single:
+        if root.endswith(".transformer.") and name.startswith(root) and _BARE_TEXT.match(name, len(root)):
+            renamed[name] = f"{root}text_model.{name.removeprefix(root)}"
+        elif root == "cond_stage_model.model." and name.startswith(f"{turbo}model."):
+            renamed[name] = f"cond_stage_model.{name.removeprefix(turbo)}"
+    return {renamed.get(name, name): tensor for name, tensor in single.items()}
+
+
+def _find_family(names: Collection[str]) -> str | None:
+    for prefix, family in (
+        ("conditioner.embedders.1.", "XL"),
+        ("cond_stage_model.model.", "2"),
+        ("cond_stage_model.transformer.", "1"),
+    ):
+        if any(name.startswith(prefix) for name in names):
+            return family
+    return None
+
+
+def _name_family(layouts: Mapping[str, Layout]) -> str:
+    if "text_encoder_2" in layouts:
+        return "XL"
+    return "2" if layouts["text_encoder"].root.endswith(".model.") else "1"
+
+
 def split(
     single: Mapping[str, Tensor],
     layouts: Mapping[str, Layout],
@@ -223,6 +291,10 @@ def split(
     Raises:
       ValueError: a tensor that is missing, belongs nowhere, or has another shape.
     """
+    single = _usual_names(single, layouts)
+    found, wanted = _find_family(single), _name_family(layouts)
+    if found not in (None, wanted):
+        raise ValueError(f"is Stable Diffusion {found}, but --base is {wanted}; name a base of the same kind")
     if not any(name.startswith(layouts["unet"].root) for name in single):
         raise ValueError(
             f"holds no tensor {layouts['unet'].root}*, so it is not a checkpoint in the original layout; "

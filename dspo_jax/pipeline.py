@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from transformers import CLIPTokenizer
 
-from dspo_jax import convert, saved_params
+from dspo_jax import convert, file_kinds, saved_params
 from dspo_jax.component_files import find_weights
 from dspo_jax.model_dir import find_model
 from dspo_jax.models import Model, Params, lora
@@ -308,7 +308,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     if not index_file.is_file():
         raise FileNotFoundError(
             f"{path}: neither a diffusers folder (no model_index.json) nor a training workdir "
-            "(no checkpoints)"
+            f"(no checkpoints){file_kinds.describe(path)}"
         )
     index = convert.read_json(index_file)
     class_name = index.get("_class_name")

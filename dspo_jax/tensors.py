@@ -85,6 +85,11 @@ def open_file(path: Path) -> dict[str, Tensor]:
     return opened
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors."""
+    return safe_open(path, "np", backend="pread").metadata() or {}
+
+
 def _reader(path: Path, file: Any, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:

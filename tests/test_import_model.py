@@ -22,7 +22,8 @@ from model_folders import (
     truncate,
     write_config,
 )
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from tiny_model import write_model
 
 from configs import common
 from dspo_jax import convert, model_dir, tensors
@@ -320,6 +321,49 @@ def test_a_single_file_without_vae_takes_the_bases(published, full_run, out, cap
     before, after = contents(published), contents(out)
     assert {name for name in before if before[name] != after.get(name)} > {"unet:conv_in.weight"}
     assert all(after[name] == value for name, value in before.items() if name.startswith("vae"))
+
+
+def declare(path, *markers, **metadata):
+    """Adds empty tensors and metadata to a single file."""
+    values = load_file(path) | {name: np.zeros(0, np.float32) for name in markers}
+    save_file(values, path, metadata={f"modelspec.{key}": value for key, value in metadata.items()})
+
+
+def export_single(tmp_path, model):
+    path = tmp_path / "source" / "single.safetensors"
+    export(make_run(tmp_path / "source" / "run", model), path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_the_prediction_type_goes_into_a_single_file_and_is_compared(family, tmp_path, out):
+    velocity, epsilon = (
+        write_model(tmp_path / "source" / kind, family=family, prediction_type=kind)
+        for kind in ("v_prediction", "epsilon")
+    )
+    single = export_single(tmp_path, velocity)
+    assert tensors.open_file(single)["v_pred"].shape == (0,)
+    import_model(single, out, base=velocity)
+    assert load_pipeline(out).schedule.prediction_type == "v_prediction"
+    with refused(
+        f"{single}: says that it predicts v_prediction, but {epsilon}/scheduler/scheduler_config.json has "
+        "prediction_type = 'epsilon'; name a base with v_prediction"
+    ):
+        import_model(single, out.with_name("again"), base=epsilon)
+    declare(single, "ztsnr")
+    with refused(f"{single}: has the tensor ztsnr: it was trained with zero terminal SNR, which is not"):
+        import_model(single, out.with_name("again"), base=velocity)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_metadata_say_the_prediction_type_too(model, tmp_path, out):
+    single = export_single(tmp_path, model)
+    assert "v_pred" not in tensors.open_file(single)
+    declare(single, prediction_type="v")
+    with refused(f"{single}: says that it predicts v_prediction, but .* has prediction_type = 'epsilon'"):
+        import_model(single, out, base=model)
+    declare(single, prediction_type="epsilon")
+    import_model(single, out, base=model)
 
 
 def test_a_single_file_that_does_not_fit_is_refused(model, full_run, out):

@@ -222,6 +222,10 @@ def test_what_single_files_hold_besides_is_passed_over(single, model):
     by_the_way += ["first_stage_model.loss.discriminator.main.0.weight", "denoiser.sigmas"]
     root = "conditioner.embedders.0" if "text_encoder_2" in model[0] else "cond_stage_model"
     by_the_way += [f"{root}.logit_scale", f"{root}.transformer.text_model.embeddings.position_ids"]
+    by_the_way += ["v_pred"]
+    if model[0] is not SD1:
+        tower = "conditioner.embedders.1" if "text_encoder_2" in model[0] else "cond_stage_model"
+        by_the_way += [f"{tower}.model.attn_mask"]
     if model[0] is SD2:  # the layer that its diffusers folders lack
         by_the_way += ["cond_stage_model.model.transformer.resblocks.3.attn.in_proj_weight"]
         by_the_way += ["cond_stage_model.model.text_projection"]
@@ -229,6 +233,58 @@ def test_what_single_files_hold_besides_is_passed_over(single, model):
     components = split(single, model)
     for component, values in model[1].items():
         assert_equal(read(components[component]), values)
+
+
+RENAMED = {  # family -> a name's beginning as it is published, and as other programs write it
+    "SD1": ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    "SD2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    "SDXL": ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.0.transformer."),
+}
+
+
+def test_the_names_of_other_programs_are_read(single, model):
+    family = next(name for name, configs in FAMILIES.items() if configs is model[0])
+    published, other = RENAMED[family]
+    names = [name for name in single if name.startswith(published)]
+    assert len(names) > 10
+    for name in names:
+        single[other + name.removeprefix(published)] = single.pop(name)
+    single[f"{other}embeddings.position_ids"] = lazy(np.zeros(3, np.float32))
+    components = split(single, model)
+    assert set(components) == set(model[1])
+    for component, values in model[1].items():
+        assert_equal(read(components[component]), values)
+
+
+def test_a_file_of_another_family_is_named(single, model):
+    for family, configs in FAMILIES.items():
+        if configs is not model[0]:
+            message = rf"is Stable Diffusion \w+, but --base is {family[2:]}; name a base"
+            with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+                ldm.split(single, ldm.make_layouts(configs), {})
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "expected"),
+    [
+        ([], {}, None),
+        ([], {"format": "pt", "modelspec.title": "x"}, None),
+        (["v_pred"], {}, "v_prediction"),
+        (["v_pred"], {"modelspec.predict_key": "epsilon"}, "v_prediction"),  # programs go by the tensor
+        ([], {"modelspec.prediction_type": "v"}, "v_prediction"),
+        ([], {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ([], {"modelspec.predict_key": "V"}, "v_prediction"),
+        ([], {"modelspec.prediction_type": "flow"}, None),
+    ],
+)
+def test_what_a_file_says_of_its_prediction(names, metadata, expected):
+    assert ldm.find_prediction_type(names, metadata) == expected
+
+
+@pytest.mark.parametrize("name", ["ztsnr", "edm_vpred.sigma_max", "edm_mean"])
+def test_ways_of_training_that_are_not_computed_are_named(name):
+    with pytest.raises(ValueError, match=rf"^has the tensor {name}: it was trained [^\n]* not supported"):
+        ldm.find_prediction_type(["v_pred", name], {})
 
 
 def test_a_component_without_any_tensor_is_absent(single, model):

@@ -13,6 +13,7 @@ from tiny_run import make_config
 from dspo_jax import convert, start, train
 from dspo_jax.export_model import export
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.import_model import import_model
 from dspo_jax.metrics import read_metrics
 from dspo_jax.models import build_model, lora
 from dspo_jax.pipeline import load_pipeline
@@ -215,6 +216,8 @@ def test_diffusers_loads_the_adapters_and_draws_the_same(style, run, shallow_mod
         "kohya": f"lora_unet_{layer.replace('.', '_')}.lora_down.weight",
     }
     assert expected[style] in names
+    with pytest.raises(ValueError, match=r"adapters\.safetensors: is a LoRA"):
+        import_model(file, tmp_path / "out")
     theirs = draw_theirs(shallow_model, file)
     assert np.abs(draw_ours(run) / 255.0 - theirs).mean() <= 1 / 255
 
