@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax.data.sources import ImagePaths
+from dspo_jax.files import read_json
 from dspo_jax.prompts import ALLOW_OUTSIDE, Prompt
 from dspo_jax.sample_folder import MANIFEST, SETTINGS
 
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_FIX = "draw the images again, or move them to a folder of their own, where nothing is known of them"
 _NAME = re.compile(r"(\d+)_(\d+)")
 
 
@@ -92,8 +94,13 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
     number = re.match(r"(\d+)-", path.name)
     if not settings.is_file() or not number:
         return path, {}
-    how = json.loads(settings.read_text(encoding="utf-8"))
-    return path, {**how, **how["models"][int(number[1])]}
+    how = read_json(settings, _FIX)
+    try:
+        return path, {**how, **how["models"][int(number[1])]}
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{settings}: not what sample writes, of image folder {path.name}; {_FIX}"
+        ) from error
 
 
 def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -101,13 +108,16 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
         return
-    for line in manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-        record = json.loads(line)
-        if not record["file"].startswith(f"{path.name}/") or record["prompt_index"] >= len(prompts):
-            continue
-        wanted = prompts[record["prompt_index"]].text
-        if record["prompt"] != wanted:
+    lines = manifest.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            file, text, index = record["file"], record["prompt"], record["prompt_index"]
+            of_folder = file.startswith(f"{path.name}/") and 0 <= index < len(prompts)
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{manifest}, line {number}: not what sample writes; {_FIX}") from error
+        if of_folder and text != prompts[index].text:
             raise ValueError(
-                f"{path.parent / record['file']}: is of {record['prompt']!r}, but that prompt is {wanted!r}; "
-                "give the prompts that it was drawn with"
+                f"{path.parent / file}: is of {text!r}, but that prompt is {prompts[index].text!r}; give the "
+                "prompts that it was drawn with"
             )

@@ -121,20 +121,41 @@ class MetricsWriter:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl` in order, without a last one that was cut short.
 
+    Each has `step`, a whole number, and finite or infinite floats or NaN.
+
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another line than the last is damaged.
+      ValueError: another line than the last is damaged, or one is not of this kind.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line.decode())
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # not UTF-8, not JSON, a number or a nesting without end
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}") from error
+            raise ValueError(f"{where}: not JSON ({error}); mend or delete the line") from error
+        if not isinstance(record, dict) or not _is_number(record.get("step"), int):
+            raise ValueError(f"{where}: {line.decode()[:60]}: must be an object with step, a whole number")
+        for name, value in record.items():
+            if not _is_number(value, int | float):
+                raise ValueError(f"{where}: {name} = {str(value)[:60]}: must be a number")
+        records.append(record)
     return records
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    """Whether it is an int or float, no bool, and no int that a float could not hold."""
+    return (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and not (isinstance(value, int) and abs(value) > 2**63)
+    )
 
 
 def read_validations(path: str | Path) -> dict[int, dict[str, float]]:
@@ -193,6 +214,8 @@ def _keep_until(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
+    if kept and "wall_seconds" not in kept[-1]:
+        raise ValueError(f"{path}: the line of step {kept[-1]['step']} has no wall_seconds; delete the line")
     partial = path.with_suffix(".jsonl.tmp")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(partial, path)

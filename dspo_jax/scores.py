@@ -80,14 +80,14 @@ def _identify(file: Path) -> str:
 
 
 def _read(cache: Path, reward: Reward) -> dict[tuple[str, str], float]:
-    """(file, prompt) -> score; a line that was cut short is passed over."""
+    """(file, prompt) -> score; a line that was cut short, or is none of ours, is passed over."""
     known = {}
     for part in sorted(cache.glob(f"{reward.name}.*.jsonl")):
         for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+                if row["version"] == reward.version:
+                    known[row["file"], row["prompt"]] = float(row["score"])
+            except (ValueError, RecursionError, TypeError, KeyError):
                 continue
-            if row["version"] == reward.version:
-                known[row["file"], row["prompt"]] = row["score"]
     return known

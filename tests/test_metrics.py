@@ -12,6 +12,7 @@ import pytest
 from fake_time import FakeTime
 from rich.console import Console
 
+from dspo_jax.curves import draw_curves
 from dspo_jax.metrics import MetricsWriter, Progress, binomial_interval, read_metrics, read_validations
 
 
@@ -80,6 +81,62 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(path)
+
+
+GOOD = b'{"step": 1, "wall_seconds": 0.5, "loss": NaN, "margin": -Infinity}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"7", "line 2: 7: must be an object with step, a whole number"),
+        (b"null", "line 2: null: must be an object with step"),
+        (b'["step", 1]', "line 2: .*: must be an object with step"),
+        (b"NaN", "line 2: NaN: must be an object with step"),
+        (b"{}", "line 2: {}: must be an object with step"),
+        (b'{"step": "1"}', "line 2: .*: must be an object with step"),
+        (b'{"step": 1.5}', "line 2: .*: must be an object with step"),
+        (b'{"step": true}', "line 2: .*: must be an object with step"),
+        (b'{"step": 1, "loss": "1.0"}', "line 2: loss = 1.0: must be a number"),
+        (b'{"step": 1, "loss": null}', "line 2: loss = None: must be a number"),
+        (b'{"step": 1, "loss": [1.0]}', r"line 2: loss = \[1.0\]: must be a number"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", "line 2: loss = 1000.*: must be a number"),
+        (b'{"step": 1, "loss": 1' + b"0" * 5000 + b"}", r"line 2: not JSON"),
+        (b"[" * 100_000, "line 2: not JSON"),
+        (b'{"step": 1, "\xff": 1}', "line 2: not JSON"),
+        (b"\0" * 20, "line 2: not JSON"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_metrics, read_validations, lambda path: draw_curves(path, "no.png")])
+def test_a_line_that_is_no_object_of_numbers_is_refused_by_every_reader(tmp_path, line, message, read):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + line + b"\n" + GOOD)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, {message}") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("end", [b'{"step": 2, "lo', b"\0" * 20, b'{"step": 2, "caf\xc3', b"", b"{"])
+def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + end)
+    (record,) = read_metrics(path)
+    assert math.isnan(record["loss"])
+    assert record["margin"] == -math.inf
+    draw_curves(path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+    with MetricsWriter(tmp_path, step=1) as writer:
+        writer.write(2, {"loss": 1.0})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+
+
+def test_a_run_is_not_resumed_from_a_line_without_its_age(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: the line of step 1 has no wall_seconds"):
+        MetricsWriter(tmp_path, step=1)
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
