@@ -58,6 +58,12 @@ def read_instructions(text: str) -> Iterator[Instruction]:
     yield from _walk(computations, entry, 1)
 
 
+def entry_instructions(text: str) -> Sequence[Instruction]:
+    """The instructions of the entry computation alone, in the order in which they run."""
+    computations, entry = _read_computations(text)
+    return computations[entry]
+
+
 def _read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None

@@ -24,6 +24,7 @@ from dspo_jax.sharding import MESH_AXES, Target, make_mesh, on_mesh, split_over_
 V5P = Target("tpu", "TPU v5")
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
 A100 = Target("gpu", "NVIDIA A100-SXM4-40GB", (8, 0))
+B200 = Target("gpu", "NVIDIA B200", (10, 0))
 V100 = Target("gpu", "Tesla V100-SXM2-16GB", (7, 0))
 CPU = Target("cpu", "cpu")
 
@@ -118,7 +119,10 @@ def test_each_device_of_a_mesh_computes_its_examples_and_heads(heads, spec, smal
         ("SD1.5, 64x64", H100, (8, 4096, 8, 40), 4096, "bfloat16", "cudnn"),
         ("text", H100, (8, 4096, 8, 40), 77, "float16", "cudnn"),
         ("SD1.5, 16x16", H100, (8, 256, 8, 160), 256, "bfloat16", "cudnn"),
+        ("text and image", H100, (8, 4173, 24, 64), 4173, "bfloat16", "cudnn"),
         ("SD1.5, 16x16", A100, (8, 256, 8, 160), 256, "bfloat16", "plain"),
+        ("SD1.5, 16x16", B200, (8, 256, 8, 160), 256, "bfloat16", "plain"),
+        ("SD1.5, 32x32", B200, (8, 1024, 8, 80), 77, "bfloat16", "cudnn"),
         ("SD1.5, 32x32", A100, (8, 1024, 8, 80), 1024, "bfloat16", "cudnn"),
         ("a reward", H100, (8, 4096, 8, 64), 4096, "float32", "plain"),
         ("before Ampere", V100, (8, 4096, 8, 64), 4096, "float16", "plain"),
@@ -235,19 +239,32 @@ def test_what_the_kernel_keeps_is_kept_where_layers_outputs_are(policy, keeps):
     assert ({(2, 2, 128), (2, 2, 128, 8)} <= shapes) == keeps  # a number for each query, and the output
 
 
-@pytest.mark.parametrize(("head", "padded"), [(40, 40), (36, 40), (160, 160)])
-def test_cudnn_is_given_what_it_takes(head, padded, monkeypatch):
-    given = []
+@pytest.mark.parametrize(
+    ("queries", "keys", "head", "given"),
+    [
+        # queries, keys and size of a head as they are handed on; whether keys are masked
+        (6, 77, 40, (6, 78, 40, True)),
+        (7, 77, 36, (8, 78, 40, True)),
+        (93, 93, 64, (94, 94, 64, True)),  # image and text in one sequence
+        (7, 64, 8, (8, 64, 8, True)),  # half a block
+        (6, 128, 160, (6, 128, 160, False)),
+    ],
+)
+def test_cudnn_is_given_what_it_takes(queries, keys, head, given, monkeypatch):
+    seen = []
     compute = jax.nn.dot_product_attention
 
-    def cudnn(query, key, value, *, scale, implementation):
-        given.extend((implementation, query.shape[3], key.shape[3], value.shape[3]))
-        return compute(query, key, value, scale=scale)
+    def cudnn(query, key, value, *, scale, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert key.shape == value.shape
+        seen.append((query.shape[1], *key.shape[1::2], key_value_seq_lengths is not None))
+        # XLA's form of the same call means the same by lengths.
+        return compute(query, key, value, scale=scale, key_value_seq_lengths=key_value_seq_lengths)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
-    inputs = make_inputs(5, 7, 2, head)
+    inputs = make_inputs(queries, keys, 2, head)
     actual = value_and_gradients(flash.cudnn_attention)(*inputs)
-    assert given == ["cudnn", padded, padded, padded]
+    assert seen == [given]
     assert largest_error(actual, value_and_gradients(plain_attention)(*inputs)) < 2e-6
 
 
@@ -267,7 +284,15 @@ def check_cudnn(queries, keys, head):
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU")
 @pytest.mark.parametrize(
     ("queries", "keys", "head"),
-    [(1024, 1024, 40), (256, 77, 80), (3600, 3600, 64), (256, 256, 160), (64, 77, 160)],
+    [
+        (1024, 1024, 40),
+        (256, 77, 80),
+        (3600, 3600, 64),
+        (256, 256, 160),
+        (64, 77, 160),
+        (64, 64, 160),
+        (1101, 1101, 64),
+    ],
 )
 def test_on_a_gpu_cudnn_is_the_plain_backend(queries, keys, head):
     root = Path(__file__).parents[1]

@@ -121,8 +121,9 @@ def _takes(kernel: str, target: sharding.Target, head: int, dtype: jax.typing.DT
     """Whether it computes such heads. What is in float32 (the rewards) must not depend on the device."""
     if kernel == "flash":
         return dtype == jnp.bfloat16 and head <= 256
-    # What JAX refuses of cuDNN's.
-    return dtype in (jnp.bfloat16, jnp.float16) and head <= (256 if target.capability >= (9, 0) else 128)
+    # By cuDNN's table of what its backward pass supports. JAX lets 256 pass after Hopper too.
+    hopper = (9, 0) <= target.capability < (10, 0)
+    return dtype in (jnp.bfloat16, jnp.float16) and head <= (256 if hopper else 128)
 
 
 def plain_attention(

@@ -28,9 +28,15 @@ _KEYS_FORWARD = 4096 * 128
 _KEYS_BACKWARD = 2048 * 128
 _LANES = 128  # a head takes a multiple of that in memory
 
+_CUDNN_BLOCK = 128  # keys whose products cuDNN's backward pass computes at a time on Hopper
+
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """cuDNN's fused attention; float16 or bfloat16, on an NVIDIA GPU of compute capability 8.0 or more.
+
+    JAX takes only even lengths in training, because its rule for attention with a bias counts the empty bias
+    that it passes on. Text has 77 keys. Keys that are added are masked. Queries that are added are cut off
+    with their outputs, so that no gradient comes from them.
 
     Args:
       query: [B, T, H, D].
@@ -40,11 +46,19 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     Returns:
       [B, T, H, D].
     """
-    size = query.shape[-1]
-    padded = _round_up(size, 8)
-    parts = (_pad(array, axis=3, size=padded) for array in (query, key, value))
-    out = jax.nn.dot_product_attention(*parts, scale=size**-0.5, implementation="cudnn")
-    return out[..., :size]
+    batch, queries, _, size = query.shape
+    keys = key.shape[1]
+    padded = [
+        _pad(_pad(array, axis=3, size=_round_up(size, 8)), axis=1, size=_round_up(array.shape[1], 2))
+        for array in (query, key, value)
+    ]
+    # A mask by length is also the way around cuDNN's gradients that are NaN where keys fill half a block and
+    # the products are far below zero (github.com/NVIDIA/cudnn-frontend/pull/628, of 2026, on Hopper).
+    lengths = jnp.full(batch, keys, jnp.int32) if keys % _CUDNN_BLOCK else None
+    out = jax.nn.dot_product_attention(
+        *padded, scale=size**-0.5, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :queries, :, :size]
 
 
 def splash_attention(

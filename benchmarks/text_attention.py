@@ -1,0 +1,100 @@
+"""Attention to 77 tokens of text, compiled for an NVIDIA GPU: written out, and by cuDNN's padded kernel.
+
+    python -m benchmarks.text_attention --topology=h100         # needs jax[cuda12] and no GPU
+
+A whole layer in bfloat16 with its four projections, forward and backward, as a training step has it:
+gradients of the weights and of the image's activations, none of the text. Prints how much the instructions
+of the compiled program read and write, and what they are. What cuDNN moves within its kernel is not known.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+
+from benchmarks import absent_gpu
+from dspo_jax import cli
+from dspo_jax.models import attention, blocks
+from dspo_jax.sharding import make_mesh, on_mesh, replicated
+
+TOKENS = 77
+# Positions of the image, heads, size of a head, width of the text.
+CASES = {
+    "SD1.5 64x64": (4096, 8, 40, 768),
+    "SD1.5 32x32": (1024, 8, 80, 768),
+    "SD1.5 16x16": (256, 8, 160, 768),
+    "SD1.5 8x8": (64, 8, 160, 768),
+    "SDXL 64x64": (4096, 10, 64, 2048),
+    "SDXL 32x32": (1024, 20, 64, 2048),
+}
+ATTENTION_KERNELS = "__cudnn$fmha"
+REARRANGED = ("transpose", "convert", "copy", "pad", "slice", "concatenate")
+
+
+def lower_layer(device: Any, case: tuple[int, int, int, int], images: int) -> jax.stages.Lowered:
+    """Forward and backward of one layer, for a device of `absent_gpu.find_devices`."""
+    queries, heads, size, width = case
+    features = heads * size
+    mesh = make_mesh({}, [device])
+    layer = nnx.eval_shape(
+        lambda: blocks.Attention(features, heads, size, context_features=width, rngs=nnx.Rngs(0))
+    )
+    graph, params = nnx.split(layer)
+
+    def both(params: Any, x: jax.Array, text: jax.Array, gradient: jax.Array) -> Any:
+        out, backward = jax.vjp(lambda params, x: nnx.merge(graph, params)(x, text), params, x)
+        return out, backward(gradient)
+
+    def placed(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh))
+
+    image, text = placed((images, queries, features)), placed((images, TOKENS, width))
+    params = jax.tree.map(lambda leaf: placed(leaf.shape), params)
+    with absent_gpu.as_if_here(device):
+        return absent_gpu.lower(jax.jit(on_mesh(both, mesh)), params, image, text, image)
+
+
+def describe(text: str) -> str:
+    """A compiled program in a line."""
+    found = absent_gpu.traffic(text)
+
+    def several(words: Sequence[str]) -> tuple[int, float]:
+        parts = [found[kind] for kind in found if any(word in kind for word in words)]
+        return sum(count for count, _ in parts), sum(size for _, size in parts) / 1e6
+
+    instructions, everything = several([""])
+    kernels, _ = several([ATTENTION_KERNELS])
+    products, _ = several(["matmul"])
+    moves, moved = several(REARRANGED)
+    return (
+        f"{everything:7.1f} MB by {instructions:2} instructions: {kernels} attention kernels, {products:2} "
+        f"products, {moves:2} that rearrange or convert ({moved:.1f} MB)"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a line for each case and backend."""
+    del argv
+    values = flags.FLAGS
+    device = absent_gpu.find_devices(values.topology)[0]
+    print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
+    for name, case in CASES.items():
+        for backend in ("plain", "cudnn"):
+            os.environ[attention.VARIABLE] = backend
+            program = absent_gpu.compile_lowered(lower_layer(device, case, values.images))
+            memory: Any = program.memory_analysis()
+            line = describe(program.as_text() or "")
+            print(
+                f"{name:<12}{backend:<6} {line}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", "h100", "The card: h100 or a100.")
+    flags.DEFINE_integer("images", 4, "In the batch.", lower_bound=1)
+    cli.run(main)

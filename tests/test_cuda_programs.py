@@ -1,0 +1,199 @@
+"""Training programs for NVIDIA GPUs that are not here: lowered by any JAX, compiled by its CUDA plugin."""
+
+import importlib.util
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_model import FAMILIES, write_model
+from tiny_run import make_config
+
+from benchmarks import absent_gpu, text_attention
+from dspo_jax import published, sharding
+from dspo_jax.dry_run import batch_shapes
+from dspo_jax.models.attention import attention
+from dspo_jax.pipeline import Pipeline, load_pipeline
+from dspo_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated
+from dspo_jax.start import make_state, make_task
+from dspo_jax.step import compile_step
+
+CAPABILITIES = {"H100": "9.0", "A100": "8.0"}
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12], the CUDA plugin"
+)
+CALL = re.compile(r"@__cudnn\$fmhaSoftmax(Backward)?\(")
+
+# Positions of the image, heads, size of a head: each level of the UNets and their middle.
+LEVELS = {
+    "sd15": [(4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160)],
+    "sd21": [(9216, 5, 64), (2304, 10, 64), (576, 20, 64), (144, 20, 64)],
+    "sdxl": [(4096, 10, 64), (1024, 20, 64)],
+}
+
+
+@pytest.fixture(params=CAPABILITIES)
+def card(request, monkeypatch):
+    """The name of a card that is not here, for which all programs are traced."""
+    capability = CAPABILITIES[request.param]
+    major, minor = capability.split(".")
+    target = sharding.Target("gpu", f"NVIDIA {request.param}", (int(major), int(minor)))
+    monkeypatch.setattr(sharding, "target_of", lambda device: target)
+    with absent_gpu.as_if_here(SimpleNamespace(compute_capability=capability)):
+        yield request.param
+
+
+def lower_attention(query: tuple[int, ...], keys: int, mesh: jax.sharding.Mesh | None = None) -> str:
+    """The value and the gradients of one call, lowered for CUDA; of a mesh each device has the same part."""
+    mesh = mesh or make_mesh({}, jax.devices()[:1])
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return attention(*arrays).astype(jnp.float32).sum()
+
+    shapes = [(query[0], length, *query[2:]) for length in (query[1], keys, keys)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_sharding(mesh)) for shape in shapes]
+    gradients = jax.value_and_grad(loss, (0, 1, 2))
+    return absent_gpu.lower(jax.jit(on_mesh(gradients, mesh)), *arrays).as_text()
+
+
+@pytest.mark.parametrize(
+    ("positions", "heads", "head", "keys"),
+    [
+        *(((*level, keys)) for levels in LEVELS.values() for level in levels for keys in (77, level[0])),
+        # Other sizes of images, and one sequence of image and text as other models have.
+        (45 * 77, 10, 64, 77),
+        (45 * 77, 10, 64, 45 * 77),
+        (4096 + 77, 24, 64, 4096 + 77),
+        (4429, 24, 64, 4429),
+        (1, 8, 40, 1),
+    ],
+)
+def test_attention_is_trained_by_cudnn(positions, heads, head, keys, card):
+    text = lower_attention((4, positions, heads, head), keys)
+    calls = ["", "Backward"] if head <= 128 or card == "H100" else []
+    assert CALL.findall(text) == calls
+
+
+@pytest.mark.parametrize(("heads", "part"), [(4, "2x78x2x40"), (5, "2x78x5x40")])
+def test_each_device_of_a_mesh_calls_it_for_its_examples_and_heads(heads, part, card):
+    text = lower_attention((8, 256, heads, 40), 77, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert CALL.findall(text) == ["", "Backward"]
+    assert f"tensor<{part}xbf16>" in text
+
+
+def test_the_keys_that_are_added_are_masked(card):
+    text = lower_attention((4, 256, 8, 40), 77)
+    assert text.count(r"\22mask_type\22: \22PADDING\22") == 2
+    assert "dense<77>" in text  # the number of keys that are not masked
+    assert "tensor<4x78x8x40xbf16>" in text
+    unmasked = lower_attention((4, 256, 8, 40), 256)
+    assert unmasked.count(r"\22mask_type\22: \22NO_MASK\22") == 2
+
+
+def lower_step(pipe: Pipeline, config: Any, size: int, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The step that `train` compiles, of two pairs, lowered for CUDA."""
+    task = make_task(config, pipe)
+    state, reference = make_state(task, mesh, {}, abstract=True)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    batch = batch_shapes(task, 2, (size, size), config.batch_size, mesh)
+    return absent_gpu.lower(compile_step(state), state, reference, batch, key)
+
+
+def of_two_pairs(model: str) -> Any:
+    """The config of a bfloat16 recipe over a model."""
+    changes = {"batch_size": 2, "compute_dtype": "bfloat16", "objective.name": "dspo"}
+    return make_config(model, "", changes)
+
+
+def count_in_step(pipe: Pipeline, model: Any, size: int) -> tuple[int, int]:
+    """Attention kernels of a step's program: (forward, backward)."""
+    calls = CALL.findall(
+        lower_step(pipe, of_two_pairs(model), size, make_mesh({}, jax.devices()[:1])).as_text()
+    )
+    return calls.count(""), calls.count("Backward")
+
+
+def test_a_whole_step_is_lowered(shallow_model, card):
+    # The policy's and the reference's middle block: of itself, and of 77 tokens.
+    assert count_in_step(load_pipeline(shallow_model), shallow_model, 16) == (4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_of_each_family_is_lowered(family, card, tmp_path):
+    pipe = load_pipeline(write_model(tmp_path, family=family))
+    forward, backward = count_in_step(pipe, tmp_path, 16)
+    assert forward == 2 * backward >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "backward"), [("sd15", {"H100": 32, "A100": 20}), ("sdxl", {"H100": 140, "A100": 140})]
+)
+def test_the_step_of_a_published_model_is_lowered(model, backward, card):
+    pipe = published.architecture(model)
+    # Of SD1.5's 16 pairs of layers an A100's kernel takes the 10 whose heads have 128 numbers or fewer.
+    assert count_in_step(pipe, model, pipe.image_side) == (2 * backward[card], backward[card])
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+def test_a_step_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
+    device = absent_gpu.find_devices("h100")[0]
+    pipe = load_pipeline(write_model(tmp_path))
+    with absent_gpu.as_if_here(device):
+        lowered = lower_step(pipe, of_two_pairs(tmp_path), 16, make_mesh({}, [device]))
+    program = absent_gpu.compile_lowered(lowered)
+    kinds = absent_gpu.traffic(program.as_text())
+    assert kinds["__cudnn$fmhaSoftmaxBackward"][0] >= 4
+    assert kinds["__cudnn$fmhaSoftmax"][0] > kinds["__cudnn$fmhaSoftmaxBackward"][0]
+    assert program.memory_analysis().argument_size_in_bytes > 0
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+def test_the_padded_kernel_moves_less_than_attention_written_out(monkeypatch):
+    device = absent_gpu.find_devices("h100")[0]
+    moved = {}
+    for backend in ("plain", "cudnn"):
+        monkeypatch.setenv("DSPO_ATTENTION", backend)
+        lowered = text_attention.lower_layer(device, text_attention.CASES["SD1.5 64x64"], 4)
+        kinds = absent_gpu.traffic(absent_gpu.compile_lowered(lowered).as_text())
+        moved[backend] = sum(size for _, size in kinds.values())
+    assert moved["cudnn"] < moved["plain"] / 2
+
+
+# Of XLA's text of a program for a GPU: a fusion, a kernel with a workspace, a product, and a result.
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused_pad (param_0: bf16[4,77,8]) -> bf16[4,78,8] {
+  %param_0 = bf16[4,77,8]{2,1,0} parameter(0)
+  %zero = bf16[] constant(0)
+  ROOT %pad.1 = bf16[4,78,8]{2,1,0} pad(%param_0, %zero), padding=0_0x0_1x0_0
+}
+
+ENTRY %main.3 (q.1: bf16[4,64,8], k.1: bf16[4,77,8]) -> bf16[4,64,8] {
+  %q.1 = bf16[4,64,8]{2,1,0} parameter(0)
+  %k.1 = bf16[4,77,8]{2,1,0} parameter(1)
+  %loop_pad_fusion.1 = bf16[4,78,8]{2,1,0} fusion(%k.1), kind=kLoop, calls=%fused_pad
+  %attend.5 = (bf16[4,64,8]{2,1,0}, f32[4,64]{1,0}, u8[33554432]{0}) custom-call(%q.1, %loop_pad_fusion.1), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={"text": "(x)"}
+  ROOT %out = bf16[4,64,8]{2,1,0} get-tuple-element(%attend.5), index=0
+}
+"""
+
+
+def test_what_a_program_reads_and_writes():
+    query, key, padded = 2 * 4 * 64 * 8, 2 * 4 * 77 * 8, 2 * 4 * 78 * 8
+    assert absent_gpu.traffic(PROGRAM) == {
+        "loop_pad_fusion": (1, key + padded),
+        "__cudnn$fmhaSoftmax": (1, query + padded + query + 4 * 4 * 64),
+    }
+
+
+def test_an_unknown_card_is_refused():
+    with pytest.raises(ValueError, match=r"--topology = 'h10': unknown; did you mean 'h100'"):
+        absent_gpu.find_devices("h10")
