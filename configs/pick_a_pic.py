@@ -15,7 +15,8 @@ def sd15(variant: str, *, printed: bool = True) -> ConfigDict:
     """SD1.5 at 512 pixels, 2048 pairs a step, AdamW.
 
     "released" (the default) is the launcher of Diffusion-DPO and DSPO: --learning_rate=1e-8 --scale_lr over
-    2048 pairs, which is 2.048e-5, constant after 500 warm-up steps.
+    2048 pairs, which is 2.048e-5, constant after 500 warm-up steps. Its trainer mirrors each image at random,
+    which is done here when the data are encoded (configs/encode/pickapic_sd15.py).
 
     "paper" is what DSPO prints in D.3: 2.048e-8 and 2000 warm-up steps, here the whole run. Its "inverse
     scaling" thereafter is no schedule: in Diffusion-DPO's text, where it comes from, it is the division of

@@ -4,8 +4,9 @@
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
     python -m dspo_jax.convert export --run=runs/sd15_dspo_lora --out=adapters.safetensors --lora=diffusers
 
-No paper trains DSPO so. Rank, layers, learning rate, batch and length are those of the LoRA trainer of
-Diffusion-DPO in diffusers (examples/research_projects/diffusion_dpo). The objective is DSPO with a preference
+DSPO's Table 6 has DSPO-LoRA, of which the paper prints no setting. Rank, layers, learning rate, batch and
+length are those of the LoRA trainer of Diffusion-DPO in diffusers (examples/research_projects/diffusion_dpo).
+The objective is DSPO with a preference
 term that matters, as docs/objectives.md advises; with the published lambda it is SFT. Not run at this size by
 this project: no hours and no result to report.
 """

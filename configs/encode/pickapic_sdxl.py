@@ -8,7 +8,7 @@ Version 2 has 959,040 rows of training data, ties among them, in 645 files of to
 parquet files, or the id of a copy on the hub, of which only what is encoded is fetched and nothing is stored.
 An example takes 512 KiB, so that a million take about 524 GB. All splits are encoded; for those of
 training alone set --config.splits="('train', 'validation_unique')" and train with
---config.validation.split=validation_unique. The papers' "-nodup" is --config.source.one_pair_per_prompt=True.
+--config.validation.split=validation_unique. DSPO-nodup is --config.source.one_pair_per_prompt=True.
 
 Each image is mirrored with probability one half, by itself, as in the train.py of Diffusion-DPO and of DSPO,
 where a mirror is drawn anew whenever an image is read. Here it is drawn once, of seed, key and image, so that

@@ -250,7 +250,8 @@ def dspo_e(
 ) -> LossAndMetrics:
     """reduce[(e_w - y_w) - s (e_w - r_w)]^2: DSPO with an energy-based preference (Eq. 45).
 
-    p(y | x) proportional to exp(r(x) / lambda) has the gradient of the reward itself: no sigmoid, no loser.
+    The preference is p(y | x) proportional to exp(r(x) / lambda): no sigmoid, no loser. Its log has 1/lambda
+    times the gradient of r, which Eq. 43-45 leave out: with it s would be gamma, not lam * gamma.
     The loss is s SE(r_w) + (1 - s) SE(e_w) less s (1 - s) reduce(e_w - r_w)^2: SFT, pushed off the reference.
 
     Args:

@@ -78,8 +78,8 @@ class Selection(abc.ABC):
     Attributes:
       caption_pattern: a regular expression that must occur in the caption; "" keeps all.
       min_margin: smallest margin between winner and loser, in the source's own unit.
-      one_pair_per_prompt: keeps one random pair of each caption (the papers' "-nodup"); which one depends on
-        the seed, not on the order of the files.
+      one_pair_per_prompt: keeps one random pair of each caption (DSPO-nodup of DSPO's Table 6); which one
+        depends on the seed, not on the order of the files.
       validation_share: share of the captions that are held out as `validation` where the files hold only
         `train`; all pairs of a caption go to the same split. At least one caption is held out if there are
         two; 0 holds out none.
