@@ -11,10 +11,9 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dspo_jax import overrides, spelling
+from dspo_jax import interrupts, overrides, spelling
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
 
 _PACKAGE = Path(__file__).parent
@@ -51,10 +50,11 @@ def run(
         try:
             for line in overrides.settle(flags.FLAGS):
                 logging.info("%s", line)
-            return main(argv)
+            with interrupts.interruptible():
+                return main(argv)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
+            sys.exit(interrupts.EXIT_INTERRUPTED)
         except (ValueError, OSError) as error:
             logging.debug("Traceback of the error below", exc_info=True)
             _fail(_describe(error))
@@ -74,6 +74,7 @@ def run(
             record.levelno >= WARNING or not re.search("tensorflow_datasets|xla_bridge", record.pathname)
         )
     )
+    interrupts.end_at_once()
     overrides.accept_none()
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")

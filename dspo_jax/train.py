@@ -9,12 +9,10 @@ trained and nothing written: it says what the run would take.
 """
 
 import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import jax
 import numpy as np
@@ -27,6 +25,7 @@ from dspo_jax.checkpoint import Checkpoints
 from dspo_jax.curves import draw_curves
 from dspo_jax.data import loader
 from dspo_jax.dry_run import describe, dry_run, mean_flops_per_pair
+from dspo_jax.interrupts import stop_requests
 from dspo_jax.metrics import VALIDATION_PREFIX, MetricsWriter, Progress, read_validations
 from dspo_jax.models import Params
 from dspo_jax.sample_grids import SampleGrids, first_captions
@@ -47,24 +46,6 @@ class Unstable(ValueError):
     def __init__(self, message: str, position: str):
         super().__init__(message)
         self.position = position
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and Ctrl-C into a question to ask between steps; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -382,6 +363,8 @@ def main(argv: Sequence[str]) -> int:
                 f"held-out implicit accuracy {when}: "
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
+    if status == cli.EXIT_STOPPED:
+        print(f"stopped: after step {step} of {config.steps}; the same command resumes it")
     return status
 
 

@@ -134,6 +134,18 @@ def rows(count):
         yield PreferencePair("a caption", gradient(20 + i, 20), loser, key=str(i))
 
 
+def blocked_signals():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_ctrl_c_in_a_terminal_is_left_to_this_process():
+    before = blocked_signals()
+    with worker_pool(1) as pool:
+        # Inherited from the server it forks from, which so is deaf while it imports.
+        assert signal.SIGINT in pool.submit(blocked_signals).result()
+    assert blocked_signals() == before
+
+
 def test_workers_give_what_this_process_gives_in_order():
     with worker_pool(0) as none:
         expected = list(prepare_rows(rows(23), SQUARE, none, 4))

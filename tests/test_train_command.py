@@ -68,7 +68,10 @@ def stop_when(process, reached, number):
             pytest.fail(f"ended before it could be stopped: {process.communicate()[1]}")
         time.sleep(0.002)
     process.send_signal(number)
-    process.communicate()
+    output, errors = process.communicate()
+    if process.returncode == EXIT_STOPPED:
+        assert output.splitlines()[-1].startswith("stopped: after step ")
+        assert "\nstopping after this step" in errors
     return process.returncode
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -144,11 +145,22 @@ def worker_pool(num_workers: int, preload: Sequence[str] = ()) -> Iterator[Execu
     # Not "fork": JAX's threads do not survive it. All fork from one server that has imported once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload, __name__])
+    _start_forkserver()
     pool = ProcessPoolExecutor(num_workers, context, initializer=_follow_parent)
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_forkserver() -> None:
+    """Starts the server that workers fork from, deaf to a terminal's Ctrl-C, also while it imports."""
+    resource_tracker.ensure_running()  # which unblocks the signal after it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prepare_rows(
