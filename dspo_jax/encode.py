@@ -80,7 +80,9 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
     buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
     side = None if buckets else resolution // pipe.vae_scale_factor
     features = shards.feature_spec(
-        (source.images_per_example, side, side, 2 * pipe.latent_channels), len(pipe.tokenizers)
+        (source.images_per_example, side, side, 2 * pipe.latent_channels),
+        len(pipe.tokenizers),
+        pipe.caption_length,
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
     workers = cpu_cores() if config.num_workers is None else config.num_workers

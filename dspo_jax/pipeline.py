@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from transformers import CLIPTokenizer
 
 from dspo_jax import convert, file_kinds, saved_params
 from dspo_jax.component_files import find_weights
 from dspo_jax.model_dir import find_model
 from dspo_jax.models import Model, Params, lora
 from dspo_jax.schedule import Schedule
+from dspo_jax.tokenizers import CaptionTokenizer, read_tokenizer
 
 # Class of a pipeline -> its text encoders.
 _PIPELINES = {
@@ -31,14 +31,13 @@ _CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
-_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 class Text(NamedTuple):
     """What the UNet is told by captions.
 
     Attributes:
-      states: [B, 77, F], read by cross-attention.
+      states: [B, S, F], S tokens, 77 but in rare models; read by cross-attention.
       pooled: [B, D], part of SDXL's time embedding; None for Stable Diffusion 1 and 2.
     """
 
@@ -54,7 +53,7 @@ class Pipeline:
       path: the diffusers folder.
       unet, vae: architectures.
       text_encoders: architectures by component: "text_encoder", and SDXL's "text_encoder_2".
-      tokenizers: one for each text encoder.
+      tokenizers: one for each text encoder, all of one length.
       schedule: the forward process and the prediction type.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
       zero_empty_captions: whether the text of an empty caption is zeros and not what the encoders say.
@@ -67,7 +66,7 @@ class Pipeline:
     unet: Model
     vae: Model
     text_encoders: Mapping[str, Model]
-    tokenizers: tuple[Any, ...]
+    tokenizers: tuple[CaptionTokenizer, ...]
     schedule: Schedule
     scheduler_config: Mapping[str, Any]
     zero_empty_captions: bool
@@ -106,31 +105,30 @@ class Pipeline:
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
         return convert.read_params(self.path / component, self.networks[component], dtype, adapters=trained)
 
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption with its start, end and padding: 77 but in rare models."""
+        return self.tokenizers[0].length
+
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids [N, E, 77] int32 of N captions; longer ones are cut at 77 tokens, with a warning."""
-        first = self.tokenizers[0]  # the others differ in what they pad with
-        too_long = [c for c in captions if len(first(c)["input_ids"]) > first.model_max_length]
+        """Token ids [N, E, S] int32 of N captions; longer ones are cut at S tokens, with a warning."""
+        too_long = self.tokenizers[0].find_long(captions)  # the others differ in what they pad with
         if too_long:
             logging.warning(
                 "%d caption(s) longer than %d tokens were cut, first %r",
                 len(too_long),
-                first.model_max_length,
+                self.caption_length,
                 too_long[0],
             )
-        ids = []
-        for tokenizer in self.tokenizers:
-            length = tokenizer.model_max_length
-            encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
-            ids.append(np.asarray(encoded["input_ids"], np.int32))
-        return np.stack(ids, axis=1)
+        return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
 
     @functools.cached_property
     def empty_tokens(self) -> np.ndarray:
-        """Token ids [E, 77] int32 of the empty caption."""
+        """Token ids [E, S] int32 of the empty caption."""
         return self.tokenize([""])[0]
 
     def encode_text(self, params: Mapping[str, Params], tokens: jax.Array, *, remat: str = "none") -> Text:
-        """Token ids [B, E, 77] -> what the UNet is told. Pure; `params` holds the text encoders by component.
+        """Token ids [B, E, S] -> what the UNet is told. Pure; `params` holds the text encoders by component.
 
         Stable Diffusion 1 and 2 read the last states. SDXL reads the penultimate ones of both encoders side
         by side and the second one's pooled state, and zeros for an empty caption if its model_index.json says
@@ -206,7 +204,7 @@ class Pipeline:
           params: "unet" and the text encoders.
           noisy: [B, P, h, w, C] in UNet units.
           timesteps: [B, P].
-          tokens: [B, E, 77].
+          tokens: [B, E, S].
           micro_conditioning: [B, P, 6], see `predict`.
           remat: a policy of models/remat.py for the backward pass.
 
@@ -260,12 +258,12 @@ class Pipeline:
             "scaling_factor": self.scaling_factor,
             "vae_scale_factor": self.vae_scale_factor,
             "latent_channels": self.latent_channels,
-            "tokenizer_sha256": [
-                _sha256(*(folder / name for name in _TOKENIZER_FILES))
-                for folder in _tokenizer_folders(self.path, self.text_encoders)
-            ],
-            # Not in those files; Stable Diffusion 2 and SDXL's second encoder pad with another token.
-            "pad_token_id": [tokenizer.pad_token_id for tokenizer in self.tokenizers],
+            "caption_length": self.caption_length,
+            "tokens_sha256": [tokenizer.digest() for tokenizer in self.tokenizers],
+            # All that earlier versions wrote of the tokens, so that their shards can be matched.
+            "tokenizer_sha256": [tokenizer.digest_files() for tokenizer in self.tokenizers],
+            # Stable Diffusion 2 and SDXL's second encoder pad with another token.
+            "pad_token_id": [tokenizer.tokenizer.pad_token_id for tokenizer in self.tokenizers],
         }
 
     def weights_digest(self) -> str:
@@ -330,7 +328,10 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         unet=models["unet"],
         vae=models["vae"],
         text_encoders={name: models[name] for name in encoders},
-        tokenizers=tuple(_read_tokenizer(folder) for folder in _tokenizer_folders(path, encoders)),
+        tokenizers=tuple(
+            read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
+            for name in encoders
+        ),
         schedule=Schedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
         # diffusers' pipeline class has True as its default.
@@ -339,6 +340,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         step=step if trained else None,
     )
     _check_sizes(pipe)
+    _check_lengths(*pipe.tokenizers)
     return pipe
 
 
@@ -362,15 +364,14 @@ def _check_sizes(pipe: Pipeline) -> None:
             )
 
 
-def _tokenizer_folders(path: Path, text_encoders: Iterable[str]) -> list[Path]:
-    return [path / name.replace("text_encoder", "tokenizer") for name in text_encoders]
-
-
-def _read_tokenizer(folder: Path) -> CLIPTokenizer:
-    for name in _TOKENIZER_FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; fetch the model again")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+def _check_lengths(first: CaptionTokenizer, *others: CaptionTokenizer) -> None:
+    """Refuses text encoders whose states cannot lie side by side."""
+    for other in others:
+        if other.length != first.length:
+            raise ValueError(
+                f"{other.folder}: captions of {other.length} tokens, but of {first.length} in "
+                f"{first.folder}; give both tokenizer_config.json the same model_max_length"
+            )
 
 
 def _sha256(*paths: Path) -> str:

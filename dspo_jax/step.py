@@ -259,7 +259,7 @@ def train_step(
       reference: the frozen tree, in `task.reference_dtype`: the text encoders unless they are trained and no
         reference is needed, and "unet" for an objective that needs a reference. With LoRA the base model,
         with adapters that add nothing.
-      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, 77], `micro_conditioning` [B, P, 6], `preference`
+      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, S], `micro_conditioning` [B, P, 6], `preference`
         and `loser_won` [B], `index` [B] uint32 (unique over the run).
       key: of the run, the same for every step: an example's randomness follows from its index.
 

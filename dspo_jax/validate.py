@@ -39,7 +39,7 @@ from dspo_jax.sharding import (
     use_cpu_cores,
 )
 
-# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, 77], micro-conditioning
+# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, S], micro-conditioning
 # [B, P, 6]) -> the UNet's output.
 Predict = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 

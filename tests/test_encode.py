@@ -29,6 +29,7 @@ class StubPipeline:
     1."""
 
     tokenizers = ("one", "two")
+    caption_length = 77
     vae_scale_factor = 4
     latent_channels = 3
     image_side = 32

@@ -18,6 +18,7 @@ from dspo_jax.rewards.preprocess import image_reward_pixels
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
 from torch_modules import assert_close, randomize  # noqa: E402
+from transformers import BertTokenizer  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 CONFIG = oracle.reduced()
@@ -180,6 +181,33 @@ def test_weights_that_are_not_imagerewards_are_refused(change, message, weights,
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)
     assert not list(out.parent.iterdir())
+
+
+def test_the_vocabulary_of_tokenizer_json(weights, tokenizer, tmp_path):
+    """Today's transformers saves no vocab.txt."""
+    BertTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(tmp_path / "bert")
+    assert not (tmp_path / "bert" / "vocab.txt").exists()
+    write_weights(weights, tmp_path / "from_txt", tokenizer)
+    for i, given in enumerate((tmp_path / "bert", tmp_path / "bert" / "tokenizer.json")):
+        write_weights(weights, tmp_path / f"from_json_{i}", given)
+        written = (tmp_path / f"from_json_{i}" / "vocab.txt").read_bytes()
+        assert written == (tmp_path / "from_txt" / "vocab.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "no vocabulary; give vocab"),
+        ('{"model": {"vocab": 3}}', "no vocabulary; give vocab"),
+        ('{"model": {"vocab": {"a": "b", "c": 1}}}', "no vocabulary; give vocab"),
+        ('{"model": {"vocab": {"a": 0, "b": 2}}}', "ids with gaps; give vocab"),
+    ],
+)
+def test_a_tokenizer_json_without_berts_vocabulary_is_refused(content, message, weights, tmp_path, out):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {message}[^\n]*$"):
+        write_weights(weights, out, tmp_path / "tokenizer.json")
 
 
 def test_vocabularies_that_do_not_fit_are_refused(weights, tmp_path, out):

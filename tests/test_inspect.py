@@ -90,6 +90,14 @@ def test_the_length_of_a_caption_whatever_pads_it(tmp_path, pad):
     assert (captions["tokens"]["min"], captions["tokens"]["max"], captions["full"]) == (9, 76, 0)
 
 
+def test_the_length_of_a_caption_with_added_tokens(tmp_path):
+    """Textual inversions have higher ids than the end token."""
+    row = tokens(9)
+    row[0, 3] = END + 5
+    captions = summarize_dataset(write(tmp_path / "out", {"train": [{"tokens": row}]}))["splits"]["train"]
+    assert captions["captions"]["tokens"]["max"] == 9
+
+
 def test_repeated_captions_and_those_that_train_has(tmp_path):
     splits = {
         "train": [{"caption": caption} for caption in "aabcccd"],

@@ -217,9 +217,10 @@ def test_the_fingerprint_follows_the_vae_and_the_tokenizer_only(tiny_model, mode
     assert changed.pop("vae_sha256") != original["vae_sha256"]
     assert changed.items() <= original.items()
 
-    with (model / "tokenizer" / "vocab.json").open("a") as vocab:
-        vocab.write("\n")
-    assert load_pipeline(model).fingerprint()["tokenizer_sha256"] != original["tokenizer_sha256"]
+    edit_json(model / "tokenizer" / "vocab.json", **{"!": 1, '"': 0})
+    changed = load_pipeline(model).fingerprint()
+    for key in ("tokens_sha256", "tokenizer_sha256"):
+        assert changed[key] != original[key]
     write_tokenizer(model / "tokenizer", pad_token="!")
     assert load_pipeline(model).fingerprint()["pad_token_id"] == [0]
     assert original["pad_token_id"] == [END]

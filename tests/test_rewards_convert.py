@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_clip import clip_config, write_clip, write_json
 from tiny_model import write_tokenizer
 
-from dspo_jax import tensors
+from dspo_jax import tensors, tokenizers
 from dspo_jax.rewards.convert import RECIPES, prepare
 
 
@@ -76,8 +76,9 @@ def test_a_folder_keeps_its_tensors_and_an_open_clip_file_is_the_same_model(clip
     assert copied.keys() == original.keys()
     assert all(np.array_equal(copied[name], original[name]) for name in original)
     assert json.loads((out / "config.json").read_text()) == clip_config()
-    names = ["config.json", "merges.txt", "model.safetensors", "reward.json", "vocab.json"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    tokenizer = {"merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"}
+    names = {"config.json", "model.safetensors", "reward.json"} | tokenizer
+    assert {path.name for path in out.iterdir()} == names
 
     save_file(state, clip.parent / "open_clip.safetensors")
     other = out.with_name("hps")
@@ -135,7 +136,7 @@ def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
-    laion, tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ["merges.txt", "vocab.json"]
+    laion, tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", sorted(tokenizers.FILES)
 
     convert("hpsv2.1", out)
     assert fetched == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (laion, tokenizer)]
@@ -223,7 +224,7 @@ def infinite_tensor(clip):
         (spoil(lambda c: c.update(architectures=["CLIPTextModel"])), "config.json: CLIPTextModel config: "),
         (
             spoil(lambda c: c["text_config"].update(eos_token_id=5)),
-            "vocab.json: 514 tokens with the end token 513",
+            "clip: a tokenizer of 514 tokens with the end token 513",
         ),
         (spoil(lambda c: c["text_config"].update(vocab_size=99)), "token_embedding.weight has shape"),
         (spoil(lambda c: c["vision_config"].update(num_hidden_layers=3)), "layers.2.* is missing"),

@@ -55,7 +55,8 @@ def read_datasets(path: str | Path) -> list[Dataset]:
     datasets = [Dataset(folder, shards.read_manifest(folder)) for folder in folders]
     first = datasets[0]
     for other in datasets[1:]:
-        ours, theirs = _shared(first.manifest), _shared(other.manifest)
+        models = shards.comparable(first.manifest["model"], other.manifest["model"])
+        ours, theirs = map(_shared, (first.manifest, other.manifest), models)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 raise ValueError(
@@ -66,10 +67,10 @@ def read_datasets(path: str | Path) -> list[Dataset]:
     return datasets
 
 
-def _shared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """What one run cannot have two of: the image size, pairs or single images, and what made the latents."""
-    model = {f"model.{key}": value for key, value in manifest["model"].items() if key != "model"}
-    return {key: manifest[key] for key in ("resolution", "images_per_example")} | model
+    made_with = {f"model.{key}": value for key, value in model.items() if key != "model"}
+    return {key: manifest[key] for key in ("resolution", "images_per_example")} | made_with
 
 
 def count_examples(

@@ -11,10 +11,11 @@ import numpy as np
 from array_record.python import array_record_data_source
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, bucket_size
 
 Batch = dict[str, Any]
-"""`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, 77] int32, `micro_conditioning` [B, P, 6] int32,
+"""`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, S] int32, `micro_conditioning` [B, P, 6] int32,
 `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings."""
 
 
@@ -61,6 +62,7 @@ class Records:
         manifest = datasets[0].manifest
         model = manifest["model"]
         height, width = (side // model["vae_scale_factor"] for side in bucket_size(bucket))
+        self._caption_length = shards.comparable(model)[0]["caption_length"]
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
     def read(self, numbers: Sequence[int]) -> Batch:
@@ -89,7 +91,7 @@ class Records:
             keys.append(feature["key"].bytes_list.value[0].decode())
         return {
             "moments": moments,
-            "tokens": np.stack(tokens).reshape(len(numbers), -1, 77),
+            "tokens": np.stack(tokens).reshape(len(numbers), -1, self._caption_length),
             "micro_conditioning": np.stack(micro_conditioning).reshape(len(numbers), images, 6),
             "preference": np.asarray(preference, np.float32),
             "loser_won": np.asarray(loser_won, np.bool_),

@@ -20,19 +20,23 @@ MANIFEST = "manifest.json"
 DATASET_NAME = "pairs"
 UNFINISHED = ".unfinished"
 """The folder within a dataset's that is there as long as it is being written."""
+_OLD_CAPTION_LENGTH = 77  # where a manifest has no `caption_length`
 _REMAKE = "delete the folder and run dspo_jax.encode again"
 
 
-def feature_spec(moments_shape: Sequence[int | None], num_text_encoders: int) -> tfds.features.FeaturesDict:
+def feature_spec(
+    moments_shape: Sequence[int | None], num_text_encoders: int, caption_length: int = _OLD_CAPTION_LENGTH
+) -> tfds.features.FeaturesDict:
     """The TFDS schema of an example.
 
     Args:
       moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images; h and w are None
         where images have several sizes.
       num_text_encoders: E, the number of token sequences a caption has.
+      caption_length: S, the tokens of a sequence.
 
     Returns:
-      Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), `tokens` [E, 77]
+      Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), `tokens` [E, S]
       int32, `micro_conditioning` [P, 6] int32 (original height, width, crop top, left, target height, width;
       pixels), `preference` float32, `loser_won` bool, `caption` and `key`.
     """
@@ -44,7 +48,7 @@ def feature_spec(moments_shape: Sequence[int | None], num_text_encoders: int) ->
     return tfds.features.FeaturesDict(
         {
             "moments": raw(moments_shape, np.float16),
-            "tokens": raw((num_text_encoders, 77), np.int32),
+            "tokens": raw((num_text_encoders, caption_length), np.int32),
             "micro_conditioning": raw((moments_shape[0], 6), np.int32),
             "preference": tfds.features.Scalar(np.float32),
             "loser_won": tfds.features.Scalar(np.bool_),
@@ -118,9 +122,9 @@ def check_manifest(
     Raises:
       ValueError: names the file, the key, both values and the fix.
     """
-    made_with = manifest["model"]
-    for key in sorted((made_with.keys() | fingerprint.keys()) - {"model"}):
-        theirs, ours = made_with.get(key), fingerprint.get(key)
+    made_with, needed = comparable(manifest["model"], fingerprint)
+    for key in sorted((made_with.keys() | needed.keys()) - {"model"}):
+        theirs, ours = made_with.get(key), needed.get(key)
         if theirs != ours:
             raise ValueError(
                 f"{path}: model.{key} = {theirs!r}, but this model has {ours!r}: the shards were encoded "
@@ -131,6 +135,20 @@ def check_manifest(
             f"{path}: resolution = {manifest['resolution']}, but {resolution} is expected; encode the data "
             f"again with --config.resolution={resolution}"
         )
+
+
+def comparable(*fingerprints: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Fingerprints of models with the keys that all have, whichever version of dspo_jax they are of.
+
+    Earlier versions digested the tokens as `tokenizer_sha256` only, which is left out where all have today's
+    `tokens_sha256`, and knew one `caption_length`.
+    """
+    today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
+    unread = "tokenizer_sha256" if today else "tokens_sha256"
+    return [
+        {"caption_length": _OLD_CAPTION_LENGTH} | {key: value for key, value in each.items() if key != unread}
+        for each in fingerprints
+    ]
 
 
 def verify_shards(
@@ -186,6 +204,7 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
     there = read_manifest(out)
     wanted = {**manifest, "splits": sorted(splits)}
     found = {key: there.get(key) for key in manifest} | {"splits": sorted(there["splits"])}
+    found["model"], wanted["model"] = comparable(found["model"] or {}, wanted["model"])
     difference = first_difference(found, wanted)
     if difference is not None:
         key, theirs, ours = difference

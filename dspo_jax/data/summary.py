@@ -111,7 +111,7 @@ class Columns(NamedTuple):
 
     captions: list[str]
     keys: list[str]
-    tokens: np.ndarray  # [N, 77] of the first text encoder
+    tokens: np.ndarray  # [N, S] of the first text encoder
     sizes: np.ndarray  # [N * P, 6], see `shards.feature_spec`
     preferences: np.ndarray  # [N]
     loser_won: np.ndarray  # [N]
@@ -144,8 +144,9 @@ def summarize_examples(columns: Columns) -> dict[str, Any]:
       `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `duplicate_keys`.
     """
     captions, num_examples = Counter(columns.captions), len(columns.captions)
-    # CLIP's own rule: the end token has the highest id, and what pads comes after the first of it.
-    num_tokens = columns.tokens.argmax(axis=1) + 1
+    # In CLIP's vocabulary the end token follows the start token, with which each caption begins; only tokens
+    # that were added to it have higher ids. Padding comes after the first end token.
+    num_tokens = (columns.tokens == columns.tokens[:, :1] + 1).argmax(axis=1) + 1
     height, width, _, _, target_height, target_width = columns.sizes.T
     scale = np.maximum(target_height / height, target_width / width)
     duplicates = {key: count for key, count in Counter(columns.keys).items() if count > 1}

@@ -61,7 +61,10 @@ class DatasetWriter:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         path = self._unfinished / _PLAN
         if path.exists() and any(self._unfinished.glob("*-*.json")):
-            difference = shards.first_difference(json.loads(path.read_text(encoding="utf-8")), plan)
+            there = json.loads(path.read_text(encoding="utf-8"))
+            models = shards.comparable(there["model"], plan["model"])
+            pair = [whole | {"model": model} for whole, model in zip((there, plan), models, strict=True)]
+            difference = shards.first_difference(*pair)
             if difference is not None:
                 key, theirs, ours = difference
                 raise ValueError(

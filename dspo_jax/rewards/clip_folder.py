@@ -1,26 +1,24 @@
 """The folder that a CLIP reward is loaded from, and scores of images and prompts as both towers see them.
 
-It is a transformers folder of a `CLIPModel`: config.json, model.safetensors, vocab.json and merges.txt; with
+It is a transformers folder of a `CLIPModel`: config.json, model.safetensors and a tokenizer; with
 reward.json, which says which reward it is and where its weights came from.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from dspo_jax import convert, model_dir
 from dspo_jax.models import Model, Params
 from dspo_jax.rewards.registry import Reward
 from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.tokenizers import open_tokenizer
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 _CLASS = "CLIPModel"
 Transform = Callable[[Image.Image, int], np.ndarray]
 """(an RGB picture, S) -> pixels [S, S, 3] float32, as those of preprocess.py."""
@@ -124,28 +122,21 @@ def read_clip(folder: Path) -> Model:
 
 
 def read_tokenizer(folder: Path, model: Model) -> Callable[[Sequence[str]], np.ndarray]:
-    """What makes prompts the token ids [N, 77] int32 that `model` takes; longer ones are cut.
+    """What makes prompts the token ids [N, S] int32 that `model` takes; longer ones are cut.
 
     What follows the end token changes nothing, as no position sees a later one.
 
     Raises:
-      FileNotFoundError: vocab.json or merges.txt is missing.
+      FileNotFoundError: its files are missing.
       ValueError: they are damaged, or of another model.
     """
-    for file in TOKENIZER_FILES:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file}: no such file; it is part of CLIP's tokenizer")
-    try:
-        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare ones
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder}: vocab.json and merges.txt are no CLIP tokenizer ({reason})") from error
     settings = model.settings["text"]
+    tokenizer = open_tokenizer(folder, settings["vocab_size"])
     legacy = settings["eos_token_id"] == 2  # the end is then the highest id: models/clip.py
-    end = len(tokenizer) - 1 if legacy else settings["eos_token_id"]
-    if len(tokenizer) > settings["vocab_size"] or tokenizer.eos_token_id != end:
+    end = max(tokenizer.get_vocab().values()) if legacy else settings["eos_token_id"]
+    if tokenizer.eos_token_id != end:
         raise ValueError(
-            f"{folder / 'vocab.json'}: {len(tokenizer)} tokens with the end token {tokenizer.eos_token_id}; "
+            f"{folder}: a tokenizer of {len(tokenizer)} tokens with the end token {tokenizer.eos_token_id}; "
             f"config.json asks for {settings['vocab_size']} with {end}; is it of the same model?"
         )
 

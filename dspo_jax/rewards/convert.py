@@ -19,12 +19,12 @@ from typing import Any
 
 from absl import flags
 
-from dspo_jax import cli, convert, model_dir, spelling, tensors
+from dspo_jax import cli, convert, model_dir, spelling, tensors, tokenizers
 from dspo_jax.component_files import find_weights
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models import Model, build_model
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
-from dspo_jax.rewards.clip_folder import TOKENIZER_FILES, read_clip, read_tokenizer
+from dspo_jax.rewards.clip_folder import read_clip, read_tokenizer
 from dspo_jax.tensors import Tensor
 from dspo_jax.torch_files import open_weights
 
@@ -61,7 +61,7 @@ class Recipe:
       write: writes the folder.
       file: of the hub's repository, where it is one file; None for a transformers folder.
       tokenizer: the hub id of a tokenizer for weights that come without; None if it reads no prompt.
-      tokenizer_files: what a tokenizer is.
+      tokenizer_files: the files of a tokenizer, of which a repository has some.
       head: whether a part is published by itself.
     """
 
@@ -69,7 +69,7 @@ class Recipe:
     write: Callable[[Job], None]
     file: str | None = None
     tokenizer: str | None = None
-    tokenizer_files: tuple[str, ...] = TOKENIZER_FILES
+    tokenizer_files: tuple[str, ...] = tokenizers.FILES
     head: bool = False
 
 
@@ -109,7 +109,8 @@ def write_clip(job: Job, *, features: int, activation: str) -> None:
                 text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
                 (partial / name).write_text(text + "\n", encoding="utf-8")
         if job.tokenizer:
-            model_dir.copy_files(job.tokenizer, [Path(name) for name in TOKENIZER_FILES], partial)
+            there = [Path(name) for name in tokenizers.FILES if (job.tokenizer / name).is_file()]
+            model_dir.copy_files(job.tokenizer, there, partial)
         for name, part in written.items():
             # Every value passes through here once, so that a damaged one is found now.
             finite = {key: convert.cast(key, each, each.dtype, job.weights) for key, each in part.items()}
@@ -158,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
         lambda job: image_reward.write_weights(job.weights, job.out, job.tokenizer, job.source),
         file="ImageReward.pt",
         tokenizer="google-bert/bert-base-uncased",
-        tokenizer_files=("vocab.txt",),
+        tokenizer_files=("vocab.txt", "tokenizer.json"),
     ),
 }
 
@@ -210,7 +211,7 @@ def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | Non
     found = _find(source, recipe.file, [*_MODEL_FILES, *recipe.tokenizer_files])
     folder = None
     if recipe.tokenizer is not None:
-        brought = all((found / file).is_file() for file in recipe.tokenizer_files)
+        brought = tokenizers.is_tokenizer(found)
         folder = found if brought and tokenizer is None else _find_tokenizer(tokenizer, recipe)
     name = source if model_dir.is_hub_id(source) else Path(source).resolve().name
     return Job(reward, name, found, folder, Path(head) if head else None, out)
@@ -220,8 +221,8 @@ def _find_tokenizer(tokenizer: str | None, recipe: Recipe) -> Path:
     try:
         return _find(tokenizer or str(recipe.tokenizer), None, recipe.tokenizer_files)
     except OSError as error:
-        needed = " and ".join(recipe.tokenizer_files)
-        raise OSError(f"{error}; name a folder that holds {needed} with --tokenizer") from error
+        needed = ", ".join(recipe.tokenizer_files[:3])
+        raise OSError(f"{error}; name a folder that holds a tokenizer ({needed}) with --tokenizer") from error
 
 
 def main(argv: Sequence[str]) -> None:

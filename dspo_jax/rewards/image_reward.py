@@ -86,7 +86,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
     Args:
       weights: the published ImageReward.pt, or a safetensors file of the same names.
       out: must not exist; appears when it is complete.
-      tokenizer: BERT's vocab.txt, or a folder with it, such as that of bert-base-uncased.
+      tokenizer: BERT's vocab.txt or tokenizer.json, or a folder with one, such as that of bert-base-uncased.
       source: what the user calls the weights, which tables print.
 
     Raises:
@@ -100,7 +100,10 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
         raise ValueError(
             f"reward {_NAME}: needs a tokenizer: a folder with vocab.txt of bert-base-uncased, or that file"
         )
-    vocabulary = tokenizer / "vocab.txt" if tokenizer.is_dir() else tokenizer
+    vocabulary = tokenizer
+    if tokenizer.is_dir():
+        named = [tokenizer / name for name in ("vocab.txt", "tokenizer.json")]
+        vocabulary = next((file for file in named if file.is_file()), named[0])
     stored = {name: tensor for name, tensor in open_weights(weights).items() if not _UNUSED.fullmatch(name)}
     model = _check(weights, stored)
     _read_tokenizer(vocabulary, model.config["text_config"]["vocab_size"])
@@ -113,7 +116,8 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
             partial.mkdir()
             for name, content in (("config.json", model.config), ("reward.json", about)):
                 (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            (partial / "vocab.txt").write_bytes(vocabulary.read_bytes())
+            rows = "".join(f"{token}\n" for token in _read_vocabulary(vocabulary))
+            (partial / "vocab.txt").write_text(rows, encoding="utf-8")
         tensors.write_tensors(
             partial / "model.safetensors",
             {name: convert.cast(name, tensor, tensor.dtype, weights) for name, tensor in stored.items()},
@@ -185,15 +189,29 @@ def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
-    """BERT's uncased tokenizer of a vocab.txt, with what BLIP adds; its ids are below `embeddings`."""
+def _read_vocabulary(file: Path) -> list[str]:
+    """The tokens, in the order of their ids, of BERT's vocab.txt or tokenizer.json."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; it is vocab.txt of bert-base-uncased")
+    if file.suffix == ".json":
+        content = model_dir.read_json(file)
+        try:
+            ids = dict(content["model"]["vocab"])
+            tokens = sorted(ids, key=ids.__getitem__)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: no vocabulary; give vocab.txt of bert-base-uncased") from error
+        if [ids[token] for token in tokens] != list(range(len(tokens))):
+            raise ValueError(f"{file}: ids with gaps; give vocab.txt of bert-base-uncased")
+        return tokens
     try:
-        vocabulary = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        return file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a text file; give vocab.txt of bert-base-uncased") from error
-    rows = {token: row for row, token in enumerate(vocabulary)}
+
+
+def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
+    """BERT's uncased tokenizer of a vocabulary, with what BLIP adds; its ids are below `embeddings`."""
+    rows = {token: row for row, token in enumerate(_read_vocabulary(file))}
     missing = [token for token in _SPECIAL if token not in rows]
     fault = f"has no {missing[0]}" if missing else f"has {len(rows)} tokens"
     if missing or len(rows) + len(_ADDED) != embeddings:

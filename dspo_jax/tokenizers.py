@@ -1,0 +1,173 @@
+"""CLIP's tokenizers: the files of one, captions to token ids, and the digest by which shards are matched."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import CLIPTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""The files that transformers reads a tokenizer from, of which a folder has some."""
+_VOCABULARY = ("vocab.json", "merges.txt")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SHORTEST = 3  # start, one token, end
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionTokenizer:
+    """The tokenizer of one text encoder, which tokenises captions as diffusers' pipelines do.
+
+    Attributes:
+      folder: where it was read.
+      tokenizer: transformers'.
+      length: tokens of a caption with its start, end and padding.
+    """
+
+    folder: Path
+    tokenizer: CLIPTokenizer
+    length: int
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """Token ids [N, length] int32 of N captions; longer ones are cut."""
+        texts = [self._write_out(caption) for caption in captions]
+        encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
+        return np.asarray(encoded["input_ids"], np.int32)
+
+    def find_long(self, captions: Sequence[str]) -> list[str]:
+        """The captions that are cut."""
+        if not captions:
+            return []
+        texts = [self._write_out(caption) for caption in captions]
+        ids = self.tokenizer(texts, verbose=False)["input_ids"]
+        return [caption for caption, each in zip(captions, ids, strict=True) if len(each) > self.length]
+
+    @functools.cached_property
+    def _inversions(self) -> dict[str, str]:
+        """Token of a textual inversion with several vectors -> the tokens of all of them."""
+        added = self.tokenizer.added_tokens_encoder
+        vectors = {}
+        for token in added:
+            numbered = (f"{token}_{number}" for number in itertools.count(1))
+            if more := list(itertools.takewhile(added.__contains__, numbered)):
+                vectors[token] = " ".join([token, *more])
+        return vectors
+
+    def _write_out(self, caption: str) -> str:
+        """A caption in which textual inversions stand with all their vectors.
+
+        Source: diffusers' TextualInversionLoaderMixin.maybe_convert_prompt.
+        """
+        if not self._inversions:
+            return caption
+        present = set(self.tokenizer.tokenize(caption))
+        for token, vectors in self._inversions.items():
+            if token in present:
+                caption = caption.replace(token, vectors)
+        return caption
+
+    def digest(self) -> str:
+        """SHA-256 of its tokens and how they are merged: the same in whichever files they are saved."""
+        return _digest(self.tokenizer)
+
+    def digest_files(self) -> str | None:
+        """SHA-256 of vocab.json and merges.txt; None where the tokenizer is not what these two say.
+
+        Shards that were encoded before dspo_jax wrote `digest` have it in their manifest.
+        """
+        files = [self.folder / name for name in _VOCABULARY]
+        if not all(file.is_file() for file in files):
+            return None
+        special = {key: getattr(self.tokenizer, key) for key in _SPECIAL}
+        if _digest(CLIPTokenizer(*map(str, files), **special)) != self.digest():
+            return None
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether the files of a CLIP tokenizer are there, in either form."""
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in _VOCABULARY)
+
+
+def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
+    """Reads a tokenizer from tokenizer.json, or from vocab.json and merges.txt where that is not there.
+
+    Args:
+      folder: its folder.
+      vocab_size: tokens that the text encoder has embeddings of.
+
+    Raises:
+      FileNotFoundError: the folder has neither.
+      ValueError: they are damaged, of another kind of tokenizer, or have tokens beyond `vocab_size`.
+    """
+    if not is_tokenizer(folder):
+        missing = next(name for name in _VOCABULARY if not (folder / name).is_file())
+        raise FileNotFoundError(
+            f"{folder / missing}: no such file; fetch the model again: a CLIP tokenizer is vocab.json and "
+            "merges.txt, or tokenizer.json"
+        )
+    names = "tokenizer.json is" if (folder / "tokenizer.json").is_file() else "vocab.json and merges.txt are"
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again") from error
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    for key in ("bos_token", "eos_token"):
+        if getattr(tokenizer, key) not in own:
+            reason = f"its {key} {getattr(tokenizer, key)!r} is not in the vocabulary"
+            raise ValueError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: pad_token = None: captions are padded to one length; "
+            f"allowed: a token of the vocabulary, {tokenizer.eos_token!r} in most models"
+        )
+    highest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
+    if highest >= vocab_size:
+        raise ValueError(
+            f"{folder}: token {token!r} has the id {highest}, but the text encoder has embeddings of "
+            f"{vocab_size} tokens (vocab_size); save it with resized embeddings, or take the tokenizer of "
+            "the same model"
+        )
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> CaptionTokenizer:
+    """The tokenizer of the text encoder with `text_config`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_tokenizer`; a `model_max_length` that the encoder cannot take.
+    """
+    tokenizer = open_tokenizer(folder, text_config["vocab_size"])
+    length, positions = tokenizer.model_max_length, text_config["max_position_embeddings"]
+    if isinstance(length, int | float) and length >= VERY_LARGE_INTEGER:  # transformers' word for none
+        length = positions
+    if type(length) is not int or not _SHORTEST <= length <= positions:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r}; allowed: integers from "
+            f"{_SHORTEST} to {positions}, the positions of the text encoder (max_position_embeddings)"
+        )
+    return CaptionTokenizer(folder, tokenizer, length)
+
+
+def _digest(tokenizer: CLIPTokenizer) -> str:
+    special = {getattr(tokenizer, key) for key in _SPECIAL}
+    # Whether a special token is normalised differs between versions of the same published tokenizer.
+    added = [
+        (number, token.content, token.single_word, token.lstrip, token.rstrip, token.normalized)
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.content not in special
+    ]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    content = [sorted(tokenizer.get_vocab().items()), merges, added, ends]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
