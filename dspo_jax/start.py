@@ -301,7 +301,10 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
-        theirs.setdefault("optimizer.factored_axes", "largest")
+        of_adafactor = config.optimizer.name == "adafactor"  # others do not read it
+        theirs.setdefault(
+            "optimizer.factored_axes", "largest" if of_adafactor else config.optimizer.factored_axes
+        )
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
                 raise ValueError(

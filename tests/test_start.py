@@ -211,7 +211,7 @@ def test_a_run_from_before_weights_has_none(config, tmp_path):
     ],
 )
 def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, key, then, now):
-    config.share_noise = False
+    config.share_noise, config.optimizer.name = False, "adafactor"
     config.update_from_flattened_dict({key: then})
     path = tmp_path / "config.json"
     claim_workdir(tmp_path, config)
@@ -223,6 +223,16 @@ def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, k
     with pytest.raises(ValueError, match=rf"config\.{key} = {then!r}, now it is {now!r}"):
         claim_workdir(tmp_path, config)
     config.update_from_flattened_dict({key: then})
+    claim_workdir(tmp_path, config)
+
+
+def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_path):
+    config.optimizer.factored_axes = "released"  # as in the recipes for SDXL, that with AdamW too
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert (saved["optimizer"].pop("factored_axes"), saved["optimizer"]["name"]) == ("released", "adamw")
+    path.write_text(json.dumps(saved))
     claim_workdir(tmp_path, config)
 
 
