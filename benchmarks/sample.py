@@ -75,8 +75,7 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     model, batch_size = values.model, values.batch_size
     pipe = load_pipeline(model)
-    side = pipe.unet.config["sample_size"]
-    size = (side, side, pipe.latent_channels)
+    size = (*pipe.latent_size, pipe.latent_channels)
     drawing = Drawing(steps=values.steps, guidance_scale=4.0)
     jobs = [Job(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
     print(

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from flax import traverse_util
 
-from dspo_jax import cli, model_dir
+from dspo_jax import cli, json_files, model_dir
 from dspo_jax.component_files import open_stored, stored_name, weights_file
 from dspo_jax.files import name_write_errors
 from dspo_jax.model_dir import read_json
@@ -119,10 +119,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def read_model(folder: Path) -> Model:
-    """The architecture described by `folder/config.json`."""
+def read_base(run: Path) -> str:
+    """The model that a training run started from, as its config.json names it.
+
+    Raises:
+      FileNotFoundError, ValueError: the file is missing, damaged or names none.
+    """
+    path, fix = run / "config.json", "it is the config that the run was started with"
+    return json_files.member(read_json(path, fix), "model", str, path, fix)
+
+
+def read_model(folder: Path, default_class: str = "none named") -> Model:
+    """The architecture described by `folder/config.json`, of `default_class` where that names no class."""
     config = read_config(folder)
-    class_name = config.get("_class_name") or (config.get("architectures") or ["none named"])[0]
+    named = config.get("_class_name") or config.get("architectures") or default_class
+    class_name = named[0] if isinstance(named, list) else named
     try:
         return build_model(class_name, config)
     except ValueError as error:
@@ -260,7 +271,8 @@ def read_models(folder: Path) -> dict[str, Model]:
       ValueError: a config.json that is not supported, or of another class than model_index.json says.
     """
     components = model_dir.list_components(read_json(folder / "model_index.json"))
-    models = {name: read_model(folder / name) for name in components if name in _NETWORKS}
+    networks = {name: kind for name, kind in components.items() if name in _NETWORKS}
+    models = {name: read_model(folder / name, kind) for name, kind in networks.items()}
     for name, model in models.items():
         if model.class_name != components[name]:
             raise ValueError(

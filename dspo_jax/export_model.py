@@ -19,7 +19,7 @@ from dspo_jax.convert import (
     flatten,
     fold_adapters,
     open_component,
-    read_config,
+    read_base,
     read_models,
     to_torch,
 )
@@ -73,7 +73,7 @@ def export(
         if adapters:
             _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out))
             return saved.step
-        name = str(base or read_config(run)["model"])
+        name = str(base or read_base(run))
         folder = find_model(name)
         models = read_models(folder)
         trained = {
@@ -149,7 +149,8 @@ def _write_single(
     components = {name: open_component(base / name, model) for name, model in models.items()} | dict(replaced)
     try:
         single = ldm.join(
-            components, ldm.make_layouts({name: model.config for name, model in models.items()})
+            components,
+            ldm.make_layouts({name: model.complete_config() for name, model in models.items()}),
         )
     except ValueError as error:
         raise ValueError(f"--out={out}: {error}; export a folder instead") from error

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dspo_jax import locks
+from dspo_jax import json_files, locks
 
 
 class NotWritten(OSError):
@@ -84,14 +84,9 @@ def read_json(path: Path, fix: str) -> Any:
       fix: what to do where it is damaged, e.g. by a full disk, for the message.
 
     Raises:
-      ValueError: it is empty, cut short or no JSON.
+      FileNotFoundError, ValueError: as `json_files.read_json`.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        damage = f"not valid JSON ({error})" if text.strip() else "empty, as a full disk leaves a file"
-        raise ValueError(f"{path}: {damage}; {fix}") from error
+    return json_files.read_json(path, fix)
 
 
 def refuse_existing(out: Path) -> None:

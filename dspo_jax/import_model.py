@@ -86,7 +86,7 @@ def _import_single(path: Path, base: Path, out: Path) -> None:
                 f"says that it predicts {said}, but {base}/scheduler/scheduler_config.json has "
                 f"prediction_type = {pipe.schedule.prediction_type!r}; name a base with {said}"
             )
-        layouts = ldm.make_layouts({name: model.config for name, model in networks.items()})
+        layouts = ldm.make_layouts({name: model.complete_config() for name, model in networks.items()})
         shapes = {name: convert.torch_shapes(model) for name, model in networks.items()}
         replaced = ldm.split(single, layouts, shapes)
     except ValueError as error:

@@ -108,7 +108,7 @@ def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
     """The layout of every component.
 
     Args:
-      configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2".
+      configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2", with all keys.
 
     Raises:
       ValueError: a VAE that no such file can hold.

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from dspo_jax.json_files import member
 from dspo_jax.metrics import read_metrics
 from dspo_jax.model_dir import is_hub_id, read_json
 
@@ -25,11 +26,13 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
       folder: where that model is.
       step: of the exported checkpoint.
     """
-    config = read_json(run / "config.json")
+    path, fix = run / "config.json", "it is the config that the run was started with"
+    config = read_json(path, fix)
+    objective, data = (member(config, key, str, path, fix) for key in ("objective.name", "data.path"))
     header = [
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"tags: [dspo_jax, {config['objective']['name']}]",
+        f"tags: [dspo_jax, {objective}]",
     ]
     if is_hub_id(base):
         header.append(f"base_model: {base}")
@@ -39,11 +42,11 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
         for key, value in sorted(flatten_dict(config, sep=".").items())
         if key.partition(".")[0] not in _UNINTERESTING and value is not None
     }
-    folders = [Path(name.strip()) for name in config["data"]["path"].split(",")]
+    folders = [Path(name.strip()) for name in data.split(",")]
     sections = [
         "---\n" + "\n".join(header) + "\n---",
         f"# {run.name}",
-        f"`{name}` after {step} steps of `{config['objective']['name']}`, trained with dspo_jax "
+        f"`{name}` after {step} steps of `{objective}`, trained with dspo_jax "
         "(`python -m dspo_jax.train`) and exported with `python -m dspo_jax.convert export`.",
         "## Training\n\n" + _table(settings),
         "## Data\n\n" + "\n\n".join(_table(_describe_data(folder)) for folder in folders),
@@ -67,15 +70,17 @@ def _describe_data(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():
         return {"name": directory.name, "manifest": "no longer where the run read it"}
-    manifest = read_json(path)
+    fix = "move it away to write the card without it"
+    manifest = read_json(path, fix)
     rows: dict[str, Any] = {
         "name": directory.name,
-        "source": json.dumps(manifest["source"], ensure_ascii=False),
-        "resolution": manifest["resolution"],
+        "source": json.dumps(member(manifest, "source", dict, path, fix), ensure_ascii=False),
+        "resolution": member(manifest, "resolution", int, path, fix),
     }
-    for split, content in manifest["splits"].items():
-        skipped = "".join(f", {count} skipped: {reason}" for reason, count in content["skipped"].items())
-        rows[f"split {split}"] = f"{content['num_examples']} examples{skipped}"
+    for split, content in member(manifest, "splits", dict, path, fix).items():
+        reasons = member(content, "skipped", dict, path, fix)
+        skipped = "".join(f", {count} skipped: {reason}" for reason, count in reasons.items())
+        rows[f"split {split}"] = f"{member(content, 'num_examples', int, path, fix)} examples{skipped}"
     return rows
 
 

@@ -1,6 +1,5 @@
 """Model directories: where one is, which files belong to it, and how a new one is written."""
 
-import json
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from dspo_jax import tensors
+from dspo_jax import json_files, tensors
 from dspo_jax.component_files import (
     OTHER_WEIGHTS,
     find_weights,
@@ -34,19 +33,16 @@ _LINK = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse one JSON file of a model directory; a missing or malformed one is an error that names it."""
-    if not path.is_file():
+def read_json(path: Path, fix: str = "fetch the model again") -> dict[str, Any]:
+    """Parse one JSON file of a model directory; a missing or malformed one is an error that names it.
+
+    `fix` ends the message. Raises FileNotFoundError and ValueError, as `json_files.read_object`.
+    """
+    if path.name == "model_index.json" and not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file; a model directory is a diffusers folder with model_index.json"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; fetch the model again")
-    return content
+    return json_files.read_object(path, fix)
 
 
 def is_hub_id(model: str | Path) -> bool:

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dspo_jax import convert, file_kinds, saved_params
+from dspo_jax import convert, file_kinds, saved_params, schema
 from dspo_jax.component_files import find_weights
+from dspo_jax.json_files import shown
 from dspo_jax.model_dir import find_model
 from dspo_jax.models import Model, Params, lora
+from dspo_jax.samplers.spacing import check_sampler_config
 from dspo_jax.schedule import Schedule
+from dspo_jax.schema import flag
 from dspo_jax.tokenizers import CaptionTokenizer, read_tokenizer
 
 # Class of a pipeline -> its text encoders.
@@ -31,6 +34,9 @@ _CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
+# Number of text encoders -> the UNet's sample_size that a pipeline of diffusers takes where there is none.
+_DEFAULT_SAMPLE_SIZE = {1: 64, 2: 128}
+_INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
 class Text(NamedTuple):
@@ -88,10 +94,46 @@ class Pipeline:
         """Image pixels per latent position along a side."""
         return self.vae.settings["vae_scale_factor"]
 
+    @functools.cached_property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the images that the model was made for.
+
+        Where the UNet's config does not say, those of the pipeline's class in diffusers, with a warning.
+        """
+        size = self.unet.settings["sample_size"]
+        if size is None:
+            size = _DEFAULT_SAMPLE_SIZE[len(self.text_encoders)]
+            pixels = size * self.vae_scale_factor
+            logging.warning(
+                "%s: no sample_size; images of %d x %d pixels are taken, as diffusers' pipelines do",
+                self.path / "unet" / "config.json",
+                pixels,
+                pixels,
+            )
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model was made for."""
+        height, width = self.latent_size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
     @property
     def image_side(self) -> int:
-        """Pixels along a side of the square images that the model was made for."""
-        return self.unet.config["sample_size"] * self.vae_scale_factor
+        """Pixels along a side of the square images that the model was made for.
+
+        Raises:
+          ValueError: they are not square.
+        """
+        height, width = self.image_size
+        if height != width:
+            raise ValueError(
+                f"{self.path / 'unet' / 'config.json'}: sample_size = {list(self.latent_size)}: images of "
+                f"{height} x {width} pixels are not square; name the resolution, e.g. "
+                f"--config.resolution={max(height, width)}"
+            )
+        return height
 
     @property
     def scaling_factor(self) -> float:
@@ -298,7 +340,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     path = find_model(path)
     trained: Mapping[str, Params] = {}
     if (path / "checkpoints").is_dir():
-        base = find_model(convert.read_config(path)["model"])
+        base = find_model(convert.read_base(path))
         trained, step = saved_params.restore_params(path / "checkpoints", step)
         logging.info("%s: %s from step %d over %s", path, " and ".join(trained), step, base)
         path = base
@@ -309,10 +351,12 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
             f"(no checkpoints){file_kinds.describe(path)}"
         )
     index = convert.read_json(index_file)
+    schema.check(str(index_file), index, _INDEX_KEYS)
     class_name = index.get("_class_name")
-    if class_name not in _PIPELINES:
+    if not isinstance(class_name, str) or class_name not in _PIPELINES:
         raise ValueError(
-            f"{index_file}: _class_name = {class_name!r} is not supported; allowed: {', '.join(_PIPELINES)}"
+            f"{index_file}: _class_name = {shown(class_name)} is not supported; allowed: "
+            f"{', '.join(_PIPELINES)}"
         )
     encoders = _PIPELINES[class_name]
     models = convert.read_models(path)
@@ -322,7 +366,13 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
             raise ValueError(
                 f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(_CLASSES[name])}"
             )
-    scheduler_config = convert.read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    scheduler_config = convert.read_json(scheduler_file)
+    try:
+        schedule = Schedule.from_config(scheduler_config)
+        check_sampler_config(scheduler_config)
+    except ValueError as error:
+        raise ValueError(f"{scheduler_file}: {error}") from error
     pipe = Pipeline(
         path=path,
         unet=models["unet"],
@@ -332,10 +382,10 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
             read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
             for name in encoders
         ),
-        schedule=Schedule.from_config(scheduler_config),
+        schedule=schedule,
         scheduler_config=scheduler_config,
         # diffusers' pipeline class has True as its default.
-        zero_empty_captions=len(encoders) > 1 and index.get("force_zeros_for_empty_prompt", True),
+        zero_empty_captions=len(encoders) > 1 and bool(index.get("force_zeros_for_empty_prompt", True)),
         trained=trained,
         step=step if trained else None,
     )

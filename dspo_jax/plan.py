@@ -138,7 +138,7 @@ def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tu
         datasets = read_datasets(config.data.path)
         buckets = count_examples(datasets, config.data.split, "config.data.split")
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
-    return pipe.image_side, pipe.image_side
+    return pipe.image_size
 
 
 def plan(

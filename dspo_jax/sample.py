@@ -191,8 +191,7 @@ def draw_batches(
 def _latent_size(pipe: Pipeline, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """[h, w, C] of latents of images of `size` (height, width)."""
     if size is None:
-        side = pipe.unet.config["sample_size"]
-        return side, side, pipe.latent_channels
+        return *pipe.latent_size, pipe.latent_channels
     multiple = pipe.vae_scale_factor
     for name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < multiple or pixels % multiple:

@@ -95,8 +95,7 @@ class SampleGrids:
         self._count = len(jobs)
         jobs += [jobs[-1]] * (-len(jobs) % self._batch_size)
         self._jobs = jobs
-        side = pipe.unet.config["sample_size"]
-        self._noise = np.asarray(initial_noise(jobs, (side, side, pipe.latent_channels)))
+        self._noise = np.asarray(initial_noise(jobs, (*pipe.latent_size, pipe.latent_channels)))
         drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._base = self._draw(params)

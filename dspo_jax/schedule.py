@@ -16,12 +16,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dspo_jax import spelling
+from dspo_jax import schema, spelling
+from dspo_jax.json_files import shown
+from dspo_jax.schema import Key, flag, real, whole
 
 Array = jax.Array | np.ndarray
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
+
+_KEYS: dict[str, Key] = {
+    "num_train_timesteps": whole(1000, high=100_000),
+    "beta_start": real(),
+    "beta_end": real(),
+    "beta_schedule": Key(schema.REQUIRED, str),
+    "prediction_type": Key("epsilon", str),
+    "rescale_betas_zero_snr": flag(False, null=True),
+}
+# Defaults of diffusers' scheduler classes, which disagree: (beta_start, beta_end, beta_schedule).
+_BETAS: dict[tuple[float, float, str], tuple[str, ...]] = {
+    (0.0001, 0.02, "linear"): (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    (0.00085, 0.012, "linear"): (
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+    ),
+    (0.00085, 0.012, "scaled_linear"): ("LCMScheduler", "TCDScheduler"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -70,24 +102,29 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Builds the forward process that a diffusers `scheduler_config.json` describes.
 
-        Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. The
-        betas must be spelled out, as diffusers writes them: the defaults of its scheduler classes disagree
-        with each other.
+        Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. Absent
+        ones have the defaults of the `_class_name` in diffusers.
 
         Args:
           config: The parsed file.
 
         Raises:
-          ValueError: A key is missing, or has a value that is not supported; the message names the key and
-            value.
+          ValueError: A key is missing and the class is not known, or a value is not supported; the message
+            names the key and value.
         """
         required = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        class_name = config.get("_class_name")
+        for (start, end, kind), classes in _BETAS.items():
+            if class_name in classes:
+                defaults = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
+                config = {**defaults, "num_train_timesteps": 1000, **config}
         missing = [key for key in required if key not in config]
         if missing:
             raise ValueError(
-                f"scheduler config: no {missing[0]} (_class_name = {config.get('_class_name')!r}); a DDPM "
+                f"scheduler config: no {missing[0]} (_class_name = {shown(class_name)}); a DDPM "
                 f"noise schedule needs {', '.join(required)}"
             )
+        schema.check("scheduler config", config, _KEYS)
         if config.get("trained_betas") is not None:
             raise ValueError(
                 "scheduler config: trained_betas is set: explicit betas are not supported; "
@@ -95,7 +132,7 @@ class Schedule:
             )
         if config.get("rescale_betas_zero_snr"):
             raise ValueError(
-                f"scheduler config: rescale_betas_zero_snr = {config['rescale_betas_zero_snr']!r}: "
+                f"scheduler config: rescale_betas_zero_snr = {config['rescale_betas_zero_snr']}: "
                 "not supported; only false is"
             )
         prediction_type = config.get("prediction_type", "epsilon")
@@ -110,9 +147,7 @@ class Schedule:
             )
 
         steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"scheduler config: num_train_timesteps = {steps!r}: must be a positive integer")
-        if not all(isinstance(beta, int | float) for beta in (start, end)) or not 0 < start <= end < 1:
+        if not 0 < start <= end < 1:
             raise ValueError(
                 f"scheduler config: beta_start = {start!r}, beta_end = {end!r}: must satisfy "
                 "0 < beta_start <= beta_end < 1"

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dspo_jax import distributed, model_dir, sample_grids, spelling, validate
+from dspo_jax import distributed, json_files, model_dir, sample_grids, spelling, validate
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import datasets, shards
 from dspo_jax.metrics import import_wandb
@@ -297,7 +297,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
     if path.is_file():
-        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, json.loads(path.read_text())))
+        written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
+        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, written))
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspo_jax import cli, distributed
-from dspo_jax.convert import read_config
+from dspo_jax.convert import read_base
 from dspo_jax.data import datasets, loader, shards
 from dspo_jax.metrics import Progress, binomial_interval
 from dspo_jax.objectives import Predictions
@@ -247,7 +247,7 @@ def judge(
             raise ValueError(
                 f"--model={model}: no training workdir; give --reference, what it was trained from"
             )
-        reference = read_config(Path(model))["model"]
+        reference = read_base(Path(model))
     pipes = load_pipeline(model), load_pipeline(reference)
     found = datasets.read_datasets(data)
     datasets.count_examples(found, split, "--split", "choose another with --split=NAME")
@@ -255,7 +255,7 @@ def judge(
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
         if dataset.manifest["images_per_example"] == 1:
             raise ValueError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
-    if pipes[0].unet.config != pipes[1].unet.config:
+    if pipes[0].unet.settings != pipes[1].unet.settings:
         raise ValueError(f"--reference={reference}: its UNet is another one than that of {model}")
     mesh = make_mesh({"data": -1})
 

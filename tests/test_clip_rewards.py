@@ -166,7 +166,7 @@ def test_a_folder_of_another_reward(tmp_path):
     with pytest.raises(ValueError, match=r"clip-h.reward\.json: is of the reward 'pickscore', not clip-h"):
         load_reward("clip-h", tmp_path)
     write_json(tmp_path / "clip-h" / "reward.json", {"name": "clip-h", "source": "somewhere"})
-    with pytest.raises(ValueError, match=r"clip-h.reward\.json: damaged"):
+    with pytest.raises(ValueError, match=r"clip-h.reward\.json: sha256 is missing; make the"):
         load_reward("clip-h", tmp_path)
     (tmp_path / "clip-h" / "reward.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"reward\.json: no such file; make the folder with python"):

@@ -240,7 +240,7 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
         write_weights(weights, folder, tokenizer)
     about, config = (folder / name for name in ("reward.json", "config.json"))
     for file, content, message in (
-        (config, {"architectures": ["CLIPTextModel"]}, r"config\.json: CLIPTextModel config: missing key"),
+        (config, {"architectures": ["CLIPTextModel"]}, r"config\.json: is of class CLIPTextModel, not"),
         (
             about,
             {"name": "pickscore", "sha256": "0" * 64},
@@ -249,7 +249,7 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
         (
             about,
             {"name": "imagereward"},
-            r"reward\.json: is not of the reward imagereward; convert the weight",
+            r"reward\.json: source is missing; convert the weights again",
         ),
     ):
         kept = file.read_text()
@@ -268,7 +268,11 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        (None, {"head_features": [1, 2]}, "ImageReward config: head_features = [1, 2] needs 4 entries"),
+        (
+            None,
+            {"head_features": [1, 2]},
+            "ImageReward config: head_features = [1, 2] must be a list of 4 entries",
+        ),
         (None, {"vision": {}}, "ImageReward config: unknown key vision = {}"),
         ("vision_config", {"patch_size": 5}, "image_size = 32 is no multiple of patch_size = 5"),
         (

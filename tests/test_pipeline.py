@@ -1,5 +1,6 @@
 """A diffusers folder as one value: captions to tokens, images to latents and back, its fingerprint."""
 
+import inspect
 import json
 import logging
 import re
@@ -240,6 +241,96 @@ def test_weights_are_read_as_stored_or_as_asked(component, tiny_model):
     for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16")):
         leaves = convert.flatten(pipe.read_params(component, dtype)).values()
         assert {str(leaf.dtype) for leaf in leaves} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "latent_size"), [(4, (4, 4)), ([6, 4], (6, 4)), (None, (64, 64)), ("absent", (64, 64))]
+)
+def test_the_size_of_the_images_is_read_as_diffusers_reads_it(sample_size, latent_size, model, caplog):
+    path = model / "unet" / "config.json"
+    config = json.loads(path.read_text()) | {"sample_size": sample_size}
+    if sample_size == "absent":
+        del config["sample_size"]
+    path.write_text(json.dumps(config))
+    pipe = load_pipeline(model)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        sizes = [pipe.latent_size, pipe.latent_size]
+    assert sizes == [latent_size, latent_size]
+    assert pipe.image_size == (4 * latent_size[0], 4 * latent_size[1])
+    said = [record.getMessage() for record in caplog.records]
+    if latent_size == (64, 64):
+        assert said == [
+            f"{path}: no sample_size; images of 256 x 256 pixels are taken, as diffusers' pipelines do"
+        ]
+    else:
+        assert not said
+
+
+def test_sdxl_without_a_size_draws_at_that_of_its_pipeline_in_diffusers(sdxl_model, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = shutil.copytree(sdxl_model, tmp_path / "model")
+    theirs = diffusers.StableDiffusionXLPipeline.__init__
+    assert "else 128" in inspect.getsource(theirs)  # of default_sample_size
+    edit_json(model / "unet" / "config.json", sample_size=None)
+    assert load_pipeline(model).latent_size == (128, 128)
+
+
+def test_images_that_are_not_square_have_no_side(model):
+    edit_json(model / "unet" / "config.json", sample_size=[6, 4])
+    line = (
+        "sample_size = [6, 4]: images of 24 x 16 pixels are not square; name the resolution, e.g. --config."
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{model / 'unet' / 'config.json'}: {line}")):
+        _ = load_pipeline(model).image_side
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "unet/config.json",
+            {"sample_size": 10**9},
+            "sample_size = 1000000000 must be an integer from 1 to 4096",
+        ),
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block = 1000000000 must be an integer"),
+        (
+            "vae/config.json",
+            {"norm_num_groups": 3},
+            "block_out_channels = 4 is no multiple of norm_num_groups = 3",
+        ),
+        (
+            "text_encoder/config.json",
+            {"vocab_size": "514"},
+            "vocab_size = '514' must be an integer from 1 to",
+        ),
+        ("text_encoder/config.json", {"architectures": {"a": 1}}, "model class {'a': 1} is not supported"),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 10**9},
+            "num_train_timesteps = 1000000000 must",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"steps_offset": "1"},
+            "steps_offset = '1' must be an integer from 0",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"set_alpha_to_one": 1},
+            "set_alpha_to_one = 1 must be true or false",
+        ),
+        ("model_index.json", {"_class_name": ["a"]}, "_class_name = ['a'] is not supported; allowed: Stable"),
+        (
+            "model_index.json",
+            {"force_zeros_for_empty_prompt": "no"},
+            "prompt = 'no' must be true or false, or null",
+        ),
+    ],
+)
+def test_a_value_of_another_type_or_size_is_refused_by_file_and_key(name, changes, message, model):
+    edit_json(model / name, **changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(model / name))}: .*{re.escape(message)}[^\n]*$"):
+        load_pipeline(model)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import itertools
 from typing import Any
 
@@ -160,7 +161,20 @@ def test_a_scheduler_that_is_not_here_is_refused_by_its_class() -> None:
     [
         ("ddim", {"timestep_spacing": "trailin"}, "timestep_spacing = 'trailin'.*did you mean 'trailing'"),
         ("ddim", {"steps_offset": 101}, r"steps_offset = 101: .*outside 0\.\.999"),
-        ("ddim", {"steps_offset": -1}, r"steps_offset = -1: .*outside 0\.\.999"),
+        ("ddim", {"steps_offset": -1}, "steps_offset = -1 must be an integer from 0 to 100000"),
+        ("ddim", {"steps_offset": 0.5}, "steps_offset = 0.5 must be an integer from 0 to 100000"),
+        ("ddim", {"steps_offset": None}, "steps_offset = None must be an integer from 0 to 100000"),
+        (
+            "ddim",
+            {"timestep_spacing": ["leading"]},
+            r"timestep_spacing = \['leading'\] must be a short string",
+        ),
+        (
+            "dpmpp_2m",
+            {"use_karras_sigmas": "yes"},
+            "use_karras_sigmas = 'yes' must be true or false, or null",
+        ),
+        ("dpmpp_2m", {"sigma_min": -1}, "sigma_min = -1 must be a number from 1e-06 to 1e"),
         ("ddim", {"clip_sample": True}, "clip_sample = True: not supported.*set it to false"),
         ("ddpm", {"thresholding": True}, "thresholding = True: not supported"),
         ("ddpm", {"variance_type": "learned_range"}, "variance_type = 'learned_range'.*set it to \"fixed_sm"),
@@ -188,6 +202,20 @@ def test_what_is_not_computed_is_refused_by_key_and_value(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_sampler(name, SCHEDULE, config, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("ddim", "clip_sample", False), ("ddpm", "clip_sample", False), ("pndm", "skip_prk_steps", True)],
+)
+def test_two_absent_keys_do_not_take_the_default_of_the_class(name: str, key: str, value: bool) -> None:
+    """docs/sampling.md: by design, as latents are not bounded and Runge-Kutta steps are not computed."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = inspect.signature(getattr(diffusers, SAMPLERS[name].scheduler).__init__).parameters
+    assert theirs[key].default is not value
+    absent, spelt = (make_sampler(name, SCHEDULE, config, 10) for config in ({}, {key: value}))
+    for ours, expected in zip(jax.tree.leaves(absent), jax.tree.leaves(spelt), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_keys_of_other_schedulers_are_not_read() -> None:

@@ -162,6 +162,18 @@ def test_default_spacing_and_final_step_are_the_schedulers(name: str) -> None:
     assert_close(run(make_sampler(name, Schedule.from_config(config), config, 10), NOISE), theirs, name)
 
 
+def test_what_diffusers_pipelines_replace_in_a_config(tiny_model: Path) -> None:
+    """docs/sampling.md says it beside what is done here."""
+    scheduler = diffusers.DDIMScheduler(**STABLE_DIFFUSION, steps_offset=0)
+    assert scheduler.config.clip_sample
+    with pytest.warns(FutureWarning, match="steps_offset"):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            tiny_model, scheduler=scheduler, local_files_only=True
+        )
+    assert pipe.scheduler.config.steps_offset == 1
+    assert pipe.scheduler.config.clip_sample is False
+
+
 @pytest.fixture(scope="module")
 def pipeline(tiny_model: Path) -> Any:
     """diffusers' image-to-image pipeline, whose UNet is `torch_network`."""

@@ -1,10 +1,13 @@
 """The forward process against diffusers, and the time weights against the Gaussians they come from."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspo_jax import schedule as schedule_module
 from dspo_jax.schedule import Schedule
 
 STABLE_DIFFUSION = {
@@ -159,11 +162,40 @@ def test_prediction_type_defaults_to_epsilon_as_in_the_files_that_predate_it():
         ({"num_train_timesteps": 10.5}, "num_train_timesteps = 10.5"),
         ({"beta_end": 1.5}, "beta_end = 1.5"),
         ({"beta_start": "0.1"}, "beta_start = '0.1'"),
+        ({"beta_start": True}, "beta_start = True must be a number from 0 to 1"),
+        ({"beta_end": float("nan")}, "beta_end = nan must be a number from 0 to 1"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start = 0.5, beta_end = 0.1: must satisfy"),
+        (
+            {"num_train_timesteps": 10**9},
+            "num_train_timesteps = 1000000000 must be an integer from 1 to 100000",
+        ),
+        ({"beta_schedule": ["linear"]}, r"beta_schedule = \['linear'\] must be a short string"),
+        ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr = 'false' must be true or false"),
     ],
 )
 def test_refuses_by_key_and_value(change, message):
     with pytest.raises(ValueError, match=message):
         Schedule.from_config(STABLE_DIFFUSION | change)
+
+
+SCHEDULERS = [(name, betas) for betas, names in schedule_module._BETAS.items() for name in names]
+
+
+@pytest.mark.parametrize(("name", "betas"), SCHEDULERS, ids=[name for name, _ in SCHEDULERS])
+def test_absent_keys_have_the_defaults_of_the_class(name, betas):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = inspect.signature(getattr(diffusers, name).__init__).parameters
+    assert tuple(theirs[key].default for key in ("beta_start", "beta_end", "beta_schedule")) == betas
+    assert theirs["num_train_timesteps"].default == 1000
+    assert theirs["prediction_type"].default == "epsilon"
+    spelt = dict(zip(("beta_start", "beta_end", "beta_schedule"), betas, strict=True))
+    expected = Schedule.from_config({**spelt, "num_train_timesteps": 1000})
+    read = Schedule.from_config({"_class_name": name})
+    np.testing.assert_array_equal(read.alphas_cumprod, expected.alphas_cumprod)
+    assert read.prediction_type == "epsilon"
+    np.testing.assert_array_equal(
+        Schedule.from_config({"_class_name": name, "beta_end": 0.5}).betas[-1], np.float32(0.5)
+    )
 
 
 def test_refuses_a_scheduler_of_another_process():

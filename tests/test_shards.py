@@ -119,9 +119,9 @@ def test_a_folder_without_manifest_is_not_a_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "damaged manifest"),
-        ("[]", "damaged manifest"),
-        ("{}", "damaged manifest"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a list, not an object"),
+        ("{}", "damaged manifest .manifest: missing key.s. format_version, model, "),
         ('{"format_version": 0}', "reads 2"),
     ],
 )

@@ -183,6 +183,15 @@ def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
     assert str(caught.value).startswith(f"{shard}: ")
 
 
+def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"steps": 5')
+    with pytest.raises(
+        ValueError, match=rf"^{path}: not valid JSON [^\n]+; it says how the run was started; "
+    ):
+        claim_workdir(tmp_path, config)
+
+
 def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
     claim_workdir(tmp_path, config)
     changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dspo_jax import json_files, schema
 from dspo_jax.data.sources import BadRow
+from dspo_jax.schema import REQUIRED, Key, whole
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -22,6 +24,29 @@ UNFINISHED = ".unfinished"
 """The folder within a dataset's that is there as long as it is being written."""
 _OLD_CAPTION_LENGTH = 77  # where a manifest has no `caption_length`
 _REMAKE = "delete the folder and run dspo_jax.encode again"
+
+_OBJECT = Key(REQUIRED, dict)
+_COUNT = whole(low=0, high=1 << 50)
+_KEYS: dict[str, Key] = {
+    "format_version": whole(),
+    "model": _OBJECT,
+    "source": _OBJECT,
+    "resolution": whole(),
+    "images_per_example": whole(high=2),
+    "splits": _OBJECT,
+}
+_MODEL_KEYS = {"vae_scale_factor": whole(), "latent_channels": whole()}
+_SPLIT_KEYS = {
+    "num_examples": _COUNT,
+    "shards": Key(REQUIRED, listed="always", length=range(1 << 20)),
+    "skipped": _OBJECT,
+}
+_SHARD_KEYS = {
+    "file": Key(REQUIRED, str),
+    "num_examples": _COUNT,
+    "bytes": _COUNT,
+    "sha256": Key(REQUIRED, str),
+}
 
 
 def feature_spec(
@@ -91,16 +116,33 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
                 "started"
             )
         raise FileNotFoundError(f"{path}: no such file; {directory} is not a dataset made by dspo_jax.encode")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged manifest ({type(error).__name__}: {error}); {_REMAKE}") from error
+    manifest = json_files.read_object(path, _REMAKE)
+    version = manifest.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version = {version!r}, this dspo_jax reads {FORMAT_VERSION}; {_REMAKE}"
+            f"{path}: format_version = {json_files.shown(version)}, this dspo_jax reads {FORMAT_VERSION}; "
+            f"{_REMAKE}"
         )
+    try:
+        _check_content(manifest)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged manifest ({error}); {_REMAKE}") from error
     return manifest
+
+
+def _check_content(manifest: Mapping[str, Any]) -> None:
+    """Refuses a manifest that lacks what readers look up, or holds it in another form."""
+    schema.check("manifest", manifest, _KEYS)
+    schema.check("model", manifest["model"], _MODEL_KEYS)
+    for split, content in manifest["splits"].items():
+        where = f"split {json_files.shown(split)}"
+        schema.check("splits", {split: content}, {split: _OBJECT})
+        schema.check(where, content, _SPLIT_KEYS)
+        for number, shard in enumerate(content["shards"]):
+            schema.check(where, {"shards": shard}, {"shards": _OBJECT})
+            schema.check(f"{where}, shard {number}", shard, _SHARD_KEYS)
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"{where}, shard {number}: file = {shard['file']!r} leads out of the folder")
 
 
 def check_manifest(

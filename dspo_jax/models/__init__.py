@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dspo_jax.json_files import shown
 from dspo_jax.models import lora
 from dspo_jax.models.blip import ImageReward, read_image_reward_config
 from dspo_jax.models.clip import (
@@ -81,6 +82,10 @@ class Model:
         default_factory=dict, repr=False, hash=False, compare=False
     )
 
+    def complete_config(self) -> dict[str, Any]:
+        """The config with the keys that it leaves out, and lists for each level, as in `settings`."""
+        return {**self.config, **self.settings}
+
     def abstract_params(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
         return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
@@ -120,7 +125,9 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
     Raises:
       ValueError: an unknown class or a config value that is not implemented, by name.
     """
-    if class_name not in _CLASSES:
-        raise ValueError(f"model class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
+    if not isinstance(class_name, str) or class_name not in _CLASSES:
+        raise ValueError(
+            f"model class {shown(class_name)} is not supported; supported: {', '.join(_CLASSES)}"
+        )
     read, _ = _CLASSES[class_name]
     return Model(class_name, dict(config), read(config))

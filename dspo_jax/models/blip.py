@@ -15,19 +15,24 @@ from flax import nnx
 
 from dspo_jax.models.attention import attention
 from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
-from dspo_jax.models.config import check_config
+from dspo_jax.models.config import check_multiple, read_config
+from dspo_jax.schema import REQUIRED, Key, real, whole
 
 _NAME = "ImageReward"
-_LAYERS = {
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "layer_norm_eps",
+_LAYERS: dict[str, Key] = {
+    "hidden_size": whole(),
+    "intermediate_size": whole(high=1 << 18),
+    "num_hidden_layers": whole(high=96),
+    "num_attention_heads": whole(),
+    "layer_norm_eps": real(),
 }
-_PARTS: dict[str, set[str]] = {
-    "vision_config": _LAYERS | {"image_size", "patch_size"},
-    "text_config": _LAYERS | {"vocab_size", "max_position_embeddings"},
+_PARTS: dict[str, dict[str, Key]] = {
+    "vision_config": {**_LAYERS, "image_size": whole(high=4096), "patch_size": whole(high=4096)},
+    "text_config": {**_LAYERS, "vocab_size": whole(high=1 << 22), "max_position_embeddings": whole()},
+}
+_KEYS: dict[str, Key] = {
+    **{part: Key(REQUIRED, dict) for part in _PARTS},
+    "head_features": whole(listed="always", length=range(4, 5)),
 }
 
 
@@ -39,23 +44,15 @@ def read_image_reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    check_config(_NAME, config, {*_PARTS, "head_features"}, {})
-    if len(config["head_features"]) != 4:
-        raise ValueError(f"{_NAME} config: head_features = {config['head_features']!r} needs 4 entries")
-    for part, used in _PARTS.items():
-        check_config(f"{_NAME} {part}", config[part], used, {})
-        features, heads = config[part]["hidden_size"], config[part]["num_attention_heads"]
-        if features % heads:
-            raise ValueError(
-                f"{_NAME} {part} config: hidden_size = {features} is no multiple of "
-                f"num_attention_heads = {heads}"
-            )
-    size, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))
-    if size % patch:
-        raise ValueError(
-            f"{_NAME} vision_config config: image_size = {size} is no multiple of patch_size = {patch}"
-        )
-    return dict(config)
+    cfg = read_config(_NAME, config, _KEYS)
+    for part, keys in _PARTS.items():
+        name = f"{_NAME} {part}"
+        cfg[part] = read_config(name, cfg[part], keys)
+        features, heads = cfg[part]["hidden_size"], cfg[part]["num_attention_heads"]
+        check_multiple(name, "hidden_size", features, "num_attention_heads", heads)
+    size, patch = (cfg["vision_config"][key] for key in ("image_size", "patch_size"))
+    check_multiple(f"{_NAME} vision_config", "image_size", size, "patch_size", patch)
+    return cfg
 
 
 def _split(x: jax.Array, heads: int) -> jax.Array:

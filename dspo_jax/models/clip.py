@@ -1,6 +1,6 @@
 """The text towers of Stable Diffusion, built from transformers' config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,27 +9,41 @@ from flax import nnx
 
 from dspo_jax.models.attention import attention
 from dspo_jax.models.blocks import LayerNorm
-from dspo_jax.models.config import check_config
+from dspo_jax.models.config import check_multiple, read_config
 from dspo_jax.models.remat import run_block
-
-TEXT_KEYS = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "hidden_act",
-    "layer_norm_eps",
-    "eos_token_id",
-}
-FIXED: dict[str, tuple[Any, ...]] = {"attention_dropout": (0.0,), "dropout": (0.0,)}
-# Of initialisation and generation, which happen elsewhere.
-UNREAD = {"bos_token_id", "pad_token_id", "initializer_factor", "initializer_range"}
+from dspo_jax.schema import Key, fixed, real, whole
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
     "gelu": lambda x: nnx.gelu(x, approximate=False),
+}
+
+TOWER_KEYS: dict[str, Key] = {
+    "num_hidden_layers": whole(12, high=96),
+    "hidden_act": fixed(*_ACTIVATIONS),
+    "layer_norm_eps": real(1e-5),
+    "attention_dropout": fixed(0.0),
+    "dropout": fixed(0.0),  # which transformers no longer has
+    "pruned_heads": fixed({}),
+}
+TEXT_KEYS: dict[str, Key] = {
+    **TOWER_KEYS,
+    "vocab_size": whole(49408, high=1 << 22),
+    "hidden_size": whole(512),
+    "intermediate_size": whole(2048, high=1 << 18),
+    "num_attention_heads": whole(8),
+    "max_position_embeddings": whole(77),
+    "eos_token_id": whole(49407, low=0, high=1 << 22),
+}
+PROJECTION = {"projection_dim": whole(512)}
+# Of initialisation, and what transformers 4 wrote into every config: text generation, classification, the
+# form of the outputs.
+UNREAD = {
+    *("bos_token_id", "pad_token_id", "initializer_factor", "initializer_range"),
+    *("early_stopping", "id2label", "label2id", "length_penalty", "max_length", "min_length"),
+    *("num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states"),
+    *("repetition_penalty", "return_dict", "temperature", "tie_word_embeddings", "top_k", "top_p"),
+    "typical_p",
 }
 
 
@@ -114,7 +128,7 @@ def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    return read_tower_config("CLIPTextModel", config, TEXT_KEYS, FIXED, UNREAD | {"projection_dim"})
+    return read_tower_config("CLIPTextModel", config, TEXT_KEYS, PROJECTION)
 
 
 def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,29 +137,20 @@ def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    used = TEXT_KEYS | {"projection_dim"}
-    return read_tower_config("CLIPTextModelWithProjection", config, used, FIXED, UNREAD)
+    return read_tower_config("CLIPTextModelWithProjection", config, TEXT_KEYS | PROJECTION)
 
 
 def read_tower_config(
-    class_name: str,
-    config: Mapping[str, Any],
-    used: set[str],
-    fixed: Mapping[str, tuple[Any, ...]],
-    unread: set[str],
+    class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """`config.check_config` of a tower, text or image, without the keys `unread`.
+    """`config.read_config` of a tower, text or image, whose features are a multiple of its heads.
 
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    cfg = {k: v for k, v in config.items() if k not in unread}
-    check_config(class_name, cfg, used, fixed)
-    if cfg["hidden_act"] not in _ACTIVATIONS:
-        allowed = ", ".join(_ACTIVATIONS)
-        raise ValueError(
-            f"{class_name} config: hidden_act = {cfg['hidden_act']!r} is not supported; allowed: {allowed}"
-        )
+    cfg = read_config(class_name, config, keys, {*UNREAD, *ignored})
+    heads = cfg["num_attention_heads"]
+    check_multiple(class_name, "hidden_size", cfg["hidden_size"], "num_attention_heads", heads)
     return cfg
 
 

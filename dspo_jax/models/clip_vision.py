@@ -10,50 +10,35 @@ from flax import nnx
 
 from dspo_jax.models.blocks import LayerNorm, conv2d
 from dspo_jax.models.clip import (
-    FIXED,
+    PROJECTION,
     TEXT_KEYS,
+    TOWER_KEYS,
     UNREAD,
     CLIPTextModelWithProjection,
     Encoder,
     read_tower_config,
 )
-from dspo_jax.models.config import check_config
+from dspo_jax.models.config import read_config
+from dspo_jax.schema import Key, fixed, whole
 
-# Whatever a tower's config leaves out: the defaults of transformers' CLIPTextConfig and CLIPVisionConfig.
-_COMMON = {
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "num_hidden_layers": 12,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "text_config": {
-        **_COMMON,
-        "eos_token_id": 49407,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "max_position_embeddings": 77,
-        "num_attention_heads": 8,
-        "vocab_size": 49408,
-    },
+_TOWERS: dict[str, dict[str, Key]] = {
+    "text_config": TEXT_KEYS,
     "vision_config": {
-        **_COMMON,
-        "hidden_size": 768,
-        "image_size": 224,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "patch_size": 32,
+        **TOWER_KEYS,
+        "hidden_size": whole(768),
+        "image_size": whole(224, high=4096),
+        "intermediate_size": whole(3072, high=1 << 18),
+        "num_attention_heads": whole(12),
+        "num_channels": fixed(3),
+        "patch_size": whole(32, high=4096),
     },
 }
-_USED = {"text_config": TEXT_KEYS, "vision_config": set(_DEFAULTS["vision_config"])}
-_FIXED: dict[str, tuple[Any, ...]] = {**FIXED, "num_channels": (3,), "pruned_heads": ({},)}
-# What transformers 4 wrote into every config: text generation, classification, the form of the outputs.
-# `projection_dim` too: that of the model holds for both towers.
-_IGNORED = UNREAD | {
-    *("early_stopping", "eos_token_id", "id2label", "label2id", "length_penalty", "max_length", "min_length"),
-    *("num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states"),
-    *("projection_dim", "repetition_penalty", "return_dict", "temperature", "tie_word_embeddings", "top_k"),
-    *("top_p", "typical_p"),
+_KEYS: dict[str, Key] = {
+    **PROJECTION,
+    **{name: Key(None, dict, null=True) for key in _TOWERS for name in (key, f"{key}_dict")},
 }
+# The projection's width is the model's, for both towers; the end token is the text tower's.
+_UNREAD = {"projection_dim", "eos_token_id"}
 
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)  # with which CLIP began its training
 
@@ -70,28 +55,22 @@ def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    towers = {key: _read_tower(key, config.get(key), config.get(f"{key}_dict")) for key in _DEFAULTS}
-    duplicates = {f"{key}_dict" for key in _DEFAULTS}
-    unread = (_IGNORED | duplicates | {"logit_scale_init_value"}) - {"projection_dim"}
-    rest = {key: value for key, value in config.items() if key not in unread}
-    check_config("CLIPModel", rest, {"projection_dim", *_DEFAULTS}, {})
-    text = {**towers["text_config"], "projection_dim": config["projection_dim"]}
-    return {"text": text, "vision": towers["vision_config"]}
+    cfg = read_config("CLIPModel", config, _KEYS, {*UNREAD, *_UNREAD, "logit_scale_init_value"})
+    text, vision = (_read_tower(key, cfg[key] or {}, cfg[f"{key}_dict"]) for key in _TOWERS)
+    if vision["patch_size"] > vision["image_size"]:
+        raise ValueError(
+            f"CLIPModel's vision config: patch_size = {vision['patch_size']} is larger than image_size = "
+            f"{vision['image_size']}"
+        )
+    return {"text": {**text, "projection_dim": cfg["projection_dim"]}, "vision": vision}
 
 
-def _read_tower(key: str, config: Any, duplicate: Any) -> dict[str, Any]:
-    for name, value in ((key, config), (f"{key}_dict", duplicate)):
-        if not isinstance(value, Mapping | None):
-            raise ValueError(f"CLIPModel config: {name} = {value!r} must be an object")
-    values = {**_DEFAULTS[key], **(config or {})}
+def _read_tower(key: str, config: Mapping[str, Any], duplicate: Mapping[str, Any] | None) -> dict[str, Any]:
+    keys = _TOWERS[key]
     if duplicate is not None:
-        values = {**values, **_DEFAULTS[key], **duplicate}
+        config = {**config, **{name: entry.default for name, entry in keys.items()}, **duplicate}
     name = f"CLIPModel's {key.removesuffix('_config')}"
-    tower = read_tower_config(name, values, _USED[key], _FIXED, _IGNORED - _USED[key])
-    for size in ("image_size", "patch_size"):
-        if not isinstance(tower.get(size, 0), int):
-            raise ValueError(f"{name} config: {size} = {tower[size]!r} must be one number")
-    return {used: tower[used] for used in sorted(_USED[key])}
+    return read_tower_config(name, config, keys, _UNREAD - keys.keys())
 
 
 class _ImageEmbeddings(nnx.Module):

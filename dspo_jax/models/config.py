@@ -1,48 +1,34 @@
-"""Reading a diffusers or transformers config.json strictly: what is not implemented is refused by name."""
+"""What the config.json of every network has in common: keys of bookkeeping, and values for each block."""
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from dspo_jax import schema
+from dspo_jax.json_files import shown
+from dspo_jax.schema import Key
 
 # Keys of bookkeeping that change no computation; the second row is what diffusers' `EMAModel` leaves behind.
 _IGNORED = {
-    *("architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "sample_size"),
+    *("architectures", "torch_dtype", "dtype", "transformers_version", "model_type"),
     *("decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup"),
 }
 
 
-def check_config(
-    class_name: str, config: Mapping[str, Any], used: set[str], fixed: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Refuse a config this project would compute wrongly.
+def read_config(
+    class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """`schema.fill` of a network's config.json.
 
     Args:
       class_name: the model class, for the message.
       config: the parsed config.json.
-      used: keys the module reads.
-      fixed: keys the module does not read, with the values under which that is correct.
+      keys: what the class reads, and what it computes in one way only.
+      ignored: keys of the class that the computation does not depend on.
 
     Raises:
-      ValueError: a value outside `fixed`, or a key that is neither known nor switched off (None or False).
+      ValueError: names the key and value of what is not supported.
     """
-    for key, value in config.items():
-        if key in used or key in _IGNORED or key.startswith("_"):
-            continue
-        if key in fixed:
-            if value not in fixed[key]:
-                allowed = ", ".join(repr(v) for v in fixed[key])
-                raise ValueError(
-                    f"{class_name} config: {key} = {value!r} is not supported; allowed: {allowed}"
-                )
-        elif value not in (None, False):
-            near = difflib.get_close_matches(key, [*used, *fixed], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{class_name} config: unknown key {key} = {value!r} is not supported{hint}")
-    missing = sorted(key for key in used if key not in config)
-    if missing:
-        raise ValueError(
-            f"{class_name} config: missing key(s) {', '.join(missing)}; is config.json complete?"
-        )
+    return schema.fill(f"{class_name} config", config, keys, {*_IGNORED, *ignored})
 
 
 def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
@@ -50,7 +36,13 @@ def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
     if isinstance(value, list | tuple):
         if len(value) != levels:
             raise ValueError(
-                f"{class_name} config: {key} = {value!r} needs {levels} entries, one for each block"
+                f"{class_name} config: {key} = {shown(value)} needs {levels} entries, one for each block"
             )
         return list(value)
     return [value] * levels
+
+
+def check_multiple(class_name: str, key: str, value: int, divisor_key: str, divisor: int) -> None:
+    """Raises ValueError where the features `value` of `key` do not split into `divisor` parts."""
+    if value % divisor:
+        raise ValueError(f"{class_name} config: {key} = {value} is no multiple of {divisor_key} = {divisor}")

@@ -17,54 +17,72 @@ from dspo_jax.models.blocks import (
     conv2d,
     sinusoidal_embedding,
 )
-from dspo_jax.models.config import check_config, per_level
+from dspo_jax.models.config import check_multiple, per_level, read_config
 from dspo_jax.models.remat import run_block
+from dspo_jax.schema import Key, fixed, flag, off, real, whole
 
 _NAME = "UNet2DConditionModel"
 
-_USED = {
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "up_block_types",
-    "cross_attention_dim",
-    "attention_head_dim",
-    "norm_num_groups",
-    "norm_eps",
-    "flip_sin_to_cos",
-    "freq_shift",
-}
-
-# Absent in the older config.json files that Stable Diffusion 1.x was published with.
-_OPTIONAL: dict[str, Any] = {
-    "num_attention_heads": None,
-    "use_linear_projection": False,
-    "transformer_layers_per_block": 1,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
-}
-
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "addition_embed_type_num_heads": (64,),  # read by diffusers for other embedding types only
-    "attention_type": ("default",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "dropout": (0.0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "resnet_out_scale_factor": (1.0,),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_type": ("positional",),
-    "upcast_attention": (None, False, True),  # the softmax is in float32 either way
-}
-
+_MAX_BLOCKS = 300  # resnets and transformer blocks; by the same count SDXL has 80
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+_KEYS: dict[str, Key] = {
+    "sample_size": whole(None, high=4096, listed="also", length=range(2, 3), null=True),
+    "in_channels": whole(4, high=1024),
+    "out_channels": whole(4, high=1024),
+    "flip_sin_to_cos": flag(True),
+    "freq_shift": whole(0, low=0, high=1),
+    "down_block_types": Key(
+        ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), str, allowed=tuple(_DOWN), listed="always"
+    ),
+    "up_block_types": Key(
+        ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, str, allowed=tuple(_UP), listed="always"
+    ),
+    "block_out_channels": whole((320, 640, 1280, 1280), listed="always"),
+    "layers_per_block": whole(2, high=16, listed="also"),
+    "norm_num_groups": whole(32),
+    "norm_eps": real(1e-5),
+    "cross_attention_dim": whole(1280),
+    "transformer_layers_per_block": whole(1, high=64, listed="also"),
+    "attention_head_dim": whole(8, listed="also"),
+    "num_attention_heads": whole(None, listed="also", null=True),
+    "use_linear_projection": flag(False),
+    "addition_embed_type": fixed(None, "text_time"),
+    "addition_time_embed_dim": whole(None, null=True),
+    "projection_class_embeddings_input_dim": whole(None, null=True),
+    # Computed in one way only.
+    "act_fn": fixed("silu"),
+    "addition_embed_type_num_heads": fixed(64),  # read by diffusers for other embedding types only
+    "attention_type": fixed("default"),
+    "conv_in_kernel": fixed(3),
+    "conv_out_kernel": fixed(3),
+    "downsample_padding": fixed(1),
+    "dropout": fixed(0.0),
+    "mid_block_scale_factor": fixed(1),
+    "mid_block_type": fixed("UNetMidBlock2DCrossAttn"),
+    "resnet_out_scale_factor": fixed(1.0),
+    "resnet_time_scale_shift": fixed("default"),
+    "time_embedding_type": fixed("positional"),
+    "upcast_attention": fixed(False, True, None),  # the softmax is in float32 either way
+    # Not computed.
+    "center_input_sample": off(False),
+    "class_embed_type": off(),
+    "class_embeddings_concat": off(False),
+    "cross_attention_norm": off(),
+    "dual_cross_attention": off(False),
+    "encoder_hid_dim": off(),
+    "encoder_hid_dim_type": off(),
+    "mid_block_only_cross_attention": off(),
+    "num_class_embeds": off(),
+    "only_cross_attention": off(False),
+    "resnet_skip_time_act": off(False),
+    "reverse_transformer_layers_per_block": off(),
+    "time_cond_proj_dim": off(),
+    "time_embedding_act_fn": off(),
+    "time_embedding_dim": off(),
+    "timestep_post_act": off(),
+}
 
 
 class _Block(nnx.Module):
@@ -87,33 +105,45 @@ def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    cfg = {**_OPTIONAL, **config}
-    check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
-    levels = len(cfg["block_out_channels"])
-    for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-        for kind in per_level(_NAME, key, cfg[key], levels):
-            if kind not in known:
-                raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {', '.join(known)}")
+    cfg = read_config(_NAME, config, _KEYS)
+    channels = cfg["block_out_channels"]
     # diffusers' historical misnomer: attention_head_dim holds the number of heads.
-    heads = cfg["num_attention_heads"] or cfg["attention_head_dim"]
-    cfg["heads"] = per_level(_NAME, "attention_head_dim", heads, levels)
-    for key in ("transformer_layers_per_block", "layers_per_block"):
-        cfg[key] = per_level(_NAME, key, cfg[key], levels)
-    if not isinstance(cfg["cross_attention_dim"], int):
-        raise ValueError(
-            f"{_NAME} config: cross_attention_dim = {cfg['cross_attention_dim']!r} must be one integer"
-        )
-    if cfg["addition_embed_type"] not in (None, "text_time"):
-        raise ValueError(
-            f"{_NAME} config: addition_embed_type = {cfg['addition_embed_type']!r} is not supported; "
-            "allowed: None, 'text_time'"
-        )
-    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-        if cfg["addition_embed_type"] and not isinstance(cfg[key], int):
+    head_key = "attention_head_dim" if cfg["num_attention_heads"] is None else "num_attention_heads"
+    for key in ("down_block_types", "up_block_types", "transformer_layers_per_block", "layers_per_block"):
+        cfg[key] = per_level(_NAME, key, cfg[key], len(channels))
+    cfg["heads"] = per_level(_NAME, head_key, cfg[head_key], len(channels))
+    kinds = zip(channels, cfg["down_block_types"], reversed(cfg["up_block_types"]), strict=True)
+    for level, (features, down, up) in enumerate(kinds):
+        check_multiple(_NAME, "block_out_channels", features, "norm_num_groups", cfg["norm_num_groups"])
+        if _DOWN[down] or _UP[up] or level == len(channels) - 1:
+            check_multiple(_NAME, "block_out_channels", features, head_key, cfg["heads"][level])
+    _check_depth(cfg["layers_per_block"], cfg["transformer_layers_per_block"])
+    time_features = {"block_out_channels": channels[0]}
+    if cfg["addition_embed_type"]:
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            if cfg[key] is None:
+                raise ValueError(
+                    f"{_NAME} config: {key} = None must be an integer where addition_embed_type is set"
+                )
+        time_features["addition_time_embed_dim"] = cfg["addition_time_embed_dim"]
+    for key, features in time_features.items():
+        if features // 2 <= cfg["freq_shift"]:  # by whose difference the sinusoids divide
             raise ValueError(
-                f"{_NAME} config: {key} = {cfg[key]!r} must be an integer where addition_embed_type is set"
+                f"{_NAME} config: {key} = {features} leaves no frequency with freq_shift = "
+                f"{cfg['freq_shift']}"
             )
     return cfg
+
+
+def _check_depth(layers_per_block: list[int], transformer_layers: list[int]) -> None:
+    """Refuses what would take minutes to describe, before it is compared with any weights."""
+    levels = zip(layers_per_block, transformer_layers, strict=True)
+    blocks = sum((2 * layers + 1) * (1 + depth) for layers, depth in levels)
+    if blocks > _MAX_BLOCKS:
+        raise ValueError(
+            f"{_NAME} config: layers_per_block = {layers_per_block} with transformer_layers_per_block = "
+            f"{transformer_layers} are {blocks} blocks; at most {_MAX_BLOCKS} are built"
+        )
 
 
 class UNet2DCondition(nnx.Module):

@@ -19,34 +19,33 @@ from dspo_jax.models.blocks import (
     conv2d,
     double,
 )
-from dspo_jax.models.config import check_config, per_level
+from dspo_jax.models.config import check_multiple, per_level, read_config
+from dspo_jax.schema import Key, fixed, flag, real, whole
 
 _NAME = "AutoencoderKL"
 _EPSILON = 1e-6
 
-_USED = {
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "down_block_types",
-    "up_block_types",
-    "norm_num_groups",
+_KEYS: dict[str, Key] = {
+    "in_channels": fixed(3),
+    "out_channels": fixed(3),
+    "latent_channels": whole(4, high=256),
+    "block_out_channels": whole((64,), listed="always"),
+    "layers_per_block": whole(1, high=16),
+    "down_block_types": Key(("DownEncoderBlock2D",), str, allowed=("DownEncoderBlock2D",), listed="always"),
+    "up_block_types": Key(("UpDecoderBlock2D",), str, allowed=("UpDecoderBlock2D",), listed="always"),
+    "norm_num_groups": whole(32),
+    "scaling_factor": real(0.18215, low=1e-6, high=1e6),
+    "use_quant_conv": flag(True),
+    "use_post_quant_conv": flag(True),
+    "mid_block_add_attention": flag(True),
+    "act_fn": fixed("silu"),
+    "force_upcast": fixed(True, False),  # advice to float16 users; encoding here is float32 or bfloat16
+    "shift_factor": fixed(None),
+    "latents_mean": fixed(None),
+    "latents_std": fixed(None),
 }
-_OPTIONAL: dict[str, Any] = {
-    "scaling_factor": 0.18215,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "force_upcast": (True, False),  # advice to float16 users; encoding here is float32 or bfloat16
-    "shift_factor": (None,),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-}
+# The size of the images that it was trained on; it takes others.
+_UNREAD = {"sample_size"}
 
 
 class _SpatialAttention(Attention):
@@ -154,14 +153,13 @@ def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    cfg = {**_OPTIONAL, **config}
-    check_config(_NAME, cfg, _USED | set(_OPTIONAL), _FIXED)
-    levels = len(cfg["block_out_channels"])
-    for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        for kind in per_level(_NAME, key, cfg[key], levels):
-            if kind != known:
-                raise ValueError(f"{_NAME} config: {key} has {kind!r}; supported: {known}")
-    cfg["vae_scale_factor"] = 2 ** (levels - 1)
+    cfg = read_config(_NAME, config, _KEYS, _UNREAD)
+    channels = cfg["block_out_channels"]
+    for key in ("down_block_types", "up_block_types"):
+        per_level(_NAME, key, cfg[key], len(channels))
+    for features in channels:
+        check_multiple(_NAME, "block_out_channels", features, "norm_num_groups", cfg["norm_num_groups"])
+    cfg["vae_scale_factor"] = 2 ** (len(channels) - 1)
     return cfg
 
 
@@ -195,21 +193,20 @@ class AutoencoderKL(nnx.Module):
 
 
 _TINY_NAME = "AutoencoderTiny"
-_TINY_USED = {
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "encoder_block_out_channels",
-    "decoder_block_out_channels",
-    "num_encoder_blocks",
-    "num_decoder_blocks",
-}
-_TINY_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("relu",),
-    "force_upcast": (True, False),  # as above
-    "shift_factor": (None, 0.0),
-    "upsample_fn": ("nearest",),
-    "upsampling_scaling_factor": (2,),
+_TINY_KEYS: dict[str, Key] = {
+    "in_channels": fixed(3),
+    "out_channels": fixed(3),
+    "encoder_block_out_channels": whole((64, 64, 64, 64), listed="always"),
+    "decoder_block_out_channels": whole((64, 64, 64, 64), listed="always"),
+    "latent_channels": whole(4, high=256),
+    "num_encoder_blocks": whole((1, 3, 3, 3), high=16, listed="always"),
+    "num_decoder_blocks": whole((3, 3, 3, 1), high=16, listed="always"),
+    "scaling_factor": real(1.0, low=1e-6, high=1e6),
+    "act_fn": fixed("relu"),
+    "force_upcast": fixed(False, True),  # as above
+    "shift_factor": fixed(0.0, None),
+    "upsample_fn": fixed("nearest"),
+    "upsampling_scaling_factor": fixed(2),
 }
 # Of storing latents as bytes, and a copy of decoder_block_out_channels.
 _TINY_UNREAD = {"latent_magnitude", "latent_shift", "block_out_channels"}
@@ -279,8 +276,7 @@ def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: names the key and value of what is not supported.
     """
-    cfg = {"scaling_factor": 1.0} | {k: v for k, v in config.items() if k not in _TINY_UNREAD}
-    check_config(_TINY_NAME, cfg, _TINY_USED | {"scaling_factor"}, _TINY_FIXED)
+    cfg = read_config(_TINY_NAME, config, _TINY_KEYS, _TINY_UNREAD)
     levels = len(cfg["num_encoder_blocks"])
     per_level(_TINY_NAME, "num_decoder_blocks", cfg["num_decoder_blocks"], levels)
     for key in ("encoder_block_out_channels", "decoder_block_out_channels"):

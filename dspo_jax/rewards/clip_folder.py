@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dspo_jax import convert, model_dir
+from dspo_jax.json_files import member, shown
 from dspo_jax.models import Model, Params
 from dspo_jax.rewards.registry import Reward
 from dspo_jax.rewards.scorer import Scorer
@@ -87,14 +88,15 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
     fix = f"make the folder with python -m dspo_jax.rewards.convert --reward={name}"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; {fix}")
-    about = model_dir.read_json(file)
+    about = model_dir.read_json(file, fix)
     if about.get("name") != name:
-        raise ValueError(f"{file}: is of the reward {about.get('name')!r}, not {name}; {fix}")
-    parts = [about, *([about["head"]] if "head" in about else [])]
-    try:
-        version = ", ".join(f"{part['source']} {part['sha256'][:8]}" for part in parts)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged; {fix}") from error
+        raise ValueError(f"{file}: is of the reward {shown(about.get('name'))}, not {name}; {fix}")
+
+    def describe(part: str) -> str:
+        source, digest = (member(about, part + key, str, file, fix) for key in ("source", "sha256"))
+        return f"{source} {digest[:8]}"
+
+    version = ", ".join(map(describe, ["", *(["head."] if "head" in about else [])]))
     model = read_clip(folder)
     return ClipReward(name, version, folder, model), convert.read_params(folder, model, "float32")
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from transformers import BertTokenizer
 
-from dspo_jax import convert, model_dir, tensors
+from dspo_jax import convert, json_files, model_dir, tensors
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
@@ -55,11 +55,11 @@ def load(folder: Path, batch_size: int) -> Reward:
       FileNotFoundError: one of the files is missing.
       ValueError: they are of another reward or do not fit each other.
     """
-    if not (folder / "reward.json").is_file():
-        raise FileNotFoundError(f"{folder / 'reward.json'}: no such file; convert the weights again")
-    about = model_dir.read_json(folder / "reward.json")
-    if about.get("name") != _NAME or not {"source", "sha256"} <= about.keys():
-        raise ValueError(f"{folder / 'reward.json'}: is not of the reward {_NAME}; convert the weights again")
+    file, fix = folder / "reward.json", "convert the weights again"
+    about = model_dir.read_json(file, fix)
+    if about.get("name") != _NAME:
+        raise ValueError(f"{file}: is not of the reward {_NAME}; {fix}")
+    source, digest = (json_files.member(about, key, str, file, fix) for key in ("source", "sha256"))
     model = convert.read_model(folder)
     if model.class_name != _CLASS:
         raise ValueError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
@@ -77,7 +77,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
     prepare = functools.partial(image_reward_pixels, size=model.config["vision_config"]["image_size"])
     scorer = Scorer(network, params, prepare, tokenize, batch_size=batch_size)
-    return Reward(_NAME, f"v1.0, {about['source']} {about['sha256'][:8]}", scorer)
+    return Reward(_NAME, f"v1.0, {source} {digest[:8]}", scorer)
 
 
 def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str) -> None:

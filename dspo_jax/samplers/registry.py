@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dspo_jax import spelling
+from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
 from dspo_jax.samplers.sampler import Sampler, Table
-from dspo_jax.samplers.spacing import check_steps
+from dspo_jax.samplers.spacing import check_sampler_config, check_steps
 from dspo_jax.schedule import Schedule
 
 
@@ -46,7 +47,7 @@ def own_sampler(config: Mapping[str, Any]) -> str:
         if entry.scheduler == config.get("_class_name"):
             return name
     raise ValueError(
-        f"scheduler config: _class_name = {config.get('_class_name')!r}: not supported; "
+        f"scheduler config: _class_name = {shown(config.get('_class_name'))}: not supported; "
         f"name one of the samplers {', '.join(SAMPLERS)} instead"
     )
 
@@ -86,6 +87,7 @@ def make_sampler(
             able = ", ".join(other for other, entry in SAMPLERS.items() if entry.karras)
             raise ValueError(f"karras = True: sampler {name!r} has no such noise levels; these have: {able}")
         config = {**config, "use_karras_sigmas": karras}
+    check_sampler_config(config)
     check_steps(schedule.num_train_timesteps, num_inference_steps)
     if not 0 <= strength <= 1:
         raise ValueError(f"strength = {strength}: must be between 0 and 1")

@@ -8,9 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from dspo_jax import spelling
+from dspo_jax import schema, spelling
+from dspo_jax.json_files import shown
+from dspo_jax.schema import Key, flag, real, whole
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+# Their defaults are those of the sampler that is asked for, not of a table; what is not here has few values,
+# which `require` and `choice` compare with.
+_KEYS: dict[str, Key] = {
+    "final_sigmas_type": Key("zero", str),
+    "interpolation_type": Key("linear", str),
+    "euler_at_final": flag(False, null=True),
+    "lower_order_final": flag(True, null=True),
+    "set_alpha_to_one": flag(True, null=True),
+    "sigma_max": real(None, low=1e-6, high=1e6, null=True),
+    "sigma_min": real(None, low=1e-6, high=1e6, null=True),
+    "skip_prk_steps": flag(False, null=True),
+    "steps_offset": whole(0, low=0, high=100_000),
+    "timestep_spacing": Key("leading", str),
+    "use_karras_sigmas": flag(False, null=True),
+}
 
 
 def spaced_timesteps(
@@ -69,6 +87,15 @@ def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
         )
 
 
+def check_sampler_config(config: Mapping[str, Any]) -> None:
+    """Refuses a scheduler_config.json in which a key that a sampler reads is of another type.
+
+    Raises:
+      ValueError: names the key and its value.
+    """
+    schema.check("scheduler config", config, _KEYS)
+
+
 def spacing_of(config: Mapping[str, Any], default: str) -> dict[str, Any]:
     """The keyword arguments of `spaced_timesteps` that a config fixes; `default` is its scheduler's."""
     return {
@@ -86,7 +113,9 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
     """
     if key in config and config[key] not in allowed:
         fix = json.dumps(next(iter(allowed)))
-        raise ValueError(f"scheduler config: {key} = {config[key]!r}: not supported ({why}); set it to {fix}")
+        raise ValueError(
+            f"scheduler config: {key} = {shown(config[key])}: not supported ({why}); set it to {fix}"
+        )
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str:
