@@ -25,7 +25,9 @@ def scale_by_released_factored_rms() -> optax.GradientTransformation:
     def init(params: Any) -> optax.FactoredState:
         leaves, tree = jax.tree.flatten(params)
         moments = zip(*map(_zero_moments, leaves), strict=True) if leaves else ((), (), ())
-        return optax.FactoredState(jnp.zeros([], jnp.int32), *map(tree.unflatten, moments))
+        return optax.FactoredState(
+            jnp.zeros([], jnp.int32), *(jax.tree.unflatten(tree, each) for each in moments)
+        )
 
     def update(
         gradients: Any, state: optax.FactoredState, params: Any = None
@@ -34,9 +36,9 @@ def scale_by_released_factored_rms() -> optax.GradientTransformation:
         count = state.count + 1
         decay = 1 - count.astype(jnp.float32) ** -_DECAY_RATE
         leaves, tree = jax.tree.flatten(gradients)
-        moments = zip(*map(tree.flatten_up_to, (state.v_row, state.v_col, state.v)), strict=True)
+        moments = zip(*map(jax.tree.leaves, (state.v_row, state.v_col, state.v)), strict=True)
         scaled = [_scale(decay, gradient, *of_it) for gradient, of_it in zip(leaves, moments, strict=True)]
-        updates, *new = map(tree.unflatten, zip(*scaled, strict=True))
+        updates, *new = (jax.tree.unflatten(tree, each) for each in zip(*scaled, strict=True))
         return updates, optax.FactoredState(count, *new)
 
     return optax.GradientTransformation(init, update)

@@ -11,16 +11,16 @@ _UNSET = "None"
 
 def accept_none() -> None:
     """Lets `--config.KEY=None` parse, for a key of any type; `settle` refuses it where None means nothing."""
-    parsers = {bool: flags.BooleanParser, float: flags.FloatParser, int: flags.IntegerParser}
+    parsers: dict[type, Any] = {bool: flags.BooleanParser, float: flags.FloatParser, int: flags.IntegerParser}
     for kind, parser in {**parsers, str: flags.ArgumentParser}.items():
         config_flags.register_flag_parser_for_type(kind, _or_none(parser, None)())
     config_flags.register_flag_parser_for_type(tuple, _or_none(tuple_parser.TupleParser, ())())
 
 
-def _or_none(parser: type[flags.ArgumentParser], unset: Any) -> type[flags.ArgumentParser]:
+def _or_none(parser: Any, unset: Any) -> Any:
     """A parser like the given one that takes `None` for `unset`."""
 
-    class OrNone(parser):  # type: ignore[valid-type,misc]
+    class OrNone(parser):
         def parse(self, argument: Any) -> Any:
             return unset if argument == _UNSET else super().parse(argument)
 
