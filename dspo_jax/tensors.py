@@ -21,7 +21,7 @@ MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own limit
 
 # The format's names, in the order by which its reference implementation sorts tensors, from the last to the
 # first, so that each begins at a multiple of its width.
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("bool"),
     "U8": np.dtype("uint8"),
     "I8": np.dtype("int8"),
@@ -36,8 +36,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("int64"),
     "U64": np.dtype("uint64"),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +73,18 @@ def open_file(path: Path) -> dict[str, Tensor]:
         file = safe_open(path, "np", backend="pread")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}); fetch the model again") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged or truncated ({reason}); fetch the model again") from error
     opened = {}
     for name, part in slices.items():
-        if part.get_dtype() not in _DTYPES:
+        if not name.isprintable():
+            raise ValueError(f"{path}: {name!r} is not the name of a tensor; fetch the model again")
+        if part.get_dtype() not in DTYPES:
             raise ValueError(
                 f"{path}: tensor {name} is stored as {part.get_dtype()}, which is not supported; "
                 "save the model as float32, float16 or bfloat16"
             )
-        opened[name] = Tensor(tuple(part.get_shape()), _DTYPES[part.get_dtype()], _reader(path, file, name))
+        opened[name] = Tensor(tuple(part.get_shape()), DTYPES[part.get_dtype()], _reader(path, file, name))
     return opened
 
 
@@ -94,7 +97,7 @@ def _reader(path: Path, file: Any, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:
             return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # NumPy has at most 64 axes
             raise ValueError(f"{path}: tensor {name} cannot be read ({error})") from error
 
     return read
@@ -143,14 +146,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors files; fetch the model again") from error
+    if not all(map(str.isprintable, weight_map)):
+        raise ValueError(f"{index}: names no tensors, but control characters; fetch the model again")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not _is_file_name(name) or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{index}: {name!r} is not the name of a safetensors file; fetch the model again"
             )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -22,7 +22,7 @@ def arrays():
     """Every dtype, and shapes that need care: a scalar, an empty one, a transposed one."""
     draw = np.random.default_rng(0)
     made = {
-        f"layer.{name}": draw.integers(0, 2, (2, 3)).astype(dtype) for name, dtype in tensors._DTYPES.items()
+        f"layer.{name}": draw.integers(0, 2, (2, 3)).astype(dtype) for name, dtype in tensors.DTYPES.items()
     }
     return made | {
         "scalar": np.asarray(3, np.float32),
@@ -120,12 +120,55 @@ def test_a_truncated_file_is_named(keep, tmp_path):
         open_tensors(path)
 
 
-def test_a_dtype_that_nothing_here_computes_with_is_named(tmp_path):
-    path = tmp_path / "model.safetensors"
-    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    with refused(path, "tensor a is stored as F8_E4M3, which is not supported"):
+def write_header(path, header, body=bytes(64), length=None):
+    """A safetensors file of any header, text or what is made JSON of."""
+    text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + body)
+    return path
+
+
+def entry(dtype="F32", shape=(16,), offsets=(0, 64)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+TWICE = '{"a":' + json.dumps(entry(shape=[8], offsets=[0, 32])) + ',"a":'
+TWICE += json.dumps(entry(shape=[8], offsets=[32, 64])) + "}"
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "reason"),
+    [
+        ({"a": entry()}, 10**9, "damaged or truncated"),
+        ({"a": entry()}, 2**63, "damaged or truncated"),
+        ({"a": entry()}, 10, "damaged or truncated"),
+        ({"a": entry(shape=[32], offsets=[0, 128])}, None, "damaged or truncated .*not fully covered"),
+        ({"a": entry(shape=[8], offsets=[0, 32])}, None, "damaged or truncated"),
+        ({name: entry() for name in "ab"}, None, "damaged or truncated .*invalid offset"),
+        pytest.param(TWICE, None, "damaged or truncated .*invalid offset", id="twice"),
+        ({"a": entry(shape=[-16])}, None, "damaged or truncated"),
+        ({"a": entry(offsets=[-1, 63])}, None, "damaged or truncated"),
+        ({"a": entry(shape=[2**62, 4])}, None, "damaged or truncated .*overflow"),
+        ({"a": entry("X9")}, None, "damaged or truncated .*X9"),
+        ({"a": entry("F8_E4M3", [64])}, None, "tensor a is stored as F8_E4M3, which is not supported; save"),
+        ({"a": entry("F8_E8M0", [64])}, None, "tensor a is stored as F8_E8M0, which is not supported"),
+        ({"a": entry("C64", [8])}, None, "tensor a is stored as C64, which is not supported"),
+        ({"a": entry("F4", [128])}, None, "tensor a is stored as F4, which is not supported"),
+        ({"a\nb": entry()}, None, r"'a\\nb' is not the name of a tensor"),
+        pytest.param('{"a": ' + "[" * 10**5, None, "damaged or truncated", id="deep"),
+        ("[]", None, "damaged or truncated"),
+    ],
+)
+def test_headers_that_lie_are_refused_in_one_line(header, length, reason, tmp_path):
+    path = write_header(tmp_path / "model.safetensors", header, length=length)
+    with refused(path, reason):
         open_tensors(path)
+
+
+def test_more_axes_than_an_array_has_are_refused(tmp_path):
+    header = {"a": entry(shape=[1] * 100, offsets=[0, 4])}
+    path = write_header(tmp_path / "model.safetensors", header, bytes(4))
+    with refused(path, "tensor a cannot be read"):
+        open_tensors(path)["a"].read()
 
 
 def edit_index(path, edit):
@@ -151,15 +194,43 @@ def test_shards_and_index_must_agree(written):
         open_tensors(written)
 
 
-@pytest.mark.parametrize("name", ["../a.safetensors", "/a.safetensors", "a.bin", 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a.safetensors",
+        "/a.safetensors",
+        "a.bin",
+        3,
+        "a\n.safetensors",
+        "a\0.safetensors",
+        "a" * 255 + ".safetensors",
+    ],
+)
 def test_an_index_names_files_of_its_folder_only(name, written):
     edit_index(written, lambda index: index["weight_map"].update(a=name))
     with refused(written, f"{re.escape(repr(name))} is not the name of a safetensors file"):
         open_tensors(written)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"weight_map": 3}',
+        "{}",
+        '{"weight_map": {"a": []}}',
+        '{"weight_map": ' + "[" * 10**5,
+        "9" * 5000,
+    ],
+)
 def test_a_malformed_index_is_named(text, written):
     written.write_text(text)
     with refused(written, "not an index of safetensors files"):
+        open_tensors(written)
+
+
+def test_an_index_names_tensors(written):
+    edit_index(written, lambda index: index["weight_map"].update({"a\nb": index["weight_map"]["a"]}))
+    with refused(written, "names no tensors, but control characters"):
         open_tensors(written)
