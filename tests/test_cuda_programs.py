@@ -12,13 +12,11 @@ from tiny_model import FAMILIES, write_model
 from tiny_run import make_config
 
 from benchmarks import absent_gpu, text_attention
+from benchmarks.gpu_step import lower_step
 from dspo_jax import published, sharding
-from dspo_jax.dry_run import batch_shapes
 from dspo_jax.models.attention import attention
 from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import batch_sharding, make_mesh, on_mesh, replicated
-from dspo_jax.start import make_state, make_task
-from dspo_jax.step import compile_step
+from dspo_jax.sharding import batch_sharding, make_mesh, on_mesh
 
 CAPABILITIES = {"H100": "9.0", "A100": "8.0"}
 needs_plugin = pytest.mark.skipif(
@@ -92,16 +90,6 @@ def test_the_keys_that_are_added_are_masked(card):
     assert unmasked.count(r"\22mask_type\22: \22NO_MASK\22") == 2
 
 
-def lower_step(pipe: Pipeline, config: Any, size: int, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The step that `train` compiles, of two pairs, lowered for CUDA."""
-    task = make_task(config, pipe)
-    state, reference = make_state(task, mesh, {}, abstract=True)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    batch = batch_shapes(task, 2, (size, size), config.batch_size, mesh)
-    return absent_gpu.lower(compile_step(state), state, reference, batch, key)
-
-
 def of_two_pairs(model: str) -> Any:
     """The config of a bfloat16 recipe over a model."""
     changes = {"batch_size": 2, "compute_dtype": "bfloat16", "objective.name": "dspo"}
@@ -110,9 +98,8 @@ def of_two_pairs(model: str) -> Any:
 
 def count_in_step(pipe: Pipeline, model: Any, size: int) -> tuple[int, int]:
     """Attention kernels of a step's program: (forward, backward)."""
-    calls = CALL.findall(
-        lower_step(pipe, of_two_pairs(model), size, make_mesh({}, jax.devices()[:1])).as_text()
-    )
+    lowered = lower_step(of_two_pairs(model), pipe, size, make_mesh({}, jax.devices()[:1]))
+    calls = CALL.findall(lowered.as_text())
     return calls.count(""), calls.count("Backward")
 
 
@@ -145,7 +132,7 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     device = absent_gpu.find_devices("h100")[0]
     pipe = load_pipeline(write_model(tmp_path))
     with absent_gpu.as_if_here(device):
-        lowered = lower_step(pipe, of_two_pairs(tmp_path), 16, make_mesh({}, [device]))
+        lowered = lower_step(of_two_pairs(tmp_path), pipe, 16, make_mesh({}, [device]))
     program = absent_gpu.compile_lowered(lowered)
     kinds = absent_gpu.traffic(program.as_text())
     assert kinds["__cudnn$fmhaSoftmaxBackward"][0] >= 4
