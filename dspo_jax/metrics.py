@@ -133,10 +133,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line.decode())
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # not UTF-8, not JSON, a number or a nesting without end
+        except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a nesting without end
             if number == len(lines):
                 break
             raise ValueError(f"{where}: not JSON ({error}); mend or delete the line") from error
