@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from example_shards import FINGERPRINT, MANIFEST, write_dataset
+from example_shards import FINGERPRINT, MANIFEST, make_example, start_dataset, write_dataset
 from model_folders import make_run
 from tiny_clip import clip_config, write_clip, write_json
 from tiny_model import (
@@ -296,6 +296,12 @@ def test_shards_of_earlier_versions_fit_an_unchanged_tokenizer_only(model, tmp_p
     assert shards.is_complete(tmp_path / "before", MANIFEST | {"model": fingerprint}, ["train", "validation"])
     write_dataset(tmp_path / "today", manifest=MANIFEST | {"model": fingerprint})
     assert len(datasets.read_datasets(f"{tmp_path / 'before'},{tmp_path / 'today'}")) == 2
+
+    start_dataset(tmp_path / "begun", {"train": 2}, manifest=made_with).write_shard(
+        "train", 0, [make_example(0)]
+    )
+    resumed = start_dataset(tmp_path / "begun", {"train": 2}, manifest=MANIFEST | {"model": fingerprint})
+    assert resumed.finished() == {("train", 0)}
 
     write_added(model / "tokenizer", ["<x>"])
     replace_text_encoder(model, vocab_size=515)

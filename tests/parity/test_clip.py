@@ -1,5 +1,7 @@
 """`CLIPTextModel` and `CLIPTextModelWithProjection` against transformers' with random weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch_modules import assert_close, assert_gradients_close, compile_fast, randomize, save  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
+
+from dspo_jax.models import build_model  # noqa: E402
 
 CONFIG = {
     "vocab_size": 24,
@@ -61,6 +65,17 @@ def test_forward_and_gradients_match_transformers(hidden_act, eos_token_id, ends
     np.testing.assert_array_equal(pooled, states[np.arange(3), ends])
     ((theirs.last_hidden_state - 1).square().mean() + theirs.pooler_output.square().sum()).backward()
     assert_gradients_close(module, model, gradients, tmp_path)
+
+
+@pytest.mark.parametrize("eos_token_id", [None, [END], [END, 5]])
+def test_an_end_token_with_which_transformers_fails_is_refused(eos_token_id):
+    """transformers reads such a config, and fails at any text."""
+    module = CLIPTextModel(CLIPTextConfig(**CONFIG | {"eos_token_id": eos_token_id}))
+    with pytest.raises(AttributeError, match="'bool' object has no attribute 'int'"):
+        module(torch.from_numpy(TOKENS).long())
+    for name in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        with pytest.raises(ValueError, match=re.escape(f"{name} config: eos_token_id = {eos_token_id!r} ")):
+            build_model(name, CONFIG | {"hidden_act": "gelu", "eos_token_id": eos_token_id})
 
 
 def test_penultimate_states_and_the_projection_match_transformers(tmp_path):
