@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from dspo_jax import cli
+from dspo_jax.files import whole
 from dspo_jax.objectives import Predictions, get_objective
 from dspo_jax.schedule import Schedule
 
@@ -92,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
     out = Path(flags.FLAGS.out)
-    figure.savefig(out, dpi=100)
+    with whole(out, shared=True) as partial:
+        figure.savefig(partial, format="png", dpi=100)
     print(f"drew {out}")
 
 

@@ -29,6 +29,8 @@ from rich.table import Table
 
 from dspo_jax import cli
 from dspo_jax.data.sources.emoji import Emoji, load_emoji
+from dspo_jax.files import appear, write_json
+from dspo_jax.locks import claim
 
 ROWS_PER_FILE, ROWS_PER_GROUP = 1000, 100
 
@@ -50,30 +52,30 @@ def write_parquet(folder: Path, num_rows: int, side: int) -> None:
     rng = np.random.default_rng(0)
     emoji = load_emoji()[:256]
     pictures = [picture(each, side, rng) for each in emoji]
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     num_files = -(-num_rows // ROWS_PER_FILE)
-    for file in range(num_files):
-        count = min(ROWS_PER_FILE, num_rows - file * ROWS_PER_FILE)
-        # Different pictures, or the row would be a bad one.
-        first = rng.integers(0, len(emoji), count)
-        second = (first + rng.integers(1, len(emoji), count)) % len(emoji)
-        label = rng.choice([0.0, 1.0], count)
-        label[::8] = 0.5
-        table = {
-            "caption": [f"{emoji[i].name} or {emoji[j].name}" for i, j in zip(first, second, strict=True)],
-            "jpg_0": [pictures[i] for i in first],
-            "jpg_1": [pictures[j] for j in second],
-            "label_0": label,
-            "label_1": 1 - label,
-            "image_0_uid": [f"{file}-{row}-0" for row in range(count)],
-            "image_1_uid": [f"{file}-{row}-1" for row in range(count)],
-            "has_label": [True] * count,
-        }
-        path = partial / f"train-{file:05d}-of-{num_files:05d}.parquet"
-        pq.write_table(pa.table(table), path, row_group_size=ROWS_PER_GROUP)
-    partial.rename(folder)
+    with appear(folder) as partial:
+        partial.mkdir()
+        for file in range(num_files):
+            count = min(ROWS_PER_FILE, num_rows - file * ROWS_PER_FILE)
+            # Different pictures, or the row would be a bad one.
+            first = rng.integers(0, len(emoji), count)
+            second = (first + rng.integers(1, len(emoji), count)) % len(emoji)
+            label = rng.choice([0.0, 1.0], count)
+            label[::8] = 0.5
+            table = {
+                "caption": [
+                    f"{emoji[i].name} or {emoji[j].name}" for i, j in zip(first, second, strict=True)
+                ],
+                "jpg_0": [pictures[i] for i in first],
+                "jpg_1": [pictures[j] for j in second],
+                "label_0": label,
+                "label_1": 1 - label,
+                "image_0_uid": [f"{file}-{row}-0" for row in range(count)],
+                "image_1_uid": [f"{file}-{row}-1" for row in range(count)],
+                "has_label": [True] * count,
+            }
+            path = partial / f"train-{file:05d}-of-{num_files:05d}.parquet"
+            pq.write_table(pa.table(table), path, row_group_size=ROWS_PER_GROUP)
 
 
 def family(pid: int) -> list[int]:
@@ -122,7 +124,12 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     del argv
     out = Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with claim(out):
+        measure_all(out)
+
+
+def measure_all(out: Path) -> None:
+    """Encodes every number of rows, prints the table and writes it to encode.json."""
     side, results = flags.FLAGS.image_side, []
     table = Table(title=f"JPEG of {side}x{side} to {flags.FLAGS.resolution} pixels, {os.cpu_count()} cores")
     for heading in ("rows", "pairs", "seconds", "pairs/s", "waiting for images", "peak GiB"):
@@ -147,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
             f"{peak:.2f}",
         )
     Console().print(table)
-    (out / "encode.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "encode.json", results)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dspo_jax import cli
+from dspo_jax.files import write_json
 
 Result = dict[str, Any]
 
@@ -172,8 +173,7 @@ def report(result: Result, path: str | None) -> None:
 def write(results: Sequence[Result], path: str | None) -> None:
     """Writes results as a JSON list; `path` None writes nothing."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), results, shared=True)
 
 
 def markdown(results: Iterable[Mapping[str, Any]]) -> str:

@@ -5,7 +5,6 @@ collectives are settled before that.
 """
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from dspo_jax import compiled
+from dspo_jax.files import read_json, write_json
 
 # What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
 _TOO_LARGE = re.compile(
@@ -49,10 +49,9 @@ def kept_facts(lowered: jax.stages.Lowered, device: Any, topology: str | None = 
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, "delete it, and the program is compiled again")
     facts = compile_facts(lowered)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    write_json(path, facts, shared=True)
     return facts
 
 

@@ -10,7 +10,6 @@ A parameter's path is its state-dict name except for the last part (`kernel`, `s
 torch's `weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from flax import traverse_util
 
 from dspo_jax import cli, json_files, model_dir
 from dspo_jax.component_files import open_stored, stored_name, weights_file
-from dspo_jax.files import name_write_errors
+from dspo_jax.files import write_json
+from dspo_jax.locks import reserve
 from dspo_jax.model_dir import read_json
 from dspo_jax.models import Model, Params, build_model, lora
 from dspo_jax.tensors import Tensor, write_tensors
@@ -257,10 +257,7 @@ def write_params(
     }
     for tensor in tensors.values():
         tensor.read()  # refuse before anything is written: it is all in memory anyway
-    config = folder / "config.json"
-    with name_write_errors(config):
-        folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", dict(model.config), sort_keys=True)
     write_tensors(file, tensors)
 
 
@@ -296,26 +293,27 @@ def main(argv: Sequence[str]) -> None:
     if settings[needed].value is None:
         raise ValueError(f"--{needed} is missing: name what to {command}")
     out = Path(settings.out)
-    # Imported here, as both import this file.
-    if command == "import":
-        from dspo_jax.import_model import import_model
+    with reserve(out):
+        # Imported here, as both import this file.
+        if command == "import":
+            from dspo_jax.import_model import import_model
 
-        import_model(settings.model, out, base=settings.base)
-        print(f"{out}: diffusers folder of {settings.model}")
-    else:
-        from dspo_jax.export_model import export
+            import_model(settings.model, out, base=settings.base)
+            print(f"{out}: diffusers folder of {settings.model}")
+        else:
+            from dspo_jax.export_model import export
 
-        step = export(
-            Path(settings.run),
-            out,
-            step=settings.step,
-            dtype=settings.dtype,
-            base=settings.base,
-            adapters=settings.lora,
-        )
-        kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
-        kind = f"adapters for {settings.lora}" if settings.lora else kind
-        print(f"{out}: {kind} of {settings.run} at step {step}")
+            step = export(
+                Path(settings.run),
+                out,
+                step=settings.step,
+                dtype=settings.dtype,
+                base=settings.base,
+                adapters=settings.lora,
+            )
+            kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
+            kind = f"adapters for {settings.lora}" if settings.lora else kind
+            print(f"{out}: {kind} of {settings.run} at step {step}")
 
 
 if __name__ == "__main__":

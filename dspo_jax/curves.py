@@ -1,6 +1,5 @@
 """A run's metrics as one picture: does it train, does it rank held-out pairs better, at which timesteps?"""
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dspo_jax.files import whole
 from dspo_jax.metrics import VALIDATION_PREFIX, read_metrics
 
 Records = Sequence[Mapping[str, Any]]
@@ -81,9 +81,8 @@ def draw_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     figure = make_figure(read_metrics(path), path.parent.name)
     if not figure.axes:
         raise ValueError(f"{path}: no metrics to draw yet")
-    partial_file = png.with_name(png.name + ".tmp")
-    figure.savefig(partial_file, format="png")
-    os.replace(partial_file, png)
+    with whole(png) as partial:
+        figure.savefig(partial, format="png")
 
 
 def make_figure(records: Records, title: str) -> Figure:

@@ -22,6 +22,7 @@ from dspo_jax.evaluation import BASE, Evaluation, assess
 from dspo_jax.evaluation_report import print_report, write_report
 from dspo_jax.image_folders import ImageFolder, Images, find_images
 from dspo_jax.image_sampler import Drawing, Job
+from dspo_jax.locks import is_empty
 from dspo_jax.pipeline import load_pipeline
 from dspo_jax.prompt_sets import SETS, PromptSet, read_prompt_set
 from dspo_jax.rewards import load_reward
@@ -140,7 +141,7 @@ def _check_out(out: Path) -> None:
     """Refuses a folder with other things in it than an evaluation."""
     marks = (f"{_IMAGES}/*/{SETTINGS}", f"{_SCORES}/*.jsonl", f"{_PROMPT_IMAGES}/*")
     ours = any(any(out.glob(mark)) for mark in marks)
-    if out.is_dir() and any(out.iterdir()) and not ours:
+    if not (ours or is_empty(out)):
         raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
 
 
@@ -223,8 +224,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     sharding.use_cpu_cores()
     distributed.initialize_from_flags()
-    options = read_options(flags.FLAGS)
-    evaluation = evaluate(**options)
+    with distributed.claim(Path(flags.FLAGS.out)):
+        options = read_options(flags.FLAGS)
+        evaluation = evaluate(**options)
     if distributed.is_first():
         print_report(evaluation, Console())
         print(options["out"] / "index.html")

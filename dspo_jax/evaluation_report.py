@@ -1,10 +1,6 @@
 """What an evaluation leaves in its folder, and what it says at the end."""
 
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -25,6 +21,7 @@ from dspo_jax.evaluation_tables import (
     to_markdown,
     to_tex,
 )
+from dspo_jax.files import whole, write_text
 
 
 def write_report(evaluation: Evaluation, out: Path) -> None:
@@ -39,19 +36,15 @@ def write_report(evaluation: Evaluation, out: Path) -> None:
     }
     if any(evaluation.rejection.values()):
         texts["rejection.csv"] = rejection_to_csv(evaluation)
-    _replace(out / "scores.parquet", partial(pq.write_table, list_scores(evaluation, out)))
+    with whole(out / "scores.parquet") as partial:
+        pq.write_table(list_scores(evaluation, out), partial)
     for name, figure in figures.items():
-        _replace(out / name, partial(figure.savefig, format="png"))
+        with whole(out / name) as partial:
+            figure.savefig(partial, format="png")
     for name, text in texts.items():
-        _replace(out / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_text(out / name, text)
     for name in {"rejection.csv", "rejection.png", "wins_by_prompt.png"} - {*texts, *figures}:
         (out / name).unlink(missing_ok=True)  # of an earlier run, with more seeds
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    write(unfinished)
-    os.replace(unfinished, path)
 
 
 def print_report(evaluation: Evaluation, console: Console) -> None:

@@ -28,9 +28,9 @@ def name_write_errors(path: Path) -> Iterator[None]:
     except NotWritten:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left on the disk" if full else error.strerror or str(error)
-        raise NotWritten(f"{path}: not written: {reason}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotWritten(f"{path}: not written: no space left on the disk") from error
+        raise NotWritten(f"{path}: not written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,8 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from dspo_jax.files import name_write_errors, write_text
 
 VALIDATION_PREFIX = "validation/"  # of the held-out scalars among a run's metrics
 
@@ -96,7 +97,8 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         wall_seconds = round(self._seconds_before + time.perf_counter(), 3)
-        self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
+        with name_write_errors(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -202,7 +204,7 @@ def _start_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> 
     id_file = workdir / "wandb_run_id"
     known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
     run = wandb.init(project=project, config=config, id=known, resume="allow", dir=str(workdir))
-    id_file.write_text(run.id + "\n", encoding="utf-8")
+    write_text(id_file, f"{run.id}\n")
     return run
 
 
@@ -213,9 +215,7 @@ def _keep_until(path: Path, step: int) -> float:
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
     if kept and "wall_seconds" not in kept[-1]:
         raise ValueError(f"{path}: the line of step {kept[-1]['step']} has no wall_seconds; delete the line")
-    partial = path.with_suffix(".jsonl.tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return float(kept[-1]["wall_seconds"]) if kept else 0.0
 
 

@@ -12,7 +12,6 @@ declared. Both are put right here, and what was added is shown.
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from dspo_jax import cli, compiling, published
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.dry_run import batch_shapes, flops_per_pair, held, in_units, lower_step
+from dspo_jax.files import write_json
 from dspo_jax.models import flash
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.sharding import bytes_per_device, check_batch_size, make_mesh
@@ -318,7 +318,7 @@ def main(argv: Sequence[str]) -> int:
     for line in describe(found):
         print(line)
     if values.json:
-        Path(values.json).write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(values.json), dataclasses.asdict(found), shared=True)
     return 0
 
 

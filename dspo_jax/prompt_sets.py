@@ -5,7 +5,6 @@ import functools
 import hashlib
 import io
 import re
-import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from PIL import Image
 
 from dspo_jax import spelling
 from dspo_jax.data.sources import read_image_file
+from dspo_jax.files import whole
 from dspo_jax.model_dir import is_hub_id
 from dspo_jax.prompts import Prompt, check_text, read_prompts
 
@@ -205,7 +205,6 @@ def _unpack(content: bytes, stem: Path, source: Path) -> Path:
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken chunk of a PNG
         raise ValueError(f"{source}: row {int(stem.name)}: undecodable image ({error})") from error
     if not file.is_file() or file.stat().st_size != len(content):
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        partial.write_bytes(content)
-        partial.replace(file)
+        with whole(file, shared=True) as partial:
+            partial.write_bytes(content)
     return file

@@ -251,7 +251,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     sharding.use_cpu_cores()
     distributed.initialize_from_flags()
-    sheet = sample(**read_options(flags.FLAGS))
+    with distributed.claim(Path(flags.FLAGS.out)):
+        sheet = sample(**read_options(flags.FLAGS))
     if sheet is not None:
         print(sheet)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,10 @@ from absl import logging
 from PIL import Image
 
 from dspo_jax.contact_sheet import contact_sheet
+from dspo_jax.files import whole, write_json
 from dspo_jax.image_sampler import Drawing, Job
+from dspo_jax.json_files import read_object
+from dspo_jax.locks import is_empty
 from dspo_jax.prompts import Prompt
 
 FORMATS = ("png", "webp")
@@ -35,7 +37,8 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     path = out / SETTINGS
     ours = json.loads(json.dumps(settings))
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
+        theirs = read_object(path, fix)
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
@@ -48,10 +51,9 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
             raise ValueError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
         for old in (*out.glob("[0-9]*-*"), out / MANIFEST, *out.glob("contact_sheet*.png")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    elif out.is_dir() and any(out.iterdir()):
+    elif not is_empty(out):
         raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, ours)
 
 
 def place_images(out: Path, labels: Sequence[str], jobs: Sequence[Job], image_format: str) -> Files:
@@ -67,16 +69,14 @@ def place_images(out: Path, labels: Sequence[str], jobs: Sequence[Job], image_fo
 
 def save_image(image: np.ndarray, file: Path) -> None:
     """Writes an image [H, W, 3] uint8; the file appears when it is whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
-    partial.replace(file)
+    with whole(file) as partial:
+        Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
 
 
 def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
     how = {key: getattr(drawing, key) for key in ("sampler", "steps", "guidance_scale", "strength")}
-    partial = out / f".{MANIFEST}"
-    with partial.open("w", encoding="utf-8") as manifest:
+    with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for job, file in files[label].items():
                 record = {
@@ -88,7 +88,6 @@ def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, dr
                     **how,
                 }
                 manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(out / MANIFEST)
 
 
 def _sheet_name(page: int, pages: int) -> str:
@@ -112,7 +111,8 @@ def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], fil
             )
         side = max(rows[0][1][0].shape[:2])
         sheet = contact_sheet(rows, [(label, len(seeds)) for label in files], scale=max(1, 128 // side))
-        sheet.save(out / _sheet_name(page, pages))
+        with whole(out / _sheet_name(page, pages)) as partial:
+            sheet.save(partial, format="PNG")
     return out / _sheet_name(0, pages)
 
 

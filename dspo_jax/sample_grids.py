@@ -1,6 +1,5 @@
 """What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from dspo_jax.contact_sheet import contact_sheet
 from dspo_jax.data import loader
+from dspo_jax.files import whole
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
 from dspo_jax.models import Params
 from dspo_jax.pipeline import Pipeline
@@ -112,11 +112,8 @@ class SampleGrids:
         ]
         headings = [("base", columns), (f"step {step}", columns)]
         sheet = contact_sheet(rows, headings, scale=max(1, 128 // len(images[0])))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step_{step:06d}.png"
-        partial = path.with_suffix(".png.tmp")
-        sheet.save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole(self._folder / f"step_{step:06d}.png") as partial:
+            sheet.save(partial, format="PNG")
 
     def _draw(self, params: Params) -> list[np.ndarray]:
         """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first."""

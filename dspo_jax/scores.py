@@ -10,6 +10,7 @@ import numpy as np
 
 from dspo_jax import distributed
 from dspo_jax.data.sources import BadRow, decode_image
+from dspo_jax.files import name_write_errors
 from dspo_jax.metrics import Progress
 from dspo_jax.rewards import Reward
 
@@ -42,6 +43,7 @@ def score_files(
         out = cache / f"{reward.name}.{jax.process_index()}.jsonl"
         with (
             Progress(reward.name, len(mine), len(mine) - len(missing), active=distributed.is_first()) as bar,
+            name_write_errors(out),
             out.open("a", encoding="utf-8") as lines,
         ):
             if out.stat().st_size:

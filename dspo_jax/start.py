@@ -4,7 +4,6 @@ Every refusal that needs no step is made here.
 """
 
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from dspo_jax import distributed, json_files, model_dir, sample_grids, spelling, validate
 from dspo_jax.convert import DTYPES
 from dspo_jax.data import datasets, shards
+from dspo_jax.files import write_json
 from dspo_jax.metrics import import_wandb
 from dspo_jax.models import Params, lora
 from dspo_jax.models.remat import check_policy
@@ -315,8 +315,5 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
                 )
     distributed.wait_for_all("config checked")
     if distributed.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_name(path.name + ".tmp")
-        partial_file.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(partial_file, path)
+        write_json(path, ours, sort_keys=True)
     distributed.wait_for_all("config written")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dspo_jax.files import name_write_errors
+from dspo_jax.files import whole, write_json
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own limit
 
@@ -192,8 +192,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: in
         weight_map |= dict.fromkeys(shard, file.name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with name_write_errors(index_path(path)):
-        index_path(path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(index_path(path), index)
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -209,7 +208,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with name_write_errors(path), path.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, tensor in tensors.items():

@@ -50,6 +50,11 @@ class Unstable(ValueError):
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step."""
+    with distributed.claim(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> int:
     task, mesh, adapters = prepare(config)
     claim_workdir(workdir, config)
     state, reference = make_state(task, mesh, adapters)

@@ -7,7 +7,6 @@ draws of timestep and noise (Diffusion-DPO, S4.1, where it serves as a reward mo
 Every call uses the same noise and the same timesteps, so that curves over a run compare like with like.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.table import Table
 from dspo_jax import cli, distributed
 from dspo_jax.convert import read_base
 from dspo_jax.data import datasets, loader, shards
+from dspo_jax.files import write_json
 from dspo_jax.metrics import Progress, binomial_interval
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
@@ -298,7 +298,7 @@ def main(argv: Sequence[str]) -> None:
     if not distributed.is_first():
         return
     if values.out:
-        Path(values.out).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(values.out), scores, shared=True)
     table = Table(title=f"{values.data}, {values.split}: {values.draws} draw(s) for each pair, {dtype}")
     for heading in ("timestep", "implicit accuracy", "margin"):
         table.add_column(heading, justify="right")

@@ -12,6 +12,7 @@ import copy
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -22,6 +23,7 @@ from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
 from dspo_jax.evaluate import check_rewards, evaluate
 from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax.files import whole
 from dspo_jax.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.train import train
 
@@ -46,8 +48,9 @@ def write_medians(evaluation: Evaluation, betas: Sequence[float], out: Path) -> 
         axis.set_xticks(betas, labels[1:])
         axis.minorticks_off()
         axis.legend()
-    figure.savefig(out / "beta.png", dpi=120)
-    with (out / "beta.csv").open("w", newline="", encoding="utf-8") as file:
+    with whole(out / "beta.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    with whole(out / "beta.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["reward", "beta", "lower quartile", "median", "upper quartile"], *rows])
 
 
@@ -62,6 +65,18 @@ def main(argv: Sequence[str]) -> None:
     sharding.use_cpu_cores()
     distributed.initialize_from_flags()
     out = Path(values.out)
+    with distributed.claim(out):
+        ablate(values, betas, out)
+
+
+def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
+    """Trains what is not there yet, evaluates it, and writes beta.csv and beta.png.
+
+    Args:
+      values: the command's flags.
+      betas: of the runs.
+      out: folder for everything.
+    """
     prompts = read_prompt_set(values.prompts, out / "prompt_images")
     options = read_drawing_flags(values, prompts.prompts)
     check_rewards(values.rewards, values.reward_dir)  # not after hours of training

@@ -8,7 +8,6 @@ wrong with the dataset.
 """
 
 import json
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.filesize import decimal
 from dspo_jax import cli
 from dspo_jax.data import shards
 from dspo_jax.data.summary import Examples, summarize_dataset
+from dspo_jax.files import whole, write_text
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -206,18 +206,17 @@ def main(argv: Sequence[str]) -> None:
     print()
     if settings.json:
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        Path(settings.json).write_text(text, encoding="utf-8")
+        write_text(Path(settings.json), text, shared=True)
         print(f"{settings.json}: these numbers")
     if not settings.model:
         print("no contact sheet: --model=MODEL_DIR, the model this was encoded with, draws one")
     else:
         resolved = directory.resolve()  # "." has no name
         path = Path(settings.sheet or resolved.with_name(f"{resolved.name}-contact_sheet.png"))
-        partial = path.with_name(path.name + ".tmp")
         chosen = choose_examples(directory, list(report["splits"]), settings.pairs, settings.seed)
         picture = draw_examples(settings.model, directory, chosen)
-        picture.save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole(path, shared=True) as partial:
+            picture.save(partial, format="PNG")
         print(f"{path}: contact sheet")
     check_keys(report)
 

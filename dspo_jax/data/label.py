@@ -19,7 +19,7 @@ from absl import flags
 
 from dspo_jax import cli, distributed, sharding
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.files import name_write_errors
+from dspo_jax.files import write_text
 from dspo_jax.image_sampler import Drawing, Job
 from dspo_jax.prompts import Prompt, read_prompts
 from dspo_jax.rewards import Reward, load_reward, reward_names
@@ -138,11 +138,7 @@ def label(
             }
         )
     if distributed.is_first():
-        partial = out / ".pairs.jsonl"
-        with name_write_errors(path):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.replace(path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     compared = len(prompts) * (1 if pairs == "best_worst" else math.comb(images_per_prompt, 2))
     won, lost = (np.mean([row[reward.name][i] for row in rows]) for i in (0, 1))
     return {
@@ -160,17 +156,18 @@ def main(argv: Sequence[str]) -> None:
     sharding.use_cpu_cores()
     distributed.initialize_from_flags()
     values = flags.FLAGS
-    reward = load_reward(values.reward, values.reward_dir, batch_size=values.batch_size)
     out = Path(values.out)
-    done = label(
-        values.model,
-        reward=reward,
-        out=out,
-        images_per_prompt=values.images,
-        pairs=values.pairs,
-        temperature=values.temperature,
-        **read_drawing_flags(values, read_prompts(values.prompts, allow_outside=values.allow_outside)),
-    )
+    with distributed.claim(out):
+        reward = load_reward(values.reward, values.reward_dir, batch_size=values.batch_size)
+        done = label(
+            values.model,
+            reward=reward,
+            out=out,
+            images_per_prompt=values.images,
+            pairs=values.pairs,
+            temperature=values.temperature,
+            **read_drawing_flags(values, read_prompts(values.prompts, allow_outside=values.allow_outside)),
+        )
     if distributed.is_first():
         print(
             f"{out / 'pairs.jsonl'}: {done['pairs']} pairs of {done['images']} images by {reward.name} "

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from dspo_jax import json_files, schema
 from dspo_jax.data.sources import BadRow
+from dspo_jax.locks import is_empty
 from dspo_jax.schema import REQUIRED, Key, whole
 
 FORMAT_VERSION = 2
@@ -235,7 +236,7 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
         one, other files, or it is not a folder. It is never overwritten.
     """
     out = Path(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and is_empty(out)):
         return False
     if not out.is_dir():
         raise ValueError(f"--out={out}: exists and is not a folder; choose another")

@@ -17,6 +17,7 @@ from tensorflow_datasets.core import naming
 
 from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
+from dspo_jax.files import name_write_errors, read_json
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -61,7 +62,7 @@ class DatasetWriter:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         path = self._unfinished / _PLAN
         if path.exists() and any(self._unfinished.glob("*-*.json")):
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_json(path, "delete the folder")
             models = shards.comparable(there["model"], plan["model"])
             pair = [whole | {"model": model} for whole, model in zip((there, plan), models, strict=True)]
             difference = shards.first_difference(*pair)
@@ -238,7 +239,7 @@ class DatasetWriter:
         return self._unfinished / f"{split}-{number:05d}.json"
 
     def _read_note(self, split: str, number: int) -> dict[str, Any]:
-        return json.loads(self._note(split, number).read_text(encoding="utf-8"))
+        return read_json(self._note(split, number), "delete it, and its shard is written again")
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator["_File"]:
@@ -252,7 +253,10 @@ class DatasetWriter:
 
     def _replace(self, path: Path, text: str) -> None:
         temporary = self._unfinished / f"{path.name}.{self._id}"
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file, name_write_errors(path):
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
 

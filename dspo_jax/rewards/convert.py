@@ -22,6 +22,7 @@ from absl import flags
 from dspo_jax import cli, convert, model_dir, spelling, tensors, tokenizers
 from dspo_jax.component_files import find_weights
 from dspo_jax.files import appear, name_write_errors, refuse_existing
+from dspo_jax.locks import reserve
 from dspo_jax.models import Model, build_model
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
 from dspo_jax.rewards.clip_folder import read_clip, read_tokenizer
@@ -230,8 +231,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     out = Path(values.out)
-    job = prepare(values.reward, out, weights=values.weights, tokenizer=values.tokenizer, head=values.head)
-    RECIPES[job.reward].write(job)
+    with reserve(out):
+        job = prepare(
+            values.reward, out, weights=values.weights, tokenizer=values.tokenizer, head=values.head
+        )
+        RECIPES[job.reward].write(job)
     print(f"{out}: the reward {job.reward} of {job.source}")
 
 

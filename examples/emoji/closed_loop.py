@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs import emoji_diffusion_dpo
 from configs.encode import folder
-from dspo_jax import cli, sharding
+from dspo_jax import cli, locks, sharding
 from dspo_jax.data.label import label
 from dspo_jax.data.sources.emoji import EmojiImages
 from dspo_jax.encode import encode
@@ -90,7 +90,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     sharding.use_cpu_cores()
-    run_loop(Path(flags.FLAGS.out), Console())
+    out = Path(flags.FLAGS.out)
+    with locks.claim(out):
+        run_loop(out, Console())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs import emoji_diffusion_dpo
 from configs.encode import emoji
-from dspo_jax import cli, metrics, sample, sharding, train
+from dspo_jax import cli, locks, metrics, sample, sharding, train
 from dspo_jax.data import shards
 from dspo_jax.data.sources.emoji import EmojiPairs
 from dspo_jax.encode import encode
@@ -130,7 +130,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     sharding.use_cpu_cores()
-    run_demo(Path(flags.FLAGS.out), Console())
+    out = Path(flags.FLAGS.out)
+    with locks.claim(out):
+        run_demo(out, Console())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from absl import flags, logging
 
 from dspo_jax import cli, convert
 from dspo_jax.data.sources import decode_image, get_source
+from dspo_jax.files import appear, refuse_existing, write_json
 from dspo_jax.metrics import Progress
 from dspo_jax.models import Model, Params, build_model
 
@@ -175,6 +176,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     out, tokenizer = Path(flags.FLAGS.out), Path(flags.FLAGS.tokenizer)
+    refuse_existing(out)
     vocab = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
     images = load_images()
     logging.info("%d pictures", len(images))
@@ -193,17 +195,17 @@ def main(argv: Sequence[str]) -> None:
         "pad_token_id": vocab["<|endoftext|>"],
     }
     keys = jax.random.split(jax.random.key(flags.FLAGS.seed), 2)
-    for name, class_name, config, key in (
-        ("unet", "UNet2DConditionModel", UNET, keys[0]),
-        ("text_encoder", "CLIPTextModel", text, keys[1]),
-    ):
-        model = build_model(class_name, config)
-        convert.write_params(out / name, model, model.init(key))
-    convert.write_params(out / "vae", vae, vae_params, dtype="float16")
-    shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
-    (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    with appear(out) as partial:
+        for name, class_name, config, key in (
+            ("unet", "UNet2DConditionModel", UNET, keys[0]),
+            ("text_encoder", "CLIPTextModel", text, keys[1]),
+        ):
+            model = build_model(class_name, config)
+            convert.write_params(partial / name, model, model.init(key))
+        convert.write_params(partial / "vae", vae, vae_params, dtype="float16")
+        shutil.copytree(tokenizer, partial / "tokenizer")
+        write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(partial / "model_index.json", MODEL_INDEX)
     print(f"{out}: VAE reconstruction error {error:.2f} of 255, latents' deviation {deviation:.3f}")
 
 

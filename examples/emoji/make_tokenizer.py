@@ -19,6 +19,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from dspo_jax import cli
 from dspo_jax.data.sources import get_source
+from dspo_jax.files import appear, refuse_existing
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -124,10 +125,13 @@ def write_tokenizer(out: Path, merges: list[tuple[str, str]]) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
+    out = Path(flags.FLAGS.out)
+    refuse_existing(out)
     captions = [pair.caption for pair in get_source("emoji_images").pairs("train")]
     merges = train_merges(count_words(captions), flags.FLAGS.vocab_size - 2 * 256 - 2)
-    write_tokenizer(Path(flags.FLAGS.out), merges)
-    print(f"{flags.FLAGS.out}: {len(merges)} merges from {len(captions)} captions")
+    with appear(out) as partial:
+        write_tokenizer(partial, merges)
+    print(f"{out}: {len(merges)} merges from {len(captions)} captions")
 
 
 if __name__ == "__main__":

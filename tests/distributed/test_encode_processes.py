@@ -1,6 +1,7 @@
 """`python -m dspo_jax.encode` killed anywhere, and as several processes: the same dataset, to the byte."""
 
 import importlib.util
+import os
 import random
 import signal
 import time
@@ -8,6 +9,7 @@ import time
 import pytest
 from processes import finish, log_of, start
 
+from dspo_jax import locks
 from dspo_jax.data import shards
 
 pytestmark = pytest.mark.skipif(
@@ -73,6 +75,15 @@ def test_two_processes_of_one_run_make_the_dataset_of_one(flags, whole, tmp_path
     assert_same(out, whole)
     assert "encoded in" in log_of(out, 0).read_text()
     assert "encoded in" not in log_of(out, 1).read_text()
+
+
+def test_processes_of_a_run_that_is_refused_all_end(flags, tmp_path):
+    out = tmp_path / "taken"
+    with locks.claim(out):
+        started = start("dspo_jax.encode", [*flags, f"--out={out}"], tmp_path / "logs", processes=2)
+        assert finish(started) == [2, 2]
+    assert f"error: {out}: in use by process {os.getpid()} " in log_of(tmp_path / "logs", 0).read_text()
+    assert f"error: {out}: refused to this run" in log_of(tmp_path / "logs", 1).read_text()
 
 
 @pytest.mark.slow
