@@ -1,5 +1,6 @@
 """How every command starts and fails: absl flags in; one line on stderr for what the user can fix."""
 
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,8 +77,36 @@ def run(
     )
     interrupts.end_at_once()
     overrides.accept_none()
+    _outlive_readers()
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")
+
+
+class _Stream(io.FileIO):
+    """A standard stream whose reader may be gone, as `head` is: what is written then is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _outlive_readers() -> None:
+    """Lets a command finish its work, and exit as ever, when nobody reads its output any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue
+        raw = _Stream(stream.fileno(), "wb", closefd=False)
+        replacement = io.TextIOWrapper(
+            raw if stream.write_through else io.BufferedWriter(raw),  # python -u
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, replacement)
 
 
 def _fail(message: str) -> NoReturn:

@@ -31,6 +31,12 @@ def main(argv):
     if config.batch_size == 11:
         import jax
         jax.jit(lambda: jax.numpy.zeros(2**50)).lower().compile()()
+    if config.batch_size == 12:
+        from rich.console import Console
+        Console().print("a table")
+        Console(stderr=True).print("a bar")
+        print("more" * 10000, flush=True)
+        open("finished", "w").close()
 
 
 cli.run(main)
@@ -221,3 +227,23 @@ def test_a_bug_keeps_its_traceback(run, arguments, last_line):
 def test_interrupting_exits_as_shells_expect(run):
     result = run("--config=toy.py", "--config.batch_size=10")
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(("batch_size", "status"), [(5, 0), (12, 0), (7, 2)])
+def test_a_reader_that_is_gone_stops_no_command(folder, batch_size, status, unbuffered):
+    """As `command | head` and `command 2>&1 | head` leave it: the pipe has no other end."""
+    (folder / "finished").unlink(missing_ok=True)
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": write, "stderr": write if batch_size != 5 else subprocess.PIPE}
+    result = subprocess.run(
+        [sys.executable, "command.py", "--config=toy.py", f"--config.batch_size={batch_size}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": unbuffered},
+        **streams,
+    )
+    os.close(write)
+    assert result.returncode == status
+    assert not result.stderr
+    assert (folder / "finished").exists() == (batch_size == 12)
