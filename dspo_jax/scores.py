@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def score_files(
       prompts: of each.
       rewards: with different names.
       cache: folder for what has been scored, a line each; a file that has changed, or another version of a
-        reward, is scored anew.
+        reward or of its treatment of transparency, is scored anew.
 
     Raises:
       ValueError: an image that cannot be read, or scores that are refused.
@@ -50,9 +51,10 @@ def score_files(
                 lines.write("\n")  # ends a line that was cut short
             for start in range(0, len(missing), _CHUNK):
                 part = missing[start : start + _CHUNK]
-                scores = reward.score([read_image(files[i]) for i in part], [prompts[i] for i in part])
+                images = [read_image(files[i], keep_alpha=reward.reads_alpha) for i in part]
+                scores = reward.score(images, [prompts[i] for i in part])
                 for i, score in zip(part, scores.tolist(), strict=True):
-                    row = {"file": names[i], "prompt": prompts[i], "version": reward.version, "score": score}
+                    row = {"file": names[i], "prompt": prompts[i], **_how(reward), "score": score}
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 lines.flush()
                 bar.update(len(mine) - len(missing) + start + len(part))
@@ -64,16 +66,21 @@ def score_files(
     }
 
 
-def read_image(file: Path) -> np.ndarray:
-    """The picture [H, W, 3] uint8.
+def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
+    """The picture [H, W, 3] uint8, transparency over white; or [H, W, 4] where it has one that is to be kept.
 
     Raises:
       ValueError: it cannot be read.
     """
     try:
-        return np.asarray(decode_image(file))
+        return np.asarray(decode_image(file, keep_alpha=keep_alpha))
     except BadRow as problem:
         raise ValueError(f"{file}: {problem}") from problem
+
+
+def _how(reward: Reward) -> dict[str, Any]:
+    """What must be the same of a score that is kept. Rows without `reads_alpha` are of images over white."""
+    return {"version": reward.version, "reads_alpha": reward.reads_alpha}
 
 
 def _identify(file: Path) -> str:
@@ -88,7 +95,7 @@ def _read(cache: Path, reward: Reward) -> dict[tuple[str, str], float]:
         for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
-                if row["version"] == reward.version:
+                if {"reads_alpha": False, **row}.items() >= _how(reward).items():
                     known[row["file"], row["prompt"]] = float(row["score"])
             except (ValueError, RecursionError, TypeError, KeyError):
                 continue

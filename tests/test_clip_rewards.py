@@ -67,6 +67,10 @@ def test_pickscore_is_the_scaled_cosine(tmp_path):
     scores = reward.score(IMAGES, PROMPTS)
     assert_scores(scores, module.logit_scale.exp() * (images * texts).sum(-1))
 
+    assert reward.reads_alpha  # and drops it
+    unseen = np.dstack([IMAGES[0], np.zeros(IMAGES[0].shape[:2], np.uint8)])
+    np.testing.assert_array_equal(reward.score([unseen, *IMAGES[1:]], PROMPTS), scores)
+
     about = json.loads((tmp_path / "pickscore" / "reward.json").read_text())
     assert reward.version == f"published {about['sha256'][:8]}"
     # What follows the end of a prompt changes nothing.

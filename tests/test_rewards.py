@@ -102,6 +102,29 @@ def test_what_cannot_be_loaded(tmp_path):
     assert {"compressibility", "colourfulness"} <= set(reward_names())
 
 
+def test_transparency_goes_to_rewards_that_read_it_and_is_white_for_others(tmp_path):
+    file = tmp_path / "a.png"
+    Image.new("RGBA", (3, 2), (200, 0, 0, 0)).save(file)
+
+    def shape_and_red(images, prompts):
+        return np.array([1000 * image.shape[-1] + int(image[0, 0, 0]) for image in images])
+
+    over_white = Reward("r", "1", shape_and_red)
+    reading = Reward("r", "1", shape_and_red, reads_alpha=True)
+    assert score_files([file], ["a"], [over_white], tmp_path / "cache")["r"] == 3255
+    cache = tmp_path / "cache" / "r.0.jsonl"
+    (row,) = map(json.loads, cache.read_text().splitlines())
+    # As such lines were before rewards could read it; and what is no line of ours.
+    cache.write_text(json.dumps({key: row[key] for key in ("file", "prompt", "version", "score")}) + "\n3\n")
+    assert score_files([file], ["a"], [reading], tmp_path / "cache")["r"] == 4200
+    assert score_files([file], ["a"], [over_white], tmp_path / "cache")["r"] == 3255
+    assert len(list(filter(None, cache.read_text().split("\n")))) == 3  # nothing is scored twice
+
+
+def test_the_rewards_of_pixels_see_what_people_see():
+    assert not any(load_reward(name).reads_alpha for name in ("compressibility", "colourfulness"))
+
+
 def test_an_image_that_cannot_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png: undecodable image"):

@@ -43,7 +43,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
     both = {"clip": params, "head": head}
     scorer = Scorer(network, both, clip.prepare(clip_pixels), tokenize, batch_size=batch_size)
-    return Reward(clip.name, clip.version, scorer)
+    return Reward(clip.name, clip.version, scorer, reads_alpha=True)
 
 
 def apply_head(head: Params, images: jax.Array) -> jax.Array:

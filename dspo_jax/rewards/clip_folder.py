@@ -22,7 +22,7 @@ from dspo_jax.tokenizers import open_tokenizer
 
 _CLASS = "CLIPModel"
 Transform = Callable[[Image.Image, int], np.ndarray]
-"""(an RGB picture, S) -> pixels [S, S, 3] float32, as those of preprocess.py."""
+"""(an RGB or RGBA picture, S) -> pixels [S, S, 3] float32, as those of preprocess.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ClipReward:
             return read([clean(prompt) for prompt in prompts])
 
         scorer = Scorer(network, params, self.prepare(transform), tokenize, batch_size=batch_size)
-        return Reward(self.name, self.version, scorer)
+        return Reward(self.name, self.version, scorer, reads_alpha=True)
 
 
 def normalize(vectors: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
     prepare = functools.partial(image_reward_pixels, size=model.config["vision_config"]["image_size"])
     scorer = Scorer(network, params, prepare, tokenize, batch_size=batch_size)
-    return Reward(_NAME, f"v1.0, {source} {digest[:8]}", scorer)
+    return Reward(_NAME, f"v1.0, {source} {digest[:8]}", scorer, reads_alpha=True)
 
 
 def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str) -> None:

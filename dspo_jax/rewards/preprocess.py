@@ -13,15 +13,17 @@ def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
 
     Source: transformers' CLIP image processor, which the released code of PickScore, and Diffusion-DPO's
     for the aesthetic score, calls. OpenAI's own transform differs where an odd number of pixels is cropped:
-    the square then lies a pixel further right or lower in half of the cases.
+    the square then lies a pixel further right or lower in half of the cases. Transparency is dropped first,
+    as by the processor of their time (transformers 4); that of transformers 5 lays it over white.
 
     Args:
-      image: RGB, of any size.
+      image: RGB or RGBA, of any size.
       size: S, the tower's, 224 for every published reward.
 
     Returns:
       [S, S, 3] float32, normalised by the mean and deviation of CLIP's training images.
     """
+    image = image.convert("RGB")
     width, height = image.size
     short = min(width, height)
     width, height = (int(size * edge / short) for edge in (width, height))
@@ -34,13 +36,15 @@ def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
     """As `clip_pixels`, but for which square is the middle one where an odd number of pixels is cropped.
 
     Source: the package image-reward 1.5, which calls torchvision's Resize, CenterCrop and Normalize;
-    torchvision rounds half to even.
+    torchvision rounds half to even. Transparency is dropped after the resize, for which PIL multiplies the
+    colours by it: what is fully transparent becomes black.
     """
     short = min(image.size)
     width, height = (int(size * edge / short) for edge in image.size)
     left, top = (round((edge - size) / 2) for edge in (width, height))
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _normalise(np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255)
+    middle = resized.crop((left, top, left + size, top + size)).convert("RGB")
+    return _normalise(np.asarray(middle, np.float32) / 255)
 
 
 def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
@@ -52,10 +56,11 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
     shrinks depends on torchvision: since 0.17 (January 2024) tensors are, and here, too; before, they were
     not, and the same code gave other scores. The padding is black before the normalisation, not zero after
     it. A picture with a longer edge of exactly `size` is not padded there, which only a square survives;
-    here it is.
+    here it is. Transparency is dropped, as in the code that trained it; the package leaves a PNG of mode RGBA
+    its fourth channel, which the network refuses.
 
     Args:
-      image: RGB, of any size.
+      image: RGB or RGBA, of any size.
       size: S, the tower's, 224.
 
     Returns:
@@ -64,6 +69,7 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
     Raises:
       ValueError: the picture is so narrow that nothing of it is left.
     """
+    image = image.convert("RGB")
     scale = size / max(image.size)
     width, height = (round(edge * scale) for edge in image.size)
     if not width or not height:

@@ -22,14 +22,17 @@ class Reward:
       name: what tables call it.
       version: which weights or code these are, as tables print it.
       function: scores images.
+      reads_alpha: whether `function` takes a picture with transparency as [H, W, 4] and treats it as the
+        reward's released code does; otherwise it gets all of them over white.
     """
 
     name: str
     version: str
     function: Score
+    reads_alpha: bool = False
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        """Scores [N] float32 of N images [H, W, 3] uint8 under their prompts.
+        """Scores [N] float32 of N images [H, W, 3] uint8 under their prompts; or [H, W, 4] if `reads_alpha`.
 
         Raises:
           ValueError: the function gave another number of scores, or one that is not finite.

@@ -31,7 +31,7 @@ class Scorer:
         Args:
           network: pure: (params, pixels [B, H, W, 3] float32, tokens) -> scores [B] float32.
           params: its weights.
-          prepare: an RGB picture of any size -> pixels [H, W, 3] float32.
+          prepare: an RGB or RGBA picture of any size -> pixels [H, W, 3] float32.
           tokenize: B prompts -> what `network` takes as tokens: arrays with a leading axis B.
           batch_size: images in one call, filled up to a multiple of the devices.
         """
@@ -50,7 +50,7 @@ class Scorer:
         self._prepare, self._tokenize = prepare, tokenize
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        """Scores [N] float32 of N images [H, W, 3] uint8; a short last batch is filled up."""
+        """Scores [N] float32 of N images [H, W, 3] or [H, W, 4] uint8; a short last batch is filled up."""
         scores: list[np.ndarray] = []
         with ThreadPoolExecutor() as pool:
             pixels = pool.map(lambda image: self._prepare(Image.fromarray(image)), images)

@@ -49,8 +49,12 @@ class PreferencePair:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def decode_image(data: ImageLike) -> Image.Image:
+def decode_image(data: ImageLike, *, keep_alpha: bool = False) -> Image.Image:
     """Decodes an image to RGB, upright, transparency composited over white.
+
+    Args:
+      data: the image.
+      keep_alpha: gives RGBA for an image that has transparency.
 
     Raises:
       BadRow: "undecodable image", "zero-size image", "image over the pixel limit", or any of
@@ -75,6 +79,8 @@ def decode_image(data: ImageLike) -> Image.Image:
             raise BadRow("undecodable image", f"of mode {image.mode}, whose range is not known")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
+            if keep_alpha:
+                return image
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except BadRow:
