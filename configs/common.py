@@ -165,7 +165,7 @@ def get_config() -> ConfigDict:
     config.samples.seeds = (0,)
     # DDIM steps of an image.
     config.samples.num_inference_steps = 25
-    # s in uncond + s (cond - uncond); 1 is no guidance.
+    # s in uncond + s (cond - uncond); at 1 or less there is no guidance.
     config.samples.guidance_scale = 7.5
 
     config.profile = ConfigDict()

@@ -49,7 +49,7 @@ class Decoder:
         whole, self._split = replicated(mesh), batch_sharding(mesh)
         self._params = jax.device_put(params, whole)
 
-        def decode(params: Params, latents: jax.Array) -> jax.Array:
+        def decode(params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
             def decode_one(part: jax.Array) -> jax.Array:
                 return vae.apply(params, part / scaling_factor, method="decode")
 
@@ -59,26 +59,32 @@ class Decoder:
                 )
             else:
                 images = decode_one(latents)
-            # Black where they are not finite.
+            # Of the latents too: a tiny VAE squashes infinite ones into pixels.
+            finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
             images = jnp.nan_to_num(images, nan=-1.0)
-            return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+            return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
 
         self._decode = jax.jit(decode, in_shardings=(whole, self._split), out_shardings=self._split)
 
-    def __call__(self, latents: np.ndarray | jax.Array) -> np.ndarray:
-        """Latents [B, h, w, C] in UNet units -> images [B, H, W, 3] uint8."""
+    def __call__(self, latents: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes latents [B, h, w, C] in UNet units.
+
+        Returns:
+          Images [B, H, W, 3] uint8, black where they are not finite; and [B] bool, whether all latents and
+          pixels of an image are finite.
+        """
         latents = np.asarray(latents)
         pixels = latents.shape[1] * latents.shape[2] * self._scale**2
         part = self._num_devices * max(1, _PIXELS_AT_ONCE // pixels)
         part = min(part, len(latents) + -len(latents) % self._num_devices)
-        images = []
+        images, finite = [], []
         for start in range(0, len(latents), part):
             some = latents[start : start + part]
             padded = np.concatenate([some, np.zeros((part - len(some), *some.shape[1:]), some.dtype)])
-            images.append(
-                np.asarray(self._decode(self._params, jax.device_put(padded, self._split)))[: len(some)]
-            )
-        return np.concatenate(images)
+            decoded = jax.device_get(self._decode(self._params, jax.device_put(padded, self._split)))
+            images.append(decoded[0][: len(some)])
+            finite.append(decoded[1][: len(some)])
+        return np.concatenate(images), np.concatenate(finite)
 
 
 def decode_in_tiles(

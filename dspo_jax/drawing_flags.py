@@ -1,5 +1,6 @@
 """The flags that say how images are drawn, which several commands have."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ def define_drawing_flags() -> None:
     """Defines them; a command calls this once."""
     flags.DEFINE_enum("sampler", "ddim", [*samplers.SAMPLERS], "How noise becomes an image.")
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
-    flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); 1 is no guidance.")
+    flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); at 1 or less, no guidance.")
     flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
-    flags.DEFINE_string("negative_prompt", "", "What to steer away from.")
+    flags.DEFINE_string("negative_prompt", None, "What to steer away from.")
     flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
     flags.DEFINE_bool(
         "allow_outside", False, "Read images that lie outside the folder of the file that names them."
@@ -48,6 +49,11 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
     """
     if (settings.height is None) != (settings.width is None):
         raise ValueError("--height and --width: give both or none")
+    if not math.isfinite(settings.guidance_scale):
+        raise ValueError(f"--guidance_scale={settings.guidance_scale}: must be a finite number")
+    negative = settings.negative_prompt
+    if negative is not None:
+        check_text(negative, "--negative_prompt")
     strength = settings.strength
     if strength is None:
         edited = settings.init_image or any(prompt.image for prompt in prompts)
@@ -59,7 +65,7 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             guidance_interval=_parse_interval(settings.guidance_interval),
-            negative_prompt=check_text(settings.negative_prompt, "--negative_prompt"),
+            negative_prompt=negative,
             strength=strength,
         ),
         "batch_size": settings.batch_size,

@@ -55,7 +55,7 @@ def _describe_drawing(how: Mapping[str, Any]) -> str:
         parts.insert(0, f"checkpoint {how['step']}")
     if list(how["guidance_interval"]) not in _EVERYWHERE:
         parts.append("guided at timesteps {} to {}".format(*how["guidance_interval"]))
-    if how["negative_prompt"]:
+    if how["negative_prompt"] is not None:
         parts.append(f"negative prompt {how['negative_prompt']!r}")
     if how["strength"] != 1:
         parts.append(f"strength {how['strength']:g}")

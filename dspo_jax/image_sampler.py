@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,10 +33,12 @@ class Drawing:
     Attributes:
       sampler: one of `samplers.SAMPLERS`.
       steps: of the sampler, each one pass of the UNet over the batch, or with guidance over twice the batch.
-      guidance_scale: s in uncond + s (cond - uncond); 1 is no guidance.
+      guidance_scale: s in uncond + s (cond - uncond). At 1 or less there is no guidance, and the prompt alone
+        is run, as in diffusers' pipelines.
       guidance_interval: smallest and largest timestep that is guided (Kynkäänniemi et al. 2024,
         arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
-      negative_prompt: what the unconditional half is given.
+      negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
+        states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
       strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
         noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
     """
@@ -44,7 +47,7 @@ class Drawing:
     steps: int = 50
     guidance_scale: float = 7.5
     guidance_interval: tuple[int, int] = (0, 10**6)
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     strength: float = 1.0
 
 
@@ -70,8 +73,9 @@ class ImageSampler:
         sampler = samplers.make_sampler(
             drawing.sampler, pipe.schedule, pipe.scheduler_config, drawing.steps, strength=drawing.strength
         )
-        negative = pipe.tokenize([drawing.negative_prompt])
-        guided = drawing.guidance_scale != 1
+        negative = pipe.tokenize([drawing.negative_prompt or ""])
+        guided = drawing.guidance_scale > 1
+        zeros = drawing.negative_prompt is None and pipe.zero_empty_captions
         first, last = drawing.guidance_interval
 
         def draw(
@@ -83,13 +87,18 @@ class ImageSampler:
             image_latents: jax.Array | None,
         ) -> jax.Array:
             count, size = noise.shape[0], noise.shape[1:]
-            if guided:
-                # Without and with the prompt side by side, so that both are on the device that holds the
-                # latents.
-                both = jnp.stack([jnp.broadcast_to(negative, tokens.shape), tokens], axis=1)
-                tokens = both.reshape(-1, *tokens.shape[1:])
-            text = pipe.encode_text(params, tokens)
-            passes = tokens.shape[0]
+            passes = 2 * count if guided else count
+
+            # Without and with the prompt side by side, so that both are on the device that holds the latents.
+            def beside(without: jax.Array | np.ndarray, prompted: jax.Array) -> jax.Array:
+                both = jnp.stack([jnp.broadcast_to(without, prompted.shape), prompted], axis=1)
+                return both.reshape(passes, *prompted.shape[1:])
+
+            if guided and not zeros:
+                tokens = beside(negative, tokens)
+            text = pipe.encode_text(params, tokens, zero_empty=False)
+            if guided and zeros:
+                text = jax.tree.map(lambda states: beside(jnp.zeros_like(states), states), text)
             height, width = (side * pipe.vae_scale_factor for side in size[:2])
             whole = jnp.asarray([[height, width, 0, 0, height, width]] * passes)
 
@@ -148,8 +157,35 @@ class ImageSampler:
         return self._draw(self._stored_params if params is None else params, *inputs)
 
     def sample(self, jobs: Sequence[Job], noise: jax.Array) -> np.ndarray:
-        """Images [B, H, W, 3] uint8, drawn with the model's own weights."""
-        return self._pipe.decode_pixels(self.sample_latents(jobs, noise))
+        """Images [B, H, W, 3] uint8, drawn with the model's own weights.
+
+        Raises:
+          ValueError: the latents are not finite.
+        """
+        latents = self.sample_latents(jobs, noise)
+        finite = np.asarray(jnp.isfinite(latents).all((1, 2, 3)))
+        refuse_non_finite(self._pipe.path, jobs, finite)
+        return self._pipe.decode_pixels(latents)
+
+
+def refuse_non_finite(model: str | Path, jobs: Sequence[Job], finite: np.ndarray) -> None:
+    """Refuses pictures of NaN or infinite numbers, which would be saved as black ones.
+
+    Args:
+      model: what the error calls the model.
+      jobs: N of them.
+      finite: [N] bool, whether all latents and pixels of a picture are.
+
+    Raises:
+      ValueError: by the model and the first such job.
+    """
+    if not finite.all():
+        job = jobs[int(finite.argmin())]
+        raise ValueError(
+            f"{model}: the picture of {job.prompt!r} with seed {job.seed} is not finite (NaN or infinite "
+            "numbers): the weights are damaged, or of a training run that diverged; take an earlier "
+            "checkpoint, or fetch the model again"
+        )
 
 
 def initial_noise(jobs: Sequence[Job], size: tuple[int, int, int]) -> jax.Array:

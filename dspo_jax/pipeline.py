@@ -62,7 +62,8 @@ class Pipeline:
       tokenizers: one for each text encoder, all of one length.
       schedule: the forward process and the prediction type.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
-      zero_empty_captions: whether the text of an empty caption is zeros and not what the encoders say.
+      zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
+        dropped caption in training, and in sampling for a negative prompt that is not given.
       trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
         the adapters.
       step: of that run; None for a plain folder.
@@ -169,15 +170,27 @@ class Pipeline:
         """Token ids [E, S] int32 of the empty caption."""
         return self.tokenize([""])[0]
 
-    def encode_text(self, params: Mapping[str, Params], tokens: jax.Array, *, remat: str = "none") -> Text:
-        """Token ids [B, E, S] -> what the UNet is told. Pure; `params` holds the text encoders by component.
+    def encode_text(
+        self,
+        params: Mapping[str, Params],
+        tokens: jax.Array,
+        *,
+        remat: str = "none",
+        zero_empty: bool = True,
+    ) -> Text:
+        """Encodes captions for the UNet. Pure.
 
         Stable Diffusion 1 and 2 read the last states. SDXL reads the penultimate ones of both encoders side
-        by side and the second one's pooled state, and zeros for an empty caption if its model_index.json says
-        `force_zeros_for_empty_prompt`: so it was trained without captions, and so diffusers draws without a
-        negative prompt. (The released Diffusion-DPO trainer encodes the captions that it drops.)
+        by side and the second one's pooled state.
 
-        `remat` is a policy of models/remat.py for the backward pass; an unknown one is a ValueError.
+        Args:
+          params: the text encoders by component.
+          tokens: ids [B, E, S].
+          remat: a policy of models/remat.py for the backward pass; an unknown one is a ValueError.
+          zero_empty: gives zeros for an empty caption if SDXL's model_index.json says
+            `force_zeros_for_empty_prompt`. So SDXL was trained without captions, and so dropped captions are
+            trained here; the released Diffusion-DPO trainer encodes those that it drops. diffusers' pipelines
+            encode an empty prompt and have zeros only where there is no negative prompt.
         """
         states = [
             model.apply(params[name], tokens[:, i], remat=remat)
@@ -186,7 +199,7 @@ class Pipeline:
         if len(states) == 1:
             return Text(states[0].last, None)
         text = Text(jnp.concatenate([each.penultimate for each in states], axis=-1), states[-1].pooled)
-        if not self.zero_empty_captions:
+        if not (zero_empty and self.zero_empty_captions):
             return text
         empty = (tokens == self.empty_tokens[None]).all((1, 2))
         return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(empty, range(1, x.ndim)), 0, x), text)
@@ -277,8 +290,17 @@ class Pipeline:
         return self._images(self._vae_params, latents)
 
     def decode_pixels(self, latents: jax.Array) -> np.ndarray:
-        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite."""
-        images = np.nan_to_num(np.asarray(self.decode(latents)), nan=-1.0)
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite.
+
+        Warns where finite latents give pixels that are not.
+        """
+        images = np.asarray(self.decode(latents))
+        if not np.isfinite(images).all() and np.isfinite(latents).all():
+            logging.warning(
+                "%s: the VAE's pixels are not finite (NaN or infinite), thus black; are its weights damaged?",
+                self.path,
+            )
+        images = np.nan_to_num(images, nan=-1.0)
         return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
 
     @functools.cached_property

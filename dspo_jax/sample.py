@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import jax
@@ -24,11 +25,23 @@ from dspo_jax.data.prepare import prepare_image
 from dspo_jax.data.sources import BadRow, decode_image
 from dspo_jax.decoding import Decoder
 from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise, refuse_non_finite
 from dspo_jax.metrics import Progress
 from dspo_jax.pipeline import Pipeline, load_pipeline
 from dspo_jax.prompts import Prompt, read_prompts
 from dspo_jax.sample_folder import claim_output, place_images, save_image, write_manifest, write_sheets
+
+# What NumPy raises of a damaged header, beside what files raise.
+_NPY_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TokenError,
+)
 
 
 def sample(
@@ -67,7 +80,7 @@ def sample(
       The (first) contact sheet's path; None in other processes than the first.
 
     Raises:
-      ValueError: a setting, or the content of `out`, is refused.
+      ValueError: a setting, or the content of `out`, is refused; a model draws what is not finite.
       FileNotFoundError: a model is missing.
     """
     if batch_size < 1:
@@ -82,6 +95,13 @@ def sample(
         if init_latents is not None and init_latents.shape != (len(prompts), *shape):
             raise ValueError(
                 f"--init_latents: of shape {init_latents.shape}, but {label} needs {(len(prompts), *shape)}"
+            )
+    if init_latents is not None:
+        with np.errstate(over="ignore"):
+            init_latents = np.array(init_latents, np.float32)
+        if not np.isfinite(init_latents).all():
+            raise ValueError(
+                "--init_latents: holds numbers that are not finite in float32; give standard normal noise"
             )
     settings = {
         "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],
@@ -124,6 +144,7 @@ def sample(
                 compute_dtype=compute_dtype,
                 vae_tile=vae_tile,
                 preview_vae=preview_vae,
+                model=models[label],
             )
             with ThreadPoolExecutor() as pool:  # to compress an image can take longer than to draw it
                 saving: list[Future[None]] = []
@@ -155,6 +176,7 @@ def draw_batches(
     images: Sequence[Path | None] = (),
     vae_tile: int = 0,
     preview_vae: str | None = None,
+    model: str | Path | None = None,
 ) -> Iterator[list[tuple[Job, np.ndarray]]]:
     """Yields every job with its image [H, W, 3] uint8, a batch at a time, from all devices of this process.
 
@@ -163,6 +185,10 @@ def draw_batches(
     Args:
       size: [h, w, C] of the latents.
       images: by number of the prompt, the file to start from, or None. All prompts have one, or none has.
+      model: what an error calls the model; None is the folder that its networks come from.
+
+    Raises:
+      ValueError: a picture is not finite (NaN or infinite numbers), or a setting is refused.
     """
     devices = jax.local_devices()
     mesh = sharding.make_mesh({"data": len(devices)}, devices)
@@ -184,7 +210,8 @@ def draw_batches(
         if encode is not None:
             pixels = [_read_image(images[job.prompt_index], size, pipe.vae_scale_factor) for job in full]
             before = np.concatenate([encode(one[None]) for one in pixels])
-        drawn = decoder(sampler.sample_latents(full, noise, before))
+        drawn, finite = decoder(sampler.sample_latents(full, noise, before))
+        refuse_non_finite(model or pipe.path, part, finite[: len(part)])
         yield list(zip(part, drawn[: len(part)], strict=True))
 
 
@@ -217,16 +244,22 @@ def _read_image(path: Path | None, size: tuple[int, int, int], scale: int) -> np
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-def _read_latents(path: str) -> np.ndarray:
+def _map_latents(path: str) -> np.ndarray:
+    """Opens a .npy file without reading its numbers, so that a header that lies costs no memory."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--init_latents={path}: no such file, or not a regular one")
     try:
-        latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--init_latents={path}: not a NumPy file of numbers ({error})") from error
+        with np.errstate(all="ignore"):  # an overflow in the product of the sides
+            latents = np.lib.format.open_memmap(path, mode="r")
+    except _NPY_ERRORS as error:
+        raise ValueError(
+            f"--init_latents={path}: not a whole .npy file of numbers ({error!s:.100})"
+        ) from error
     if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
         raise ValueError(
             f"--init_latents={path}: {latents.dtype}{list(latents.shape)}; must be floats [prompts, h, w, C]"
         )
-    return latents.astype(np.float32)
+    return latents
 
 
 def read_options(settings: Any) -> dict[str, Any]:
@@ -240,7 +273,7 @@ def read_options(settings: Any) -> dict[str, Any]:
         "models": {path: path for path in settings.model},
         "out": Path(settings.out),
         "seeds": _parse_seeds(settings.seeds),
-        "init_latents": _read_latents(settings.init_latents) if settings.init_latents else None,
+        "init_latents": _map_latents(settings.init_latents) if settings.init_latents else None,
         "preview_vae": settings.preview_vae,
         **read_drawing_flags(settings, read_prompts(settings.prompts, allow_outside=settings.allow_outside)),
     }

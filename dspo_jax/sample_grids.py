@@ -1,5 +1,6 @@
 """What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from dspo_jax.contact_sheet import contact_sheet
@@ -36,14 +38,18 @@ def first_captions(path: str | Path, split: str, count: int = 4) -> list[str]:
         return next(batches)["caption"]
 
 
-def check_settings(seeds: Sequence[int], num_inference_steps: int, num_train_timesteps: int) -> None:
-    """Refuses columns and steps that cannot be drawn.
+def check_settings(
+    seeds: Sequence[int], guidance_scale: float, num_inference_steps: int, num_train_timesteps: int
+) -> None:
+    """Refuses columns, guidance and steps that cannot be drawn.
 
     Raises:
       ValueError: by the key of the config.
     """
     if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"config.samples.guidance_scale = {guidance_scale}: must be a finite number")
     try:
         check_steps(num_train_timesteps, num_inference_steps)
     except ValueError as error:
@@ -86,7 +92,7 @@ class SampleGrids:
         """
         if not prompts:
             raise ValueError(f"config.samples.prompts = {prompts}: needs at least one")
-        check_settings(seeds, num_inference_steps, pipe.schedule.num_train_timesteps)
+        check_settings(seeds, guidance_scale, num_inference_steps, pipe.schedule.num_train_timesteps)
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
         self._prompts, self._seeds = prompts, seeds
         jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
@@ -98,11 +104,11 @@ class SampleGrids:
         self._noise = np.asarray(initial_noise(jobs, (*pipe.latent_size, pipe.latent_channels)))
         drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
-        self._base = self._draw(params)
+        self._base = self._draw(params, "the base")
 
     def write(self, step: int, params: Params) -> None:
         """Writes workdir/samples/step_000500.png or the like: the base's images, and those of `params`."""
-        images = self._draw(params)
+        images = self._draw(params, f"step {step}")
         if not images:
             return
         columns = len(self._seeds)
@@ -115,8 +121,11 @@ class SampleGrids:
         with whole(self._folder / f"step_{step:06d}.png") as partial:
             sheet.save(partial, format="PNG")
 
-    def _draw(self, params: Params) -> list[np.ndarray]:
-        """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first."""
+    def _draw(self, params: Params, name: str) -> list[np.ndarray]:
+        """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
+
+        Warns of those that are not finite, which are black: the training goes on.
+        """
         latents = np.concatenate(
             [
                 self._sampler.sample_latents(self._jobs[part], self._noise[part], params=params)
@@ -128,5 +137,15 @@ class SampleGrids:
         )[: self._count]
         if jax.process_index() != 0:
             return []
+        black = np.flatnonzero(~np.isfinite(latents).all((1, 2, 3)))
+        if len(black):
+            logging.warning(
+                "samples of %s: %d of %d pictures are black, as the model's output is not finite (NaN or "
+                "infinite); first %r",
+                name,
+                len(black),
+                self._count,
+                self._jobs[black[0]].prompt,
+            )
         # One at a time: a decoder takes more memory for an image than the UNet for its latents.
         return [self._pipe.decode_pixels(jnp.asarray(image[None]))[0] for image in latents]

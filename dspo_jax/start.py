@@ -74,7 +74,7 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
         validate.check_settings(config.validation.batch_size, config.validation.draws, mesh)
     if config.samples.every:
         samples, end = config.samples, pipe.schedule.num_train_timesteps
-        sample_grids.check_settings(samples.seeds, samples.num_inference_steps, end)
+        sample_grids.check_settings(samples.seeds, samples.guidance_scale, samples.num_inference_steps, end)
     if config.wandb_project:
         import_wandb(config.wandb_project)
     return task, mesh, adapters

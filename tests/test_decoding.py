@@ -29,13 +29,36 @@ def mesh_of(devices):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_every_image_is_that_of_the_pipeline(pipe, devices, monkeypatch):
     monkeypatch.setattr("dspo_jax.decoding._PIXELS_AT_ONCE", 2 * 16 * 16)  # several calls
-    images = Decoder(pipe, mesh_of(devices))(latents(5))
+    images, finite = Decoder(pipe, mesh_of(devices))(latents(5))
+    assert finite.tolist() == [True] * 5
     assert images.shape == (5, 16, 16, 3)
     assert np.abs(images.astype(int) - pipe.decode_pixels(latents(5))).max() <= 1
 
 
-def test_what_is_not_finite_is_black(pipe):
-    assert not Decoder(pipe, mesh_of(1))(np.full((1, 4, 4, 4), np.nan, np.float32)).any()
+@pytest.mark.parametrize("tile", [0, 8])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_black_and_told(pipe, value, tile):
+    some = latents(3)
+    some[1, 0, 0, 0] = value
+    images, finite = Decoder(pipe, mesh_of(1), tile=tile)(some)
+    assert finite.tolist() == [True, False, True]
+    assert images[0].any()
+    assert not images[1, :4, :4].any()
+
+
+def test_a_vae_that_is_not_finite_is_told(pipe, preview, monkeypatch, caplog):
+    """By the model's own VAE, and by a small one, which squashes infinite latents."""
+    infinite = latents(2)
+    infinite[0] = np.inf
+    assert Decoder(pipe, mesh_of(1), preview=preview)(infinite)[1].tolist() == [False, True]
+    read = convert.read_params
+    monkeypatch.setattr(
+        convert, "read_params", lambda *args, **how: jax.tree.map(lambda x: x * np.nan, read(*args, **how))
+    )
+    for small in (None, preview):
+        assert Decoder(pipe, mesh_of(1), preview=small)(latents(2))[1].tolist() == [False, False]
+    assert not load_pipeline(pipe.path).decode_pixels(latents(1)).any()
+    assert "the VAE's pixels are not finite" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 13), (21, 9), (30, 30)])
@@ -70,10 +93,10 @@ def test_large_images_are_decoded_in_tiles(pipe):
     mesh = mesh_of(1)
     small, large = latents(1), latents(1, 8, 8)
     whole, tiled = Decoder(pipe, mesh), Decoder(pipe, mesh, tile=16)
-    np.testing.assert_array_equal(tiled(small), whole(small))
-    assert tiled(large).shape == (1, 32, 32, 3)
+    np.testing.assert_array_equal(tiled(small)[0], whole(small)[0])
+    assert tiled(large)[0].shape == (1, 32, 32, 3)
     # A tile sees other neighbours and another mean: close, and not the same.
-    assert 0 < np.abs(tiled(large).astype(int) - whole(large)).mean() < 40
+    assert 0 < np.abs(tiled(large)[0].astype(int) - whole(large)[0]).mean() < 40
     with pytest.raises(ValueError, match="--vae_tile=15: must be a multiple of 4"):
         Decoder(pipe, mesh, tile=15)
 
@@ -99,7 +122,7 @@ def preview(tmp_path_factory):
 
 
 def test_a_small_vae_decodes_instead(pipe, preview):
-    images = Decoder(pipe, mesh_of(1), preview=preview)(latents(2))
+    images, _ = Decoder(pipe, mesh_of(1), preview=preview)(latents(2))
     vae = convert.read_model(preview)
     expected = vae.apply(convert.read_params(preview, vae, "float32"), latents(2), method="decode")
     expected = np.clip(np.asarray(expected) * 127.5 + 127.5, 0, 255).round()

@@ -228,7 +228,7 @@ FLAGS = {
     **{"base": "b", "model": ["m"], "base_images": None, "images": [], "prompts": "a", "out": "none"},
     **{"rewards": ["compressibility"], "reward_dir": "rewards", "seeds": 5, "base_seeds": None},
     **{"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "guidance_interval": ["0", "1000"]},
-    **{"batch_size": 16, "negative_prompt": "", "init_image": None, "strength": None, "height": None},
+    **{"batch_size": 16, "negative_prompt": None, "init_image": None, "strength": None, "height": None},
     **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 0, "overwrite": False},
     **{"allow_outside": False},
 }

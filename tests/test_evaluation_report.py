@@ -20,7 +20,7 @@ from dspo_jax.image_folders import Images
 from dspo_jax.prompt_sets import PromptSet
 from dspo_jax.prompts import Prompt
 
-HOW = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "negative_prompt": "", "strength": 1.0}
+HOW = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "negative_prompt": None, "strength": 1.0}
 HOW |= {"guidance_interval": (0, 1000), "size": None, "step": None}
 
 

@@ -1,6 +1,8 @@
 """What `sample` writes, what it does not draw again, and what it refuses."""
 
 import json
+import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import finish, log_of, start
+from safetensors.numpy import load_file, save_file
 
 from dspo_jax import convert, sample
 from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
@@ -140,6 +143,9 @@ def test_any_size_format_and_noise(draw, model, tmp_path):
         ValueError, match=r"--init_latents: of shape \(1, 6, 10, 4\), but base needs \(2, 6, 10"
     ):
         draw(init_latents=noise[:1], **changes)
+    for value in (np.nan, 1e300):
+        with pytest.raises(ValueError, match="--init_latents: holds numbers that are not finite in float32"):
+            draw(init_latents=np.full(noise.shape, value), **changes)
     with pytest.raises(ValueError, match=r"--seeds: 2 of them, but --init_latents are those of one"):
         draw(init_latents=noise, **{**changes, "seeds": (0, 1)})
 
@@ -176,6 +182,16 @@ def test_an_image_that_cannot_be_read_is_refused_by_name(draw, model, tmp_path):
         draw(prompts=[Prompt("a", broken)], models={"base": model}, drawing=Drawing(steps=2, strength=0.5))
 
 
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_a_model_that_draws_nothing_finite_is_refused(draw, model, tmp_path, component):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    file = broken / component / "diffusion_pytorch_model.safetensors"
+    save_file({name: np.full_like(value, np.nan) for name, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"broken: the picture of 'a red heart' with seed 5 is not finite"):
+        draw(models={"mine": broken}, seeds=(5,))
+    assert not images_of(tmp_path / "out" / "0-mine")
+
+
 def test_batches_share_one_program(model, monkeypatch):
     pipe, traced = load_pipeline(model), []
     plain = type(pipe).predict
@@ -208,7 +224,7 @@ def test_guidance_acts_in_its_interval_only(model):
 
 OPTIONS = {
     **{"model": ["m"], "prompts": "a", "out": "out", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5},
-    **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": ""},
+    **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": None},
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
     **{"allow_outside": False},
@@ -226,13 +242,65 @@ OPTIONS = {
         ({"negative_prompt": "caf\udce9"}, "--negative_prompt: .* has half a character in it"),
         ({"init_image": "none.png"}, "--init_image=none.png: no such file"),
         ({"guidance_interval": ["9", "3"]}, "--guidance_interval=9,3: the first must not be above"),
+        ({"guidance_scale": math.nan}, "--guidance_scale=nan: must be a finite number"),
         ({"guidance_interval": ["9"]}, "--guidance_interval=9: must be two timesteps"),
-        ({"init_latents": "pyproject.toml"}, "--init_latents=pyproject.toml: not a NumPy file of numbers"),
+        (
+            {"init_latents": "pyproject.toml"},
+            r"--init_latents=pyproject.toml: not a whole \.npy file of numbers",
+        ),
+        ({"init_latents": "tests"}, "--init_latents=tests: no such file, or not a regular one"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample.read_options(SimpleNamespace(**OPTIONS | changes))
+
+
+NOISE = np.random.default_rng(0).standard_normal((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [NOISE.astype(dtype) for dtype in ("<f2", ">f4", "<f8")] + [np.asfortranarray(NOISE)],
+    ids=["float16", "big_endian", "float64", "fortran"],
+)
+def test_noise_of_any_layout_is_read(tmp_path, noise):
+    np.save(tmp_path / "noise.npy", noise)
+    read = sample.read_options(SimpleNamespace(**OPTIONS | {"init_latents": str(tmp_path / "noise.npy")}))
+    np.testing.assert_array_equal(read["init_latents"], noise)
+
+
+HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 2, 4), }"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (HEADER.replace("<f4", "|O"), "not a whole .npy file of numbers (Array can't be memory-mapped"),
+        (HEADER.replace("<f4", "|V1"), "|V1[1, 2, 2, 4]; must be floats [prompts, h, w, C]"),  # float8
+        (HEADER.replace("<f4", "<c8").replace("(1, 2", "(1, 1"), "complex64[1, 1, 2, 4]; must be floats"),
+        (HEADER.replace("1, 2", "10000, 10000, 10000"), "not a whole .npy file of numbers (mmap length is"),
+        (HEADER.replace("1, 2, 2", "4294967296, 4294967296, 4"), "not a whole .npy file of numbers"),
+        (HEADER.replace("(1,", "(-1,"), "not a whole .npy file of numbers (negative dimensions"),
+        (HEADER.replace("(1,", f"({'9' * 30},"), "not a whole .npy file of numbers (Python int too large"),
+        (HEADER.replace("(1,", "(True,"), "not a whole .npy file of numbers"),
+        (
+            HEADER.replace("(1,", "(2,"),
+            "not a whole .npy file of numbers (mmap length is greater",
+        ),  # cut short
+        (HEADER.replace("1, 2, ", ""), "float32[2, 4]; must be floats [prompts, h, w, C]"),
+        (HEADER[:-3], "not a whole .npy file of numbers"),
+        ("-" * 9000 + "1", "not a whole .npy file of numbers"),
+        ("x" * 9000, "not a whole .npy file of numbers"),
+    ],
+)
+def test_npy_files_whose_header_lies_are_refused(tmp_path, header, message):
+    file = tmp_path / "noise.npy"
+    file.write_bytes(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(64))
+    options = SimpleNamespace(**OPTIONS | {"init_latents": str(file)})
+    with pytest.raises(ValueError, match=re.escape(f"--init_latents={file}: {message}")) as caught:
+        sample.read_options(options)
+    assert len(str(caught.value).replace(str(file), "")) < 200
 
 
 def test_editing_draws_three_quarters_anew_unless_told(tmp_path):

@@ -1,5 +1,6 @@
 """Grids of samples during training, on meshes of 8 devices, against the `sample` command's own images."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -112,11 +113,13 @@ def test_every_process_has_the_latents_and_only_the_first_decodes(pipe, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_diverged_draws_black(pipe, tmp_path):
+def test_a_model_that_diverged_draws_black(pipe, tmp_path, caplog):
     mesh = make_mesh({"data": 8})
     params = place(pipe, mesh)
     grids = make_grids(pipe, params, mesh, tmp_path, num_inference_steps=1)
-    grids.write(1, jax.tree.map(lambda leaf: leaf * np.nan, params))
+    with caplog.at_level("WARNING"):
+        grids.write(1, jax.tree.map(lambda leaf: leaf * np.nan, params))
+    assert "samples of step 1: 6 of 6 pictures are black, as the model's output is not finite" in caplog.text
     assert (read_grid(tmp_path / "samples" / "step_000001.png")[:, 1] == 0).all()
 
 
@@ -132,6 +135,10 @@ def test_captions_of_the_data_stand_in_for_prompts(tiny_pairs, tiny_model, tmp_p
     ("changes", "message"),
     [
         ({"seeds": ()}, "config.samples.seeds = (): needs at least one, each from 0 to 4294967295"),
+        (
+            {"guidance_scale": math.inf},
+            "config.samples.guidance_scale = inf: must be a finite number",
+        ),
         ({"prompts": ()}, "config.samples.prompts = (): needs at least one"),
         (
             {"num_inference_steps": 0},

@@ -1,5 +1,8 @@
 """Whole pipelines, tiny and of random weights, against diffusers': text to image and image to image."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from tiny_model import write_model
@@ -28,15 +31,42 @@ def folder(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / request.param, family=request.param)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder):
+def load_theirs(folder):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return load_theirs(folder)
+
+
+@pytest.fixture(scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)])
+def sdxl(request, tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("models") / "sdxl", family="sdxl")
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": request.param}
+    index.write_text(json.dumps(content))
+    return folder, load_theirs(folder)
+
+
 def to_torch(array):
     return torch.tensor(np.asarray(array).transpose(0, 3, 1, 2).copy())
+
+
+def draw_theirs(theirs, folder, noise, jobs=JOBS, **arguments):
+    """Latents [B, C, h, w] of diffusers' pipeline with DDIM of five steps."""
+    theirs.scheduler = SCHEDULERS["ddim"].from_pretrained(folder, subfolder="scheduler")
+    return theirs(
+        [job.prompt for job in jobs],
+        latents=to_torch(noise),
+        num_inference_steps=5,
+        height=16,
+        width=16,
+        output_type="latent",
+        **arguments,
+    ).images
 
 
 def assert_close(ours, theirs):
@@ -65,6 +95,19 @@ def test_text_to_image(folder, theirs, sampler, size):
     assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise), expected)
 
 
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 1.5])
+def test_guidance_scales_of_one_and_less(folder, theirs, guidance_scale):
+    """diffusers guides above 1 only; at 0 it draws with the prompt, as SD-Turbo's card asks for."""
+    noise = initial_noise(JOBS, (4, 4, 4))
+    expected = draw_theirs(theirs, folder, noise, guidance_scale=guidance_scale)
+    drawing = Drawing(steps=5, guidance_scale=guidance_scale)
+    ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise)
+    assert_close(ours, expected)
+    others = [dataclasses.replace(job, prompt="c") for job in JOBS]
+    unlike = draw_theirs(theirs, folder, noise, others, guidance_scale=guidance_scale)
+    assert (unlike - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_image_to_image(folder, theirs, sampler, strength, monkeypatch):
@@ -86,3 +129,17 @@ def test_image_to_image(folder, theirs, sampler, strength, monkeypatch):
     drawing = Drawing(sampler=sampler, steps=8, guidance_scale=3.0, strength=strength)
     ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise, image)
     assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("negative_prompt", "guidance_scale"), [(None, 3.0), ("", 3.0), ("ugly", 3.0), (None, 0.0)]
+)
+def test_empty_prompts_of_sdxl(sdxl, negative_prompt, guidance_scale):
+    """diffusers encodes an empty prompt; zeros stand for a negative prompt that is not given."""
+    folder, theirs = sdxl
+    jobs = [Job("", 0, 3), Job("a red heart", 1, 3)]
+    noise = initial_noise(jobs, (4, 4, 4))
+    given = None if negative_prompt is None else [negative_prompt] * len(jobs)
+    expected = draw_theirs(theirs, folder, noise, jobs, guidance_scale=guidance_scale, negative_prompt=given)
+    drawing = Drawing(steps=5, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(jobs, noise), expected)
