@@ -156,7 +156,13 @@ class Schedule:
             betas = np.linspace(start, end, steps, dtype=np.float64)
         else:
             betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-        return cls(betas.astype(np.float32), np.cumprod(1 - betas).astype(np.float32), prediction_type)
+        alphas_cumprod = np.cumprod(1 - betas).astype(np.float32)
+        if not alphas_cumprod[-1]:
+            raise ValueError(
+                f"scheduler config: beta_end = {end}, num_train_timesteps = {steps}: nothing is left of the "
+                "image before the last timestep, and its noise level is infinite; lower one of them"
+            )
+        return cls(betas.astype(np.float32), alphas_cumprod, prediction_type)
 
     @property
     def num_train_timesteps(self) -> int:

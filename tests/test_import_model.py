@@ -66,6 +66,22 @@ def test_an_imported_folder_is_read_as_the_original(published, tiny_model, out):
     assert ours.fingerprint()["latent_channels"] == 4
 
 
+@pytest.mark.parametrize("sample_size", [[6, 4], None])
+def test_a_model_of_another_or_of_no_size_is_imported(sample_size, published, out):
+    path = published / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": sample_size}))
+    import_model(published, out)
+    assert load_pipeline(out).latent_size == ((6, 4) if sample_size else (64, 64))
+
+
+def test_a_model_of_absurd_size_is_refused_before_anything_is_copied(published, out):
+    path = published / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 10**9}))
+    with pytest.raises(ValueError, match=rf"^{path}: .*sample_size = 1000000000 must be"):
+        import_model(published, out)
+    assert not out.exists()
+
+
 def add_optional(model, **classes):
     """Names optional components in the index; a network without a folder, a processor with its config."""
     index = json.loads((model / "model_index.json").read_text())

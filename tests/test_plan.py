@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -190,6 +191,14 @@ def test_the_size_of_the_images(shallow_model, tiny_pairs):
     assert plan.image_size(config, pipe, None) == (16, 16)
     config.data.path = None
     assert plan.image_size(config, published.architecture("sdxl"), None) == (1024, 1024)
+
+
+def test_the_size_of_a_model_for_images_that_are_not_square(shallow_model, tmp_path):
+    model = shutil.copytree(shallow_model, tmp_path / "model")
+    path = model / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [6, 4]}))
+    config = make_config(model, "not/here")
+    assert plan.image_size(config, load_pipeline(model), None) == (24, 16)
 
 
 def test_a_batch_that_cannot_be_split_is_refused(shallow_model):

@@ -162,6 +162,7 @@ def test_prediction_type_defaults_to_epsilon_as_in_the_files_that_predate_it():
         ({"num_train_timesteps": 10.5}, "num_train_timesteps = 10.5"),
         ({"beta_end": 1.5}, "beta_end = 1.5"),
         ({"beta_start": "0.1"}, "beta_start = '0.1'"),
+        ({"beta_end": 0.9}, "beta_end = 0.9, num_train_timesteps = 1000: nothing is left of the image"),
         ({"beta_start": True}, "beta_start = True must be a number from 0 to 1"),
         ({"beta_end": float("nan")}, "beta_end = nan must be a number from 0 to 1"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start = 0.5, beta_end = 0.1: must satisfy"),
@@ -194,7 +195,7 @@ def test_absent_keys_have_the_defaults_of_the_class(name, betas):
     np.testing.assert_array_equal(read.alphas_cumprod, expected.alphas_cumprod)
     assert read.prediction_type == "epsilon"
     np.testing.assert_array_equal(
-        Schedule.from_config({"_class_name": name, "beta_end": 0.5}).betas[-1], np.float32(0.5)
+        Schedule.from_config({"_class_name": name, "beta_end": 0.03}).betas[-1], np.float32(0.03)
     )
 
 
