@@ -132,7 +132,7 @@ UNET, VAE, CLIP, PROJECTING_CLIP, TINY_VAE = CONFIGS
             UNET,
             "transformer_layers_per_block",
             64,
-            "[1, 1] with transformer_layers_per_block = [64, 64] are 390 blo",
+            "[1, 1] with transformer_layers_per_block = [64, 64] are 390 blocks; at most",
         ),
         (
             UNET,

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from dspo_jax.convert import read_models
+from dspo_jax.pipeline import load_pipeline
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GAP = "…"  # stands for a value
 
 
-def texts():
-    """Every string of the package, with the gap in place of what is put into it."""
-    for path in (ROOT / "dspo_jax").rglob("*.py"):
+def texts(folder):
+    """Every string of a folder's code, with the gap in place of what is put into it."""
+    for path in {*(ROOT / folder).rglob("*.py")} - {Path(__file__)}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(part.value if isinstance(part, ast.Constant) else GAP for part in node.values)
@@ -22,7 +25,11 @@ def texts():
 
 
 MESSAGES = re.findall(r"^\| `(.+?)` \|", PAGE, re.MULTILINE)
-SOURCE = "\n".join(texts())
+SOURCE = "\n".join(texts("dspo_jax"))
+# Of other tests; patterns without their backslashes.
+ASSERTED = "\n".join(re.sub(r"\\(.)", r"\1", text) for text in texts("tests"))
+# Letters of a message in a row that tell it from others.
+FEWEST = 10
 
 
 def shortened(message):
@@ -36,9 +43,50 @@ def test_a_message_is_one_of_the_programs(message):
     assert shortened(message) in SOURCE
 
 
+def is_asserted(message):
+    """Whether a test asks for a piece of a message."""
+    pieces = [piece.strip(" ;:,()") for piece in message.split(GAP)]
+    return any(
+        piece[start : start + FEWEST] in ASSERTED
+        for piece in pieces
+        for start in range(len(piece) - FEWEST + 1)
+    )
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_is_provoked_by_a_test(message):
+    assert is_asserted(message)
+
+
 def test_a_message_that_nobody_prints_is_found():
     assert len(MESSAGES) > 40
     assert shortened("…: this run was started by somebody else; resume") not in SOURCE
+    assert not is_asserted("…: this sentence stands nowhere …")
+
+
+def advice(message):
+    """The cause and the remedy that the page gives for a message."""
+    (row,) = (row for row in PAGE.splitlines() if row.startswith(f"| `{message}` |"))
+    return row.split(" | ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"), [("..", "above"), ("unet", "a single UNet"), ("absent", "no such")]
+)
+def test_a_folder_that_is_no_model_is_refused_as_the_page_says(what, cause, tiny_model):
+    message = "…: neither a diffusers folder (no model_index.json) nor a training workdir (no checkpoints)"
+    with pytest.raises(FileNotFoundError) as caught:
+        load_pipeline(tiny_model / what)
+    assert str(caught.value).startswith(message.replace(GAP, str(tiny_model / what)))
+    assert cause in advice(message)
+
+
+def test_a_base_that_is_no_model_is_refused_as_the_page_says(tiny_model):
+    message = "…: no such file; a model directory is a diffusers folder with model_index.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        read_models(tiny_model / "unet")
+    assert str(caught.value) == message.replace(GAP, str(tiny_model / "unet" / "model_index.json"))
+    assert "--base" in advice(message)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
