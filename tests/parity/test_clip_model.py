@@ -95,19 +95,22 @@ def test_a_duplicate_takes_precedence_with_its_defaults():
             "CLIPModel's vision config: hidden_act = 'relu'",
         ),
         ({"vision_config": {**VISION, "num_channels": 4}}, "CLIPModel's vision config: num_channels = 4"),
-        ({"vision_config": {**VISION, "patch_size": [6, 6]}}, r"patch_size = \[6, 6\] must be one number"),
+        ({"vision_config": {**VISION, "patch_size": [6, 6]}}, r"patch_size = \[6, 6\] must be an integer"),
         ({"vision_config": {**VISION, "rope_theta": 3.0}}, "vision config: unknown key rope_theta = 3.0"),
         ({"text_config": {**TEXT, "is_decoder": True}}, "text config: unknown key is_decoder = True"),
         ({"text_config": {**TEXT, "pruned_heads": {"0": [1]}}}, "text config: pruned_heads = "),
         ({"text_config": "small"}, "CLIPModel config: text_config = 'small' must be an object"),
         ({"logit_bias": 1.0}, "CLIPModel config: unknown key logit_bias = 1.0"),
-        ({"projection_dim": None}, None),
+        ({"projection_dim": None}, "CLIPModel config: projection_dim = None must be an integer"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(change, message):
     config = {"projection_dim": 8, "text_config": TEXT, "vision_config": VISION, **change}
-    if message is None:
-        del config["projection_dim"]
-        message = "missing key.*projection_dim"
     with pytest.raises(ValueError, match=message):
         build_model("CLIPModel", config)
+
+
+def test_an_absent_width_of_the_projection_is_that_of_transformers():
+    config = {"text_config": TEXT, "vision_config": VISION}
+    settings = build_model("CLIPModel", config).settings
+    assert settings["text"]["projection_dim"] == CLIPConfig(**config).projection_dim == 512
