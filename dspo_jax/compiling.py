@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from dspo_jax import compiled
-from dspo_jax.files import read_json, write_json
+from dspo_jax.files import write_json
+from dspo_jax.json_files import read_object
 
 # What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
 _TOO_LARGE = re.compile(
@@ -49,7 +50,7 @@ def kept_facts(lowered: jax.stages.Lowered, device: Any, topology: str | None = 
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.is_file():
-        return read_json(path, "delete it, and the program is compiled again")
+        return read_object(path, "delete it, and the program is compiled again")
     facts = compile_facts(lowered)
     write_json(path, facts, shared=True)
     return facts

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dspo_jax import json_files, locks
+from dspo_jax import locks
 
 
 class NotWritten(OSError):
@@ -37,12 +37,12 @@ def name_write_errors(path: Path) -> Iterator[None]:
 def whole(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A hidden path to write a file to; when all went well it becomes `path`, in place of what was there.
 
-    Its name does not end as that of `path` does. The folder is made if need be; a pipe, terminal or other
-    device is written to as it is.
+    The hidden path ends in `.partial`: writers that choose a format by the suffix must be told it. The folder
+    is made if need be; a pipe, terminal or other device is written to as it is.
 
     Args:
       path: the file.
-      shared: whether several processes may write it at once; one of theirs stays.
+      shared: whether several processes may write it at once; the last one that ends wins.
 
     Raises:
       NotWritten: names the file.
@@ -74,19 +74,6 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 def write_json(path: Path, value: Any, *, sort_keys: bool = False, shared: bool = False) -> None:
     """Writes a value as indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", shared=shared)
-
-
-def read_json(path: Path, fix: str) -> Any:
-    """The value in a JSON file of ours.
-
-    Args:
-      path: the file.
-      fix: what to do where it is damaged, e.g. by a full disk, for the message.
-
-    Raises:
-      FileNotFoundError, ValueError: as `json_files.read_json`.
-    """
-    return json_files.read_json(path, fix)
 
 
 def refuse_existing(out: Path) -> None:

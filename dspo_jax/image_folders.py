@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax.data.sources import ImagePaths
-from dspo_jax.files import read_json
+from dspo_jax.json_files import read_object
 from dspo_jax.prompts import ALLOW_OUTSIDE, Prompt
 from dspo_jax.sample_folder import MANIFEST, SETTINGS
 
@@ -94,7 +94,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
     number = re.match(r"(\d+)-", path.name)
     if not settings.is_file() or not number:
         return path, {}
-    how = read_json(settings, _FIX)
+    how = read_object(settings, _FIX)
     try:
         return path, {**how, **how["models"][int(number[1])]}
     except (TypeError, KeyError, IndexError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dspo_jax.files import whole, write_json
+from dspo_jax.json_files import member, read_object, shown
 
 MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own limit
 
@@ -89,7 +90,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says besides its tensors."""
+    """The metadata in the header of a safetensors file, such as `modelspec.prediction_type`."""
     return safe_open(path, "np", backend="pread").metadata() or {}
 
 
@@ -143,18 +144,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file of an index; names of files only, so that nothing outside its folder is opened."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of safetensors files; fetch the model again") from error
+    fix = "fetch the model again"
+    weight_map = member(read_object(index, fix), "weight_map", dict, index, fix)
     if not all(map(str.isprintable, weight_map)):
-        raise ValueError(f"{index}: names no tensors, but control characters; fetch the model again")
-    for name in names:
+        raise ValueError(f"{index}: a tensor's name has control characters in it; {fix}")
+    for name in weight_map.values():
         if not isinstance(name, str) or not _is_file_name(name) or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: {name!r} is not the name of a safetensors file; fetch the model again"
-            )
+            raise ValueError(f"{index}: {shown(name)} is not the name of a safetensors file; {fix}")
     return weight_map
 
 

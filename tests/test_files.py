@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dspo_jax import files, locks
+from dspo_jax import files, json_files, locks
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,9 +110,9 @@ def test_a_damaged_file_is_refused_with_its_name_and_the_remedy(tmp_path, conten
     path = tmp_path / "settings.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=rf"^{path}: {message}.*; delete it$"):
-        files.read_json(path, "delete it")
+        json_files.read_object(path, "delete it")
     files.write_json(path, {"steps": 2})
-    assert files.read_json(path, "delete it") == {"steps": 2}
+    assert json_files.read_object(path, "delete it") == {"steps": 2}
 
 
 @pytest.mark.parametrize("folder", [True, False])

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspo_jax import tensors
+from dspo_jax.json_files import shown
 from dspo_jax.tensors import Tensor, open_tensors, write_tensors
 
 
@@ -208,29 +209,29 @@ def test_shards_and_index_must_agree(written):
 )
 def test_an_index_names_files_of_its_folder_only(name, written):
     edit_index(written, lambda index: index["weight_map"].update(a=name))
-    with refused(written, f"{re.escape(repr(name))} is not the name of a safetensors file"):
+    with refused(written, f"{re.escape(shown(name))} is not the name of a safetensors file"):
         open_tensors(written)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "problem"),
     [
-        "{",
-        "[]",
-        '{"weight_map": 3}',
-        "{}",
-        '{"weight_map": {"a": []}}',
-        '{"weight_map": ' + "[" * 10**5,
-        "9" * 5000,
+        ("{", "not valid JSON"),
+        ("[]", "holds a list, not an object"),
+        ('{"weight_map": 3}', "weight_map = 3 must be an object"),
+        ("{}", "weight_map is missing"),
+        ('{"weight_map": {"a": []}}', r"\[\] is not the name of a safetensors file"),
+        ('{"weight_map": ' + "[" * 10**5, "not valid JSON .nested too deeply"),
+        ("9" * 5000, "not valid JSON"),
     ],
 )
-def test_a_malformed_index_is_named(text, written):
+def test_a_malformed_index_is_named(text, problem, written):
     written.write_text(text)
-    with refused(written, "not an index of safetensors files"):
+    with refused(written, problem):
         open_tensors(written)
 
 
 def test_an_index_names_tensors(written):
     edit_index(written, lambda index: index["weight_map"].update({"a\nb": index["weight_map"]["a"]}))
-    with refused(written, "names no tensors, but control characters"):
+    with refused(written, "a tensor's name has control characters in it"):
         open_tensors(written)

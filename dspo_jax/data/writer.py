@@ -17,7 +17,8 @@ from tensorflow_datasets.core import naming
 
 from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
-from dspo_jax.files import name_write_errors, read_json
+from dspo_jax.files import name_write_errors
+from dspo_jax.json_files import read_object
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -62,7 +63,7 @@ class DatasetWriter:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         path = self._unfinished / _PLAN
         if path.exists() and any(self._unfinished.glob("*-*.json")):
-            there = read_json(path, "delete the folder")
+            there = read_object(path, "delete the folder")
             models = shards.comparable(there["model"], plan["model"])
             pair = [whole | {"model": model} for whole, model in zip((there, plan), models, strict=True)]
             difference = shards.first_difference(*pair)
@@ -239,7 +240,7 @@ class DatasetWriter:
         return self._unfinished / f"{split}-{number:05d}.json"
 
     def _read_note(self, split: str, number: int) -> dict[str, Any]:
-        return read_json(self._note(split, number), "delete it, and its shard is written again")
+        return read_object(self._note(split, number), "delete it, and its shard is written again")
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator["_File"]:
