@@ -6,9 +6,8 @@
 
 DSPO's Table 6 has DSPO-LoRA, of which the paper prints no setting. Rank, layers, learning rate, batch and
 length are those of the LoRA trainer of Diffusion-DPO in diffusers (examples/research_projects/diffusion_dpo).
-The objective is DSPO with a preference
-term that matters, as docs/objectives.md advises; with the published lambda it is SFT. Not run at this size by
-this project: no hours and no result to report.
+The objective is DSPO with a preference term that matters, as docs/objectives.md advises; with the published
+lambda it is SFT. Not run at this size by this project: no hours and no result to report.
 """
 
 from ml_collections import ConfigDict

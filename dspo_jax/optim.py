@@ -149,11 +149,11 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
     """The learning rate as a function of the number of updates done.
 
     It rises linearly over `warmup_steps` updates, the first of which already has 1/warmup_steps of the full
-    rate (diffusers' schedulers, and so the released trainers, are one update
-    behind, with a first one at rate 0), then stays (`constant`), falls to 0 at
-    `total_steps` (`cosine`, `linear`) or falls without an end (`inverse_sqrt`). The last is Vaswani et al.'s
-    (2017, arXiv 1706.03762, Eq. 3), scaled to the given peak: with w = max(warmup_steps, 1) and n the number
-    of the update, counted from 1, the rate is peak * min(n / w, sqrt(w / n)).
+    rate (diffusers' schedulers, and so the released trainers, are one update behind, with a first one at rate
+    0), then stays (`constant`), falls to 0 at `total_steps` (`cosine`, `linear`) or falls without an end
+    (`inverse_sqrt`). The last is Vaswani et al.'s (2017, arXiv 1706.03762, Eq. 3), scaled to the given peak:
+    with w = max(warmup_steps, 1) and n the number of the update, counted from 1, the rate is
+    peak * min(n / w, sqrt(w / n)).
 
     Args:
       config: mapping with `schedule`, `learning_rate` and `warmup_steps`.

@@ -1,5 +1,4 @@
-"""One wording for every refused name: the key, the value, the nearest valid spelling and what is allowed;
-and texts that are none."""
+"""The wording of refusals: the key, the value, the nearest valid spelling and what is allowed."""
 
 import difflib
 from collections.abc import Iterable

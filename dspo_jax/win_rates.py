@@ -23,8 +23,8 @@ class WinRate:
     Attributes:
       share: in [0, 1], of the images that score higher than the base's of the same prompt and seed; ties
         count one half.
-      images_won, images_tied, images_lost: what `share` is made of.
-      per_seed: the same of each seed by itself; `share` is their mean.
+      images_won, images_tied, images_lost: images that score higher than the base's, the same, and lower.
+      per_seed: `share` of each seed by itself; `share` is their mean.
       won, lost, tied: prompts, counted as the sign test counts them.
       p_value: of the sign test, two-sided.
       mean_reward, base_mean_reward: over all prompts and seeds.
