@@ -77,6 +77,8 @@ def run(
     )
     interrupts.end_at_once()
     overrides.accept_none()
+    # Takes away what a library's import has set up to log to stderr, which absl knows by the stream itself.
+    logging.use_absl_handler()
     _outlive_readers()
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
+import logging
+logging.basicConfig()  # as orbax does when it is imported
 from ml_collections import config_flags
 from dspo_jax import cli
 
@@ -37,6 +39,9 @@ def main(argv):
         Console(stderr=True).print("a bar")
         print("more" * 10000, flush=True)
         open("finished", "w").close()
+    if config.batch_size == 13:
+        from absl import logging as absl_logging
+        absl_logging.info("said once")
 
 
 cli.run(main)
@@ -201,6 +206,11 @@ def test_a_recipe_of_ones_own_comes_before_that_of_the_package_and_can_build_on_
 def test_an_error_a_user_can_fix_is_one_line(run, batch_size, message):
     result = run("--config=toy.py", f"--config.batch_size={batch_size}")
     assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
+
+
+def test_lines_are_logged_once(run):
+    """Also where a library's import has set up logging of its own."""
+    assert run("--config=toy.py", "--config.batch_size=13").stderr.count("said once") == 1
 
 
 def test_verbosity_shows_the_traceback_of_a_user_error(run):
