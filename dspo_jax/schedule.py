@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from dspo_jax import schema, spelling
 from dspo_jax.json_files import shown
-from dspo_jax.schema import Key, flag, real, whole
+from dspo_jax.schema import Key, flag, integer, number
 
 Array = jax.Array | np.ndarray
 
@@ -26,9 +26,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
 _KEYS: dict[str, Key] = {
-    "num_train_timesteps": whole(1000, high=100_000),
-    "beta_start": real(),
-    "beta_end": real(),
+    "num_train_timesteps": integer(1000, high=100_000),
+    "beta_start": number(),
+    "beta_end": number(),
     "beta_schedule": Key(schema.REQUIRED, str),
     "prediction_type": Key("epsilon", str),
     "rescale_betas_zero_snr": flag(False, null=True),

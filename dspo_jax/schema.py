@@ -1,7 +1,6 @@
-"""The keys of a config.json as data: which there are, their defaults, and which values are computed here.
+"""Keys of a config.json as data: their defaults, types and limits, and the refusal of everything else.
 
-One table beside each class gives its defaults, the check of types and limits, and the refusal of unknown
-keys. An absent key takes the default that it has in the class of diffusers or transformers.
+One table stands beside each class. An absent key has the default of the class in diffusers or transformers.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a key may hold.
+    """A key of a config: its default, and the values that it may have.
 
     Attributes:
       default: its value where it is absent, or `REQUIRED`.
-      kind: int, float (an int is one too), bool, str or dict; None where `allowed` says everything.
-      low, high: the smallest and the largest number.
-      allowed: the only values there may be, if not empty.
-      listed: "never"; "also", one value or a list of them; "always".
+      kind: int, float (which takes an int too), bool, str or dict; None for any type.
+      low, high: bounds of a number, both included.
+      allowed: the values that are supported; empty for all.
+      listed: "never", one value; "also", one value or a list of them; "always", a list.
       length: how many entries a list may have.
       null: whether it may be null.
     """
@@ -50,7 +49,7 @@ class Key:
     null: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, to follow the key's name; None if nothing is."""
+        """Says what is wrong with a value, to follow the key's name in a message; None if nothing is."""
         if value is None and self.null:
             return None
         is_list = self.listed != "never" and isinstance(value, list | tuple)
@@ -94,12 +93,12 @@ class Key:
         return words + (", or null" if self.null else "")
 
 
-def whole(default: Any = REQUIRED, *, low: int = 1, high: int = 1 << 16, **more: Any) -> Key:
+def integer(default: Any = REQUIRED, *, low: int = 1, high: int = 1 << 16, **more: Any) -> Key:
     """An integer from `low` to `high`."""
     return Key(default, int, low, high, **more)
 
 
-def real(default: Any = REQUIRED, *, low: float = 0.0, high: float = 1.0, **more: Any) -> Key:
+def number(default: Any = REQUIRED, *, low: float = 0.0, high: float = 1.0, **more: Any) -> Key:
     """A number from `low` to `high`."""
     return Key(default, float, low, high, **more)
 
@@ -110,12 +109,12 @@ def flag(default: bool, **more: Any) -> Key:
 
 
 def fixed(*allowed: Any) -> Key:
-    """One of a few values, under which what is computed here is correct; the first is the default."""
+    """One of a few values, for which the computation here is the class's; the first is the default."""
     return Key(allowed[0], allowed=allowed)
 
 
 def off(default: bool | None = None) -> Key:
-    """A part of the class that is not computed here, and must be switched off."""
+    """A part of the class that is not implemented here, and must be switched off."""
     return Key(default, allowed=(None, False))
 
 
@@ -124,12 +123,12 @@ def _name(key: str) -> str:
 
 
 def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
-    """Refuses a config that lacks a key without a default, or in which a key holds what it may not.
+    """Refuses a config that lacks a key without a default, or in which a key has a value that is not allowed.
 
     Keys that are not in the table are not looked at.
 
     Args:
-      what: of which config the message says that it is.
+      what: name of the config, with which the message begins.
       config: the parsed file.
       keys: the table.
 
@@ -147,10 +146,10 @@ def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None
 def fill(
     what: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The values of all keys of a table, each the config's or its default.
+    """Returns the value of every key of a table: the config's, or else the default.
 
     Args:
-      what: of which config the message says that it is.
+      what: name of the config, with which the message begins.
       config: the parsed file.
       keys: the table.
       ignored: keys that may hold anything, as may those that begin with an underscore.

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from dspo_jax import json_files, schema
 from dspo_jax.data.sources import BadRow
 from dspo_jax.locks import is_empty
-from dspo_jax.schema import REQUIRED, Key, whole
+from dspo_jax.schema import REQUIRED, Key, integer
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,16 +27,16 @@ _OLD_CAPTION_LENGTH = 77  # where a manifest has no `caption_length`
 _REMAKE = "delete the folder and run dspo_jax.encode again"
 
 _OBJECT = Key(REQUIRED, dict)
-_COUNT = whole(low=0, high=1 << 50)
+_COUNT = integer(low=0, high=1 << 50)
 _KEYS: dict[str, Key] = {
-    "format_version": whole(),
+    "format_version": integer(),
     "model": _OBJECT,
     "source": _OBJECT,
-    "resolution": whole(),
-    "images_per_example": whole(high=2),
+    "resolution": integer(),
+    "images_per_example": integer(high=2),
     "splits": _OBJECT,
 }
-_MODEL_KEYS = {"vae_scale_factor": whole(), "latent_channels": whole()}
+_MODEL_KEYS = {"vae_scale_factor": integer(), "latent_channels": integer()}
 _SPLIT_KEYS = {
     "num_examples": _COUNT,
     "shards": Key(REQUIRED, listed="always", length=range(1 << 20)),

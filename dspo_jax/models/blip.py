@@ -16,23 +16,23 @@ from flax import nnx
 from dspo_jax.models.attention import attention
 from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
 from dspo_jax.models.config import check_multiple, read_config
-from dspo_jax.schema import REQUIRED, Key, real, whole
+from dspo_jax.schema import REQUIRED, Key, integer, number
 
 _NAME = "ImageReward"
 _LAYERS: dict[str, Key] = {
-    "hidden_size": whole(),
-    "intermediate_size": whole(high=1 << 18),
-    "num_hidden_layers": whole(high=96),
-    "num_attention_heads": whole(),
-    "layer_norm_eps": real(),
+    "hidden_size": integer(),
+    "intermediate_size": integer(high=1 << 18),
+    "num_hidden_layers": integer(high=96),
+    "num_attention_heads": integer(),
+    "layer_norm_eps": number(),
 }
 _PARTS: dict[str, dict[str, Key]] = {
-    "vision_config": {**_LAYERS, "image_size": whole(high=4096), "patch_size": whole(high=4096)},
-    "text_config": {**_LAYERS, "vocab_size": whole(high=1 << 22), "max_position_embeddings": whole()},
+    "vision_config": {**_LAYERS, "image_size": integer(high=4096), "patch_size": integer(high=4096)},
+    "text_config": {**_LAYERS, "vocab_size": integer(high=1 << 22), "max_position_embeddings": integer()},
 }
 _KEYS: dict[str, Key] = {
     **{part: Key(REQUIRED, dict) for part in _PARTS},
-    "head_features": whole(listed="always", length=range(4, 5)),
+    "head_features": integer(listed="always", length=range(4, 5)),
 }
 
 

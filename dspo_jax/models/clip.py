@@ -11,7 +11,7 @@ from dspo_jax.models.attention import attention
 from dspo_jax.models.blocks import LayerNorm
 from dspo_jax.models.config import check_multiple, read_config
 from dspo_jax.models.remat import run_block
-from dspo_jax.schema import Key, fixed, real, whole
+from dspo_jax.schema import Key, fixed, integer, number
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
@@ -19,23 +19,23 @@ _ACTIVATIONS = {
 }
 
 TOWER_KEYS: dict[str, Key] = {
-    "num_hidden_layers": whole(12, high=96),
+    "num_hidden_layers": integer(12, high=96),
     "hidden_act": fixed(*_ACTIVATIONS),
-    "layer_norm_eps": real(1e-5),
+    "layer_norm_eps": number(1e-5),
     "attention_dropout": fixed(0.0),
     "dropout": fixed(0.0),  # which transformers no longer has
     "pruned_heads": fixed({}),
 }
 TEXT_KEYS: dict[str, Key] = {
     **TOWER_KEYS,
-    "vocab_size": whole(49408, high=1 << 22),
-    "hidden_size": whole(512),
-    "intermediate_size": whole(2048, high=1 << 18),
-    "num_attention_heads": whole(8),
-    "max_position_embeddings": whole(77),
-    "eos_token_id": whole(49407, low=0, high=1 << 22),
+    "vocab_size": integer(49408, high=1 << 22),
+    "hidden_size": integer(512),
+    "intermediate_size": integer(2048, high=1 << 18),
+    "num_attention_heads": integer(8),
+    "max_position_embeddings": integer(77),
+    "eos_token_id": integer(49407, low=0, high=1 << 22),
 }
-PROJECTION = {"projection_dim": whole(512)}
+PROJECTION = {"projection_dim": integer(512)}
 # Of initialisation, and what transformers 4 wrote into every config: text generation, classification, the
 # form of the outputs.
 UNREAD = {

@@ -19,18 +19,18 @@ from dspo_jax.models.clip import (
     read_tower_config,
 )
 from dspo_jax.models.config import read_config
-from dspo_jax.schema import Key, fixed, whole
+from dspo_jax.schema import Key, fixed, integer
 
 _TOWERS: dict[str, dict[str, Key]] = {
     "text_config": TEXT_KEYS,
     "vision_config": {
         **TOWER_KEYS,
-        "hidden_size": whole(768),
-        "image_size": whole(224, high=4096),
-        "intermediate_size": whole(3072, high=1 << 18),
-        "num_attention_heads": whole(12),
+        "hidden_size": integer(768),
+        "image_size": integer(224, high=4096),
+        "intermediate_size": integer(3072, high=1 << 18),
+        "num_attention_heads": integer(12),
         "num_channels": fixed(3),
-        "patch_size": whole(32, high=4096),
+        "patch_size": integer(32, high=4096),
     },
 }
 _KEYS: dict[str, Key] = {

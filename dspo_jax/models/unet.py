@@ -19,7 +19,7 @@ from dspo_jax.models.blocks import (
 )
 from dspo_jax.models.config import check_multiple, per_level, read_config
 from dspo_jax.models.remat import run_block
-from dspo_jax.schema import Key, fixed, flag, off, real, whole
+from dspo_jax.schema import Key, fixed, flag, integer, number, off
 
 _NAME = "UNet2DConditionModel"
 
@@ -28,29 +28,29 @@ _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 _KEYS: dict[str, Key] = {
-    "sample_size": whole(None, high=4096, listed="also", length=range(2, 3), null=True),
-    "in_channels": whole(4, high=1024),
-    "out_channels": whole(4, high=1024),
+    "sample_size": integer(None, high=4096, listed="also", length=range(2, 3), null=True),
+    "in_channels": integer(4, high=1024),
+    "out_channels": integer(4, high=1024),
     "flip_sin_to_cos": flag(True),
-    "freq_shift": whole(0, low=0, high=1),
+    "freq_shift": integer(0, low=0, high=1),
     "down_block_types": Key(
         ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), str, allowed=tuple(_DOWN), listed="always"
     ),
     "up_block_types": Key(
         ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, str, allowed=tuple(_UP), listed="always"
     ),
-    "block_out_channels": whole((320, 640, 1280, 1280), listed="always"),
-    "layers_per_block": whole(2, high=16, listed="also"),
-    "norm_num_groups": whole(32),
-    "norm_eps": real(1e-5),
-    "cross_attention_dim": whole(1280),
-    "transformer_layers_per_block": whole(1, high=64, listed="also"),
-    "attention_head_dim": whole(8, listed="also"),
-    "num_attention_heads": whole(None, listed="also", null=True),
+    "block_out_channels": integer((320, 640, 1280, 1280), listed="always"),
+    "layers_per_block": integer(2, high=16, listed="also"),
+    "norm_num_groups": integer(32),
+    "norm_eps": number(1e-5),
+    "cross_attention_dim": integer(1280),
+    "transformer_layers_per_block": integer(1, high=64, listed="also"),
+    "attention_head_dim": integer(8, listed="also"),
+    "num_attention_heads": integer(None, listed="also", null=True),
     "use_linear_projection": flag(False),
     "addition_embed_type": fixed(None, "text_time"),
-    "addition_time_embed_dim": whole(None, null=True),
-    "projection_class_embeddings_input_dim": whole(None, null=True),
+    "addition_time_embed_dim": integer(None, null=True),
+    "projection_class_embeddings_input_dim": integer(None, null=True),
     # Computed in one way only.
     "act_fn": fixed("silu"),
     "addition_embed_type_num_heads": fixed(64),  # read by diffusers for other embedding types only

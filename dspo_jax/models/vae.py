@@ -20,7 +20,7 @@ from dspo_jax.models.blocks import (
     double,
 )
 from dspo_jax.models.config import check_multiple, per_level, read_config
-from dspo_jax.schema import Key, fixed, flag, real, whole
+from dspo_jax.schema import Key, fixed, flag, integer, number
 
 _NAME = "AutoencoderKL"
 _EPSILON = 1e-6
@@ -28,13 +28,13 @@ _EPSILON = 1e-6
 _KEYS: dict[str, Key] = {
     "in_channels": fixed(3),
     "out_channels": fixed(3),
-    "latent_channels": whole(4, high=256),
-    "block_out_channels": whole((64,), listed="always"),
-    "layers_per_block": whole(1, high=16),
+    "latent_channels": integer(4, high=256),
+    "block_out_channels": integer((64,), listed="always"),
+    "layers_per_block": integer(1, high=16),
     "down_block_types": Key(("DownEncoderBlock2D",), str, allowed=("DownEncoderBlock2D",), listed="always"),
     "up_block_types": Key(("UpDecoderBlock2D",), str, allowed=("UpDecoderBlock2D",), listed="always"),
-    "norm_num_groups": whole(32),
-    "scaling_factor": real(0.18215, low=1e-6, high=1e6),
+    "norm_num_groups": integer(32),
+    "scaling_factor": number(0.18215, low=1e-6, high=1e6),
     "use_quant_conv": flag(True),
     "use_post_quant_conv": flag(True),
     "mid_block_add_attention": flag(True),
@@ -196,12 +196,12 @@ _TINY_NAME = "AutoencoderTiny"
 _TINY_KEYS: dict[str, Key] = {
     "in_channels": fixed(3),
     "out_channels": fixed(3),
-    "encoder_block_out_channels": whole((64, 64, 64, 64), listed="always"),
-    "decoder_block_out_channels": whole((64, 64, 64, 64), listed="always"),
-    "latent_channels": whole(4, high=256),
-    "num_encoder_blocks": whole((1, 3, 3, 3), high=16, listed="always"),
-    "num_decoder_blocks": whole((3, 3, 3, 1), high=16, listed="always"),
-    "scaling_factor": real(1.0, low=1e-6, high=1e6),
+    "encoder_block_out_channels": integer((64, 64, 64, 64), listed="always"),
+    "decoder_block_out_channels": integer((64, 64, 64, 64), listed="always"),
+    "latent_channels": integer(4, high=256),
+    "num_encoder_blocks": integer((1, 3, 3, 3), high=16, listed="always"),
+    "num_decoder_blocks": integer((3, 3, 3, 1), high=16, listed="always"),
+    "scaling_factor": number(1.0, low=1e-6, high=1e6),
     "act_fn": fixed("relu"),
     "force_upcast": fixed(False, True),  # as above
     "shift_factor": fixed(0.0, None),

@@ -10,22 +10,22 @@ import numpy as np
 
 from dspo_jax import schema, spelling
 from dspo_jax.json_files import shown
-from dspo_jax.schema import Key, flag, real, whole
+from dspo_jax.schema import Key, flag, integer, number
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-# Their defaults are those of the sampler that is asked for, not of a table; what is not here has few values,
-# which `require` and `choice` compare with.
+# For the check of types alone: defaults are those of the sampler that is asked for. Keys of few values are
+# left to `require` and `choice`.
 _KEYS: dict[str, Key] = {
     "final_sigmas_type": Key("zero", str),
     "interpolation_type": Key("linear", str),
     "euler_at_final": flag(False, null=True),
     "lower_order_final": flag(True, null=True),
     "set_alpha_to_one": flag(True, null=True),
-    "sigma_max": real(None, low=1e-6, high=1e6, null=True),
-    "sigma_min": real(None, low=1e-6, high=1e6, null=True),
+    "sigma_max": number(None, low=1e-6, high=1e6, null=True),
+    "sigma_min": number(None, low=1e-6, high=1e6, null=True),
     "skip_prk_steps": flag(False, null=True),
-    "steps_offset": whole(0, low=0, high=100_000),
+    "steps_offset": integer(0, low=0, high=100_000),
     "timestep_spacing": Key("leading", str),
     "use_karras_sigmas": flag(False, null=True),
 }
