@@ -1,4 +1,4 @@
-"""Second moments as the Adafactor of the released trainers factors them."""
+"""Adafactor's second moments, factored as in the released trainers."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def _factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def _zero_moments(param: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row, column and whole moment; what is not kept is of one number, as in optax."""
+    """Row, column and whole moment; an unused one has a single number, as in optax."""
     unused, axes = jnp.zeros((1,), param.dtype), _factored_axes(param.shape)
     if axes is None:
         return unused, unused, jnp.zeros_like(param)
@@ -67,7 +67,7 @@ def _zero_moments(param: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _scale(
     decay: jax.Array, gradient: jax.Array, row: jax.Array, column: jax.Array, whole: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The scaled gradient and the moments with it in them."""
+    """Returns the scaled gradient, and the moments updated by it."""
 
     def average(moment: jax.Array, square: jax.Array) -> jax.Array:
         return decay * moment + (1 - decay) * square

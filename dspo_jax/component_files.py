@@ -1,4 +1,4 @@
-"""The files of a model's component: which of them hold its weights, and what to do where none can be read."""
+"""Files of a model's component: which of them hold its weights, and what to do where none can be read."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -70,10 +70,10 @@ def _is_of_diffusers(class_name: str) -> bool:
 
 
 def _choose(folder: Path, class_name: str) -> list[Path]:
-    """The file, and the index of shards, of those that are there; the first is the one that is read.
+    """Lists the single file and the index of shards, where they exist; the first is the one to read.
 
-    Where both are there, one is older. Which of them diffusers reads (the shards) and transformers (the file)
-    is followed, each for the classes that it has.
+    Where both exist, one is out of date. diffusers reads the shards then, transformers the single file, and
+    each class is read as by its library.
     """
     file = weights_file(folder, class_name)
     choices = [file, tensors.index_path(file)]
@@ -118,7 +118,7 @@ def open_stored(folder: Path, class_name: str) -> dict[str, Tensor]:
 
 
 def missing_weights(folder: Path, class_name: str) -> FileNotFoundError:
-    """The error of a component without safetensors weights: what is there instead, and what to do."""
+    """Makes the error for a component without safetensors weights; it names the files there and the fix."""
     path = weights_file(folder, class_name)
     repository = hub_repository(folder)
     names = _list_hub_files(repository, folder.name) if repository else []
@@ -157,7 +157,7 @@ def _list_hub_files(repository: str, component: str) -> list[str]:
 
 
 def stored_name(name: str, stored: Collection[str]) -> str:
-    """What a file with the tensors `stored` calls `name`."""
+    """The name under which a file with the tensors `stored` has the tensor `name`."""
     old = name
     for today, before in _OLD_ATTENTION.items():
         old = old.replace(today, before)

@@ -125,7 +125,7 @@ def read_base(run: Path) -> str:
     Raises:
       FileNotFoundError, ValueError: the file is missing, damaged or names none.
     """
-    path, fix = run / "config.json", "it is the config that the run was started with"
+    path, fix = run / "config.json", "put back the config that the run was started with"
     return json_files.member(read_json(path, fix), "model", str, path, fix)
 
 

@@ -55,7 +55,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
       ValueError: an image too many, a link out of the folder, or images of other prompts.
     """
     path, settings = _locate(folder.path)
-    paths = ImagePaths(path, None if folder.allow_outside else ALLOW_OUTSIDE)
+    paths = ImagePaths(path, ALLOW_OUTSIDE, folder.allow_outside)
     files: dict[tuple[int, int], Path] = {}
     wanted = f"{len(prompts):,} prompts with seeds 0 to {seeds - 1}"
     for file in sorted(path.iterdir()):

@@ -1,4 +1,4 @@
-"""One command at a time on an output: locks that end with their process, however it ends.
+"""Locks that keep an output to one command at a time, and end with their process, however it ends.
 
 The kernel holds the lock (flock, through filelock), so that nothing has to be cleared away after SIGKILL or a
 power failure. Every command takes its output by `claim` or `reserve` before it loads a model.
@@ -32,8 +32,8 @@ def claim(folder: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
     says so; where the folder cannot be written to, nothing is locked, and the first write says that.
 
     Args:
-      folder: what is written to.
-      share: (i, n): with others that claim the other shares of n.
+      folder: the folder that is written to.
+      share: (i, n): the i-th of n processes that share the folder, each with a number of its own.
 
     Raises:
       ValueError: another process has it; the message says which, on which host, since when.
@@ -52,7 +52,7 @@ def claim(folder: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def reserve(path: Path) -> Iterator[None]:
-    """The same for a file, or a folder that is not to be there until it is whole: the lock lies beside it."""
+    """Like `claim`, for a file or folder that must not exist before it is whole: the lock lies beside it."""
     with _hold(path.with_name(f".{path.name}{_NAME}"), path):
         yield
 

@@ -26,7 +26,7 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
       folder: where that model is.
       step: of the exported checkpoint.
     """
-    path, fix = run / "config.json", "it is the config that the run was started with"
+    path, fix = run / "config.json", "put back the config that the run was started with"
     config = read_json(path, fix)
     objective, data = (member(config, key, str, path, fix) for key in ("objective.name", "data.path"))
     header = [

@@ -67,7 +67,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     if not path.is_file():
         raise FileNotFoundError(f"--prompts={path}: no such file")
     try:
-        paths = ImagePaths(path.parent, None if allow_outside else ALLOW_OUTSIDE)
+        paths = ImagePaths(path.parent, ALLOW_OUTSIDE, allow_outside)
         prompts = [_parse(row, path, where, paths) for where, row in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error

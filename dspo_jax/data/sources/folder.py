@@ -81,7 +81,7 @@ class Folder(Selection):
                 )
 
     def _paths(self) -> ImagePaths:
-        return ImagePaths(_find(self.path).parent, None if self.allow_outside else ALLOW_OUTSIDE)
+        return ImagePaths(_find(self.path).parent, ALLOW_OUTSIDE, self.allow_outside)
 
 
 def _find(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Image files that data name: where they may lie; their kind and size are seen before they are read."""
+"""Image files named by data: where they may lie, and which kind and size of file is read."""
 
 import os
 import stat
@@ -63,15 +63,15 @@ def read_image_file(path: Path) -> bytes:
 
 
 class ImagePaths:
-    """Paths of images that a file of data names: they must stay within one folder, unless the user says so.
+    """Paths of images that a file of data names, which must stay within one folder unless the user says so.
 
     What counts is where a path leads in the end, so that `..`, absolute paths and symbolic links are fine as
     long as they stay inside. The links of a snapshot in the hub's cache lead to its `blobs`, which is inside.
     """
 
-    def __init__(self, root: Path, allow: str | None):
-        """Takes the folder, and the option that allows what leaves it; None where the user has set it."""
-        self._root, self._allow = root, allow
+    def __init__(self, root: Path, option: str, allow_outside: bool):
+        """Takes the folder, the option that allows paths out of it, and whether that is set."""
+        self._root, self._option, self._allow_outside = root, option, allow_outside
         self._real = os.path.realpath(root)
         self._inside = (self._real, *_hub_blobs(Path(self._real)))
 
@@ -79,25 +79,25 @@ class ImagePaths:
         """The path of an image.
 
         Args:
-          name: as the data have it.
-          folder: that it is relative to; None is the root.
+          name: the path as the data give it.
+          folder: the folder that the name is relative to; None is the root.
 
         Raises:
           ValueError: it leads out of the root.
         """
         path = (self._root if folder is None else folder) / name
-        if self._allow is None or "\0" in name:  # of which there is no file
+        if self._allow_outside or "\0" in name:  # of which there is no file
             return path
         real = os.path.realpath(path)
         if not any(real == inside or real.startswith(os.path.join(inside, "")) for inside in self._inside):
             raise ValueError(
-                f"{path}: leads out of {self._root}, to {real}; move the image there, or set {self._allow} "
+                f"{path}: leads out of {self._root}, to {real}; move the image there, or set {self._option} "
                 "if you trust these data"
             )
         return path
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuses names that leave the root by what is written in them, without a look at the disk.
+        """Refuses names that leave the root; looks at the disk only for absolute ones and those with `..`.
 
         Raises:
           ValueError: one leads out of the root.

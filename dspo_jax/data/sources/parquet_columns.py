@@ -1,6 +1,6 @@
-"""The columns of parquet files: which types may hold what a source reads, and the one type each becomes.
+"""Columns of parquet files: the types that a source accepts in each, and the one type that it makes of them.
 
-pandas, polars, datasets and pyarrow leave the same thing in different types: text as a category, a label as a
+pandas, polars, datasets and pyarrow write the same thing in different types: text as a category, a label as a
 decimal, a flag as 0 and 1, an image as bytes, as a path or as a struct of both.
 """
 
@@ -15,9 +15,13 @@ from absl import logging
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column: its name, a key of `KINDS`, and what to do in a file without it (None: nothing).
+    """A column that a source reads.
 
-    Of those that may be missing, a "name" of another type is passed over, as if it were.
+    Attributes:
+      name: as in the file.
+      kind: a key of `KINDS`.
+      fix: what to do about a file without the column, for the message; None where it is optional. An optional
+        column of kind "name" whose type does not fit is passed over with a warning.
     """
 
     name: str
@@ -27,9 +31,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a column may hold: the types that fit, in words, and what they become.
+    """A kind of content.
 
-    Of a dictionary (pandas' category) the type of its values counts.
+    Attributes:
+      fits: whether a type may hold it; of a dictionary (pandas' category) the type of its values is asked.
+      words: those types, for the message.
+      convert: an array of such a type -> the one type that sources read.
     """
 
     fits: Callable[[pa.DataType], bool]
@@ -89,7 +96,7 @@ KINDS = {
 
 
 def choose_columns(path: str, schema: pa.Schema, columns: Mapping[str, Column]) -> dict[str, Column]:
-    """Those of the columns that a file has, by the same names.
+    """Chooses the columns that a file has.
 
     Raises:
       ValueError: one that is needed is missing, or one holds something else; the message names file, column

@@ -102,7 +102,7 @@ def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
 def image_paths(path: str, allow_outside: bool) -> ImagePaths:
     """Where images may lie that the files of a source give as paths: in its folder, or anywhere."""
     root = Path(path)
-    return ImagePaths(root if root.is_dir() else root.parent, None if allow_outside else ALLOW_OUTSIDE)
+    return ImagePaths(root if root.is_dir() else root.parent, ALLOW_OUTSIDE, allow_outside)
 
 
 def _list_hub(repository: str) -> list[str]:

@@ -109,7 +109,7 @@ class Ranked(Selection):
 
     def _paths(self) -> ImagePaths:
         folder = Path(self.images) if self.images else self.folder()
-        return ImagePaths(folder, None if self.allow_outside else ALLOW_OUTSIDE)
+        return ImagePaths(folder, ALLOW_OUTSIDE, self.allow_outside)
 
 
 @functools.cache
