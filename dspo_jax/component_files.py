@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import logging
 
 from dspo_jax import tensors
+from dspo_jax.hub_cache import find_repository
 from dspo_jax.tensors import Tensor
 
 # Files of weights that are never read (pickles) or never chosen (other frameworks, half-precision variants).
@@ -120,9 +121,10 @@ def open_stored(folder: Path, class_name: str) -> dict[str, Tensor]:
 def missing_weights(folder: Path, class_name: str) -> FileNotFoundError:
     """Makes the error for a component without safetensors weights; it names the files there and the fix."""
     path = weights_file(folder, class_name)
-    repository = hub_repository(folder)
-    names = _list_hub_files(repository, folder.name) if repository else []
-    place = f"{repository} on the hub has none; " if names else ""
+    cached = find_repository(folder)
+    hub_id = cached.name.removeprefix("models--").replace("--", "/", 1) if cached else ""
+    names = _list_hub_files(hub_id, folder.name) if hub_id else []
+    place = f"{hub_id} on the hub has none; " if names else ""
     if not names and folder.is_dir():
         names = [file.name for file in folder.iterdir()]
     return FileNotFoundError(f"{path}: no such file; {place}{_find_remedy(names)}")
@@ -134,14 +136,6 @@ def _find_remedy(names: Iterable[str]) -> str:
         for match in filter(None, (re.fullmatch(pattern, name) for name in names)):
             return remedy.format(match[0], next(filter(None, match.groups()), ""))
     return "fetch the model again"
-
-
-def hub_repository(folder: Path) -> str | None:
-    """The hub id whose download a folder is in, by the layout of the hub's cache; None if it is elsewhere."""
-    for parent in folder.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return None
 
 
 def _list_hub_files(repository: str, component: str) -> list[str]:

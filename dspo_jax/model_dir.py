@@ -13,13 +13,13 @@ from dspo_jax import json_files, tensors
 from dspo_jax.component_files import (
     OTHER_WEIGHTS,
     find_weights,
-    hub_repository,
     missing_weights,
     open_stored,
     stored_name,
     weights_file,
 )
 from dspo_jax.files import appear, name_write_errors, write_json
+from dspo_jax.hub_cache import find_repository
 from dspo_jax.tensors import Tensor
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -168,12 +168,13 @@ def _find_fault(folder: Path, class_name: str) -> str | None:
 
 
 def find_links(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """Those of `files` (relative to `folder`) that lie elsewhere, by a symbolic link.
+    """Lists those of `files` (relative to `folder`) that are links to files elsewhere.
 
     The hub's cache may link as it does: from a snapshot to the blobs of the same repository.
     """
     root = folder.resolve()
-    homes = [root, *([root.parents[1] / "blobs"] if hub_repository(root / "file") else [])]
+    cached = find_repository(root)
+    homes = [root, *([cached / "blobs"] if cached else [])]
     return [
         file for file in files if not any((folder / file).resolve().is_relative_to(home) for home in homes)
     ]

@@ -177,6 +177,14 @@ def test_links_within_the_folder_and_the_hubs_cache_are_copied(model, tmp_path, 
     weights.symlink_to("../../../blobs/abc")
     import_model(snapshot, out.with_name("again"))
     assert set(load_file(out.with_name("again") / "text_encoder" / "model.safetensors"))
+    whole = snapshot.rename(tmp_path / "whole")
+    snapshot.mkdir()
+    nested = whole.rename(snapshot / "model")  # a repository may hold models in folders
+    weights = nested / "text_encoder" / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../../../../blobs/abc")
+    import_model(nested, out.with_name("nested"))
+    snapshot = nested
     (repository / "blobs").rename(tmp_path / "blobs")
     weights.unlink()
     weights.symlink_to(tmp_path / "blobs" / "abc")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import PngImagePlugin
 
+from dspo_jax.hub_cache import find_repository
+
 MAX_FILE_BYTES = 256 * 1024 * 1024
 """Larger files are not read: as many bytes as the pixel limit has pixels of four bytes, uncompressed."""
 
@@ -73,7 +75,8 @@ class ImagePaths:
         """Takes the folder, the option that allows paths out of it, and whether that is set."""
         self._root, self._option, self._allow_outside = root, option, allow_outside
         self._real = os.path.realpath(root)
-        self._inside = (self._real, *_hub_blobs(Path(self._real)))
+        cached = find_repository(Path(self._real))
+        self._inside = (self._real, *([str(cached / "blobs")] if cached else []))
 
     def find(self, name: str, folder: Path | None = None) -> Path:
         """The path of an image.
@@ -105,12 +108,3 @@ class ImagePaths:
         for name in names:
             if os.path.isabs(name) or ".." in Path(name).parts:
                 self.find(name)
-
-
-def _hub_blobs(folder: Path) -> list[str]:
-    """The files that a snapshot in the hub's cache links to, if the folder is one or in one."""
-    for inside in (folder, *folder.parents):
-        blobs = inside.parent.parent / "blobs"
-        if inside.parent.name == "snapshots" and blobs.is_dir():
-            return [str(blobs)]
-    return []
