@@ -181,7 +181,7 @@ def find_links(folder: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def foresee_export(folder: Path) -> list[str]:
-    """What a later export over this model will leave out or refuse, a line each."""
+    """Says what a later export over this model will leave out or refuse, a line each."""
     unusable = find_unusable(folder, list_components(read_json(folder / "model_index.json")))
     lines = [f"an export will be without {name} ({reason})" for name, reason in unusable.items()]
     links = find_links(folder, list_files(folder))

@@ -32,7 +32,7 @@ class PromptSet:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the texts, each followed by a newline, and by its picture's bytes where it has one."""
+        """SHA-256 of the prompts, each with a newline and the bytes of its picture, if any."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(f"{prompt.text}\n".encode())
@@ -136,7 +136,7 @@ def _fix(where: str, path: str | Path) -> str:
 
 
 def _find(name: str, where: str) -> list[list[Path]]:
-    """Of each file of a set the paths that have its name: several are parts of one."""
+    """Lists, for each file of a set, the paths that have its name; several are parts of one file."""
     files, root = SETS[name].files, Path(where)
     if root.is_file():
         if len(files) > 1:

@@ -228,7 +228,7 @@ def _latent_size(pipe: Pipeline, size: tuple[int, int] | None) -> tuple[int, int
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Of the texts, and of the files to start from by path and size."""
+    """SHA-256 of prompts and input images, the latter by path and size."""
     rows = [(p.text, p.image and [str(p.image), p.image.stat().st_size]) for p in prompts]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -80,7 +80,7 @@ class CaptionTokenizer:
         return _digest(self.tokenizer)
 
     def digest_files(self) -> str | None:
-        """SHA-256 of vocab.json and merges.txt; None where the tokenizer is not what these two say.
+        """SHA-256 of vocab.json and merges.txt; None where the tokenizer has more than these two files say.
 
         Shards that were encoded before dspo_jax wrote `digest` have it in their manifest.
         """

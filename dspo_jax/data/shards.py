@@ -181,10 +181,10 @@ def check_manifest(
 
 
 def comparable(*fingerprints: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Fingerprints of models with the keys that all have, whichever version of dspo_jax they are of.
+    """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
 
-    Earlier versions digested the tokens as `tokenizer_sha256` only, which is left out where all have today's
-    `tokens_sha256`, and knew one `caption_length`.
+    Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, and no
+    `caption_length`, which was always 77.
     """
     today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
     unread = "tokenizer_sha256" if today else "tokens_sha256"

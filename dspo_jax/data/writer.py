@@ -65,7 +65,7 @@ class DatasetWriter:
         if path.exists() and any(self._unfinished.glob("*-*.json")):
             there = read_object(path, "delete the folder")
             models = shards.comparable(there["model"], plan["model"])
-            pair = [whole | {"model": model} for whole, model in zip((there, plan), models, strict=True)]
+            pair = [each | {"model": model} for each, model in zip((there, plan), models, strict=True)]
             difference = shards.first_difference(*pair)
             if difference is not None:
                 key, theirs, ours = difference

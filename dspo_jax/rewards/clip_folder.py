@@ -124,7 +124,7 @@ def read_clip(folder: Path) -> Model:
 
 
 def read_tokenizer(folder: Path, model: Model) -> Callable[[Sequence[str]], np.ndarray]:
-    """What makes prompts the token ids [N, S] int32 that `model` takes; longer ones are cut.
+    """Returns a function from N prompts to their token ids [N, S] int32; longer prompts are cut.
 
     What follows the end token changes nothing, as no position sees a later one.
 
