@@ -11,6 +11,8 @@ from ml_collections import config_dict
 _URL = re.compile(r"(?:[^:/=]*=)?([A-Za-z][A-Za-z0-9+-]+:/.*)", re.DOTALL)
 # Texts and addresses, which name no file.
 _NO_PATHS = ("negative_prompt", "coordinator_address", "config.samples.prompts")
+# Several paths, separated by commas; a prompt may hold commas, too.
+_SEVERAL = ("config.data.path", "data")
 
 
 def refuse_urls(values: flags.FlagValues) -> None:
@@ -25,7 +27,7 @@ def refuse_urls(values: flags.FlagValues) -> None:
     for name in values:
         for key, path in _walk(name, values[name].value):
             if key not in _NO_PATHS:
-                for part in path.split(","):  # config.data.path is several
+                for part in path.split(",") if key in _SEVERAL else [path]:
                     refuse_url(f"--{key}", part.strip())
 
 

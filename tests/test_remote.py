@@ -95,6 +95,7 @@ def test_local_paths_hub_names_and_texts_are_taken(parse):
         "--model=ours=org/name",
         "--model=./gs:/folder",
         "--model=a cat: 1/2",
+        "--out=a cat, style:/sketch",
         "--negative_prompt=http://watermark",
         "--config.samples.prompts=('see http://x', 'gs://text')",
     )
