@@ -1,5 +1,6 @@
 """Overrides of a recipe's keys on the command line: `None` unsets, and a new name drops the old arguments."""
 
+from collections.abc import Collection
 from typing import Any
 
 from absl import flags
@@ -58,22 +59,22 @@ def settle(values: flags.FlagValues) -> list[str]:
                     f"--{flag_name}.{key}=None: needs a value; without the option it is the recipe's"
                 )
             old_name = values[f"{flag_name}.{key}"].default
-            if last != "name" or value == old_name:
-                continue
-            given = [config_path.split(other) for other in overridden]
-            dropped = {
-                other: group[other]
-                for other in _optional_keys(group)
-                if group[other] is not None and (*path, other) not in given
-            }
-            for other in dropped:
-                group[other] = None
-            if dropped:
-                lines.append(
-                    f"{flag_name}.{key} = {value!r}: dropped what the recipe sets for {old_name!r}: "
-                    + ", ".join(f"{other} = {was!r}" for other, was in dropped.items())
-                )
+            if last == "name" and value != old_name:
+                given = {name for *where, name in map(config_path.split, overridden) if where == path}
+                if dropped := _unset_optional(group, given):
+                    lines.append(
+                        f"{flag_name}.{key} = {value!r}: dropped what the recipe sets for {old_name!r}: "
+                        f"{dropped}"
+                    )
     return lines
+
+
+def _unset_optional(group: config_dict.ConfigDict, given: Collection[str]) -> str:
+    """Unsets the optional keys of a group that are not `given`; returns them with their values."""
+    unset = {key: group[key] for key in _optional_keys(group) if key not in given and group[key] is not None}
+    for key in unset:
+        group[key] = None
+    return ", ".join(f"{key} = {value!r}" for key, value in unset.items())
 
 
 def _optional_keys(group: Any) -> list[str]:
