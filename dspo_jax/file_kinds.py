@@ -1,4 +1,4 @@
-"""Kinds of weights files that are no text-to-image model, known by their tensors' names, for refusals.
+"""Weights files that are no text-to-image model: their kinds, by the names of their tensors, for refusals.
 
 Sources of the names: diffusers, PEFT, kohya-ss/sd-scripts, LyCORIS, ControlNet, IP-Adapter, and the published
 files of the models themselves.
@@ -75,7 +75,7 @@ _CHANNELS = {
 
 
 def find_kind(tensors: Mapping[str, Tensor]) -> str | None:
-    """The kind of a file with these tensors; None for a checkpoint in the original layout or the unknown."""
+    """Finds what a file with these tensors is; None for an original checkpoint, or if it is unknown."""
 
     def find(kinds: list[tuple[re.Pattern[str], str]]) -> str | None:
         return next((kind for pattern, kind in kinds if any(map(pattern.fullmatch, tensors))), None)
@@ -101,8 +101,8 @@ def _find_inversion(tensors: Mapping[str, Tensor]) -> str | None:
     return "a textual inversion: words for another model" if small else None
 
 
-def describe(path: Path) -> str:
-    """The end of a refusal of `path`, which is neither a model's folder nor a run: "; it is ..." or nothing.
+def explain(path: Path) -> str:
+    """Ends the refusal of a path that is neither a model's folder nor a run: "; it is ...", or nothing.
 
     Raises:
       ValueError: a damaged file.

@@ -370,7 +370,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     if not index_file.is_file():
         raise FileNotFoundError(
             f"{path}: neither a diffusers folder (no model_index.json) nor a training workdir "
-            f"(no checkpoints){file_kinds.describe(path)}"
+            f"(no checkpoints){file_kinds.explain(path)}"
         )
     index = convert.read_json(index_file)
     schema.check(str(index_file), index, _INDEX_KEYS)

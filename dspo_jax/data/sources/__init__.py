@@ -7,12 +7,11 @@ changes. One decorator line registers it by name. A source hands over images as 
 """
 
 from dspo_jax.data.sources import emoji, folder, parquet, pick_a_pic, ranked, tfds
-from dspo_jax.data.sources.image_files import MAX_FILE_BYTES, BadRow, ImagePaths, read_image_file
+from dspo_jax.data.sources.image_files import BadRow, ImagePaths, read_image_file
 from dspo_jax.data.sources.pairs import MAX_PIXELS, PreferencePair, decode_image, decode_pair
 from dspo_jax.data.sources.registry import Source, get_source, register
 
 __all__ = [
-    "MAX_FILE_BYTES",
     "MAX_PIXELS",
     "BadRow",
     "ImagePaths",
