@@ -57,8 +57,7 @@ def run(
             with interrupts.interruptible():
                 return main(argv)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(interrupts.EXIT_INTERRUPTED)
+            interrupts.leave()
         except (ValueError, OSError) as error:
             logging.debug("Traceback of the error below", exc_info=True)
             _fail(_describe(error))

@@ -45,6 +45,11 @@ def hang():
     finally:
         sleep()
 
+def exit():
+    import atexit
+    atexit.register(print, "the interpreter's own way out")
+    sleep()
+
 def finish():
     pass
 
@@ -113,14 +118,14 @@ def test_every_command_ends_with_one_line_whenever_it_is_interrupted(module):
     assert interrupted
 
 
-@pytest.mark.parametrize("what", ["early", "sleep", "wrap", "lose"])
+@pytest.mark.parametrize("what", ["early", "sleep", "wrap", "lose", "exit"])
 def test_an_interrupt_is_one_line_wherever_it_arrives(what, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     process = start(tmp_path / "command.py", what)
     assert process.stdout.readline() == "here\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (EXIT_INTERRUPTED, "interrupted\n")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (EXIT_INTERRUPTED, "", "interrupted\n")
 
 
 def test_a_second_interrupt_ends_what_cleans_up(tmp_path):
