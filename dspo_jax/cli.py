@@ -139,8 +139,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.Error as error:
         # A ValueError or TypeError inside a config file arrives here as its whole traceback: the last line
         # says it.
-        lines = str(error).strip().splitlines()
-        _fail(lines[-1] if "Traceback" in str(error) else str(error))
+        message = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+        if "get_config() takes 0 positional arguments" in message:
+            named = next(argument for argument in argv if re.search(r"\.py:", argument))
+            message = f"{named}: the recipe has no variants; leave out the colon and what follows"
+        _fail(message)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError):
         # What config_flags raises for an override when the key or the file does not exist. If the fault lies
         # inside the file, looking for the key loads it again and so raises the fault again, with its

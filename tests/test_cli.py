@@ -157,6 +157,14 @@ def test_what_a_new_name_drops_is_said(run):
         (["--config=absent.py", "--config.batch_size=1"], "--config=absent.py: no such file"),
         (["--config=raises.py"], "ValueError: config.a = 3: too large"),
         (
+            ["--config=toy.py:paper"],
+            "--config=toy.py:paper: the recipe has no variants; leave out the colon and what follows",
+        ),
+        (
+            ["--config", "toy.py:paper", "--config.batch_size=1"],
+            "toy.py:paper: the recipe has no variants; leave out the colon and what follows",
+        ),
+        (
             ["--config=toy.py", "batch_size=3"],
             "unexpected argument 'batch_size=3'; options are written --name=value",
         ),
