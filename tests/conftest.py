@@ -6,6 +6,7 @@ as subprocesses run under the same rules. They must be set before JAX is first i
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,12 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
 )
+
+
+# A shell without job control ignores Ctrl-C in what it puts in the background, and the commands that tests
+# interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
