@@ -121,7 +121,8 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(
         "The pairs' order, and the reward `sentiment`, are the affect of tweets that use an emoji, not a "
         "judgement of its picture; held-out pairs share emoji with one another, so the interval of the "
-        "implicit accuracy is a little too narrow.",
+        "implicit accuracy is a little too narrow. The loss and the errors of winner and loser rise here: "
+        "examples/emoji/README.md says why.",
         highlight=False,
     )
 
