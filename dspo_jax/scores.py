@@ -79,7 +79,7 @@ def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
 
 
 def _how(reward: Reward) -> dict[str, Any]:
-    """What must be the same of a score that is kept. Rows without `reads_alpha` are of images over white."""
+    """The identity of a kept score. Rows without `reads_alpha` are scores of images laid over white."""
     return {"version": reward.version, "reads_alpha": reward.reads_alpha}
 
 

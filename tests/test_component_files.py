@@ -1,4 +1,4 @@
-"""Which files of a component are read, against diffusers and transformers; what is said where none can be."""
+"""Files of a component that are read, against diffusers and transformers, and refusals where none can be."""
 
 import re
 import shutil

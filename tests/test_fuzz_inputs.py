@@ -31,7 +31,7 @@ REASONS = {"undecodable image", "zero-size image", "image over the pixel limit"}
 
 
 def attempt(function: Callable[[], Any], *refusals: type[Exception]) -> tuple[Any, Any]:
-    """What a function returns, or how it refuses."""
+    """The result of a function, or its refusal."""
     try:
         return function(), None
     except refusals as error:

@@ -16,7 +16,7 @@ RECORD = {"file": "0-m/00000_0.png", "prompt": "a", "prompt_index": 0}
 
 @pytest.fixture
 def drawn(tmp_path):
-    """What `sample` leaves of one prompt and seed."""
+    """The file and the manifest line that `sample` writes for one prompt and seed."""
     (tmp_path / "0-m").mkdir()
     (tmp_path / "0-m" / "00000_0.png").write_bytes(image_bytes())
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 3, "models": [{"model": "m"}]}))

@@ -1,4 +1,4 @@
-"""What the config.json of every network has in common: keys of bookkeeping, and values for each block."""
+"""Keys of bookkeeping and values for each block, as every network's config.json has them."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -100,7 +100,7 @@ def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
 
 
 def image_paths(path: str, allow_outside: bool) -> ImagePaths:
-    """Where images may lie that the files of a source give as paths: in its folder, or anywhere."""
+    """Returns the check of image paths in a source's files: inside its folder, or anywhere where allowed."""
     root = Path(path)
     return ImagePaths(root if root.is_dir() else root.parent, ALLOW_OUTSIDE, allow_outside)
 
