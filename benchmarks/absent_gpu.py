@@ -16,7 +16,8 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
-from dspo_jax import compiled, spelling
+from dspo_jax import spelling
+from dspo_jax.planning.program_text import array_bytes, entry_instructions
 
 # The numbers of XLA's own descriptions, github.com/openxla/xla, xla/backends/gpu/target_config/specs/
 # h100_sxm.txtpb and a100_sxm_40.txtpb, with the versions of CUDA 12.9 and cuDNN 9.10.
@@ -80,7 +81,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
 def as_if_here(device: Any) -> Iterator[None]:
     """Within it, what is asked of the GPU that is here, while a program is traced, is told of `device`.
 
-    `sharding.target_of` and JAX's attention ask for the capability, and JAX for cuDNN's version too.
+    `targets.target_of` and JAX's attention ask for the capability, and JAX for cuDNN's version too.
     """
 
     def at_least(capability: str) -> bool:
@@ -115,9 +116,9 @@ def traffic(text: str) -> dict[str, tuple[int, int]]:
     """
     found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     sizes: dict[str, int] = {}
-    for instruction in compiled.entry_instructions(text):
+    for instruction in entry_instructions(text):
         type_ = _WORKSPACE.sub("", instruction.type)
-        sizes[instruction.name] = compiled.array_bytes(type_)
+        sizes[instruction.name] = array_bytes(type_)
         if instruction.op in _FREE:
             continue
         kind = instruction.op

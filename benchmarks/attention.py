@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import programs
-from dspo_jax import cli, plan, sharding
-from dspo_jax.models import flash
-from dspo_jax.models.attention import choose, plain_attention
-from dspo_jax.throughput import find_chip, peak_flops
+from dspo_jax import cli
+from dspo_jax.kernels import flash
+from dspo_jax.kernels.attention import choose, plain_attention
+from dspo_jax.kernels.targets import target_of
+from dspo_jax.monitoring.devices import find_chip, peak_flops
+from dspo_jax.planning.plan import find_devices
 
 # queries, keys, heads, size of a head
 CASES = {
@@ -52,7 +54,7 @@ def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Ca
         queries, keys, heads, size = case
         name, kernel = KERNELS[device.platform]
         shape = (images, queries, heads, size)
-        if choose(sharding.target_of(device), shape, keys, jnp.bfloat16, wanted=name) == name:
+        if choose(target_of(device), shape, keys, jnp.bfloat16, wanted=name) == name:
             backends["kernel"] = kernel
     return backends
 
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints a line for each case and backend."""
     del argv
     values = flags.FLAGS
-    device = plan.find_devices(values.topology)[0]
+    device = find_devices(values.topology)[0]
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
     for name, case in CASES.items():
         if values.only not in name:

@@ -19,7 +19,7 @@ from absl import flags
 from dspo_jax import cli
 from dspo_jax.files import whole
 from dspo_jax.objectives import Predictions, get_objective
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 PAIRS, LATENT = 16, (64, 64, 4)
 LAMBDAS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0)

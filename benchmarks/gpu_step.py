@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import absent_gpu
-from dspo_jax import cli, published
-from dspo_jax.dry_run import batch_shapes, in_units
-from dspo_jax.pipeline import Pipeline
-from dspo_jax.sharding import make_mesh, replicated
-from dspo_jax.start import make_adapters, make_state, make_task
-from dspo_jax.step import compile_step
+from dspo_jax import cli
+from dspo_jax.parallel.mesh import make_mesh, replicated
+from dspo_jax.pipelines import published
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.costs import batch_shapes
+from dspo_jax.training.dry_run import in_units
+from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.step import compile_step
 
 
 def lower_step(config: ConfigDict, pipe: Pipeline, size: int, mesh: Mesh) -> jax.stages.Lowered:

@@ -16,9 +16,11 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import programs
-from dspo_jax import cli, plan
+from dspo_jax import cli
+from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models import blocks
-from dspo_jax.sharding import make_mesh, on_mesh
+from dspo_jax.parallel.mesh import make_mesh
+from dspo_jax.planning.plan import find_devices
 
 # Channels and the side before doubling.
 DOUBLED = ((1280, 16), (640, 32), (256, 32), (128, 16))
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints a line for each layer and form."""
     del argv
     values = flags.FLAGS
-    device = plan.find_devices(values.topology)[0]
+    device = find_devices(values.topology)[0]
     mesh = make_mesh({}, [device])
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
     cases = {f"double {c} to {2 * side}": doubled(values.images, c, side) for c, side in DOUBLED}

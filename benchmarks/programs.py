@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from dspo_jax import compiling
+from dspo_jax.planning import compilation
 
 
 def define_flags(images: int) -> None:
@@ -45,7 +45,7 @@ def describe(program: Any, device: Any) -> str:
     if flags.FLAGS.topology is None:
         return line + f"{_milliseconds(program, device):8.3f} ms"
     costs = program.cost_analysis()
-    seconds = compiling.expected_seconds(costs, program.as_text()) or math.nan
+    seconds = compilation.expected_seconds(costs, program.as_text()) or math.nan
     return line + f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
 
 

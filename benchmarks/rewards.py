@@ -24,7 +24,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from benchmarks import measuring
 from dspo_jax import cli
-from dspo_jax.rewards import convert, load_reward
+from dspo_jax.rewards import load_reward
+from dspo_jax.rewards.publish import RECIPES, prepare
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 
@@ -51,10 +52,10 @@ def write_weights(folder: Path, layers: int, text_layers: int) -> None:
 
 def ours(folder: Path, batch_size: int) -> Score:
     """As a user of this project gets it."""
-    job = convert.prepare(
+    job = prepare(
         "pickscore", folder / "rewards" / "pickscore", weights=str(folder), tokenizer=None, head=None
     )
-    convert.RECIPES["pickscore"].write(job)
+    RECIPES["pickscore"].write(job)
     return load_reward("pickscore", folder / "rewards", batch_size=batch_size).score
 
 

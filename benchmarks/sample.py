@@ -16,10 +16,11 @@ import torch
 from absl import flags
 
 from benchmarks import measuring
-from dspo_jax import cli, sharding
-from dspo_jax.image_sampler import Drawing, Job, initial_noise
-from dspo_jax.pipeline import load_pipeline
-from dspo_jax.sample import draw_batches
+from dspo_jax import cli
+from dspo_jax.parallel.mesh import use_cpu_cores
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling.drawing import draw_batches
+from dspo_jax.sampling.image_sampler import Drawing, Job, initial_noise
 
 PROMPT = "smiling face with sunglasses"
 
@@ -71,7 +72,7 @@ def theirs(
 def main(argv: Sequence[str]) -> None:
     """Prints the table."""
     del argv
-    sharding.use_cpu_cores()
+    use_cpu_cores()
     values = flags.FLAGS
     model, batch_size = values.model, values.batch_size
     pipe = load_pipeline(model)

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from benchmarks import measuring, train_step
 from dspo_jax import cli
-from dspo_jax.compiled import peak_bytes
-from dspo_jax.models import Params
+from dspo_jax.models.model import Params
 from dspo_jax.models.remat import POLICIES
-from dspo_jax.pipeline import Pipeline, Text
-from dspo_jax.step import Batch, TrainState, compile_step
-from dspo_jax.step import train_step as one_step
-from dspo_jax.throughput import count_flops
+from dspo_jax.monitoring.devices import count_flops, peak_bytes
+from dspo_jax.pipelines.pipeline import Pipeline, Text
+from dspo_jax.training.step import TrainState, compile_step
+from dspo_jax.training.step import train_step as one_step
+from dspo_jax.training.task import Batch
 
 AS_IT_IS = "as it is"
 

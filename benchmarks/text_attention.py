@@ -18,8 +18,10 @@ from flax import nnx
 
 from benchmarks import absent_gpu
 from dspo_jax import cli
-from dspo_jax.models import attention, blocks
-from dspo_jax.sharding import make_mesh, on_mesh, replicated
+from dspo_jax.kernels import attention
+from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.models import blocks
+from dspo_jax.parallel.mesh import make_mesh, replicated
 
 TOKENS = 77
 # Positions of the image, heads, size of a head, width of the text.

@@ -25,8 +25,9 @@ from torch.nn import functional
 from transformers import Adafactor, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks import measuring
-from dspo_jax import cli, published, spelling
-from dspo_jax.throughput import host_memory_peak
+from dspo_jax import cli, spelling
+from dspo_jax.monitoring.devices import host_memory_peak
+from dspo_jax.pipelines import published
 
 OPTIONS = ("channels_last", "compile", "online_vae")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,13 +21,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import measuring
-from dspo_jax import cli, published, sharding
-from dspo_jax.dry_run import batch_shapes, flops_per_pair
-from dspo_jax.models import Params
-from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.start import make_adapters, make_state, make_task
-from dspo_jax.step import Task, TrainState, compile_step, init_state
-from dspo_jax.throughput import memory_peaks, peak_flops
+from dspo_jax import cli
+from dspo_jax.models.model import Params
+from dspo_jax.monitoring.devices import memory_peaks, peak_flops
+from dspo_jax.parallel.mesh import check_batch_size, make_mesh, replicated, shard_batch, use_cpu_cores
+from dspo_jax.pipelines import published
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.costs import batch_shapes, flops_per_pair
+from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.step import TrainState, compile_step, init_state
+from dspo_jax.training.task import Task
 
 
 def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, Params]:
@@ -64,23 +68,21 @@ def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict
         "loser_won": np.zeros(batch_size, bool),
         "index": np.arange(batch_size),
     }
-    return sharding.shard_batch(
-        {name: value.astype(shapes[name].dtype) for name, value in values.items()}, mesh
-    )
+    return shard_batch({name: value.astype(shapes[name].dtype) for name, value in values.items()}, mesh)
 
 
 def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str, jax.Array], jax.Array]:
     """What is measured in words, and on its devices: mesh, state, reference, batch and the run's key."""
     values = flags.FLAGS
-    sharding.use_cpu_cores(config.batch_size // max(1, config.accumulation))
+    use_cpu_cores(config.batch_size // max(1, config.accumulation))
     measuring.check_model(config)
     pipe: Pipeline = (
         published.architecture(values.published) if values.published else load_pipeline(config.model)
     )
     task, adapters = make_task(config, pipe), make_adapters(config, pipe)
     sizes = config.mesh.to_dict()
-    mesh = sharding.make_mesh(sizes, dcn_sizes=sizes.pop("dcn"))
-    sharding.check_batch_size(config.batch_size // config.accumulation, mesh)
+    mesh = make_mesh(sizes, dcn_sizes=sizes.pop("dcn"))
+    check_batch_size(config.batch_size // config.accumulation, mesh)
     resolution = values.resolution or pipe.image_side
     print(
         f"{measuring.describe(config, resolution)}; {mesh.size} {mesh.devices.flat[0].device_kind} device(s)",
@@ -89,7 +91,7 @@ def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str
 
     state, reference = (random_state if values.published else make_state)(task, mesh, adapters)
     batch = make_batch(task, resolution, config.batch_size, mesh)
-    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
     return measuring.describe(config, resolution), mesh, state, reference, batch, key
 
 

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dspo_jax import interrupts, overrides, remote, spelling
+from dspo_jax import interrupts, overrides, spelling, urls
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
@@ -50,8 +50,8 @@ def run(
             _fail(f"unexpected argument {argv[-1]!r}; options are written --name=value")
         try:
             if operand:
-                remote.refuse_url(operand, argv[1])
-            remote.refuse_urls(flags.FLAGS)
+                urls.refuse_url(operand, argv[1])
+            urls.refuse_urls(flags.FLAGS)
             for line in overrides.settle(flags.FLAGS):
                 logging.info("%s", line)
             with interrupts.interruptible():
@@ -186,7 +186,7 @@ def _config_flag_names() -> list[str]:
 
 def _check_is_file(name: str, config_filename: str) -> None:
     try:
-        remote.refuse_url(f"--{name}", config_filename)
+        urls.refuse_url(f"--{name}", config_filename)
     except ValueError as error:
         _fail(str(error))
     path = config_filename.split(":", 1)[0]  # what follows a colon is get_config's argument

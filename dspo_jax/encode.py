@@ -4,255 +4,34 @@ r"""Encodes preference pairs once, so that training never sees an image: caption
         --config.model=MODEL_DIR --out OUT
 
 Every key of the config, with its default, stands in configs/encode/common.py. The same command goes on where
-a stopped one was. Several processes share the work as parts of one run (dspo_jax/distributed.py) or, without
-knowing of one another, with --shard=0/4 to --shard=3/4.
+a stopped one was. Several processes share the work as parts of one run (parallel/processes.py), or without
+knowing of one another with --shard=0/4 to --shard=3/4.
 """
 
-import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
 
-import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from dspo_jax import cli, distributed, spelling
+from dspo_jax import cli
 from dspo_jax.data import shards
-from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, Encoder
-from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
-from dspo_jax.data.sources import PreferencePair, Source, get_source
-from dspo_jax.data.writer import DatasetWriter
-from dspo_jax.metrics import Progress
-from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import cpu_cores
-
-# Between two looks at what all processes have finished.
-_SECONDS_BETWEEN_LOOKS = 3.0
-
-
-def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) -> bool:
-    """Encodes what `config` names into a dataset at `out`: all of it that is not there yet.
-
-    Args:
-      config: see configs/encode/common.py.
-      out: the dataset's folder.
-      share: (i, n): of the shards, only every n-th from the i-th on. None: all of them or, where several
-        processes are one run, those of this process; the others are then waited for.
-
-    Returns:
-      Whether the dataset is complete; False if shards of other shares are missing.
-
-    Raises:
-      ValueError: a config value, the source's data or the content of `out` is refused, or another process
-        encodes into it.
-      FileNotFoundError: the model or a file of the source is missing.
-      OSError: a shard cannot be written, or a process that decodes was ended.
-    """
-    _check_values(config)
-    with distributed.claim(out, share):
-        return _encode(config, out, share)
-
-
-def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> bool:
-    source = _open_source(config)
-    splits = _choose_splits(config, source)
-    pipe = load_pipeline(config.model)
-    resolution = pipe.image_side if config.resolution is None else config.resolution
-    framing = _frame(config, resolution, pipe)
-    manifest = {
-        "model": pipe.fingerprint(),
-        "resolution": resolution,
-        "source": {
-            "name": config.source.name,
-            # Where images may lie is a matter of trust; it does not decide which there are.
-            "arguments": {key: value for key, value in _arguments(config).items() if key != "allow_outside"},
-            "rows_sha256": {split: source.digest(split) for split in splits},
-        },
-        "encoding": {key: config[key] for key in _ENCODING},
-    }
-    if shards.is_complete(out, manifest, splits):
-        return True
-    rows = {split: source.num_examples(split) for split in splits}
-    per_shard = config.rows_per_shard
-    num_shards = {split: math.ceil(count / per_shard) for split, count in rows.items()}
-    rows_of = {
-        (split, number): min(per_shard, rows[split] - number * per_shard)
-        for split in splits
-        for number in range(num_shards[split])
-    }
-    buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
-    side = None if buckets else resolution // pipe.vae_scale_factor
-    features = shards.feature_spec(
-        (source.images_per_example, side, side, 2 * pipe.latent_channels),
-        len(pipe.tokenizers),
-        pipe.caption_length,
-    )
-    writer = DatasetWriter(out, features, manifest, num_shards, buckets)
-    workers = cpu_cores() if config.num_workers is None else config.num_workers
-    # What this module imports, which takes long; each worker imports the module itself.
-    with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
-        encoder = Encoder(
-            pipe,
-            framing,
-            batch_size=config.batch_size,
-            vae_dtype=config.vae_dtype,
-            pool=pool,
-            ahead=max(2 * config.batch_size, 4 * workers),
-        )
-        index, count = share or (jax.process_index(), jax.process_count())
-        with _Progress(writer, encoder, rows_of, source.images_per_example) as progress:
-            for split, number in list(rows_of)[index::count]:
-                if writer.is_written(split, number):
-                    continue
-                first = number * per_shard
-                of_shard = source.pairs(split, first, first + rows_of[split, number])
-                log = BadRowLog(split, rows[split], config.source.max_skipped, writer.skipped(split))
-                examples = encoder.examples(progress.track(of_shard), log)
-                writer.write_shard(split, number, examples, log.reasons)
-            while share is None and not _is_ready(out, writer, len(rows_of)):
-                time.sleep(_SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
-                progress.look()
-    if (out / shards.MANIFEST).is_file():
-        return True
-    if len(writer.finished()) < len(rows_of):
-        return False
-    try:
-        for split in splits:
-            skipped = writer.skipped(split)
-            BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
-            if skipped.total() >= rows[split]:
-                raise ValueError(
-                    f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
-                )
-        writer.commit({split: source.left_out(split) for split in splits})
-    except FileNotFoundError:
-        if not (out / shards.MANIFEST).is_file():  # else another share has just finished the dataset
-            raise
-    return True
-
-
-# What of the config decides the content of the shards, besides the model and the source.
-_ENCODING = (
-    "flip",
-    "seed",
-    "batch_size",
-    "rows_per_shard",
-    "vae_dtype",
-    "max_aspect_ratio",
-    "bucket_step",
-)
-
-
-def _check_values(config: ConfigDict) -> None:
-    if not config.model:
-        raise ValueError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
-    if not config.source.name:
-        raise ValueError("config.source.name is not set: start from a recipe in configs/encode")
-    for key, allowed in (("flip", FLIPS), ("vae_dtype", VAE_DTYPES)):
-        if config[key] not in allowed:
-            raise ValueError(spelling.unknown(f"config.{key}", config[key], allowed))
-    for key in ("resolution", "batch_size", "rows_per_shard", "bucket_step", "max_aspect_ratio"):
-        if config[key] is not None and config[key] < 1:
-            raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
-    if config.num_workers is not None and config.num_workers < 0:
-        raise ValueError(f"config.num_workers = {config.num_workers}: must be at least 0")
-
-
-def _arguments(config: ConfigDict) -> dict[str, Any]:
-    """The source's own."""
-    return {
-        key: value for key, value in config.source.to_dict().items() if key not in ("name", "max_skipped")
-    }
-
-
-def _open_source(config: ConfigDict) -> Source:
-    return get_source(config.source.name, **_arguments(config))
-
-
-def _choose_splits(config: ConfigDict, source: Source) -> tuple[str, ...]:
-    splits = tuple(config.splits) or tuple(source.splits)
-    for split in splits:
-        if split not in source.splits:
-            raise ValueError(spelling.unknown("config.splits", split, source.splits))
-        if source.num_examples(split) == 0:
-            left_out = ", ".join(f"{reason}: {count}" for reason, count in source.left_out(split).items())
-            raise ValueError(
-                f"config.source.name = {config.source.name!r}: split {split!r} is empty; check its arguments"
-                + (f" (left out: {left_out})" if left_out else "")
-            )
-    return splits
-
-
-def _frame(config: ConfigDict, resolution: int, pipe: Pipeline) -> Framing:
-    sizes = bucket_sizes(resolution, config.bucket_step, config.max_aspect_ratio)
-    units = {"resolution": resolution, "bucket_step": math.gcd(*sizes[-1])}
-    for key, pixels in units.items():
-        if pixels % pipe.vae_scale_factor:
-            raise ValueError(
-                f"config.{key} = {config[key]}: must be a multiple of {pipe.vae_scale_factor}, the pixels "
-                "per latent of this model's VAE"
-            )
-    return Framing(sizes, config.flip, config.seed)
-
-
-def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
-    """Whether the dataset is finished or, in the process that finishes it, can be."""
-    if (out / shards.MANIFEST).is_file():
-        return True
-    return distributed.is_first() and len(writer.finished()) == num_shards
-
-
-class _Progress:
-    """A bar over the rows of all processes, with images/s and the share of time spent waiting for images."""
-
-    def __init__(
-        self, writer: DatasetWriter, encoder: Encoder, rows_of: Mapping[tuple[str, int], int], images: int
-    ):
-        """Args: rows_of: rows of every shard; images: of a row."""
-        self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images
-        self._started = self._looked = time.perf_counter()
-        self._before = self._finished_rows()
-        self._bar = Progress("encode", sum(rows_of.values()), self._before, active=distributed.is_first())
-
-    def __enter__(self) -> Self:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.look()
-        self._bar.__exit__(*error)
-
-    def track(self, rows: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
-        """The rows of a shard, showing now and then how many are taken."""
-        for taken, row in enumerate(rows, start=1):
-            yield row
-            if time.perf_counter() - self._looked > _SECONDS_BETWEEN_LOOKS:
-                self.look(taken)
-
-    def look(self, taken: int = 0) -> None:
-        """Counts the finished shards of all processes and the rows taken of the one in work."""
-        self._looked = time.perf_counter()
-        done, seconds = self._finished_rows() + taken, self._looked - self._started
-        waiting = self._encoder.seconds_waiting / seconds
-        speed = (done - self._before) * self._images / seconds
-        self._bar.update(done, {"images/s": speed, "waiting for images": waiting})
-
-    def _finished_rows(self) -> int:
-        return sum(self._rows_of[shard] for shard in self._writer.finished())
+from dspo_jax.data.encoding import encode
+from dspo_jax.errors import UserError
+from dspo_jax.parallel import processes
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    distributed.initialize_from_flags()
+    processes.initialize_from_flags()
     started = time.perf_counter()
     out = Path(flags.FLAGS.out)
     already_there = (out / shards.MANIFEST).is_file()
     complete = encode(flags.FLAGS.config, out, parse_share(flags.FLAGS.shard))
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     seconds = time.perf_counter() - started
     if not complete:
@@ -279,7 +58,7 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
-        raise ValueError(f"--shard={text}: must be I/N with I from 0 to N - 1, for example 0/4")
+        raise UserError(f"--shard={text}: must be I/N with I from 0 to N - 1, for example 0/4")
     return int(match[1]), int(match[2])
 
 
@@ -293,5 +72,5 @@ if __name__ == "__main__":
         "I/N: encode every N-th of the dataset's files from the I-th on (from 0), beside processes that do "
         "the others; the last one to end finishes the dataset.",
     )
-    distributed.define_flags()
+    processes.define_flags()
     cli.run(main)

@@ -19,13 +19,15 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from dspo_jax import cli, distributed, sharding
-from dspo_jax.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.evaluate import check_rewards, evaluate
-from dspo_jax.evaluation import BASE, Evaluation
+from dspo_jax import cli
+from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
+from dspo_jax.evaluation.result import BASE, Evaluation
+from dspo_jax.evaluation.run import check_rewards, evaluate
 from dspo_jax.files import whole
-from dspo_jax.prompt_sets import PromptSet, read_prompt_set
-from dspo_jax.train import train
+from dspo_jax.parallel import processes
+from dspo_jax.parallel.mesh import use_cpu_cores
+from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.training.loop import train
 
 
 def write_medians(evaluation: Evaluation, betas: Sequence[float], out: Path) -> None:
@@ -62,10 +64,10 @@ def main(argv: Sequence[str]) -> None:
         betas = sorted({float(text) for text in values.betas})
     except ValueError as error:
         raise ValueError(f"--betas={','.join(values.betas)}: must be numbers, separated by commas") from error
-    sharding.use_cpu_cores()
-    distributed.initialize_from_flags()
+    use_cpu_cores()
+    processes.initialize_from_flags()
     out = Path(values.out)
-    with distributed.claim(out):
+    with processes.claim(out):
         ablate(values, betas, out)
 
 
@@ -97,7 +99,7 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
         seeds=values.seeds,
         **{**options, "prompts": PromptSet(prompts.name, tuple(options["prompts"]))},
     )
-    if distributed.is_first():
+    if processes.is_first():
         write_medians(evaluation, betas, out)
         print(out / "beta.png")
 
@@ -112,5 +114,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 1, "Images of each prompt.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder for runs, evaluation, beta.csv and beta.png.", required=True)
     define_drawing_flags()
-    distributed.define_flags()
+    processes.define_flags()
     cli.run(main)

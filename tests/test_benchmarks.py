@@ -23,12 +23,12 @@ torch = pytest.importorskip("torch")
 
 from benchmarks import compare, measuring, step_parts, torch_reference, train_step  # noqa: E402
 from configs import common, emoji_diffusion_dpo  # noqa: E402
-from dspo_jax import published  # noqa: E402
-from dspo_jax.compiled import peak_bytes  # noqa: E402
-from dspo_jax.models import build_model  # noqa: E402
-from dspo_jax.pipeline import load_pipeline  # noqa: E402
-from dspo_jax.sharding import make_mesh  # noqa: E402
-from dspo_jax.start import make_state, make_task  # noqa: E402
+from dspo_jax.models.model import build_model  # noqa: E402
+from dspo_jax.monitoring.devices import peak_bytes  # noqa: E402
+from dspo_jax.parallel.mesh import make_mesh  # noqa: E402
+from dspo_jax.pipelines import published  # noqa: E402
+from dspo_jax.pipelines.loading import load_pipeline  # noqa: E402
+from dspo_jax.training.start import make_state, make_task  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_model import write_model, write_pairs
 
-from dspo_jax import convert, json_files
+from dspo_jax import json_files
 from dspo_jax.data import shards
-from dspo_jax.pipeline import load_pipeline
+from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.rewards.clip_folder import read_clip
 from dspo_jax.samplers import SAMPLERS, make_sampler
+from dspo_jax.weights.components import read_models
 
 NESTED = [[[[[[[[1]]]]]]]]
 VALUES = [
@@ -239,5 +240,5 @@ def test_a_model_without_its_class_is_the_one_of_the_index(tiny_model, tmp_path)
         content = json.loads(path.read_text())
         content.pop("_class_name", None), content.pop("architectures", None)
         path.write_text(json.dumps(content))
-    assert convert.read_models(folder)["unet"].settings == convert.read_models(tiny_model)["unet"].settings
+    assert read_models(folder)["unet"].settings == read_models(tiny_model)["unet"].settings
     assert load_pipeline(folder).text_encoders["text_encoder"].class_name == "CLIPTextModel"

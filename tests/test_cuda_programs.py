@@ -13,10 +13,13 @@ from tiny_run import make_config
 
 from benchmarks import absent_gpu, text_attention
 from benchmarks.gpu_step import lower_step
-from dspo_jax import published, sharding
-from dspo_jax.models.attention import attention
-from dspo_jax.pipeline import Pipeline, load_pipeline
-from dspo_jax.sharding import batch_sharding, make_mesh, on_mesh
+from dspo_jax.kernels import targets
+from dspo_jax.kernels.attention import attention
+from dspo_jax.kernels.targets import Target, on_mesh
+from dspo_jax.parallel.mesh import batch_sharding, make_mesh
+from dspo_jax.pipelines import published
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.pipelines.pipeline import Pipeline
 
 CAPABILITIES = {"H100": "9.0", "A100": "8.0"}
 needs_plugin = pytest.mark.skipif(
@@ -37,8 +40,8 @@ def card(request, monkeypatch):
     """The name of a card that is not here, for which all programs are traced."""
     capability = CAPABILITIES[request.param]
     major, minor = capability.split(".")
-    target = sharding.Target("gpu", f"NVIDIA {request.param}", (int(major), int(minor)))
-    monkeypatch.setattr(sharding, "target_of", lambda device: target)
+    target = Target("gpu", f"NVIDIA {request.param}", (int(major), int(minor)))
+    monkeypatch.setattr(targets, "target_of", lambda device: target)
     with absent_gpu.as_if_here(SimpleNamespace(compute_capability=capability)):
         yield request.param
 

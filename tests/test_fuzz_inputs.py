@@ -16,9 +16,11 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from dspo_jax.data.sources import MAX_PIXELS, BadRow, PreferencePair, decode_image, decode_pair, get_source
-from dspo_jax.metrics import read_metrics
-from dspo_jax.prompts import Prompt, read_prompts
+from dspo_jax.data.sources import PreferencePair, decode_pair, get_source
+from dspo_jax.images.decode import MAX_PIXELS, decode_image
+from dspo_jax.images.image_files import BadRow
+from dspo_jax.monitoring.metrics import read_metrics
+from dspo_jax.sampling.prompts import Prompt, read_prompts
 
 pytestmark = [
     pytest.mark.slow,

@@ -37,7 +37,7 @@ print(batch["tokens"].shape)
 
 
 def run(*arguments):
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    path = os.pathsep.join([str(TESTS / "support"), str(TESTS.parent)])
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
@@ -60,27 +60,49 @@ def test_the_block_works(name):
     assert result.stderr.endswith(f"AssertionError: {name} was imported\n")
 
 
-def test_imports_go_up_the_table_of_rooms():
+def read_rooms() -> dict[str, int]:
+    """Dotted names of the packages and modules in CONTRIBUTING's table of rooms, with their rows."""
     table = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")]
-    rows = {
-        Path(name).name: number
-        for number, line in enumerate(table)
-        for name in re.findall("`([^`]+)`", line.split("|")[1])
+    return {
+        name.removesuffix("/").removesuffix(".py").replace("/", "."): row
+        for row, line in enumerate(table)
+        for name in re.findall("`(dspo_jax/[^`]+)`", line.split("|")[1])
     }
-    modules = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): next(
-            (rows[part] for part in path.relative_to(ROOT).parts[1:] if part in rows), None
-        )
-        for path in (ROOT / "dspo_jax").rglob("*.py")
-    }
-    assert {name for name, row in modules.items() if row is None} == {"dspo_jax", "dspo_jax.data"}
-    downwards = [
-        f"{name} imports {imported}"
-        for name, row in modules.items()
-        for imported in imports_of(name, modules)
-        if row is not None and (modules[imported] or 0) > row
+
+
+def find_room(module: str, rooms: Container[str]) -> str | None:
+    """The room that is named nearest above a module; None where there is none."""
+    while module and module not in rooms:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def find_modules() -> set[str]:
+    paths = (ROOT / "dspo_jax").rglob("*.py")
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}
+
+
+def test_imports_go_up_the_table_of_rooms():
+    rooms, modules = read_rooms(), find_modules()
+    room_of = {module: find_room(module, rooms) for module in modules}
+    assert {module for module, room in room_of.items() if room is None} == {"dspo_jax"}
+    commands = {room for room, row in rooms.items() if row == max(rooms.values())}
+    assert commands <= modules
+    imports = [(module, imported) for module in modules for imported in imports_of(module, modules)]
+    assert not [
+        f"{module} imports {imported}"
+        for module, imported in imports
+        if imported in commands
+        or (imported != "dspo_jax" and room_of[module] and rooms[room_of[imported]] > rooms[room_of[module]])
     ]
-    assert not downwards
+
+
+def test_no_module_imports_itself_in_a_circle():
+    modules = find_modules()
+    left = {module: set(imports_of(module, modules)) - {module, "dspo_jax"} for module in modules}
+    while free := {module for module, imported in left.items() if not imported}:
+        left = {module: imported - free for module, imported in left.items() if module not in free}
+    assert not left
 
 
 def imports_of(name: str, modules: Container[str]) -> Iterator[str]:

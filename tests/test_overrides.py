@@ -8,7 +8,7 @@ from test_recipes import CONFIGS, RECIPES, variants
 from dspo_jax import overrides
 from dspo_jax.objectives import get_objective
 from dspo_jax.objectives.registry import _REGISTRY
-from dspo_jax.optim import OPTIMIZERS, make_optimizer
+from dspo_jax.training.optim import OPTIMIZERS, make_optimizer
 
 # ml_collections loads a config file so.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")

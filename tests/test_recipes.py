@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspo_jax.objectives import get_objective
-from dspo_jax.optim import make_optimizer
+from dspo_jax.training.optim import make_optimizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "pick_a_pic.py")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 from processes import ROOT
 
-from dspo_jax import remote
+from dspo_jax import urls
 
 ENCODE = f"--config={ROOT}/configs/encode/folder.py"
 TRAIN = f"--config={ROOT}/configs/sd15_dspo.py"
@@ -86,7 +86,7 @@ def parse(monkeypatch):
 def test_a_url_is_refused_wherever_a_path_stands(parse, argument):
     name = argument.split("=")[0]
     with pytest.raises(ValueError, match=f"^{name}=[a-z0-9]+:/+[a-z/]*x: a URL; only local paths"):
-        remote.refuse_urls(parse("--model=here", argument))
+        urls.refuse_urls(parse("--model=here", argument))
 
 
 def test_local_paths_hub_names_and_texts_are_taken(parse):
@@ -99,4 +99,4 @@ def test_local_paths_hub_names_and_texts_are_taken(parse):
         "--negative_prompt=http://watermark",
         "--config.samples.prompts=('see http://x', 'gs://text')",
     )
-    remote.refuse_urls(values)
+    urls.refuse_urls(values)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dspo_jax.convert import read_models
-from dspo_jax.pipeline import load_pipeline
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.weights.components import read_models
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

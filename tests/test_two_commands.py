@@ -12,11 +12,16 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs.encode import common as encode_common
-from dspo_jax import compiling, distributed, encode, files, locks, start, train
+from dspo_jax import files, locks
 from dspo_jax.data import shards
+from dspo_jax.data.encoding import encode
 from dspo_jax.data.writer import DatasetWriter
-from dspo_jax.image_folders import ImageFolder, find_images
-from dspo_jax.sample_folder import claim_output
+from dspo_jax.evaluation.image_folders import ImageFolder, find_images
+from dspo_jax.parallel import processes
+from dspo_jax.planning import compilation
+from dspo_jax.sampling.folder import claim_output
+from dspo_jax.training.loop import train
+from dspo_jax.training.workdir import claim_workdir
 
 # What writes a folder that grows, and what writes one, or a file, that must not be there before.
 FOLDERS = [
@@ -48,7 +53,7 @@ def run(monkeypatch):
     def call(module, command="", **values):
         module = importlib.import_module(module)
         monkeypatch.setattr(module, "flags", SimpleNamespace(FLAGS=Flags(values)))
-        monkeypatch.setattr(distributed, "initialize_from_flags", lambda: None)
+        monkeypatch.setattr(processes, "initialize_from_flags", lambda: None)
         module.main(["program", command])
 
     return call
@@ -88,9 +93,9 @@ def test_a_run_in_a_workdir_in_use_is_refused(by_another, tmp_path):
     config = common.get_config()
     config.model = "absent"
     with by_another(locks.claim(tmp_path / "run")) as refused, refused:
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     with pytest.raises(OSError, match="absent"):
-        train.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -100,9 +105,9 @@ def test_encoding_into_a_folder_in_use_is_refused_but_for_other_shares(by_anothe
     with by_another(locks.claim(tmp_path, (0, 2))) as refused:
         for share in (None, (0, 2), (1, 3)):
             with refused:
-                encode.encode(config, tmp_path, share)
+                encode(config, tmp_path, share)
         with pytest.raises(ValueError, match=r"config\.source\.name = 'none': unknown"):
-            encode.encode(config, tmp_path, (1, 2))
+            encode(config, tmp_path, (1, 2))
 
 
 def no_space(descriptor):
@@ -117,12 +122,12 @@ def test_a_disk_that_was_full_is_in_nobodys_way(monkeypatch, tmp_path):
             claim_output(out, {"steps": 2}, overwrite=False)
         config = ConfigDict({"optimizer": {"schedule": "constant"}})
         with pytest.raises(files.NotWritten, match=r"config\.json: not written: no space left"):
-            start.claim_workdir(tmp_path / "run", config)
+            claim_workdir(tmp_path / "run", config)
         with pytest.raises(files.NotWritten, match=r"plan\.json: not written: no space left"):
             DatasetWriter(tmp_path / "pairs", {}, {"model": "m"}, {"train": 1})
     assert not list(out.iterdir())
     claim_output(out, {"steps": 2}, overwrite=False)
-    start.claim_workdir(tmp_path / "run", config)
+    claim_workdir(tmp_path / "run", config)
     DatasetWriter(tmp_path / "pairs", {}, {"model": "m"}, {"train": 1})
     assert json.loads((out / "settings.json").read_text()) == {"steps": 2}
 
@@ -141,7 +146,7 @@ def test_an_empty_file_of_ours_is_named_with_the_remedy(tmp_path):
     (tmp_path / "config.json").touch()
     config = ConfigDict({"optimizer": {"schedule": "constant"}})
     with pytest.raises(ValueError, match=r"config\.json: empty, .*; it says how the run was started"):
-        start.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
 
     unfinished = tmp_path / "pairs" / shards.UNFINISHED
     unfinished.mkdir(parents=True)
@@ -157,12 +162,12 @@ def test_an_empty_file_of_ours_is_named_with_the_remedy(tmp_path):
 
 def test_an_empty_file_of_kept_facts_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiling, "compile_facts", lambda lowered: {"peak_bytes": 1})
+    monkeypatch.setattr(compilation, "compile_facts", lambda lowered: {"peak_bytes": 1})
     lowered, device = SimpleNamespace(as_text=lambda: "text"), SimpleNamespace(device_kind="cpu")
-    assert compiling.kept_facts(lowered, device) == {"peak_bytes": 1}
+    assert compilation.kept_facts(lowered, device) == {"peak_bytes": 1}
     [path] = (tmp_path / "dspo_jax" / "plans").iterdir()
-    monkeypatch.setattr(compiling, "compile_facts", None)
-    assert compiling.kept_facts(lowered, device) == {"peak_bytes": 1}
+    monkeypatch.setattr(compilation, "compile_facts", None)
+    assert compilation.kept_facts(lowered, device) == {"peak_bytes": 1}
     path.write_text("")
     with pytest.raises(ValueError, match=r"\.json: empty, .*; delete it, and the program is compiled again"):
-        compiling.kept_facts(lowered, device)
+        compilation.kept_facts(lowered, device)

@@ -1,0 +1,1 @@
+"""Encoded preference pairs: written once, read in an order that can be taken up again."""

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dspo_jax import sharding
 from dspo_jax.data import shards
 from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
-from dspo_jax.data.sources import BadRow, PreferencePair
-from dspo_jax.models import Params
-from dspo_jax.pipeline import Pipeline
+from dspo_jax.data.sources import PreferencePair
+from dspo_jax.images.image_files import BadRow
+from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.models.model import Params
+from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dspo_jax.pipelines.pipeline import Pipeline
 
 VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
@@ -91,8 +93,8 @@ class Encoder:
         self._pipe, self._framing, self._batch_size = pipe, framing, batch_size
         self._pool, self._ahead = pool, ahead
         self._devices = jax.local_devices()
-        mesh = sharding.make_mesh({"data": len(self._devices)}, self._devices)
-        whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+        mesh = make_mesh({"data": len(self._devices)}, self._devices)
+        whole, self._split = replicated(mesh), batch_sharding(mesh)
         self._params = jax.device_put({"vae": pipe.read_params("vae", vae_dtype)}, whole)
 
         def moments(params: Mapping[str, Params], images: jax.Array) -> jax.Array:
@@ -100,7 +102,7 @@ class Encoder:
 
         # Without the mesh, what it computes would depend on how many other processes there are.
         self._moments = jax.jit(
-            sharding.on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
+            on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
         )
 
     def examples(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:

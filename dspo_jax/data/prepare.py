@@ -16,10 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from dspo_jax.data.sources.image_files import BadRow
-from dspo_jax.data.sources.pairs import MAX_PIXELS, PreferencePair, decode_pair
+from dspo_jax.data.sources.pairs import PreferencePair, decode_pair
+from dspo_jax.images.image_files import BadRow
+from dspo_jax.images.resize import prepare_image
 
 FLIPS = ("none", "random", "independent", "both")
 
@@ -64,41 +64,6 @@ def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[t
         if width <= max_aspect_ratio * height:
             sizes |= {(height, width), (width, height)}
     return tuple(sorted(sizes, key=lambda size: (abs(math.log(size[0] / size[1])), size)))
-
-
-def prepare_image(
-    image: Image.Image, size: tuple[int, int], flip: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes an image (bilinear) until it just covers `size`, and keeps the centre, as released code does.
-
-    Args:
-      image: RGB.
-      size: height and width of what comes out.
-      flip: whether to mirror it left to right.
-
-    Returns:
-      Pixels [height, width, 3] uint8, and what SDXL is told about it, [6] int32: original height and width,
-      top and left of the crop in the resized image, target height and width.
-
-    Raises:
-      BadRow: "image too narrow": the resized image would be over the pixel limit.
-    """
-    (width, height), (target_height, target_width) = image.size, size
-    if target_width * height >= target_height * width:
-        resized_width, resized_height = target_width, target_width * height // width
-    else:
-        resized_width, resized_height = target_height * width // height, target_height
-    if resized_width * resized_height > MAX_PIXELS:
-        raise BadRow(
-            "image too narrow",
-            f"{width}x{height} would be {resized_width}x{resized_height} before it is cropped",
-        )
-    left, top = round((resized_width - target_width) / 2), round((resized_height - target_height) / 2)
-    resized = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
-    if flip:
-        resized = ImageOps.mirror(resized)
-    cropped = resized.crop((left, top, left + target_width, top + target_height))
-    return np.asarray(cropped), np.asarray([height, width, top, left, *size], np.int32)
 
 
 def prepare_row(row: PreferencePair, framing: Framing) -> list[Prepared]:

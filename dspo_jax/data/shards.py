@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dspo_jax import json_files, schema
-from dspo_jax.data.sources import BadRow
+from dspo_jax.images.image_files import BadRow
 from dspo_jax.locks import is_empty
 from dspo_jax.schema import REQUIRED, Key, integer
 

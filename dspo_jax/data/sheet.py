@@ -10,8 +10,10 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dspo_jax.metrics import Progress
-from dspo_jax.pipeline import Pipeline
+from dspo_jax.data import shards
+from dspo_jax.data.summary import Examples
+from dspo_jax.monitoring.progress import Progress
+from dspo_jax.pipelines.pipeline import Pipeline
 
 WINNER_COLOUR = (44, 160, 44)
 FRAME = 5
@@ -118,3 +120,62 @@ def _wrap(text: str, font: Any) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return lines
+
+
+def choose_examples(
+    directory: Path, splits: Sequence[str], count: int, seed: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """Random examples of the splits, all examples being as likely, with the names of their splits, in order.
+
+    Raises:
+      ValueError: there is none, or a split does not fit the manifest.
+      OSError: a shard cannot be read.
+    """
+    manifest = shards.read_manifest(directory)
+    opened = {split: Examples(directory, split, manifest) for split in splits}
+    total = sum(map(len, opened.values()))
+    if not total:
+        raise ValueError(f"{directory}: no example to draw in {', '.join(splits)}")
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    found, first = [], 0
+    for split, examples in opened.items():
+        numbers = chosen[(first <= chosen) & (chosen < first + len(examples))] - first
+        found += [(split, example) for example in examples.read(numbers.tolist(), moments=True)]
+        first += len(examples)
+    return found
+
+
+def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[str, Any]]]) -> Image.Image:
+    """Draws what `choose_examples` has chosen.
+
+    Args:
+      model: the model directory that decodes.
+      directory: the dataset.
+      chosen: names of splits, and examples with `moments`.
+
+    Raises:
+      ValueError: the dataset was encoded with another model, or the model is damaged.
+      FileNotFoundError: no such model.
+    """
+    # Here, as a report alone need not wait for JAX to start.
+    from dspo_jax.data import sheet
+    from dspo_jax.pipelines.loading import load_pipeline
+
+    pipe = load_pipeline(model)
+    manifest = shards.read_manifest(directory)
+    shards.check_manifest(manifest, pipe.fingerprint(), path=directory / shards.MANIFEST)
+    images = sheet.decode_examples(pipe, [example for _, example in chosen])
+    return sheet.draw_sheet(
+        [
+            (example["caption"], _notes(split, example), pixels)
+            for (split, example), pixels in zip(chosen, images, strict=True)
+        ]
+    )
+
+
+def _notes(split: str, example: Mapping[str, Any]) -> list[str]:
+    sizes = " and ".join(f"{width} x {height}" for height, width, *_ in example["micro_conditioning"])
+    notes = [f"{split} {example['key']}", f"from {sizes} pixels"]
+    if example["preference"] < 1:
+        notes.append(f"preference {example['preference']:.2f}")
+    return notes

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
-from dspo_jax.metrics import Progress
+from dspo_jax.monitoring.progress import Progress
 
 _ALL_BUT_MOMENTS = ("tokens", "micro_conditioning", "preference", "loser_won", "caption", "key")
 _READ_AT_ONCE = 64

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspo_jax.models.attention import attention
+from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
 from dspo_jax.models.config import check_multiple, read_config
 from dspo_jax.schema import REQUIRED, Key, integer, number

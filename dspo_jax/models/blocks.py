@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspo_jax.models import cpu
-from dspo_jax.models.attention import attention
+from dspo_jax.kernels import cpu
+from dspo_jax.kernels.attention import attention
+from dspo_jax.kernels.targets import target
 from dspo_jax.models.lora import LoRAConv
 from dspo_jax.models.remat import run_block
-from dspo_jax.sharding import target
 
 
 def conv2d(

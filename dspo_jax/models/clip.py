@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspo_jax.models.attention import attention
+from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import LayerNorm
 from dspo_jax.models.config import check_multiple, read_config
 from dspo_jax.models.remat import run_block

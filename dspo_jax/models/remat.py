@@ -14,7 +14,7 @@ from flax import nnx
 from jax.extend.core import primitives
 
 from dspo_jax import spelling
-from dspo_jax.models import flash
+from dspo_jax.kernels import flash
 
 POLICIES = ("none", "blocks", "dots")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from dspo_jax.objectives.implicit_reward import collect_metrics, reduce_image, squared_error
 from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 @register(needs_reference=False, needs_loser=False)

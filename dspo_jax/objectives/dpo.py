@@ -18,7 +18,7 @@ from dspo_jax.objectives.implicit_reward import (
     soft_label,
 )
 from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def _negative_log_sigmoid(margin: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from dspo_jax.objectives.implicit_reward import (
     reward_margin,
 )
 from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 # With s * G below this, the gradient is that of SFT to within about half of it (G is 1/2 at the start).
 NEGLIGIBLE_SCORE_WEIGHT = 0.01

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dspo_jax.objectives.registry import Predictions
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def reduce_image(values: jax.Array, reduction: str) -> jax.Array:

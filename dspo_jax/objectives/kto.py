@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, error_drift, label_doubt
 from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def _notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dspo_jax.objectives.implicit_reward import collect_metrics, soft_label, squared_error
 from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def _score(error: jax.Array, kappa: float) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dspo_jax import spelling
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 CHOICES = {"reduction": ("mean", "sum"), "time_weight": ("none", "paper")}
 # What a number must be besides finite, where "zero or above" will not do.

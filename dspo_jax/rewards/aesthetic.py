@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dspo_jax.models import Params
+from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
 from dspo_jax.rewards.registry import Reward, register_loader
 from dspo_jax.rewards.scorer import Scorer
-from dspo_jax.tensors import Tensor
-from dspo_jax.torch_files import open_weights
+from dspo_jax.weights.tensors import Tensor
+from dspo_jax.weights.torch_files import open_weights
 
 HEAD = "head.safetensors"
 # Layer of the released head -> the features that it gives; between them lies only what trains, dropout.

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dspo_jax import convert, model_dir
 from dspo_jax.json_files import member, shown
-from dspo_jax.models import Model, Params
+from dspo_jax.models.model import Model, Params
+from dspo_jax.pipelines.tokenizers import open_tokenizer
 from dspo_jax.rewards.registry import Reward
 from dspo_jax.rewards.scorer import Scorer
-from dspo_jax.tokenizers import open_tokenizer
+from dspo_jax.weights import model_dir
+from dspo_jax.weights.components import read_model, read_params
 
 _CLASS = "CLIPModel"
 Transform = Callable[[Image.Image, int], np.ndarray]
@@ -98,7 +99,7 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
 
     version = ", ".join(map(describe, ["", *(["head."] if "head" in about else [])]))
     model = read_clip(folder)
-    return ClipReward(name, version, folder, model), convert.read_params(folder, model, "float32")
+    return ClipReward(name, version, folder, model), read_params(folder, model, "float32")
 
 
 def read_clip(folder: Path) -> Model:
@@ -114,7 +115,7 @@ def read_clip(folder: Path) -> Model:
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; give a transformers folder of a {_CLASS}")
-    model = convert.read_model(folder)
+    model = read_model(folder)
     if model.class_name != _CLASS:
         raise ValueError(
             f"{folder / 'config.json'}: is of class {model.class_name}; a reward is made of a {_CLASS}, both "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from dspo_jax.models import Params
+from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
 from dspo_jax.rewards.registry import Reward, register_loader

@@ -17,14 +17,17 @@ import jax
 import numpy as np
 from transformers import BertTokenizer
 
-from dspo_jax import convert, json_files, model_dir, tensors
+from dspo_jax import json_files
 from dspo_jax.files import appear, name_write_errors, refuse_existing
-from dspo_jax.models import Model, Params, build_model
+from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.registry import Reward, register_loader
 from dspo_jax.rewards.scorer import Scorer
-from dspo_jax.tensors import Tensor
-from dspo_jax.torch_files import open_weights
+from dspo_jax.weights import model_dir, tensors
+from dspo_jax.weights.components import read_model, read_params
+from dspo_jax.weights.layout import cast, torch_shapes
+from dspo_jax.weights.tensors import Tensor
+from dspo_jax.weights.torch_files import open_weights
 
 _NAME = "imagereward"
 _CLASS = "ImageReward"
@@ -60,10 +63,10 @@ def load(folder: Path, batch_size: int) -> Reward:
     if about.get("name") != _NAME:
         raise ValueError(f"{file}: is not of the reward {_NAME}; {fix}")
     source, digest = (json_files.member(about, key, str, file, fix) for key in ("source", "sha256"))
-    model = convert.read_model(folder)
+    model = read_model(folder)
     if model.class_name != _CLASS:
         raise ValueError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
-    params = convert.read_params(folder, model, "float32")
+    params = read_params(folder, model, "float32")
     tokenizer = _read_tokenizer(folder / "vocab.txt", model.config["text_config"]["vocab_size"])
 
     def network(params: Params, pixels: jax.Array, tokens: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -120,14 +123,14 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
             (partial / "vocab.txt").write_text(rows, encoding="utf-8")
         tensors.write_tensors(
             partial / "model.safetensors",
-            {name: convert.cast(name, tensor, tensor.dtype, weights) for name, tensor in stored.items()},
+            {name: cast(name, tensor, tensor.dtype, weights) for name, tensor in stored.items()},
         )
 
 
 def _check(file: Path, stored: Mapping[str, Tensor]) -> Model:
     """The architecture whose tensors `stored` are."""
     model = build_model(_CLASS, _find_config(file, stored))
-    wanted = convert.torch_shapes(model)
+    wanted = torch_shapes(model)
     _require(file, stored, *wanted)
     for name, shape in wanted.items():
         if stored[name].shape != shape:

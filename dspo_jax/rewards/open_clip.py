@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dspo_jax import convert
-from dspo_jax.models import build_model
-from dspo_jax.tensors import Tensor
+from dspo_jax.models.model import build_model
+from dspo_jax.weights.layout import torch_shapes
+from dspo_jax.weights.tensors import Tensor
 
 # How names begin there -> here.
 _BEGINNINGS = {
@@ -63,7 +63,7 @@ def translate(
         for target, part in _translate(file, name, tensor).items():
             translated[target], origin[target] = part, name
     config = _find_config(file, translated, activation)
-    shapes = convert.torch_shapes(build_model("CLIPModel", config))
+    shapes = torch_shapes(build_model("CLIPModel", config))
     for name, shape in shapes.items():
         if name not in translated:
             raise ValueError(f"{file}: what transformers calls {name} is missing; fetch the weights again")

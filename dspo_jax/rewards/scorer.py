@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dspo_jax import sharding
-from dspo_jax.models import Params
+from dspo_jax.models.model import Params
+from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 
 
 class Scorer:
@@ -36,17 +36,17 @@ class Scorer:
           batch_size: images in one call, filled up to a multiple of the devices.
         """
         devices = jax.local_devices()
-        mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        mesh = make_mesh({"data": len(devices)}, devices)
         self._batch_size = math.ceil(batch_size / len(devices)) * len(devices)
-        self._placement = sharding.batch_sharding(mesh)
-        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._placement = batch_sharding(mesh)
+        self._params = jax.device_put(params, replicated(mesh))
 
         def in_float32(params: Params, pixels: jax.Array, tokens: Any) -> jax.Array:
             # Otherwise an accelerator multiplies in fewer bits (TF32, bfloat16) and scores depend on it.
             with jax.default_matmul_precision("highest"):
                 return network(params, pixels, tokens)
 
-        self._network = jax.jit(in_float32, out_shardings=sharding.replicated(mesh))
+        self._network = jax.jit(in_float32, out_shardings=replicated(mesh))
         self._prepare, self._tokenize = prepare, tokenize
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
 from dspo_jax.samplers.sampler import Sampler, Table
 from dspo_jax.samplers.spacing import check_sampler_config, check_steps
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 class Entry(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 from dspo_jax.samplers.sampler import Table
 from dspo_jax.samplers.spacing import choice, require, spaced_timesteps, spacing_of
 from dspo_jax.samplers.timestep_samplers import schedule_alphas, to_epsilon, to_x0
-from dspo_jax.schedule import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def euler(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:

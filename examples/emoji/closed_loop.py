@@ -17,17 +17,18 @@ from rich.console import Console
 
 from configs import emoji_diffusion_dpo
 from configs.encode import folder
-from dspo_jax import cli, locks, sharding
-from dspo_jax.data.label import label
+from dspo_jax import cli, locks
+from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources.emoji import EmojiImages
-from dspo_jax.encode import encode
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation_report import print_report
-from dspo_jax.image_sampler import Drawing
-from dspo_jax.prompt_sets import read_prompt_set
-from dspo_jax.prompts import Prompt
+from dspo_jax.evaluation.prompt_sets import read_prompt_set
+from dspo_jax.evaluation.report import print_report
+from dspo_jax.evaluation.run import evaluate
+from dspo_jax.feedback.labelling import label
+from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.rewards import load_reward
-from dspo_jax.train import train
+from dspo_jax.sampling.image_sampler import Drawing
+from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.training.loop import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
@@ -89,7 +90,7 @@ def run_loop(out: Path, console: Console) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    sharding.use_cpu_cores()
+    use_cpu_cores()
     out = Path(flags.FLAGS.out)
     with locks.claim(out):
         run_loop(out, Console())

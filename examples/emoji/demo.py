@@ -15,16 +15,20 @@ from rich.table import Table
 
 from configs import emoji_diffusion_dpo
 from configs.encode import emoji
-from dspo_jax import cli, locks, metrics, sample, sharding, train
+from dspo_jax import cli, locks
+from dspo_jax.conversion.export_model import export
 from dspo_jax.data import shards
+from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources.emoji import EmojiPairs
-from dspo_jax.encode import encode
-from dspo_jax.evaluate import evaluate
-from dspo_jax.evaluation_report import print_report
-from dspo_jax.export_model import export
-from dspo_jax.image_sampler import Drawing
-from dspo_jax.prompt_sets import PromptSet
-from dspo_jax.prompts import Prompt
+from dspo_jax.evaluation.prompt_sets import PromptSet
+from dspo_jax.evaluation.report import print_report
+from dspo_jax.evaluation.run import evaluate
+from dspo_jax.monitoring.metrics import read_validations
+from dspo_jax.parallel.mesh import use_cpu_cores
+from dspo_jax.sampling.drawing import sample
+from dspo_jax.sampling.image_sampler import Drawing
+from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.training.loop import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
@@ -62,11 +66,11 @@ def run_demo(out: Path, console: Console) -> None:
     config.data.path = str(out / "pairs")
     config.samples.every = 0  # the sheet below shows more
     announce(f"train: {config.objective.name}, {config.steps} steps of {config.batch_size} pairs")
-    step = train.train(config, out / "run")
+    step = train(config, out / "run")
     if step < config.steps:
         announce(f"stopped at step {step} of {config.steps}; the same command goes on from there")
         return
-    validations = metrics.read_validations(out / "run" / "metrics.jsonl")
+    validations = read_validations(out / "run" / "metrics.jsonl")
     for step, when in ((0, "before"), (config.steps, "after")):
         scores = validations[step]
         low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
@@ -88,7 +92,7 @@ def run_demo(out: Path, console: Console) -> None:
 
     announce("sample: the same prompts and seeds from both models")
     models = {"base": MODEL, "aligned": out / "run"}
-    sample.sample(
+    sample(
         models,
         [Prompt(text) for text in PROMPTS],
         out / "samples",
@@ -130,7 +134,7 @@ def run_demo(out: Path, console: Console) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
-    sharding.use_cpu_cores()
+    use_cpu_cores()
     out = Path(flags.FLAGS.out)
     with locks.claim(out):
         run_demo(out, Console())

@@ -20,11 +20,13 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from dspo_jax import cli, convert
-from dspo_jax.data.sources import decode_image, get_source
+from dspo_jax import cli
+from dspo_jax.data.sources import get_source
 from dspo_jax.files import appear, refuse_existing, write_json
-from dspo_jax.metrics import Progress
-from dspo_jax.models import Model, Params, build_model
+from dspo_jax.images.decode import decode_image
+from dspo_jax.models.model import Model, Params, build_model
+from dspo_jax.monitoring.progress import Progress
+from dspo_jax.weights.components import write_params
 
 RESOLUTION = 64
 LATENT_CHANNELS = 4
@@ -201,8 +203,8 @@ def main(argv: Sequence[str]) -> None:
             ("text_encoder", "CLIPTextModel", text, keys[1]),
         ):
             model = build_model(class_name, config)
-            convert.write_params(partial / name, model, model.init(key))
-        convert.write_params(partial / "vae", vae, vae_params, dtype="float16")
+            write_params(partial / name, model, model.init(key))
+        write_params(partial / "vae", vae, vae_params, dtype="float16")
         shutil.copytree(tokenizer, partial / "tokenizer")
         write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_json(partial / "model_index.json", MODEL_INDEX)

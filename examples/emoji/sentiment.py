@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dspo_jax.data.sources import decode_image
 from dspo_jax.data.sources.emoji import EmojiImages, load_emoji, load_sentiment
+from dspo_jax.images.decode import decode_image
 
 _SIDE = 16  # pixels at which pictures are compared
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from tiny_run import make_config, read_batches
 
-from dspo_jax import start
-from dspo_jax.pipeline import load_pipeline
-from dspo_jax.sharding import bytes_per_device, make_mesh, replicated, shard_batch
-from dspo_jax.step import compile_step
+from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
+from dspo_jax.parallel.rules import bytes_per_device
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.step import compile_step
 
 STEPS = 20
 # Of AdamW's first updates only the signs of tiny gradients would count, and those are rounding.
@@ -32,10 +33,10 @@ class Trajectory:
     def __init__(self, shallow_model, batches, kind, mesh_shape, accumulation):
         config = make_config(shallow_model, ".", {**SETTINGS, **KINDS[kind], "accumulation": accumulation})
         pipe = load_pipeline(shallow_model)
-        task = start.make_task(config, pipe)
+        task = make_task(config, pipe)
         sizes = dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True))
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(mesh_shape))])
-        state, reference = start.make_state(task, mesh, start.make_adapters(config, pipe))
+        state, reference = make_state(task, mesh, make_adapters(config, pipe))
         self.bytes = {"params": bytes_per_device(state.params), "moments": bytes_per_device(state.opt_state)}
         step = compile_step(state)
         key = jax.device_put(jax.random.key(0), replicated(mesh))

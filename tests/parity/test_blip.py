@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dspo_jax import convert
 from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.image_reward import write_weights
+from dspo_jax.weights.components import read_model, read_params
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
@@ -39,12 +39,12 @@ MASK = np.arange(8)[None] < np.array([[8], [5], [2]])
 
 
 def write_folder(folder, state, config=CONFIG):
-    """What `convert.read_model` and `read_params` read."""
+    """What `components.read_model` and `read_params` read."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    model = convert.read_model(folder)
-    return model, convert.read_params(folder, model)
+    model = read_model(folder)
+    return model, read_params(folder, model)
 
 
 def test_forward_and_gradients_match_torch(tmp_path):

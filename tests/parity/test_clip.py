@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch_modules import assert_close, assert_gradients_close, compile_fast, randomize, save  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # noqa: E402
 
-from dspo_jax.models import build_model  # noqa: E402
+from dspo_jax.models.model import build_model  # noqa: E402
 
 CONFIG = {
     "vocab_size": 24,

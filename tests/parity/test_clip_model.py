@@ -5,7 +5,7 @@ import numpy as np
 import published
 import pytest
 
-from dspo_jax.models import build_model
+from dspo_jax.models.model import build_model
 
 torch = pytest.importorskip("torch")
 from torch_modules import assert_close, compile_fast, randomize, save, to_nchw  # noqa: E402

@@ -14,8 +14,8 @@ import numpy as np
 import published
 import pytest
 
-from dspo_jax import convert
-from dspo_jax.models import Model, Params
+from dspo_jax.models.model import Model, Params
+from dspo_jax.weights.components import read_model, read_params
 
 torch = pytest.importorskip("torch")
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
@@ -57,8 +57,8 @@ def check(
         theirs = theirs_of(module)
     module.bfloat16().save_pretrained(folder)
     del module
-    model = convert.read_model(folder)
-    params = convert.read_params(folder, model)
+    model = read_model(folder)
+    params = read_params(folder, model)
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.1)):
         params = place(params, dtype)
         ours = compile_fast(lambda params, dtype=dtype: ours_of(model, params, dtype))(params)

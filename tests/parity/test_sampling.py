@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_model import write_model
 
-from dspo_jax.image_sampler import Drawing, ImageSampler, Job, initial_noise
-from dspo_jax.pipeline import load_pipeline
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,8 @@ import numpy as np
 import published
 import pytest
 
-from dspo_jax.data.sources import decode_image, get_source
+from dspo_jax.data.sources import get_source
+from dspo_jax.images.decode import decode_image
 
 torch = pytest.importorskip("torch")
 from diffusers import AutoencoderKL, AutoencoderTiny  # noqa: E402

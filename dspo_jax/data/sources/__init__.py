@@ -7,9 +7,10 @@ changes. One decorator line registers it by name. A source hands over images as 
 """
 
 from dspo_jax.data.sources import emoji, folder, parquet, pick_a_pic, ranked, tfds
-from dspo_jax.data.sources.image_files import BadRow, ImagePaths, read_image_file
-from dspo_jax.data.sources.pairs import MAX_PIXELS, PreferencePair, decode_image, decode_pair
+from dspo_jax.data.sources.pairs import PreferencePair, decode_pair
 from dspo_jax.data.sources.registry import Source, get_source, register
+from dspo_jax.images.decode import MAX_PIXELS, decode_image
+from dspo_jax.images.image_files import BadRow, ImagePaths, read_image_file
 
 __all__ = [
     "MAX_PIXELS",

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspo_jax import spelling
-from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
+from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _NAMES = ("pairs.jsonl", "pairs.csv")
 _TEXT = ("caption", "winner", "loser", "split")

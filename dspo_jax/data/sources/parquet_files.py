@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
 from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
+from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # As the hub names files, "train-00000-of-00645.parquet", and as people do: "val.parquet", "test_2.parquet".

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 import pyarrow as pa
 
 from dspo_jax import spelling
-from dspo_jax.data.sources.image_files import ALLOW_OUTSIDE, ImagePaths
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
+from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _COMPARISONS = ("all", "best")
 

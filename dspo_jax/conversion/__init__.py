@@ -1,0 +1,1 @@
+"""Foreign models in, trained runs out."""

@@ -1,0 +1,211 @@
+"""A training run as a model: a diffusers folder, a single file, or its adapters alone.
+
+Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most are shared. Sources: diffusers'
+`save_lora_weights`; networks/lora.py of kohya-ss/sd-scripts, in the form with diffusers' names for layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspo_jax.conversion import single_file
+from dspo_jax.conversion.model_card import make_card
+from dspo_jax.files import appear, refuse_existing
+from dspo_jax.models import lora
+from dspo_jax.models.model import Model
+from dspo_jax.weights import model_dir
+from dspo_jax.weights.component_files import weights_file
+from dspo_jax.weights.components import fold_adapters, open_component, read_models
+from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
+from dspo_jax.weights.model_dir import find_model, read_json
+from dspo_jax.weights.saved_params import SavedParams, read_base
+from dspo_jax.weights.tensors import Tensor, write_tensors
+
+_KOHYA_MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    base: str | Path | None = None,
+    adapters: str | None = None,
+) -> int:
+    """Write a training run as a complete model: its base, with the trained components replaced.
+
+    Adapters are added to their layers' kernels. Everything else is the base's, bit for bit. Tensors are read
+    and written one at a time; the result appears under its name when it is complete.
+
+    Args:
+      run: the workdir.
+      out: a diffusers folder or, if it ends in `.safetensors`, a single file in the original layout; must not
+        exist.
+      step: which checkpoint; None means the newest.
+      dtype: of the trained components; None means as the base has them.
+      base: the model that the run started from (folder or hub id), if it is no longer where the run found it.
+      adapters: of a run with LoRA: write no model but its adapters, "diffusers" or "kohya", into one file.
+
+    Returns:
+      The exported step.
+
+    Raises:
+      FileNotFoundError: no such run, checkpoint or base.
+      OSError: the disk is too small.
+      ValueError: `out` exists, the base is another model, a weight is not finite or does not fit `dtype`, or
+        there are no adapters.
+    """
+    refuse_existing(out)
+    if adapters and out.suffix != ".safetensors":
+        raise ValueError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
+    with SavedParams(run / "checkpoints", step) as saved:
+        components = sorted({path.partition(".")[0] for path in saved.arrays})
+        if adapters:
+            _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out))
+            return saved.step
+        name = str(base or read_base(run))
+        folder = find_model(name)
+        models = read_models(folder)
+        trained = {
+            component: _trained_tensors(saved, component, folder / component, models, out, dtype)
+            for component in components
+        }
+        if out.suffix == ".safetensors":
+            _write_single(out, folder, trained, models)
+        else:
+            model_dir.write_folder(out, folder, trained, make_card(run, name, folder, saved.step))
+    return saved.step
+
+
+def _trained_tensors(
+    saved: SavedParams,
+    component: str,
+    folder: Path,
+    models: Mapping[str, Model],
+    out: Path,
+    dtype: str | None,
+) -> dict[str, Tensor]:
+    """A component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
+    fix = "name the model that the run started from with --base"
+    if component not in models:
+        raise ValueError(f"{saved.path}: holds {component}, which is absent in {folder.parent}; {fix}")
+    leaves = _saved_leaves(saved, component)
+    adapted = bool(lora.find_ranks(dict(leaves)))
+    if not adapted:
+        wanted = flatten(models[component].abstract_params())
+        for path in sorted(leaves.keys() | wanted.keys()):
+            have = leaves[path].shape if path in leaves else None
+            want = tuple(wanted[path].shape) if path in wanted else None
+            if have != want:
+                raise ValueError(
+                    f"{saved.path}: {component}.{path} is {have or 'absent'} there and {want or 'absent'} in "
+                    f"{folder}; {fix}"
+                )
+    stored = open_component(folder, models[component])
+    try:
+        tensors = fold_adapters(stored, leaves) if adapted else to_torch(leaves)
+    except ValueError as error:
+        raise ValueError(f"{saved.path}: {error} in {folder}; {fix}") from error
+    file = weights_file(out / component, models[component].class_name)
+    return {name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in tensors.items()}
+
+
+def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:
+    """A component's leaves in a checkpoint, by path."""
+
+    def leaf_tensor(path: str, array: jax.ShapeDtypeStruct) -> Tensor:
+        return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: saved.read(path))
+
+    return {
+        path.partition(".")[2]: leaf_tensor(path, array)
+        for path, array in saved.arrays.items()
+        if path.startswith(f"{component}.")
+    }
+
+
+def _dtype(asked: str | None, tensor: Tensor) -> np.dtype[Any]:
+    return DTYPES[asked] if asked else tensor.dtype
+
+
+def _write_single(
+    out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], models: Mapping[str, Model]
+) -> None:
+    """Write a single-file checkpoint in the original layout: `base` with some components replaced.
+
+    Raises:
+      OSError: the disk is too small.
+      ValueError: a component that such a file cannot hold.
+    """
+    components = {name: open_component(base / name, model) for name, model in models.items()} | dict(replaced)
+    try:
+        single = single_file.join(
+            components,
+            single_file.make_layouts({name: model.complete_config() for name, model in models.items()}),
+        )
+    except ValueError as error:
+        raise ValueError(f"--out={out}: {error}; export a folder instead") from error
+    if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
+        # Web user interfaces and ComfyUI draw a model as one of epsilon without it.
+        single[single_file.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
+    _write_file(out, single)
+
+
+def _write_file(out: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, however large, that appears when it is complete."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    model_dir.require_space(out, size)
+    with appear(out) as partial:
+        write_tensors(partial, tensors, max_shard_bytes=size)
+
+
+def _adapter_tensors(
+    saved: SavedParams, components: Sequence[str], style: str, dtype: str | None, file: Path
+) -> dict[str, Tensor]:
+    """The adapters of a checkpoint as `style` names them; `file` is for messages."""
+    leaves = {component: _saved_leaves(saved, component) for component in components}
+    if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
+        raise ValueError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
+    named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, style)
+    return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
+
+
+def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -> dict[str, Tensor]:
+    """The tensors of an adapter file.
+
+    Args:
+      components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in] and
+        `LAYER.lora_B.weight` [out, r].
+      style: one of `ADAPTER_FORMATS`. For kohya every layer also has `alpha`, which is its rank.
+    """
+    if style == "diffusers":
+        return {
+            f"{component}.{name}": tensor
+            for component, tensors in components.items()
+            for name, tensor in tensors.items()
+        }
+    several = "text_encoder_2" in components
+    prefixes = {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te1" if several else "lora_te",
+        "text_encoder_2": "lora_te2",
+    }
+    named = {}
+    for component, tensors in components.items():
+        for name, tensor in tensors.items():
+            layer, matrix, _ = name.rsplit(".", 2)
+            key = f"{prefixes[component]}_{layer.replace('.', '_')}"
+            named[f"{key}.{_KOHYA_MATRICES[matrix]}.weight"] = tensor
+            if matrix == "lora_A":
+                named[f"{key}.alpha"] = _scalar(tensor.shape[0])
+    return named
+
+
+def _scalar(value: int) -> Tensor:
+    return Tensor((), np.dtype("float32"), lambda: np.asarray(value, np.float32))
+
+
+ADAPTER_FORMATS = ("diffusers", "kohya")

@@ -1,0 +1,107 @@
+"""Foreign models in: a folder, a hub id or a single-file checkpoint becomes a checked diffusers folder."""
+
+from pathlib import Path
+
+from absl import logging
+
+from dspo_jax.conversion import single_file
+from dspo_jax.files import appear, refuse_existing
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.weights import file_kinds, model_dir, tensors
+from dspo_jax.weights.component_files import find_weights, open_stored
+from dspo_jax.weights.components import open_component
+from dspo_jax.weights.layout import torch_shapes
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def import_model(model: str | Path, out: Path, *, base: str | Path | None = None) -> None:
+    """Write a complete diffusers folder, in safetensors only, that `encode`, `train` and `sample` take.
+
+    Every tensor is checked by name and shape against its config.json before anything is written; `out`
+    appears when it is complete. From a folder or the hub, files are copied byte for byte, without what is
+    there more than once (other formats, other precisions).
+
+    Args:
+      model: a diffusers folder; a hub id; or a `.safetensors` file in the original layout of Stable
+        Diffusion 1, 2 or XL.
+      out: must not exist.
+      base: for a single file, which holds weights only: a diffusers folder or hub id of the same
+        architecture. Its configs, tokenizers and schedule (with the prediction type) are taken, and the
+        components that the file lacks. Where the file lacks none, the base needs no weights.
+
+    Raises:
+      FileNotFoundError: a file of the model is missing, or there as a pickle only.
+      OSError: the hub cannot be reached, or the disk is too small.
+      ValueError: a tensor is missing, left over or of another shape; a config of another class; a
+        truncated file.
+    """
+    refuse_existing(out)
+    path = Path(model)
+    if path.suffix in _PICKLES:
+        raise ValueError(f"{path}: a pickle, which is not read; convert it to .safetensors where it was made")
+    if path.suffix == ".safetensors":
+        if path.is_file():
+            _refuse_other_kinds(path)
+        if base is None:
+            raise ValueError(
+                f"{path}: a single file holds no configs and no tokenizer; name a diffusers folder of the "
+                "same architecture with --base"
+            )
+        _import_single(path, model_dir.find_model(base), out)
+        return
+    if base is not None:
+        raise ValueError(f"--base={base}: only a single .safetensors file needs one")
+    _import_folder(model_dir.find_model(model), out)
+
+
+def _import_folder(folder: Path, out: Path) -> None:
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder}: a training run; use `convert export --run={folder}`")
+    networks = load_pipeline(folder).networks  # checks whether they fit together, tokenizers and schedule too
+    classes = model_dir.list_components(model_dir.read_json(folder / "model_index.json"))
+    unusable = model_dir.find_unusable(folder, classes)
+    for name, class_name in classes.items():
+        if name in networks:
+            open_component(folder / name, networks[name])
+        elif name not in unusable and find_weights(folder / name, class_name):
+            open_stored(folder / name, class_name)
+    files = model_dir.list_files(folder)
+    model_dir.require_space(out, sum((folder / file).stat().st_size for file in files))
+    with appear(out) as partial:
+        model_dir.copy_model(folder, files, partial)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    kind = file_kinds.find_kind(tensors.open_file(path))
+    if kind:
+        raise ValueError(f"{path}: is {kind}")
+
+
+def _import_single(path: Path, base: Path, out: Path) -> None:
+    pipe = load_pipeline(base)
+    networks = pipe.networks
+    single = tensors.open_file(path)
+    try:
+        said = single_file.find_prediction_type(single, tensors.read_metadata(path))
+        if said not in (None, pipe.schedule.prediction_type):
+            raise ValueError(
+                f"says that it predicts {said}, but {base}/scheduler/scheduler_config.json has "
+                f"prediction_type = {pipe.schedule.prediction_type!r}; name a base with {said}"
+            )
+        layouts = single_file.make_layouts(
+            {name: model.complete_config() for name, model in networks.items()}
+        )
+        shapes = {name: torch_shapes(model) for name, model in networks.items()}
+        replaced = single_file.split(single, layouts, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name in networks.keys() - replaced.keys():
+        logging.info("%s has no %s: the one of %s is taken", path, name, base)
+        open_component(base / name, networks[name])
+    card = (
+        f"# {path.stem}\n\nImported with `python -m dspo_jax.convert import`: "
+        f"{', '.join(sorted(replaced))} from the single file `{path.name}`, everything else (configs, "
+        f"tokenizers, schedule) from `{base.name}`.\n\nThe licences of both apply.\n"
+    )
+    model_dir.write_folder(out, base, replaced, card)

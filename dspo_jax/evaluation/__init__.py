@@ -1,0 +1,1 @@
+"""Win rates of models against a base, with intervals."""

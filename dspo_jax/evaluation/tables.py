@@ -1,0 +1,263 @@
+"""An evaluation as tables: Markdown, CSV, JSON, LaTeX, and the scores of every image."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
+from dspo_jax.evaluation.win_rates import Estimate, WinRate
+
+# The widest guidance interval, which is none, as commands and as code write it.
+_EVERYWHERE = ([0, 1000], [0, 10**6])
+NOTE = (
+    "won, tied, lost: images, a tie counts one half; [ ]: 95 % bootstrap interval over prompts; "
+    "p: sign test over prompts, two-sided"
+)
+
+
+class Table(NamedTuple):
+    """A table as people read it; a cell may have several lines."""
+
+    title: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def describe(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What all numbers of an evaluation are of: (name, value)."""
+    prompts, seeds = evaluation.prompts, evaluation.seeds
+    lines = [
+        ("prompts", f"{prompts.name}: {len(prompts.prompts):,}, sha256 {prompts.sha256}"),
+        ("seeds", f"{seeds}: 0 to {seeds - 1}" if seeds > 1 else "1: 0"),
+    ]
+    for label, images in evaluation.images.items():
+        more = ""
+        if len(images.files[0]) > seeds:
+            more = f"; {len(images.files[0])} seeds for rejection sampling"
+        lines.append((label, f"{images.source}{_describe_drawing(images.how)}{more}"))
+    return lines + [(f"reward {name}", version) for name, version in evaluation.rewards.items()]
+
+
+def _describe_drawing(how: Mapping[str, Any]) -> str:
+    """How images were drawn: what always matters, and what is not as usual."""
+    if not how:
+        return ", images made elsewhere"
+    steps = f"{how['steps']} step{'s' * (how['steps'] > 1)}"
+    parts = [how["sampler"], steps, f"guidance {how['guidance_scale']:g}"]
+    if how.get("step") is not None:
+        parts.insert(0, f"checkpoint {how['step']}")
+    if list(how["guidance_interval"]) not in _EVERYWHERE:
+        parts.append("guided at timesteps {} to {}".format(*how["guidance_interval"]))
+    if how["negative_prompt"] is not None:
+        parts.append(f"negative prompt {how['negative_prompt']!r}")
+    if how["strength"] != 1:
+        parts.append(f"strength {how['strength']:g}")
+    if how["size"]:
+        parts.append("{1} x {0} pixels".format(*how["size"]))
+    return ", " + ", ".join(parts)
+
+
+def make_tables(evaluation: Evaluation) -> list[Table]:
+    """Win rates and mean rewards, models by rewards; and by category, and of rejection sampling, if any."""
+    names, win_rates = list(evaluation.rewards), evaluation.win_rates
+    count, seeds = len(evaluation.prompts.prompts), evaluation.seeds
+    size = f"{count:,} prompt{'s' * (count > 1)}, {seeds} seed{'s' * (seeds > 1)}"
+    tables = [
+        Table(
+            f"win rate over the base, %, {size}",
+            ["model", *names],
+            [
+                [label, *(_win_rate(of_model[name]) for name in names)]
+                for label, of_model in win_rates.items()
+            ],
+        )
+    ]
+    first = win_rates[evaluation.models[0]]
+    means = {BASE: {name: first[name].base_mean_reward for name in names}}
+    means |= {label: {name: win_rates[label][name].mean_reward for name in names} for label in win_rates}
+    tables.append(
+        Table(
+            f"mean reward, {size}",
+            ["model", *names],
+            [[label, *(_estimate(mean[name]) for name in names)] for label, mean in means.items()],
+        )
+    )
+    counts = count_categories(evaluation.prompts)
+    for label, of_model in evaluation.by_category.items():
+        rows = [
+            [category or "none", f"{count:,}", *(_win_rate(of_model[name][category]) for name in names)]
+            for category, count in counts.items()
+        ]
+        if rows:
+            tables.append(Table(f"win rate of {label} by category, %", ["category", "prompts", *names], rows))
+    rows = [
+        [label, name, f"{found.mean_draws:.1f}", f"{found.median_draws}", f"{100 * found.never:.1f} %"]
+        for label, of_model in evaluation.rejection.items()
+        for name, found in of_model.items()
+    ]
+    if rows:
+        draws = len(evaluation.images[BASE].files[0])
+        heading = ["model", "reward", "mean", "median", f"not in {draws}"]
+        tables.append(Table("draws of the base until one scores higher than the model's", heading, rows))
+    return tables
+
+
+def _win_rate(found: WinRate) -> str:
+    share = found.share
+    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    return f"{100 * share.value:.1f}\n{interval}\n{count_images(found)}\n{p}"
+
+
+def count_images(found: WinRate) -> str:
+    """Says how many images won, tied and lost: "56 won, 118 tied, 18 lost"."""
+    return f"{found.images_won:,} won, {found.images_tied:,} tied, {found.images_lost:,} lost"
+
+
+def _estimate(mean: Estimate) -> str:
+    return f"{mean.value:#.4g}\n[{mean.low:#.4g}, {mean.high:#.4g}]"
+
+
+def to_markdown(evaluation: Evaluation) -> str:
+    """All tables, below what they are of."""
+    about = Table("", ["", ""], describe(evaluation))
+    sections = ["# Win rates", _markdown(about)]
+    for table in make_tables(evaluation):
+        sections += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown(table)]
+    return "\n\n".join([*sections, NOTE]) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(table.heading), "|" + "---|" * len(table.heading), *map(line, table.rows)])
+
+
+_TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": "$<$",
+    ">": "$>$",
+    "\n": " ",
+}
+
+
+def to_tex(evaluation: Evaluation) -> str:
+    """The tables of win rates and of mean rewards, for a document with booktabs."""
+    about = "; ".join(f"{name}: {value}" for name, value in describe(evaluation))
+    tables = []
+    for table in make_tables(evaluation)[:2]:
+        lines = [
+            r"\begin{table}",
+            rf"\caption{{{_tex(table.title)}. {_tex(about)}. {_tex(NOTE)}.}}",
+            rf"\begin{{tabular}}{{{'l' * len(table.heading)}}}",
+            r"\toprule",
+            " & ".join(map(_tex, table.heading)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(_tex, row)) + r" \\" for row in table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+def to_csv(evaluation: Evaluation) -> str:
+    """A line for each model and reward, with all it is of."""
+    rows = []
+    for label, of_model in evaluation.win_rates.items():
+        images = evaluation.images[label]
+        for name, found in of_model.items():
+            row: dict[str, Any] = {
+                "model": label,
+                "reward": name,
+                "reward_version": evaluation.rewards[name],
+                **_flatten("win_rate", found.share),
+                "p_value": found.p_value,
+                **{f"images_{what}": getattr(found, f"images_{what}") for what in ("won", "tied", "lost")},
+                **{f"prompts_{what}": getattr(found, what) for what in ("won", "lost", "tied")},
+                **_flatten("mean_reward", found.mean_reward),
+                **_flatten("base_mean_reward", found.base_mean_reward),
+                "prompts": evaluation.prompts.name,
+                "num_prompts": len(evaluation.prompts.prompts),
+                "prompts_sha256": evaluation.prompts.sha256,
+                "source": images.source,
+                **{key: images.how.get(key) for key in ("sampler", "steps", "guidance_scale", "strength")},
+                **{f"win_rate_seed_{seed}": share for seed, share in enumerate(found.per_seed)},
+            }
+            rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flatten(name: str, found: Estimate) -> dict[str, float]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def to_json(evaluation: Evaluation) -> str:
+    """Every number, the seeds' own and those of categories too."""
+    content = {
+        "prompts": {
+            "name": evaluation.prompts.name,
+            "count": len(evaluation.prompts.prompts),
+            "sha256": evaluation.prompts.sha256,
+        },
+        "seeds": evaluation.seeds,
+        "images": {
+            label: {"source": images.source, "seeds": len(images.files[0]), "how": images.how}
+            for label, images in evaluation.images.items()
+        },
+        "rewards": evaluation.rewards,
+        "win_rates": evaluation.win_rates,
+        "by_category": evaluation.by_category,
+        "rejection": evaluation.rejection,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else dataclasses.asdict(value)
+
+
+def rejection_to_csv(evaluation: Evaluation) -> str:
+    """The win rate of the best of n draws of the base against one image of the model, for each n."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "reward", "draws", "win_rate"])
+    for label, of_model in evaluation.rejection.items():
+        for name, found in of_model.items():
+            writer.writerows([label, name, n, share] for n, share in enumerate(found.win_rate.tolist(), 1))
+    return text.getvalue()
+
+
+def list_scores(evaluation: Evaluation, out: Path) -> pa.Table:
+    """A row for each image, with a column for each reward; files are relative to `out`."""
+    rows = [
+        (label, number, seed, prompt.text, prompt.category, os.path.relpath(file, out))
+        for label, images in evaluation.images.items()
+        for number, prompt in enumerate(evaluation.prompts.prompts)
+        for seed, file in enumerate(images.files[number])
+    ]
+    columns = [pa.array(column) for column in zip(*rows, strict=True)]
+    for name in evaluation.rewards:
+        scores = [evaluation.scores[label][name].ravel().tolist() for label in evaluation.images]
+        columns.append(pa.array([score for part in scores for score in part], pa.float32()))
+    names = ["model", "prompt_index", "seed", "prompt", "category", "file"]
+    return pa.Table.from_arrays(columns, [*names, *evaluation.rewards])

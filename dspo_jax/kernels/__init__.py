@@ -1,0 +1,1 @@
+"""Attention and layers in the forms that a device computes fast."""

@@ -1,0 +1,133 @@
+"""Models as values: a `Model` is an architecture; its parameters are a nested dict passed to every call."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dspo_jax.json_files import shown
+from dspo_jax.models import lora
+from dspo_jax.models.blip import ImageReward, read_image_reward_config
+from dspo_jax.models.clip import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    read_clip_config,
+    read_projecting_clip_config,
+)
+from dspo_jax.models.clip_vision import CLIPModel, read_clip_model_config
+from dspo_jax.models.unet import UNet2DCondition, read_unet_config
+from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
+
+Params = lora.Params
+
+_Read = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+# What checks a class's config, and what builds it. Two things, because JAX appends a paragraph of its own to
+# an error that is raised while it traces.
+_CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
+    "UNet2DConditionModel": (read_unet_config, UNet2DCondition),
+    "AutoencoderKL": (read_vae_config, AutoencoderKL),
+    "AutoencoderTiny": (read_tiny_vae_config, AutoencoderTiny),
+    "CLIPTextModel": (read_clip_config, CLIPTextModel),
+    "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
+    "ImageReward": (read_image_reward_config, ImageReward),
+    "CLIPModel": (read_clip_model_config, CLIPModel),
+}
+
+
+class _SameKey:
+    """In place of `nnx.Rngs` where only shapes are asked for: no draw counter.
+
+    Under a trace the counter's every update looks through the whole program so far, so that a model with
+    thousands of parameters takes a minute to describe.
+    """
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
+
+
+def _string_keys(tree: Any) -> Any:
+    return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _nnx_keys(tree: Any) -> Any:
+    """Undo `_string_keys`: NNX numbers the entries of its lists with integers."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: _nnx_keys(v) for k, v in tree.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An architecture built from a config.json.
+
+    Attributes:
+      class_name: its class in diffusers or transformers.
+      config: the parsed config.json.
+      settings: the same with defaults filled in and lists for each level spelled out, as the modules read it.
+
+    Parameters may hold adapters (models/lora.py) besides what `abstract_params` names.
+    """
+
+    class_name: str
+    config: Mapping[str, Any] = dataclasses.field(hash=False)
+    settings: Mapping[str, Any] = dataclasses.field(repr=False, hash=False, compare=False)
+    # Ranks of the adapters -> (graph, state of shapes), made when they are first met.
+    _variants: dict[tuple[tuple[str, int], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
+        default_factory=dict, repr=False, hash=False, compare=False
+    )
+
+    def complete_config(self) -> dict[str, Any]:
+        """The config with the keys that it leaves out, and lists for each level, as in `settings`."""
+        return {**self.config, **self.settings}
+
+    def abstract_params(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
+        return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
+        _, build = _CLASSES[self.class_name]
+        module = build(self.settings, rngs=nnx.Rngs(key))
+        return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+    def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        """Call `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
+        graph, shapes = self._variant(lora.find_ranks(params))
+        state = jax.tree.map(lambda leaf: leaf, shapes)
+        nnx.replace_by_pure_dict(state, _nnx_keys(params))
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    def _variant(self, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
+        def build() -> nnx.Module:
+            module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
+            lora.attach(module, ranks, rngs=_SameKey())
+            return module
+
+        key = tuple(sorted(ranks.items()))
+        if key not in self._variants:
+            self._variants[key] = nnx.split(nnx.eval_shape(build), nnx.Param)
+        return self._variants[key]
+
+
+def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes.
+
+    Args:
+      class_name: `_class_name` of a diffusers config, or `architectures[0]` of a transformers one.
+      config: the parsed config.json.
+
+    Raises:
+      ValueError: an unknown class or a config value that is not implemented, by name.
+    """
+    if not isinstance(class_name, str) or class_name not in _CLASSES:
+        raise ValueError(
+            f"model class {shown(class_name)} is not supported; supported: {', '.join(_CLASSES)}"
+        )
+    read, _ = _CLASSES[class_name]
+    return Model(class_name, dict(config), read(config))

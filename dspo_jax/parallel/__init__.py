@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, sharding rules, several processes as one run."""

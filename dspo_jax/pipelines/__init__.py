@@ -1,0 +1,1 @@
+"""A text-to-image model as one value."""

@@ -1,0 +1,135 @@
+"""Reads a diffusers folder or a training workdir as a `Pipeline`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+
+from dspo_jax import schema
+from dspo_jax.json_files import shown
+from dspo_jax.models.model import Params
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
+from dspo_jax.samplers.spacing import check_sampler_config
+from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schema import flag
+from dspo_jax.weights import file_kinds, saved_params
+from dspo_jax.weights.components import read_models
+from dspo_jax.weights.model_dir import find_model, read_json
+from dspo_jax.weights.saved_params import read_base
+
+# Class of a pipeline -> its text encoders.
+_PIPELINES = {
+    "StableDiffusionPipeline": ("text_encoder",),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
+}
+
+
+# Component -> the classes that may take its part.
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+
+
+_INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
+
+
+def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
+    """Read a model directory: a diffusers folder, or a training workdir (its base with trained weights).
+
+    Args:
+      path: the folder, or the hub id of one.
+      step: which checkpoint of a workdir; None means the newest.
+
+    Raises:
+      FileNotFoundError: no such folder, or a file of it is missing.
+      ValueError: a pipeline, component or config value that is not supported.
+    """
+    path = find_model(path)
+    trained: Mapping[str, Params] = {}
+    if (path / "checkpoints").is_dir():
+        base = find_model(read_base(path))
+        trained, step = saved_params.restore_params(path / "checkpoints", step)
+        logging.info("%s: %s from step %d over %s", path, " and ".join(trained), step, base)
+        path = base
+    index_file = path / "model_index.json"
+    if not index_file.is_file():
+        raise FileNotFoundError(
+            f"{path}: neither a diffusers folder (no model_index.json) nor a training workdir "
+            f"(no checkpoints){file_kinds.explain(path)}"
+        )
+    index = read_json(index_file)
+    schema.check(str(index_file), index, _INDEX_KEYS)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in _PIPELINES:
+        raise ValueError(
+            f"{index_file}: _class_name = {shown(class_name)} is not supported; allowed: "
+            f"{', '.join(_PIPELINES)}"
+        )
+    encoders = _PIPELINES[class_name]
+    models = read_models(path)
+    for name in ("unet", "vae", *encoders):
+        if name not in models or models[name].class_name not in _CLASSES[name]:
+            found = models[name].class_name if name in models else "absent"
+            raise ValueError(
+                f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(_CLASSES[name])}"
+            )
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    scheduler_config = read_json(scheduler_file)
+    try:
+        schedule = Schedule.from_config(scheduler_config)
+        check_sampler_config(scheduler_config)
+    except ValueError as error:
+        raise ValueError(f"{scheduler_file}: {error}") from error
+    pipe = Pipeline(
+        path=path,
+        unet=models["unet"],
+        vae=models["vae"],
+        text_encoders={name: models[name] for name in encoders},
+        tokenizers=tuple(
+            read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
+            for name in encoders
+        ),
+        schedule=schedule,
+        scheduler_config=scheduler_config,
+        # diffusers' pipeline class has True as its default.
+        zero_empty_captions=len(encoders) > 1 and bool(index.get("force_zeros_for_empty_prompt", True)),
+        trained=trained,
+        step=step if trained else None,
+    )
+    _check_sizes(pipe)
+    _check_lengths(*pipe.tokenizers)
+    return pipe
+
+
+def _check_sizes(pipe: Pipeline) -> None:
+    """Refuses a folder whose UNet takes something else than its VAE and text encoders give."""
+    unet, encoders = pipe.unet.settings, [model.settings for model in pipe.text_encoders.values()]
+    given = {
+        "in_channels": pipe.latent_channels,
+        "out_channels": pipe.latent_channels,
+        "cross_attention_dim": sum(encoder["hidden_size"] for encoder in encoders),
+        "addition_embed_type": "text_time" if len(encoders) > 1 else None,
+    }
+    if unet["addition_embed_type"] and len(encoders) > 1:
+        pooled, numbers = encoders[1]["projection_dim"], 6 * unet["addition_time_embed_dim"]
+        given["projection_class_embeddings_input_dim"] = pooled + numbers
+    for key, value in given.items():
+        if unet[key] != value:
+            raise ValueError(
+                f"{pipe.path / 'unet' / 'config.json'}: {key} = {unet[key]!r}, but text to image with the "
+                f"VAE and text encoders of this folder needs {value!r}; use a UNet that was made for them"
+            )
+
+
+def _check_lengths(first: CaptionTokenizer, *others: CaptionTokenizer) -> None:
+    """Refuses text encoders whose states cannot lie side by side."""
+    for other in others:
+        if other.length != first.length:
+            raise ValueError(
+                f"{other.folder}: captions of {other.length} tokens, but of {first.length} in "
+                f"{first.folder}; give both tokenizer_config.json the same model_max_length"
+            )

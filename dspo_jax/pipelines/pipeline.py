@@ -1,0 +1,343 @@
+"""A diffusers folder as one value: its networks, tokenizers, noise schedule and rules of conditioning."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dspo_jax.models import lora
+from dspo_jax.models.model import Model, Params
+from dspo_jax.pipelines.tokenizers import CaptionTokenizer
+from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.weights import components
+from dspo_jax.weights.component_files import find_weights
+
+# Number of text encoders -> the UNet's sample_size that a pipeline of diffusers takes where there is none.
+_DEFAULT_SAMPLE_SIZE = {1: 64, 2: 128}
+
+
+class Text(NamedTuple):
+    """What the UNet is told by captions.
+
+    Attributes:
+      states: [B, S, F], S tokens, 77 but in rare models; read by cross-attention.
+      pooled: [B, D], part of SDXL's time embedding; None for Stable Diffusion 1 and 2.
+    """
+
+    states: jax.Array
+    pooled: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A model directory that has been read, except for its weights, which `read_params` reads by component.
+
+    Attributes:
+      path: the diffusers folder.
+      unet, vae: architectures.
+      text_encoders: architectures by component: "text_encoder", and SDXL's "text_encoder_2".
+      tokenizers: one for each text encoder, all of one length.
+      schedule: the forward process and the prediction type.
+      scheduler_config: the parsed scheduler_config.json, which samplers read.
+      zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
+        dropped caption in training, and in sampling for a negative prompt that is not given.
+      trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
+        the adapters.
+      step: of that run; None for a plain folder.
+    """
+
+    path: Path
+    unet: Model
+    vae: Model
+    text_encoders: Mapping[str, Model]
+    tokenizers: tuple[CaptionTokenizer, ...]
+    schedule: Schedule
+    scheduler_config: Mapping[str, Any]
+    zero_empty_captions: bool
+    trained: Mapping[str, Params]
+    step: int | None = None
+
+    @property
+    def networks(self) -> dict[str, Model]:
+        """All architectures by component."""
+        return {"unet": self.unet, "vae": self.vae, **self.text_encoders}
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the VAE's latents."""
+        return self.vae.settings["latent_channels"]
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent position along a side."""
+        return self.vae.settings["vae_scale_factor"]
+
+    @functools.cached_property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents of the images that the model was made for.
+
+        Where the UNet's config does not say, those of the pipeline's class in diffusers, with a warning.
+        """
+        size = self.unet.settings["sample_size"]
+        if size is None:
+            size = _DEFAULT_SAMPLE_SIZE[len(self.text_encoders)]
+            pixels = size * self.vae_scale_factor
+            logging.warning(
+                "%s: no sample_size; images of %d x %d pixels are taken, as diffusers' pipelines do",
+                self.path / "unet" / "config.json",
+                pixels,
+                pixels,
+            )
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model was made for."""
+        height, width = self.latent_size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def image_side(self) -> int:
+        """Pixels along a side of the square images that the model was made for.
+
+        Raises:
+          ValueError: they are not square.
+        """
+        height, width = self.image_size
+        if height != width:
+            raise ValueError(
+                f"{self.path / 'unet' / 'config.json'}: sample_size = {list(self.latent_size)}: images of "
+                f"{height} x {width} pixels are not square; name the resolution, e.g. "
+                f"--config.resolution={max(height, width)}"
+            )
+        return height
+
+    @property
+    def scaling_factor(self) -> float:
+        """UNet units per VAE unit of a latent."""
+        return self.vae.settings["scaling_factor"]
+
+    def read_params(self, component: str, dtype: str | None = None) -> Params:
+        """The weights of "unet", "vae" or a text encoder as arrays; `dtype` None keeps the stored one."""
+        trained = self.trained.get(component, {})
+        if trained and not lora.find_ranks(trained):
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
+        return components.read_params(
+            self.path / component, self.networks[component], dtype, adapters=trained
+        )
+
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption with its start, end and padding: 77 but in rare models."""
+        return self.tokenizers[0].length
+
+    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
+        """Token ids [N, E, S] int32 of N captions; longer ones are cut at S tokens, with a warning."""
+        too_long = self.tokenizers[0].find_long(captions)  # the others differ in what they pad with
+        if too_long:
+            logging.warning(
+                "%d caption(s) longer than %d tokens were cut, first %r",
+                len(too_long),
+                self.caption_length,
+                too_long[0],
+            )
+        return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
+
+    @functools.cached_property
+    def empty_tokens(self) -> np.ndarray:
+        """Token ids [E, S] int32 of the empty caption."""
+        return self.tokenize([""])[0]
+
+    def encode_text(
+        self,
+        params: Mapping[str, Params],
+        tokens: jax.Array,
+        *,
+        remat: str = "none",
+        zero_empty: bool = True,
+    ) -> Text:
+        """Encodes captions for the UNet. Pure.
+
+        Stable Diffusion 1 and 2 read the last states. SDXL reads the penultimate ones of both encoders side
+        by side and the second one's pooled state.
+
+        Args:
+          params: the text encoders by component.
+          tokens: ids [B, E, S].
+          remat: a policy of models/remat.py for the backward pass; an unknown one is a ValueError.
+          zero_empty: gives zeros for an empty caption if SDXL's model_index.json says
+            `force_zeros_for_empty_prompt`. So SDXL was trained without captions, and so dropped captions are
+            trained here; the released Diffusion-DPO trainer encodes those that it drops. diffusers' pipelines
+            encode an empty prompt and have zeros only where there is no negative prompt.
+        """
+        states = [
+            model.apply(params[name], tokens[:, i], remat=remat)
+            for i, (name, model) in enumerate(self.text_encoders.items())
+        ]
+        if len(states) == 1:
+            return Text(states[0].last, None)
+        text = Text(jnp.concatenate([each.penultimate for each in states], axis=-1), states[-1].pooled)
+        if not (zero_empty and self.zero_empty_captions):
+            return text
+        empty = (tokens == self.empty_tokens[None]).all((1, 2))
+        return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(empty, range(1, x.ndim)), 0, x), text)
+
+    def predict(
+        self,
+        params: Mapping[str, Params],
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: Text,
+        micro_conditioning: jax.Array,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """The UNet's output for noisy latents. Pure; `params` holds "unet".
+
+        Args:
+          params: by component.
+          latents: [B, h, w, C] in UNet units.
+          timesteps: [B], integers, or floats between them (Euler's).
+          text: of B captions; or of fewer, each for as many images in a row.
+          micro_conditioning: [B, 6] pixels: original height and width, top and left of the crop, target
+            height and width (SDXL, section 2.2). Only SDXL reads it.
+          remat: a policy of models/remat.py for the backward pass.
+
+        Returns:
+          [B, h, w, C] in the dtype of `latents`: eps or v, as `schedule.prediction_type` says.
+
+        Raises:
+          ValueError: an unknown policy.
+        """
+        if text.pooled is None:
+            return self.unet.apply(params["unet"], latents, timesteps, text.states, remat=remat)
+        return self.unet.apply(
+            params["unet"],
+            latents,
+            timesteps,
+            text.states,
+            text_embeds=jnp.repeat(text.pooled, len(latents) // len(text.pooled), axis=0),
+            time_ids=micro_conditioning,
+            remat=remat,
+        )
+
+    def predict_pairs(
+        self,
+        params: Mapping[str, Params],
+        noisy: jax.Array,
+        timesteps: jax.Array,
+        tokens: jax.Array,
+        micro_conditioning: jax.Array,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """The UNet's output for noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
+
+        Args:
+          params: "unet" and the text encoders.
+          noisy: [B, P, h, w, C] in UNet units.
+          timesteps: [B, P].
+          tokens: [B, E, S].
+          micro_conditioning: [B, P, 6], see `predict`.
+          remat: a policy of models/remat.py for the backward pass.
+
+        Returns:
+          [B, P, h, w, C] in the dtype of `noisy`. A pair is folded into the batch as (winner 0, loser 0,
+          winner 1, ...); its text is encoded, and made keys and values of, once.
+        """
+
+        def fold(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, *x.shape[2:])
+
+        text = self.encode_text(params, tokens, remat=remat)
+        output = self.predict(
+            params, fold(noisy), fold(timesteps), text, fold(micro_conditioning), remat=remat
+        )
+        return output.reshape(noisy.shape)
+
+    def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:
+        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
+
+        Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
+        """
+        mean, deviation = self.vae.apply(params["vae"], images, method="encode")
+        return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1], float32."""
+        return self._images(self._vae_params, latents)
+
+    def decode_pixels(self, latents: jax.Array) -> np.ndarray:
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite.
+
+        Warns where finite latents give pixels that are not.
+        """
+        images = np.asarray(self.decode(latents))
+        if not np.isfinite(images).all() and np.isfinite(latents).all():
+            logging.warning(
+                "%s: the VAE's pixels are not finite (NaN or infinite), thus black; are its weights damaged?",
+                self.path,
+            )
+        images = np.nan_to_num(images, nan=-1.0)
+        return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
+
+    @functools.cached_property
+    def _vae_params(self) -> Params:
+        return jax.device_put(self.read_params("vae", "float32"))
+
+    @functools.cached_property
+    def _images(self) -> Any:
+        def images(params: Params, latents: jax.Array) -> jax.Array:
+            return self.vae.apply(params, latents / self.scaling_factor, method="decode")
+
+        return jax.jit(images)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What shards must have been encoded with to fit this model; goes into their manifest."""
+        return {
+            "model": self.path.name,
+            "vae_sha256": _sha256(*find_weights(self.path / "vae", self.vae.class_name)),
+            "scaling_factor": self.scaling_factor,
+            "vae_scale_factor": self.vae_scale_factor,
+            "latent_channels": self.latent_channels,
+            "caption_length": self.caption_length,
+            "tokens_sha256": [tokenizer.digest() for tokenizer in self.tokenizers],
+            # All that earlier versions wrote of the tokens, so that their shards can be matched.
+            "tokenizer_sha256": [tokenizer.digest_files() for tokenizer in self.tokenizers],
+            # Stable Diffusion 2 and SDXL's second encoder pad with another token.
+            "pad_token_id": [tokenizer.tokenizer.pad_token_id for tokenizer in self.tokenizers],
+        }
+
+    def weights_digest(self) -> str:
+        """Changes when any network's weights do: of the start of each trained array, and of each file's size
+        and 4 KiB at 256 places, for files of gigabytes are not to be read for it.
+        """
+        digest = hashlib.sha256()
+        for component, model in self.networks.items():
+            for file in find_weights(self.path / component, model.class_name):
+                size = file.stat().st_size
+                digest.update(f"{component} {size}".encode())
+                with file.open("rb") as content:
+                    for place in range(256):
+                        content.seek(size * place // 256)
+                        digest.update(content.read(4096))
+        for leaf in jax.tree.leaves(self.trained):
+            digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
+        return digest.hexdigest()
+
+
+def _sha256(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""The published models as architectures without weights: what a plan or a benchmark of full size needs.
+
+The config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, without the
+keys that repeat the classes' defaults.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspo_jax import spelling
+from dspo_jax.models.model import Params, build_model
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.schedules.variance_preserving import Schedule
+
+SD15_UNET: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SDXL_UNET = SD15_UNET | {
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+VAE: dict[str, Any] = {
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SDXL_VAE = VAE | {
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+SD15_TEXT_ENCODER: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "vocab_size": 49408,
+}
+SDXL_TEXT_ENCODER = SD15_TEXT_ENCODER | {"projection_dim": 768}
+SDXL_TEXT_ENCODER_2 = SD15_TEXT_ENCODER | {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+
+_SCHEDULER: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "sd15": {
+        "unet": ("UNet2DConditionModel", SD15_UNET),
+        "vae": ("AutoencoderKL", VAE),
+        "text_encoder": ("CLIPTextModel", SD15_TEXT_ENCODER),
+    },
+    "sdxl": {
+        "unet": ("UNet2DConditionModel", SDXL_UNET),
+        "vae": ("AutoencoderKL", SDXL_VAE),
+        "text_encoder": ("CLIPTextModel", SDXL_TEXT_ENCODER),
+        "text_encoder_2": ("CLIPTextModelWithProjection", SDXL_TEXT_ENCODER_2),
+    },
+}
+MODELS = tuple(NETWORKS)
+
+# Of the empty caption: start, end, and what a tokenizer pads with, which is 0 in SDXL's second one.
+_START, _END, _LENGTH = 49406, 49407, 77
+
+
+class Architecture(Pipeline):
+    """A published model by its configs alone: it has neither weights nor a vocabulary."""
+
+    @functools.cached_property
+    def empty_tokens(self) -> np.ndarray:
+        """Token ids [E, 77] int32 of the empty caption."""
+        padding = (_END, 0)[: len(self.text_encoders)]
+        return np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in padding], np.int32)
+
+    def read_params(self, component: str, dtype: str | None = None) -> Params:
+        """There are none: always a ValueError."""
+        del dtype
+        raise ValueError(f"{self.path}: an architecture without weights for its {component}")
+
+
+def architecture(name: str) -> Architecture:
+    """One of `MODELS` as a pipeline without weights.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in NETWORKS:
+        raise ValueError(spelling.unknown("published model", name, MODELS))
+    networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
+    unet, vae = networks.pop("unet"), networks.pop("vae")
+    return Architecture(
+        path=Path(name),
+        unet=unet,
+        vae=vae,
+        text_encoders=networks,
+        tokenizers=(),
+        schedule=Schedule.from_config(_SCHEDULER),
+        scheduler_config=_SCHEDULER,
+        zero_empty_captions=len(networks) > 1,
+        trained={},
+    )

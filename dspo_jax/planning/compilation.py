@@ -1,0 +1,154 @@
+"""Compiles a step and keeps what that tells; or only until its memory is laid out.
+
+What the TPU's compiler takes so long for is machine code, from which it knows the time of a step. Memory and
+collectives are settled before that.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dspo_jax.files import write_json
+from dspo_jax.json_files import read_object
+from dspo_jax.monitoring.devices import peak_bytes
+from dspo_jax.planning.program_text import (
+    assigned_bytes,
+    collectives,
+    kernels,
+    loop_factor,
+    read_instructions,
+)
+
+# What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
+_TOO_LARGE = re.compile(
+    r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+    r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
+)
+_SECONDS_BETWEEN_LOOKS = 0.5
+_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of XLA's compilers
+
+
+def kept_facts(lowered: jax.stages.Lowered, device: Any, topology: str | None = None) -> dict[str, Any]:
+    """`compile_facts`, which are kept for the next time: by the program's text, and what else decides them.
+
+    Args:
+      lowered: the program.
+      device: one of those that it is for.
+      topology: how they are connected; None for those that are here.
+    """
+    versions = [
+        f"{name} {metadata.version(name)}"
+        for name in ("jaxlib", "libtpu")
+        if any(metadata.distributions(name=name))
+    ]
+    # What `memory_facts` adds to the flags changes nothing but what the compiler notes.
+    options = [flag for name in _OPTIONS for flag in os.environ.get(name, "").split()]
+    options = [flag for flag in options if not flag.startswith("--xla_dump_")]
+    text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    if path.is_file():
+        return read_object(path, "delete it, and the program is compiled again")
+    facts = compile_facts(lowered)
+    write_json(path, facts, shared=True)
+    return facts
+
+
+def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """What compiling a program tells of it, and nothing that is concluded from that.
+
+    Of a program that is too large only peak_bytes, as far as its compiler had counted, and hbm_bytes, which
+    is None of all others.
+    """
+    before = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        too_large = _TOO_LARGE.search(str(error))
+        if too_large is None:
+            raise
+        used, used_unit, limit, limit_unit = (group for group in too_large.groups() if group)
+        peak, hbm = (
+            int(float(size) * 1024 ** ("KMGT".index(unit) + 1))
+            for size, unit in ((used, used_unit), (limit, limit_unit))
+        )
+        return {"peak_bytes": peak, "hbm_bytes": hbm}
+    seconds = time.perf_counter() - before
+    memory: Any = program.memory_analysis()
+    costs = program.cost_analysis() or {}
+    text = program.as_text() or ""
+    instructions = list(read_instructions(text))
+    return {
+        "peak_bytes": peak_bytes(memory),
+        "hbm_bytes": None,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "bytes_accessed": costs.get("bytes accessed"),
+        "compiler_seconds": expected_seconds(costs, text),
+        "loop_factor": loop_factor(instructions),
+        "collectives": collectives(instructions),
+        "kernel_calls": kernels(instructions),
+        "compile_seconds": seconds,
+    }
+
+
+def memory_facts(command: Sequence[str], module: str) -> dict[str, Any] | int:
+    """The memory and the collectives of a program that a command compiles, which is then ended.
+
+    XLA notes them in a folder while it compiles. The command is a process of its own because the compiler
+    lets no other thread run, and cannot be stopped.
+
+    Args:
+      command: compiles the program as the first of its name.
+      module: XLA's name of the program, e.g. "jit_train_step".
+
+    Returns:
+      peak_bytes (without the program's own code), hbm_bytes (None), argument_bytes, temporary_bytes,
+      collectives. The exit status of a command that ended before: it knew the answer, or failed.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        notes = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={module}"
+        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {notes}"}
+        running = subprocess.Popen(command, env=os.environ | flags)
+        try:
+            # This file comes after the two that are read: they are whole.
+            while not list(Path(folder).glob("*after_optimizations-buffer-assignment-values.txt")):
+                if (status := running.poll()) is not None:
+                    return status
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        finally:
+            running.kill()
+            running.wait()
+        buffers, text = (
+            next(Path(folder).glob(f"*after_optimizations{end}.txt")).read_text(encoding="utf-8")
+            for end in ("-buffer-assignment", "")
+        )
+    arguments, peak = assigned_bytes(buffers)
+    return {
+        "peak_bytes": peak,
+        "hbm_bytes": None,
+        "argument_bytes": arguments,
+        "temporary_bytes": peak - arguments,
+        "collectives": collectives(read_instructions(text)),
+    }
+
+
+def expected_seconds(costs: Mapping[str, float], text: str) -> float | None:
+    """The compiler's estimate of a program, or None where there is none.
+
+    Args:
+      costs: its cost analysis.
+      text: of the compiled program.
+    """
+    # Such a call, which does nothing, is counted as -1 s: unknown.
+    seconds = costs.get("optimal_seconds", -1.0) + text.count('custom_call_target="ConcatBitcast"')
+    return seconds if seconds > 0 else None

@@ -1,0 +1,202 @@
+"""What a compiled program says of itself in its text: loops, collectives, kernels that are not XLA's own.
+
+XLA's cost analysis counts the body of a loop once, however often it runs, and of a custom kernel what its
+author declared. What is read here puts both right. The text is XLA's HLO after optimisation
+(`jax.stages.Compiled.as_text()`), the program of one device.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+# "%name = type op(operands), attributes"; the type of a tuple stands in parentheses, with blanks.
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\((?P<rest>.*)$"
+)
+
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
+
+
+_ARRAY = re.compile(r"\b([a-z]+[0-9][0-9a-z]*|pred)\[([\d,]*)\]")
+
+
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|branch_computations|called_computations)=\{?%?([\w.-]+(?:, %[\w.-]+)*)"
+)
+
+
+_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
+
+
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+
+
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), ([^|:]*)", re.MULTILINE)
+
+
+_OPERANDS = re.compile(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of the text.
+
+    Attributes:
+      name: unique in the program.
+      op: e.g. "fusion".
+      type: of its result, as written.
+      rest: operands and attributes, as written.
+      times: how often a run of the program comes by it.
+    """
+
+    name: str
+    op: str
+    type: str
+    rest: str
+    times: int
+
+
+def read_instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction of the entry computation and of what it calls, with how often it runs.
+
+    The inside of a fusion is given too. A loop whose length cannot be read counts once.
+    """
+    computations, entry = _read_computations(text)
+    yield from _walk(computations, entry, 1)
+
+
+def entry_instructions(text: str) -> Sequence[Instruction]:
+    """The instructions of the entry computation alone, in the order in which they run."""
+    computations, entry = _read_computations(text)
+    return computations[entry]
+
+
+def _read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            found = _COMPUTATION.match(line)
+            if found and not line.startswith("HloModule"):
+                current = computations.setdefault(found["name"], [])
+                entry = found["name"] if found["entry"] else entry
+        elif line.rstrip() == "}":
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            current.append(Instruction(found["name"], found["op"], found["type"], found["rest"], 1))
+    return computations, entry
+
+
+def _walk(computations: Mapping[str, Sequence[Instruction]], name: str, times: int) -> Iterator[Instruction]:
+    for instruction in computations.get(name, ()):
+        yield dataclasses.replace(instruction, times=times)
+        inside = times
+        if instruction.op == "while":
+            inside *= _trips(computations, instruction)
+        for names in _CALLED.findall(instruction.rest):
+            for called in names.replace("%", "").split(", "):
+                yield from _walk(computations, called, inside)
+
+
+def _trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) -> int:
+    """How often the body of a loop runs: as noted there, or what its condition compares the counter with."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    if condition := _CONDITION.search(loop.rest):
+        bounds = [
+            int(instruction.rest.split(")")[0])
+            for instruction in computations.get(condition[1], ())
+            if instruction.op == "constant" and re.match(r"\d+\)", instruction.rest)
+        ]
+        if len(bounds) == 1:
+            return bounds[0]
+    return 1
+
+
+def array_bytes(type_: str) -> int:
+    """Bytes of a type as the text writes it: one array or a tuple of them."""
+    total = 0
+    for dtype, shape in _ARRAY.findall(type_):
+        bits = 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
+        total += math.prod(int(size) for size in shape.split(",") if size) * max(bits, 8) // 8
+    return total
+
+
+def assigned_bytes(text: str) -> tuple[int, int]:
+    """Bytes of a device's main memory, by XLA's text of a program's buffers: (of arguments, of all)."""
+    arguments = everything = 0
+    for size, kind in _ALLOCATION.findall(text):
+        if "color " not in kind:  # another memory of the device
+            everything += int(size)
+            arguments += int(size) if "parameter " in kind else 0
+    return arguments, everything
+
+
+def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]]:
+    """How often a device sends or receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results.
+
+    The TPU's compiler spreads one over several fusions, whose computation hides it: by its channel it is
+    known, and counts once.
+    """
+    found: dict[str, dict[str, int]] = {}
+    seen = set()
+    for instruction in instructions:
+        kind = instruction.op.removesuffix("-start")
+        channel = _CHANNEL.search(instruction.rest)
+        if kind in COLLECTIVES and not (channel and (kind, channel[1]) in seen):
+            seen.add((kind, channel and channel[1]))
+            type_ = instruction.type
+            if instruction.op != kind and kind != "all-reduce":
+                type_ = _elements(type_)[1]  # what starts gives its operands back, and then its results
+            entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+            entry["count"] += instruction.times
+            entry["bytes"] += instruction.times * array_bytes(type_)
+    return found
+
+
+def _elements(type_: str) -> list[str]:
+    """The types in a tuple, which may be tuples themselves."""
+    found, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
+def loop_factor(instructions: Iterable[Instruction]) -> float:
+    """Estimated cycles of the program over those that count each loop once; 1 where nothing is estimated."""
+    once = often = 0
+    for instruction in instructions:
+        if cycles := _CYCLES.search(instruction.rest):
+            once += int(cycles[1])
+            often += int(cycles[1]) * instruction.times
+    return often / once if once else 1.0
+
+
+def kernels(instructions: Iterable[Instruction]) -> list[tuple[str, list[tuple[int, ...]], int, int]]:
+    """The TPU kernels that are not XLA's: (name, shapes of the operands, bytes in and out, how often)."""
+    found = []
+    for instruction in instructions:
+        if 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            operands = _OPERANDS.search(instruction.rest)
+            types = operands[1] if operands else ""
+            shapes = [
+                tuple(int(size) for size in shape.split(",") if size) for _, shape in _ARRAY.findall(types)
+            ]
+            size = array_bytes(types) + array_bytes(instruction.type)
+            found.append((instruction.name, shapes, size, instruction.times))
+    return found

@@ -1,0 +1,226 @@
+"""Published reward weights -> the folder that a reward is loaded from."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspo_jax import spelling
+from dspo_jax.files import appear, name_write_errors, refuse_existing
+from dspo_jax.models.model import Model, build_model
+from dspo_jax.pipelines import tokenizers
+from dspo_jax.rewards import aesthetic, image_reward, open_clip
+from dspo_jax.rewards.clip_folder import read_clip, read_tokenizer
+from dspo_jax.weights import model_dir, tensors
+from dspo_jax.weights.component_files import find_weights
+from dspo_jax.weights.components import open_component
+from dspo_jax.weights.layout import cast
+from dspo_jax.weights.tensors import Tensor
+from dspo_jax.weights.torch_files import open_weights
+
+PUBLISHED_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be written.
+
+    Attributes:
+      reward: its name.
+      source: what the user calls the weights.
+      weights: a file or folder.
+      tokenizer: a folder; None for a reward that reads no prompt.
+      head: the file of a part that is published by itself; None where there is none.
+      out: the folder, which must not exist.
+    """
+
+    reward: str
+    source: str
+    weights: Path
+    tokenizer: Path | None
+    head: Path | None
+    out: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a reward is published.
+
+    Attributes:
+      source: the hub id of its weights.
+      write: writes the folder.
+      file: of the hub's repository, where it is one file; None for a transformers folder.
+      tokenizer: the hub id of a tokenizer for weights that come without; None if it reads no prompt.
+      tokenizer_files: the files of a tokenizer, of which a repository has some.
+      head: whether a part is published by itself.
+    """
+
+    source: str
+    write: Callable[[Job], None]
+    file: str | None = None
+    tokenizer: str | None = None
+    tokenizer_files: tuple[str, ...] = tokenizers.FILES
+    head: bool = False
+
+
+def write_clip(job: Job, *, features: int, activation: str) -> None:
+    """Writes the folder of a CLIP reward.
+
+    Args:
+      job: its weights are a transformers folder of a `CLIPModel`, or a file with open_clip's names.
+      features: of the embeddings; CLIPs of another size are refused.
+      activation: of the layers, which a file does not tell.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: weights, tokenizer or head are of something else, or damaged.
+      OSError: the disk is full.
+    """
+    model, stored, files = _open_clip(job.weights, activation)
+    found = model.settings["text"]["projection_dim"]
+    if found != features:
+        raise ValueError(
+            f"{job.weights}: embeds into {found} features, but the CLIP of {job.reward} into {features}; is "
+            "it another one?"
+        )
+    about: dict[str, Any] = {"name": job.reward, "source": job.source, "sha256": _digest(files)}
+    written = {"model.safetensors": stored}
+    if job.head:
+        head = aesthetic.check_head(job.head, open_weights(job.head), features)
+        about["head"] = {"source": job.head.name, "sha256": _digest([job.head])}
+        written[aesthetic.HEAD] = head
+    if job.tokenizer:
+        read_tokenizer(job.tokenizer, model)
+    model_dir.require_space(job.out, sum(each.nbytes for part in written.values() for each in part.values()))
+    with appear(job.out) as partial:
+        with name_write_errors(partial):
+            partial.mkdir()
+            for name, content in (("config.json", model.config), ("reward.json", about)):
+                text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+                (partial / name).write_text(text + "\n", encoding="utf-8")
+        if job.tokenizer:
+            there = [Path(name) for name in tokenizers.FILES if (job.tokenizer / name).is_file()]
+            model_dir.copy_files(job.tokenizer, there, partial)
+        for name, part in written.items():
+            # Every value passes through here once, so that a damaged one is found now.
+            finite = {key: cast(key, each, each.dtype, job.weights) for key, each in part.items()}
+            tensors.write_tensors(partial / name, finite)
+
+
+def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor], list[Path]]:
+    """The architecture, its tensors under transformers' names, and the files that they are in."""
+    if weights.is_dir():
+        model = read_clip(weights)
+        stored = open_component(weights, model)
+        return model, stored, find_weights(weights, model.class_name)
+    stored = open_weights(weights)
+    if not open_clip.is_open_clip(stored):
+        first = min(stored, default="nothing")
+        hint = "; give the folder it lies in" if "logit_scale" in stored else ""
+        raise ValueError(f"{weights}: holds {first} and not a CLIP with open_clip's names{hint}")
+    config, stored = open_clip.translate(weights, stored, activation)
+    return build_model("CLIPModel", config), stored, [weights]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """The sha256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+_LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+_OPENAI_L = "openai/clip-vit-large-patch14"
+
+
+_write_h = functools.partial(write_clip, features=1024, activation="gelu")
+
+
+_write_l = functools.partial(write_clip, features=768, activation="quick_gelu")
+
+
+RECIPES: dict[str, Recipe] = {
+    "pickscore": Recipe("yuvalkirstain/PickScore_v1", _write_h, tokenizer=_LAION_H),
+    "hpsv2.0": Recipe("xswu/HPSv2", _write_h, file="HPS_v2_compressed.pt", tokenizer=_LAION_H),
+    "hpsv2.1": Recipe("xswu/HPSv2", _write_h, file="HPS_v2.1_compressed.pt", tokenizer=_LAION_H),
+    "clip-h": Recipe(_LAION_H, _write_h, tokenizer=_LAION_H),
+    "clip-l": Recipe(_OPENAI_L, _write_l, tokenizer=_OPENAI_L),
+    "aesthetic": Recipe(_OPENAI_L, _write_l, head=True),
+    "imagereward": Recipe(
+        "THUDM/ImageReward",
+        lambda job: image_reward.write_weights(job.weights, job.out, job.tokenizer, job.source),
+        file="ImageReward.pt",
+        tokenizer="google-bert/bert-base-uncased",
+        tokenizer_files=("vocab.txt", "tokenizer.json"),
+    ),
+}
+
+
+_MODEL_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+
+
+def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
+    """A path as it is; of a hub id the download of a file, or a folder of what fits `patterns`."""
+    if not model_dir.is_hub_id(source):
+        if not Path(source).exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        return Path(source)
+    import huggingface_hub  # slow to import, and needed here only
+
+    with model_dir.name_hub_errors(source):
+        if file:
+            return Path(huggingface_hub.hf_hub_download(source, file))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
+
+
+def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | None, head: str | None) -> Job:
+    """Finds, or downloads, what the reward is made of.
+
+    Args:
+      reward: its name.
+      out: the folder to write.
+      weights: a file, folder or hub id; None for the published one.
+      tokenizer: a folder or hub id with it; None for that of the weights or else the published one.
+      head: the file of the aesthetic head.
+
+    Raises:
+      ValueError: an unknown reward, or an option that it does not take or lacks.
+      OSError: a path that is not there, or a hub id that cannot be downloaded.
+    """
+    if reward not in RECIPES:
+        raise ValueError(spelling.unknown("--reward", reward, RECIPES))
+    recipe = RECIPES[reward]
+    refuse_existing(out)
+    if recipe.head and head is None:
+        raise ValueError(
+            f"--head is missing: name the file {PUBLISHED_HEAD}, which lies on GitHub in "
+            "christophschuhmann/improved-aesthetic-predictor"
+        )
+    if head is not None and not recipe.head:
+        raise ValueError(f"--head={head}: not an option of {reward}")
+    if tokenizer is not None and recipe.tokenizer is None:
+        raise ValueError(f"--tokenizer={tokenizer}: not an option of {reward}, which reads no prompt")
+    source = weights or recipe.source
+    found = _find(source, recipe.file, [*_MODEL_FILES, *recipe.tokenizer_files])
+    folder = None
+    if recipe.tokenizer is not None:
+        brought = tokenizers.is_tokenizer(found)
+        folder = found if brought and tokenizer is None else _find_tokenizer(tokenizer, recipe)
+    name = source if model_dir.is_hub_id(source) else Path(source).resolve().name
+    return Job(reward, name, found, folder, Path(head) if head else None, out)
+
+
+def _find_tokenizer(tokenizer: str | None, recipe: Recipe) -> Path:
+    try:
+        return _find(tokenizer or str(recipe.tokenizer), None, recipe.tokenizer_files)
+    except OSError as error:
+        needed = ", ".join(recipe.tokenizer_files[:3])
+        raise OSError(f"{error}; name a folder that holds a tokenizer ({needed}) with --tokenizer") from error

@@ -1,0 +1,150 @@
+"""Latents to pixels on all devices of a process; large images in overlapping tiles."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dspo_jax.models.model import Params
+from dspo_jax.parallel.mesh import batch_sharding, replicated
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.weights.components import read_model, read_params
+
+_OVERLAP = 0.25  # of a tile's side, as diffusers' tiled VAE
+# On a device: a decoder takes more memory for an image than the UNet for its latents.
+_PIXELS_AT_ONCE = 1024 * 1024
+
+
+class Decoder:
+    """Decodes batches with a model's VAE, or with a small one in its place; compiled once for a shape."""
+
+    def __init__(self, pipe: Pipeline, mesh: Mesh, *, tile: int = 0, preview: str | Path | None = None):
+        """Reads the weights.
+
+        Args:
+          pipe: gives the VAE.
+          mesh: of the devices of this process; its `data` axis splits a batch.
+          tile: images with a longer side than so many pixels are decoded in tiles of that side, a quarter of
+            which overlaps, in less memory and with faint differences; 0 never.
+          preview: the folder of an AutoencoderTiny (TAESD) of this model's latents, which decodes faster and
+            with less detail.
+
+        Raises:
+          ValueError: `tile` is no multiple of the pixels per latent, or `preview` is no AutoencoderTiny for
+            these latents.
+          FileNotFoundError: no such folder.
+        """
+        vae, scaling_factor = pipe.vae, pipe.scaling_factor
+        if preview is None:
+            params = pipe.read_params("vae", "float32")
+        else:
+            vae, params, scaling_factor = _read_preview(Path(preview), pipe)
+        if tile % pipe.vae_scale_factor:
+            raise ValueError(f"--vae_tile={tile}: must be a multiple of {pipe.vae_scale_factor}")
+        self._scale, self._num_devices = pipe.vae_scale_factor, mesh.size
+        whole, self._split = replicated(mesh), batch_sharding(mesh)
+        self._params = jax.device_put(params, whole)
+
+        def decode(params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def decode_one(part: jax.Array) -> jax.Array:
+                return vae.apply(params, part / scaling_factor, method="decode")
+
+            if tile and max(latents.shape[1:3]) * pipe.vae_scale_factor > tile:
+                images = decode_in_tiles(
+                    decode_one, latents, tile // pipe.vae_scale_factor, pipe.vae_scale_factor
+                )
+            else:
+                images = decode_one(latents)
+            # Of the latents too: a tiny VAE squashes infinite ones into pixels.
+            finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
+            images = jnp.nan_to_num(images, nan=-1.0)
+            return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
+
+        self._decode = jax.jit(decode, in_shardings=(whole, self._split), out_shardings=self._split)
+
+    def __call__(self, latents: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes latents [B, h, w, C] in UNet units.
+
+        Returns:
+          Images [B, H, W, 3] uint8, black where they are not finite; and [B] bool, whether all latents and
+          pixels of an image are finite.
+        """
+        latents = np.asarray(latents)
+        pixels = latents.shape[1] * latents.shape[2] * self._scale**2
+        part = self._num_devices * max(1, _PIXELS_AT_ONCE // pixels)
+        part = min(part, len(latents) + -len(latents) % self._num_devices)
+        images, finite = [], []
+        for start in range(0, len(latents), part):
+            some = latents[start : start + part]
+            padded = np.concatenate([some, np.zeros((part - len(some), *some.shape[1:]), some.dtype)])
+            decoded = jax.device_get(self._decode(self._params, jax.device_put(padded, self._split)))
+            images.append(decoded[0][: len(some)])
+            finite.append(decoded[1][: len(some)])
+        return np.concatenate(images), np.concatenate(finite)
+
+
+def decode_in_tiles(
+    decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, scale: int
+) -> jax.Array:
+    """Decodes tiles one after another and blends them linearly where they overlap.
+
+    Args:
+      decode: [B, t, t, C] -> [B, scale t, scale t, 3]; traced once for the shape of a tile.
+      latents: [B, h, w, C].
+      tile: its side in latents; a side of the image that is shorter is one tile.
+      scale: pixels per latent.
+
+    Returns:
+      [B, scale h, scale w, 3].
+    """
+    sides = [min(tile, side) for side in latents.shape[1:3]]
+    starts = [_tile_starts(whole, side) for whole, side in zip(latents.shape[1:3], sides, strict=True)]
+    corners = [(top, left) for top in starts[0] for left in starts[1]]
+    tiles = jnp.stack([latents[:, top : top + sides[0], left : left + sides[1]] for top, left in corners])
+    decoded = jax.lax.map(decode, tiles)
+    ramps = [_ramp(side * scale, round(side * scale * _OVERLAP)) for side in sides]
+    weight = (ramps[0][:, None] * ramps[1])[:, :, None]
+    height, width = (side * scale for side in latents.shape[1:3])
+    total = jnp.zeros((latents.shape[0], height, width, decoded.shape[-1]))
+    weights = np.zeros((height, width, 1))
+    for (top, left), image in zip(corners, decoded, strict=True):
+        window = (
+            slice(top * scale, (top + sides[0]) * scale),
+            slice(left * scale, (left + sides[1]) * scale),
+        )
+        total = total.at[:, *window].add(image * weight[None])
+        weights[window] += weight
+    return total / weights.astype(np.float32)[None]
+
+
+def _tile_starts(whole: int, side: int) -> list[int]:
+    """Where tiles begin: evenly spread, so that the last ends at the end and all overlap by the share."""
+    step = max(1, round(side * (1 - _OVERLAP)))
+    count = 1 + -(-(whole - side) // step)
+    return np.linspace(0, whole - side, count).round().astype(int).tolist()
+
+
+def _ramp(length: int, overlap: int) -> np.ndarray:
+    """[length] float32: rises over the overlap at the start, falls at the end; nowhere zero."""
+    from_edge = np.minimum(np.arange(length), np.arange(length)[::-1])
+    return np.minimum(1.0, (from_edge + 1) / (overlap + 1)).astype(np.float32)
+
+
+def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Any, Params, float]:
+    """The small VAE of a folder, its parameters and scaling factor."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--preview_vae={folder}: no config.json there; give an AutoencoderTiny's folder"
+        )
+    vae = read_model(folder)
+    ours = {"latent_channels": pipe.latent_channels, "vae_scale_factor": pipe.vae_scale_factor}
+    theirs = {key: vae.settings.get(key) for key in ours}
+    if vae.class_name != "AutoencoderTiny" or theirs != ours:
+        raise ValueError(
+            f"--preview_vae={folder}: {vae.class_name} with {theirs}; must be an AutoencoderTiny with {ours}"
+        )
+    return vae, read_params(folder, vae, "float32"), vae.settings["scaling_factor"]

@@ -1,0 +1,122 @@
+"""What `sample` leaves in a folder: settings, images, a manifest, contact sheets."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from dspo_jax.files import whole, write_json
+from dspo_jax.images.contact_sheet import contact_sheet
+from dspo_jax.json_files import read_object
+from dspo_jax.locks import is_empty
+from dspo_jax.sampling.image_sampler import Drawing, Job
+from dspo_jax.sampling.prompts import Prompt
+
+FORMATS = ("png", "webp")
+MANIFEST = "manifest.jsonl"
+SETTINGS = "settings.json"
+# On a contact sheet.
+_ROWS, _SHEETS, _SIDE = 20, 10, 256
+
+Files = Mapping[str, Mapping[Job, Path]]
+"""By heading of a model and by job, the file of the image."""
+
+
+def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Notes in `out` how its images are drawn, or refuses images that were drawn otherwise.
+
+    Raises:
+      ValueError: `out` holds images of other settings and may not be overwritten, or other files.
+    """
+    path = out / SETTINGS
+    ours = json.loads(json.dumps(settings))
+    if path.is_file():
+        fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
+        theirs = read_object(path, fix)
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        if not differing:
+            return
+        if not overwrite and any(out.glob("[0-9]*-*/[0-9]*")):
+            key = differing[0]
+            if key.endswith("_sha256"):
+                what = f"of other {key.removesuffix('_sha256')}"
+            else:
+                what = f"with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}"
+            raise ValueError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
+        for old in (*out.glob("[0-9]*-*"), out / MANIFEST, *out.glob("contact_sheet*.png")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    elif not is_empty(out):
+        raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
+    write_json(path, ours)
+
+
+def place_images(out: Path, labels: Sequence[str], jobs: Sequence[Job], image_format: str) -> Files:
+    """Where the image of each job goes: a folder for each model, files named by prompt and seed."""
+    return {
+        label: {
+            job: out / f"{i}-{Path(label).name}" / f"{job.prompt_index:05d}_{job.seed}.{image_format}"
+            for job in jobs
+        }
+        for i, label in enumerate(labels)
+    }
+
+
+def save_image(image: np.ndarray, file: Path) -> None:
+    """Writes an image [H, W, 3] uint8; the file appears when it is whole."""
+    with whole(file) as partial:
+        Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
+
+
+def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
+    """Writes manifest.jsonl: one line for each image, of how it was drawn."""
+    how = {key: getattr(drawing, key) for key in ("sampler", "steps", "guidance_scale", "strength")}
+    with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
+        for label, path in models.items():
+            for job, file in files[label].items():
+                record = {
+                    "model": str(path),
+                    "prompt": job.prompt,
+                    "prompt_index": job.prompt_index,
+                    "seed": job.seed,
+                    "file": str(file.relative_to(out)),
+                    **how,
+                }
+                manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _sheet_name(page: int, pages: int) -> str:
+    return "contact_sheet.png" if pages == 1 else f"contact_sheet-{page:03d}.png"
+
+
+def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], files: Files) -> Path:
+    """Draws contact_sheet.png, or several for many prompts, of which the first are shown.
+
+    Prompts are rows, the seeds of each model columns. Returns the first sheet's path.
+    """
+    pages = math.ceil(len(prompts) / _ROWS)
+    if pages > _SHEETS:
+        logging.info("contact sheets of the first %d of %d prompts", _ROWS * _SHEETS, len(prompts))
+    for page in range(min(pages, _SHEETS)):
+        rows = []
+        for i in range(page * _ROWS, min((page + 1) * _ROWS, len(prompts))):
+            text = prompts[i].text
+            rows.append(
+                (text, [_thumbnail(of_model[Job(text, i, s)]) for of_model in files.values() for s in seeds])
+            )
+        side = max(rows[0][1][0].shape[:2])
+        sheet = contact_sheet(rows, [(label, len(seeds)) for label in files], scale=max(1, 128 // side))
+        with whole(out / _sheet_name(page, pages)) as partial:
+            sheet.save(partial, format="PNG")
+    return out / _sheet_name(0, pages)
+
+
+def _thumbnail(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        return np.asarray(image)

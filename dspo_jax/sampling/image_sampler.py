@@ -1,0 +1,204 @@
+"""One compiled program from prompts and noise to latents: text encoders, guidance and a sampler."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dspo_jax import samplers
+from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.models.model import Params
+from dspo_jax.parallel.mesh import batch_sharding, replicated
+from dspo_jax.pipelines.pipeline import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One image to draw."""
+
+    prompt: str
+    prompt_index: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Attributes:
+      sampler: one of `samplers.SAMPLERS`.
+      steps: of the sampler, each one pass of the UNet over the batch, or with guidance over twice the batch.
+      guidance_scale: s in uncond + s (cond - uncond). At 1 or less there is no guidance, and the prompt alone
+        is run, as in diffusers' pipelines.
+      guidance_interval: smallest and largest timestep that is guided (Kynkäänniemi et al. 2024,
+        arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
+      negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
+        states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
+      strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
+        noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
+    """
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_interval: tuple[int, int] = (0, 10**6)
+    negative_prompt: str | None = None
+    strength: float = 1.0
+
+
+class ImageSampler:
+    """Draws with one model; compiled once for a shape of latents."""
+
+    def __init__(
+        self, pipe: Pipeline, drawing: Drawing, *, compute_dtype: str = "float32", mesh: Mesh | None = None
+    ):
+        """Prepares the program.
+
+        Args:
+          pipe: the model.
+          drawing: how it draws.
+          compute_dtype: of the networks; what stands between the UNet's passes is float32.
+          mesh: splits the batch over these devices, over all processes, which must then all call alike; None
+            is one device.
+
+        Raises:
+          ValueError: a sampler that is unknown, or does not do what the model's scheduler config asks for.
+        """
+        self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
+        sampler = samplers.make_sampler(
+            drawing.sampler, pipe.schedule, pipe.scheduler_config, drawing.steps, strength=drawing.strength
+        )
+        negative = pipe.tokenize([drawing.negative_prompt or ""])
+        guided = drawing.guidance_scale > 1
+        zeros = drawing.negative_prompt is None and pipe.zero_empty_captions
+        first, last = drawing.guidance_interval
+
+        def draw(
+            params: Any,
+            tokens: jax.Array,
+            noise: jax.Array,
+            seeds: jax.Array,
+            prompt_indices: jax.Array,
+            image_latents: jax.Array | None,
+        ) -> jax.Array:
+            count, size = noise.shape[0], noise.shape[1:]
+            passes = 2 * count if guided else count
+
+            # Without and with the prompt side by side, so that both are on the device that holds the latents.
+            def beside(without: jax.Array | np.ndarray, prompted: jax.Array) -> jax.Array:
+                both = jnp.stack([jnp.broadcast_to(without, prompted.shape), prompted], axis=1)
+                return both.reshape(passes, *prompted.shape[1:])
+
+            if guided and not zeros:
+                tokens = beside(negative, tokens)
+            text = pipe.encode_text(params, tokens, zero_empty=False)
+            if guided and zeros:
+                text = jax.tree.map(lambda states: beside(jnp.zeros_like(states), states), text)
+            height, width = (side * pipe.vae_scale_factor for side in size[:2])
+            whole = jnp.asarray([[height, width, 0, 0, height, width]] * passes)
+
+            def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+                noisy = jnp.repeat(x, passes // count, axis=0).astype(compute_dtype)
+                output = pipe.predict(params, noisy, jnp.full(passes, t), text, whole).astype(jnp.float32)
+                if not guided:
+                    return output
+                uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *size), 1, 0)
+                scale = jnp.where((first <= t) & (t <= last), drawing.guidance_scale, 1.0)
+                return uncond + scale * (cond - uncond)
+
+            def step_noise(i: jax.Array) -> jax.Array:
+                return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, i + 1))(
+                    seeds, prompt_indices
+                )
+
+            return sampler.run(predict, sampler.start(noise, image_latents), step_noise)
+
+        self._draw = jax.jit(on_mesh(draw, mesh), out_shardings=replicated(mesh)) if mesh else jax.jit(draw)
+
+    @functools.cached_property
+    def _stored_params(self) -> Params:
+        components = ("unet", *self._pipe.text_encoders)
+        params = {name: self._pipe.read_params(name, self._dtype) for name in components}
+        return jax.device_put(params, replicated(self._mesh) if self._mesh else None)
+
+    def sample_latents(
+        self,
+        jobs: Sequence[Job],
+        noise: jax.Array | np.ndarray,
+        image_latents: np.ndarray | None = None,
+        params: Params | None = None,
+    ) -> jax.Array:
+        """Final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
+
+        Args:
+          jobs: B of them; with a mesh a multiple of the ways it splits a batch.
+          noise: standard normal [B, h, w, C], with a mesh the same in every process.
+          image_latents: [B, h, w, C] of the images to start from, in UNet units; None starts from noise.
+          params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
+        """
+        inputs: tuple[Any, ...] = (
+            self._pipe.tokenize([job.prompt for job in jobs]),
+            noise,
+            np.asarray([job.seed for job in jobs], np.uint32),
+            np.asarray([job.prompt_index for job in jobs], np.uint32),
+            image_latents,
+        )
+        if self._mesh is not None:
+            sharding = batch_sharding(self._mesh)
+            inputs = jax.tree.map(
+                lambda array: jax.make_array_from_callback(array.shape, sharding, array.__getitem__),
+                jax.tree.map(np.asarray, inputs),
+            )
+        return self._draw(self._stored_params if params is None else params, *inputs)
+
+    def sample(self, jobs: Sequence[Job], noise: jax.Array) -> np.ndarray:
+        """Images [B, H, W, 3] uint8, drawn with the model's own weights.
+
+        Raises:
+          ValueError: the latents are not finite.
+        """
+        latents = self.sample_latents(jobs, noise)
+        finite = np.asarray(jnp.isfinite(latents).all((1, 2, 3)))
+        refuse_non_finite(self._pipe.path, jobs, finite)
+        return self._pipe.decode_pixels(latents)
+
+
+def refuse_non_finite(model: str | Path, jobs: Sequence[Job], finite: np.ndarray) -> None:
+    """Refuses pictures of NaN or infinite numbers, which would be saved as black ones.
+
+    Args:
+      model: what the error calls the model.
+      jobs: N of them.
+      finite: [N] bool, whether all latents and pixels of a picture are.
+
+    Raises:
+      ValueError: by the model and the first such job.
+    """
+    if not finite.all():
+        job = jobs[int(finite.argmin())]
+        raise ValueError(
+            f"{model}: the picture of {job.prompt!r} with seed {job.seed} is not finite (NaN or infinite "
+            "numbers): the weights are damaged, or of a training run that diverged; take an earlier "
+            "checkpoint, or fetch the model again"
+        )
+
+
+def initial_noise(jobs: Sequence[Job], size: tuple[int, int, int]) -> jax.Array:
+    """Standard normal noise [B, h, w, C] that depends on a job's seed and prompt number only."""
+    return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, None))(
+        jnp.asarray([job.seed for job in jobs], jnp.uint32),
+        jnp.asarray([job.prompt_index for job in jobs], jnp.uint32),
+    )
+
+
+def _draw_normal(
+    seed: jax.Array, prompt_index: jax.Array, size: tuple[int, ...], step: jax.Array | None
+) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), prompt_index)
+    return jax.random.normal(key if step is None else jax.random.fold_in(key, step), size)

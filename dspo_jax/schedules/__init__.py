@@ -1,0 +1,1 @@
+"""Forward processes of diffusion."""

@@ -1,0 +1,1 @@
+"""The training step, its start, its loop and what watches it."""

@@ -1,0 +1,151 @@
+"""What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dspo_jax.data import loader
+from dspo_jax.files import whole
+from dspo_jax.images.contact_sheet import contact_sheet
+from dspo_jax.models.model import Params
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.samplers.spacing import check_steps
+from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+
+# In one call; few, as most of the memory belongs to the training.
+_IMAGES_PER_DEVICE = 4
+
+
+def first_captions(path: str | Path, split: str, count: int = 4) -> list[str]:
+    """The captions of the first `count` examples of a split, for a run that names no prompts.
+
+    Args:
+      path: a dataset, or several separated by commas.
+      split: of the datasets.
+      count: fewer come where the split, or its first bucket, has fewer.
+
+    Raises:
+      ValueError: the split does not exist or is empty.
+    """
+    with closing(loader.eval_batches(path, batch_size=count, split=split)) as batches:
+        return next(batches)["caption"]
+
+
+def check_settings(
+    seeds: Sequence[int], guidance_scale: float, num_inference_steps: int, num_train_timesteps: int
+) -> None:
+    """Refuses columns, guidance and steps that cannot be drawn.
+
+    Raises:
+      ValueError: by the key of the config.
+    """
+    if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"config.samples.guidance_scale = {guidance_scale}: must be a finite number")
+    try:
+        check_steps(num_train_timesteps, num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"config.samples.{error}") from error
+
+
+class SampleGrids:
+    """Draws a model before and while it is trained, and writes contact sheets of both.
+
+    Every process of a run must call it alike, as they compute together; the first one writes.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        params: Params,
+        mesh: Mesh,
+        workdir: str | Path,
+        *,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        compute_dtype: str,
+    ):
+        """Draws the images to compare with.
+
+        Args:
+          pipe: the model's architectures; of its weights only the VAE's are read.
+          params: UNet and text encoders at the start of the run, in the compute dtype, on the mesh.
+          mesh: the devices.
+          workdir: of the run.
+          prompts: rows.
+          seeds: columns under either heading.
+          num_inference_steps, guidance_scale: see `Drawing`.
+          compute_dtype: of the networks.
+
+        Raises:
+          ValueError: no prompt, or what `check_settings` refuses.
+        """
+        if not prompts:
+            raise ValueError(f"config.samples.prompts = {prompts}: needs at least one")
+        check_settings(seeds, guidance_scale, num_inference_steps, pipe.schedule.num_train_timesteps)
+        self._pipe, self._folder = pipe, Path(workdir) / "samples"
+        self._prompts, self._seeds = prompts, seeds
+        jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(jobs) // ways))
+        self._count = len(jobs)
+        jobs += [jobs[-1]] * (-len(jobs) % self._batch_size)
+        self._jobs = jobs
+        self._noise = np.asarray(initial_noise(jobs, (*pipe.latent_size, pipe.latent_channels)))
+        drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
+        self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
+        self._base = self._draw(params, "the base")
+
+    def write(self, step: int, params: Params) -> None:
+        """Writes workdir/samples/step_000500.png or the like: the base's images, and those of `params`."""
+        images = self._draw(params, f"step {step}")
+        if not images:
+            return
+        columns = len(self._seeds)
+        rows = [
+            (prompt, self._base[i * columns :][:columns] + images[i * columns :][:columns])
+            for i, prompt in enumerate(self._prompts)
+        ]
+        headings = [("base", columns), (f"step {step}", columns)]
+        sheet = contact_sheet(rows, headings, scale=max(1, 128 // len(images[0])))
+        with whole(self._folder / f"step_{step:06d}.png") as partial:
+            sheet.save(partial, format="PNG")
+
+    def _draw(self, params: Params, name: str) -> list[np.ndarray]:
+        """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
+
+        Warns of those that are not finite, which are black: the training goes on.
+        """
+        latents = np.concatenate(
+            [
+                self._sampler.sample_latents(self._jobs[part], self._noise[part], params=params)
+                for part in (
+                    slice(start, start + self._batch_size)
+                    for start in range(0, len(self._jobs), self._batch_size)
+                )
+            ]
+        )[: self._count]
+        if jax.process_index() != 0:
+            return []
+        black = np.flatnonzero(~np.isfinite(latents).all((1, 2, 3)))
+        if len(black):
+            logging.warning(
+                "samples of %s: %d of %d pictures are black, as the model's output is not finite (NaN or "
+                "infinite); first %r",
+                name,
+                len(black),
+                self._count,
+                self._jobs[black[0]].prompt,
+            )
+        # One at a time: a decoder takes more memory for an image than the UNet for its latents.
+        return [self._pipe.decode_pixels(jnp.asarray(image[None]))[0] for image in latents]

@@ -1,0 +1,150 @@
+"""The training step: a batch of encoded pairs, a frozen reference, one optimizer update.
+
+`train_step(state, reference, batch, key) -> (state, metrics)` is all of it; the loop around it is loop.py.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.models.model import Params
+from dspo_jax.training import stability
+from dspo_jax.training.losses.preference import loss_fn
+from dspo_jax.training.task import Batch, Metrics, Task
+
+# What the step reads of a batch; captions and keys stay on the host.
+INPUTS = ("moments", "tokens", "micro_conditioning", "preference", "loser_won", "index")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What changes from step to step, and all that a checkpoint holds.
+
+    `params` has "unet" and, where they are trained, the text encoders; of each all parameters, or with LoRA
+    the adapters alone. `ema` is their moving average, or None where none is kept.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    health: stability.Health
+    task: Task = dataclasses.field(metadata={"static": True})
+
+    def arrays(self) -> dict[str, Any]:
+        """The state without its task: what is saved."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in arrays.items() if name != "task" and value is not None}
+
+    @property
+    def result(self) -> Params:
+        """The parameters that a run is judged by and that leave it: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(task: Task, params: Params) -> TrainState:
+    """The state at step 0; jit it, or its parts share memory."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=task.optimizer.init(_float32(params)),
+        ema=_float32(params) if task.ema_decay else None,
+        health=stability.start(),
+        task=task,
+    )
+
+
+def _float32(params: Params) -> Params:
+    """What the optimizer sees: it works in float32, however the parameters are kept."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def train_step(
+    state: TrainState, reference: Params, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update.
+
+    Args:
+      state: may be donated.
+      reference: the frozen tree, in `task.reference_dtype`: the text encoders unless they are trained and no
+        reference is needed, and "unet" for an objective that needs a reference. With LoRA the base model,
+        with adapters that add nothing.
+      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, S], `micro_conditioning` [B, P, 6], `preference`
+        and `loser_won` [B], `index` [B] uint32 (unique over the run).
+      key: of the run, the same for every step: an example's randomness follows from its index.
+
+    Returns:
+      The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and
+      `skipped_in_a_row` (see `stability.Health`), and the objective's own. An update that is skipped leaves
+      everything but the step and those counts as it was.
+    """
+    task = state.task
+    (loss, metrics), grads = mean_gradient(state.params, task, reference, batch, key)
+    grad_norm = optax.tree.norm(grads)
+    updates_made = state.health.updates
+    good, health = stability.judge(state.health, loss, grad_norm, task.loss_spike)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, _float32(state.params))
+    params = optax.apply_updates(state.params, updates)
+    ema = None
+    if state.ema is not None:
+        decay = task.ema_decay
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+    metrics |= {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": task.learning_rate(updates_made),
+        "skipped": health.skipped.astype(jnp.float32),
+        "skipped_in_a_row": health.skipped_in_a_row.astype(jnp.float32),
+    }
+    params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
+    return TrainState(state.step + 1, params, opt_state, ema, health, task), metrics
+
+
+def mean_gradient(
+    params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
+) -> tuple[tuple[jax.Array, Metrics], Params]:
+    """Loss and metrics of a batch and the gradient of the loss in float32, part by part where it is split."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:
+        results, grads = grad_fn(params, task, reference, part, key)
+        return results, _float32(grads)
+
+    if task.accumulation == 1:
+        return evaluate(batch)
+    # Part k takes every accumulation-th example, so that each device keeps working on its own.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch)
+    shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
+    )
+    return jax.tree.map(lambda x: x / task.accumulation, total)
+
+
+def compile_step(state: TrainState) -> Any:
+    """`train_step`, jitted for the mesh of `state`; the new state is laid out like it, and it is donated."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    sharding: Any = state.step.sharding
+    mesh = sharding.mesh
+    for_cpu: dict[str, str | int] = {
+        # By default XLA orders the program for concurrency, at up to twice the temporaries.
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        # And takes half of what AVX-512 offers.
+        "xla_cpu_prefer_vector_width": 512,
+    }
+    return jax.jit(
+        on_mesh(train_step, mesh),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=for_cpu if mesh.devices.flat[0].platform == "cpu" else None,
+    )

@@ -1,0 +1,293 @@
+"""Held-out pairs: does the model rank them as people did? Implicit accuracy, margins and errors by timestep.
+
+The implicit reward of an image is the decrease of its denoising error against the reference, averaged over
+draws of timestep and noise (Diffusion-DPO, S4.1, where it serves as a reward model in Table S2).
+Every call uses the same noise and the same timesteps, so that curves over a run compare like with like.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dspo_jax.data import datasets, loader, shards
+from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.monitoring.progress import Progress
+from dspo_jax.objectives import Predictions
+from dspo_jax.objectives.implicit_reward import error_drift, squared_error
+from dspo_jax.parallel import processes
+from dspo_jax.parallel.mesh import batch_share, check_batch_size, make_mesh, replicated, shard_batch
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.weights.saved_params import read_base
+
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+
+
+def binomial_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval for a share; unlike the normal one it stays in [0, 1] and holds for small n.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+    Args:
+      successes: how many of `n`; ties may count one half.
+      n: number of independent trials; 0 gives (0, 1).
+
+    Raises:
+      ValueError: `successes` is not between 0 and `n`.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes = {successes}: must lie between 0 and n = {n}")
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + _Z_95**2 / (2 * n)) / (1 + _Z_95**2 / n)
+    half = _Z_95 / (1 + _Z_95**2 / n) * math.sqrt(share * (1 - share) / n + _Z_95**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, S], micro-conditioning
+# [B, P, 6]) -> the UNet's output.
+Predict = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+_SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
+
+
+def check_settings(batch_size: int, draws: int, mesh: Mesh) -> None:
+    """Refuses a batch size that the mesh cannot split, and no draw.
+
+    Raises:
+      ValueError: by the key of the config.
+    """
+    check_batch_size(batch_size, mesh, "config.validation.batch_size")
+    if draws < 1:
+        raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
+
+
+class Validator:
+    """Judges a model on one split; compiled once (for each image size, where there are buckets)."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        schedule: Schedule,
+        mesh: Mesh,
+        *,
+        path: str | Path,
+        split: str,
+        batch_size: int,
+        draws: int,
+    ):
+        """Open the split.
+
+        Args:
+          predict: runs the text encoders and the UNet.
+          schedule: the forward process.
+          mesh: the devices.
+          path: a dataset written by `dspo_jax.encode`, or several separated by commas.
+          split: the held-out split.
+          batch_size: examples in one call.
+          draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal
+            bins.
+
+        Raises:
+          ValueError: what `check_settings` refuses, or a split that is missing or empty.
+        """
+        check_settings(batch_size, draws, mesh)
+        self.num_examples = loader.num_examples(path, split)
+        self._path, self._split, self._batch_size, self._mesh = path, split, batch_size, mesh
+        steps = schedule.num_train_timesteps
+        self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
+
+        def add_noise(
+            batch: dict[str, jax.Array], timestep: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mean, _ = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+
+            def draw(index: jax.Array) -> jax.Array:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_SEED), index), timestep)
+                return jax.random.normal(key, (1, *mean.shape[2:]))
+
+            noise = jnp.broadcast_to(jax.vmap(draw)(batch["index"]), mean.shape)
+            timesteps = jnp.full(mean.shape[:2], timestep)
+            return (
+                schedule.add_noise(mean, noise, timesteps),
+                schedule.target(mean, noise, timesteps),
+                timesteps,
+            )
+
+        def score(
+            policy: jax.Array, frozen: jax.Array | None, target: jax.Array, timesteps: jax.Array
+        ) -> dict[str, jax.Array]:
+            predictions = jax.tree.map(
+                lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                Predictions(policy, frozen, target, timesteps),
+            )
+            judged = {"error": squared_error(predictions, "mean")}
+            if frozen is not None:
+                judged["drift"] = error_drift(predictions, "mean")
+            return judged
+
+        # The networks are a program of their own, run for the policy and again for the reference: compiled
+        # together with the scores, the two are fused differently, and equal weights differ in the last bit.
+        self._add_noise, self._predict = jax.jit(add_noise), jax.jit(on_mesh(predict, mesh))
+        # What every process reads of the result must be on every device.
+        self._score = jax.jit(score, out_shardings=replicated(mesh))
+
+    def __call__(
+        self, policy: Any, reference: Any, report: Callable[[int], None] = lambda judged: None
+    ) -> dict[str, float]:
+        """Scalars of the whole split.
+
+        Both are what `predict` takes, in the same dtype; `reference` is None for a run without one. `report`
+        is told how many examples have been judged.
+
+        `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for
+        pairs `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
+        `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one
+        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent).
+
+        With `_t500` and the like at the end, those of one timestep bin: the drifts, margin and accuracy, or
+        the errors where there is no reference.
+        """
+        results = []
+        judged = 0
+        for examples in self._batches():
+            draws = [self._judge_examples(policy, reference, examples, t) for t in self._timesteps]
+            results.append(np.stack(draws, axis=1))
+            judged += len(examples["index"])
+            report(judged)
+        values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image
+        return summarise(values_SDBP, self._timesteps)
+
+    def _batches(self) -> Any:
+        batches = loader.eval_batches(self._path, batch_size=self._batch_size, split=self._split)
+        yield from batches
+        batches.close()
+
+    def _judge_examples(
+        self, policy: Any, reference: Any, examples: Mapping[str, Any], timestep: int
+    ) -> np.ndarray:
+        """[2 or 1 (no reference), B, P] on the host; a short last batch is filled with its first example."""
+        count = len(examples["index"])
+        take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
+        share, shares = batch_share(self._mesh)
+        take = np.split(take, shares)[share]
+        batch = {name: examples[name][take] for name in ("moments", "tokens", "micro_conditioning")}
+        batch["index"] = examples["index"][take].astype(np.uint32)
+        placed = shard_batch(batch, self._mesh)
+        noisy, target, timesteps = self._add_noise(placed, jnp.int32(timestep))
+        inputs = (noisy, timesteps, placed["tokens"], placed["micro_conditioning"])
+        outputs = [
+            None if params is None else self._predict(params, *inputs) for params in (policy, reference)
+        ]
+        judged = self._score(*outputs, target, timesteps)
+        return np.stack([np.asarray(judged[name])[:count] for name in ("error", "drift") if name in judged])
+
+
+def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
+    """The scalars that `Validator` reports.
+
+    Args:
+      values: [S, D, N, P]: S = 2 (error, drift) or 1 (error) x draw x example x image (winner, loser).
+      timesteps: [D].
+    """
+    images = ("winner", "loser")[: values.shape[3]]
+    measures = ("error", "drift")[: len(values)]
+    means_SDP = values.mean(2)
+    summary = {
+        f"{image}_{measure}": float(means_SDP[s, :, p].mean())
+        for s, measure in enumerate(measures)
+        for p, image in enumerate(images)
+    }
+    for d, timestep in enumerate(timesteps):
+        for p, image in enumerate(images):
+            summary[f"{image}_{measures[-1]}_t{timestep}"] = float(means_SDP[-1, d, p])
+    if measures[-1] != "drift" or len(images) == 1:
+        return summary
+    margins_DN = values[1, :, :, 1] - values[1, :, :, 0]
+    correct_N = _correct(margins_DN.mean(0))
+    low, high = binomial_interval(correct_N.sum(), len(correct_N))
+    summary |= {
+        "margin": float(margins_DN.mean()),
+        "implicit_accuracy": float(correct_N.mean()),
+        "implicit_accuracy_low": low,
+        "implicit_accuracy_high": high,
+    }
+    for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
+        summary[f"margin_t{timestep}"] = float(margins_N.mean())
+        summary[f"implicit_accuracy_t{timestep}"] = float(_correct(margins_N).mean())
+    return summary
+
+
+def _correct(margins: np.ndarray) -> np.ndarray:
+    """1 for a margin above 0, 1/2 for none at all, 0 for one below and for one that is not a number."""
+    return np.where(np.isnan(margins), 0.0, 0.5 + 0.5 * np.sign(margins))
+
+
+def judge(
+    model: str | Path,
+    reference: str | Path | None,
+    data: str | Path,
+    *,
+    split: str,
+    draws: int,
+    batch_size: int,
+    compute_dtype: str,
+) -> dict[str, float]:
+    """What `Validator` says of a model against its reference, on all devices.
+
+    Args:
+      model: a training workdir or a diffusers folder.
+      reference: what it was trained from; None is what a workdir's config says.
+      data: a dataset of pairs written by `dspo_jax.encode`, or several separated by commas.
+      split, draws: see `Validator`.
+      batch_size: pairs in one call, filled up to a multiple of the devices.
+      compute_dtype: of the networks.
+
+    Raises:
+      ValueError: no reference, data of another model or of single images, or what `Validator` refuses.
+      FileNotFoundError: a folder is missing.
+    """
+    if reference is None:
+        if not (Path(model) / "checkpoints").is_dir():
+            raise ValueError(
+                f"--model={model}: no training workdir; give --reference, what it was trained from"
+            )
+        reference = read_base(Path(model))
+    pipes = load_pipeline(model), load_pipeline(reference)
+    found = datasets.read_datasets(data)
+    datasets.count_examples(found, split, "--split", "choose another with --split=NAME")
+    for dataset in found:
+        shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
+        if dataset.manifest["images_per_example"] == 1:
+            raise ValueError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
+    if pipes[0].unet.settings != pipes[1].unet.settings:
+        raise ValueError(f"--reference={reference}: its UNet is another one than that of {model}")
+    mesh = make_mesh({"data": -1})
+
+    def place(pipe: Pipeline) -> Any:
+        params = {name: pipe.read_params(name, compute_dtype) for name in ("unet", *pipe.text_encoders)}
+        return jax.device_put(params, replicated(mesh))
+
+    def predict(params: Any, noisy: jax.Array, *inputs: jax.Array) -> jax.Array:
+        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), *inputs)
+
+    validator = Validator(
+        predict,
+        pipes[0].schedule,
+        mesh,
+        path=data,
+        split=split,
+        batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
+        draws=draws,
+    )
+    with Progress("validate", validator.num_examples, active=processes.is_first()) as progress:
+        return validator(place(pipes[0]), place(pipes[1]), progress.update)

@@ -1,0 +1,57 @@
+"""The folder of a run: its config is written once and compared whenever the run is resumed."""
+
+import json
+from pathlib import Path
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from dspo_jax import json_files
+from dspo_jax.files import write_json
+from dspo_jax.parallel import processes
+from dspo_jax.training.optim import ENDLESS_SCHEDULES
+
+# What a run may be resumed with differently, beside `steps` where the learning rate is constant: it decides
+# how the run is worked through and watched, not what comes out of it.
+MAY_DIFFER = (
+    "checkpoint",
+    "log_every",
+    "mesh",
+    "profile",
+    "remat",
+    "samples",
+    "validation",
+    "wandb_project",
+)
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Write config.json into a fresh workdir, or check that it is the one this run was started with.
+
+    Raises:
+      ValueError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
+    """
+    may_differ = [*MAY_DIFFER, *(("steps",) if config.optimizer.schedule in ENDLESS_SCHEDULES else ())]
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if path.is_file():
+        written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
+        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, written))
+        # Keys that older runs did not have, by what those runs did.
+        theirs.setdefault("data.weights", [])
+        theirs.setdefault("share_timesteps", theirs.get("share_noise"))
+        of_adafactor = config.optimizer.name == "adafactor"  # others do not read it
+        theirs.setdefault(
+            "optimizer.factored_axes", "largest" if of_adafactor else config.optimizer.factored_axes
+        )
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
+                raise ValueError(
+                    f"{path}: this run was started with config.{key} = {theirs.get(key)!r}, now it is "
+                    f"{mine.get(key)!r}; resume with the same config or choose another --workdir "
+                    f"(what may differ: {', '.join(sorted(may_differ))})"
+                )
+    processes.wait_for_all("config checked")
+    if processes.is_first():
+        write_json(path, ours, sort_keys=True)
+    processes.wait_for_all("config written")

@@ -1,0 +1,183 @@
+"""The networks of a diffusers folder: architectures and weights, read and written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspo_jax.files import write_json
+from dspo_jax.models import lora
+from dspo_jax.models.model import Model, Params, build_model
+from dspo_jax.weights import model_dir
+from dspo_jax.weights.component_files import open_stored, stored_name, weights_file
+from dspo_jax.weights.layout import (
+    DTYPES,
+    cast,
+    flatten,
+    leaf_tensors,
+    to_torch,
+    torch_layout,
+    torch_shapes,
+    unflatten,
+)
+from dspo_jax.weights.model_dir import read_json
+from dspo_jax.weights.tensors import Tensor, write_tensors
+
+# Components that parameters are read of; others (a safety checker) are carried along.
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse `folder/config.json`."""
+    return read_json(folder / "config.json")
+
+
+def read_model(folder: Path, default_class: str = "none named") -> Model:
+    """The architecture described by `folder/config.json`, of `default_class` where that names no class."""
+    config = read_config(folder)
+    named = config.get("_class_name") or config.get("architectures") or default_class
+    class_name = named[0] if isinstance(named, list) else named
+    try:
+        return build_model(class_name, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
+    """A component's tensors under torch's names, whole or in shards, checked but not read.
+
+    Args:
+      folder: holds the safetensors file or files.
+      model: the architecture; its paths and shapes decide what they must hold.
+
+    Raises:
+      FileNotFoundError: no safetensors file (pickled `.bin` files are never read).
+      ValueError: a truncated file, a missing or extra tensor, a shape that does not fit.
+    """
+    path = weights_file(folder, model.class_name)
+    stored = open_stored(folder, model.class_name)
+    opened = {}
+    for name, shape in torch_shapes(model).items():
+        tensor = stored.pop(stored_name(name, stored), None)
+        if tensor is None:
+            raise ValueError(f"{path}: tensor {name} is missing; is config.json of the same model?")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {tensor.shape}, config.json asks for {shape}; "
+                "is it of the same model?"
+            )
+        opened[name] = tensor
+    # A constant in old CLIP files.
+    extra = sorted(name for name in stored if not name.endswith("position_ids"))
+    if extra:
+        raise ValueError(
+            f"{path}: {len(extra)} tensor(s) that config.json does not ask for, first {extra[0]}; "
+            "is it of the same model?"
+        )
+    return opened
+
+
+def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A component under torch's names, with adapters added to their layers' kernels, which become float32.
+
+    Args:
+      stored: the component's tensors under torch's names.
+      leaves: the adapters' leaves by path.
+
+    Raises:
+      ValueError: an adapter of a layer that the component has not, or has in another shape.
+    """
+
+    def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+        def read() -> np.ndarray:
+            added = lora.product(lora_A.read(), lora_B.read()).transpose(axes)
+            return kernel.read().astype(np.float32) + added
+
+        return Tensor(kernel.shape, np.dtype("float32"), read)
+
+    folded = dict(stored)
+    for layer in lora.find_ranks(dict(leaves)):
+        lora_A, lora_B = (leaves[f"{layer}.{matrix}.kernel"] for matrix in ("lora_A", "lora_B"))
+        name, axes = torch_layout(f"{layer}.kernel", len(lora_A.shape))
+        shape = (*lora_A.shape[:-1], lora_B.shape[-1])
+        want = tuple(shape[axis] for axis in axes)
+        have = stored[name].shape if name in stored else None
+        if have != want:
+            raise ValueError(f"an adapter for {name} {want}, which is {have or 'absent'}")
+        folded[name] = add(stored[name], lora_A, lora_B, axes)
+    return folded
+
+
+def read_params(
+    folder: Path, model: Model, dtype: str | None = None, adapters: Params | None = None
+) -> Params:
+    """Read a component's weights as a tree of NumPy arrays.
+
+    Args:
+      folder: holds the safetensors file or files.
+      model: the architecture; its paths and shapes decide what they must hold.
+      dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
+      adapters: a tree of adapters to add.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_component`; or the adapters are of another model.
+    """
+    stored = open_component(folder, model)
+    try:
+        opened = fold_adapters(stored, leaf_tensors(adapters)) if adapters else stored
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; is it the model that the run started from?") from error
+    leaves = {}
+    for path, abstract in flatten(model.abstract_params()).items():
+        name, axes = torch_layout(path, len(abstract.shape))
+        value = opened[name].read().transpose(np.argsort(axes))
+        leaves[path] = value.astype(DTYPES[dtype] if dtype else stored[name].dtype, copy=False)
+    return unflatten(leaves)
+
+
+def write_params(
+    folder: Path, model: Model, params: Params, dtype: str | None = None, like: Path | None = None
+) -> None:
+    """Write a component: config.json and its safetensors file, in shards where it is large.
+
+    Args:
+      folder: created if need be.
+      model: the architecture.
+      params: nested tree as `Model.abstract_params`.
+      dtype: stored dtype; None keeps each leaf's own.
+      like: a component folder whose tensor names are to be kept (those of transformers 5 lack a prefix).
+
+    Raises:
+      OSError: the disk is full.
+      ValueError: a value that is not finite or overflows `dtype`.
+    """
+
+    file = weights_file(folder, model.class_name)
+    stored = open_stored(like, model.class_name) if like else {}
+    tensors = {
+        stored_name(name, stored): cast(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, file)
+        for name, tensor in to_torch(leaf_tensors(params)).items()
+    }
+    for tensor in tensors.values():
+        tensor.read()  # refuse before anything is written: it is all in memory anyway
+    write_json(folder / "config.json", dict(model.config), sort_keys=True)
+    write_tensors(file, tensors)
+
+
+def read_models(folder: Path) -> dict[str, Model]:
+    """The architectures of a diffusers folder's networks, by component.
+
+    Raises:
+      ValueError: a config.json that is not supported, or of another class than model_index.json says.
+    """
+    components = model_dir.list_components(read_json(folder / "model_index.json"))
+    networks = {name: kind for name, kind in components.items() if name in _NETWORKS}
+    models = {name: read_model(folder / name, kind) for name, kind in networks.items()}
+    for name, model in models.items():
+        if model.class_name != components[name]:
+            raise ValueError(
+                f"{folder / name / 'config.json'}: is of class {model.class_name}, but model_index.json "
+                f"says {components[name]}; correct the one that is wrong, or fetch the model again"
+            )
+    return models

@@ -1,0 +1,137 @@
+"""The trained parameters of a run without the rest of its state, as NumPy arrays: for sampling and export."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from dspo_jax import json_files
+from dspo_jax.weights import checkpoints
+from dspo_jax.weights.model_dir import read_json
+
+# Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
+_READ_AHEAD_BYTES = 64 * 2**20
+
+
+class SavedParams:
+    """One named subtree of a saved state, read a part at a time. A context manager.
+
+    Attributes:
+      step: of the checkpoint.
+      path: its folder.
+      arrays: dotted name -> shape and dtype of every array, e.g. "unet.conv_in.kernel"; nothing is read yet.
+    """
+
+    def __init__(self, directory: str | Path, step: int | None = None, subtree: str | None = None):
+        """Opens a checkpoint; arguments and errors as `restore_params`."""
+        checkpoints.hush_orbax()
+        directory = Path(directory).absolute()
+        if not directory.exists():
+            raise FileNotFoundError(f"{directory}: no such checkpoint directory")
+        checkpoints.refuse_foreign_folder(directory)
+        self.step = checkpoints.choose_step(directory, _complete_steps(directory), step)
+        self.path = directory / str(self.step)
+        handler = ocp.PyTreeCheckpointHandler()
+        with checkpoints.name_restore_errors(self.path):
+            saved = handler.metadata(self.path / checkpoints.STATE).tree
+        if subtree is None:
+            subtree = "ema" if "ema" in saved else "params"
+        self._subtree = subtree
+        if not isinstance(saved.get(subtree), dict):
+            raise ValueError(
+                f"{self.path}: the saved state has no {subtree!r} (it has: {', '.join(sorted(saved))})"
+            )
+        self._reader = ocp.Checkpointer(handler)
+        # Sorted, as a file of safetensors is: neighbours are wanted together.
+        self._saved = dict(sorted(traverse_util.flatten_dict(saved[subtree]).items()))
+        self.arrays = {
+            ".".join(key): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in self._saved.items()
+        }
+        self._keys = dict(zip(self.arrays, self._saved, strict=True))
+        self._ahead: dict[str, np.ndarray] = {}
+
+    def read(self, name: str) -> np.ndarray:
+        """One array. Cheap in the order of `arrays`: a few of those that follow are read with it and kept.
+
+        Raises:
+          ValueError: the checkpoint is damaged.
+        """
+        if name not in self._ahead:
+            names = list(self.arrays)
+            group: list[str] = []
+            size = 0
+            for following in names[names.index(name) :]:
+                array = self.arrays[following]
+                size += array.size * array.dtype.itemsize
+                if group and size > _READ_AHEAD_BYTES:
+                    break
+                group.append(following)
+            restored = traverse_util.flatten_dict(self._restore([self._keys[member] for member in group]))
+            self._ahead = {member: restored[self._keys[member]] for member in group}
+        return self._ahead.pop(name)
+
+    def read_all(self) -> dict[str, Any]:
+        """The whole subtree as nested dicts with the keys it was saved with."""
+        return self._restore(list(self._saved))
+
+    def _restore(self, keys: list[tuple[str, ...]]) -> dict[str, Any]:
+        wanted = {self._subtree: traverse_util.unflatten_dict({key: self._saved[key] for key in keys})}
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted, is_leaf=checkpoints.is_array_metadata
+        )
+        with checkpoints.name_restore_errors(self.path):
+            restored = self._reader.restore(
+                self.path / checkpoints.STATE,
+                args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
+            )
+        return restored[self._subtree]
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._reader.close()
+
+    def __enter__(self) -> "SavedParams":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def restore_params(
+    directory: str | Path, step: int | None = None, subtree: str | None = None
+) -> tuple[dict[str, Any], int]:
+    """Reads one named subtree of a saved state as nested dicts of NumPy arrays, and nothing else of it.
+
+    Args:
+      directory: what `Checkpoints` was given.
+      step: which checkpoint; None means the newest.
+      subtree: top-level name in the saved state; None means what the run is for: the moving average of the
+        parameters where it kept one ("ema"), or else "params".
+
+    Returns:
+      (nested dict with the keys and dtypes it was saved with, step).
+
+    Raises:
+      FileNotFoundError: there is no such directory or no such checkpoint.
+      ValueError: `directory` holds something else, the checkpoint is damaged, or the state has no such
+        subtree.
+    """
+    with SavedParams(directory, step, subtree) as saved:
+        return saved.read_all(), saved.step
+
+
+def _complete_steps(directory: Path) -> list[int]:
+    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+
+
+def read_base(run: Path) -> str:
+    """The model that a training run started from, as its config.json names it.
+
+    Raises:
+      FileNotFoundError, ValueError: the file is missing, damaged or names none.
+    """
+    path, fix = run / "config.json", "put back the config that the run was started with"
+    return json_files.member(read_json(path, fix), "model", str, path, fix)

@@ -1,0 +1,159 @@
+"""Trained runs out: the base with the trained parts replaced; what is refused leaves nothing behind."""
+
+import errno
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_folders import (
+    TEXT_FILE,
+    UNET_FILE,
+    assert_nothing_written,
+    contents,
+    make_run,
+    refused,
+    write_config,
+)
+
+from dspo_jax.conversion.export_model import export
+from dspo_jax.conversion.import_model import import_model
+from dspo_jax.files import name_write_errors
+from dspo_jax.weights import tensors
+
+
+def test_import_then_export_changes_no_tensor(family, out, tmp_path):
+    import_model(family, out)
+    run = make_run(tmp_path / "source" / "run", out)
+    exported = out.with_name("exported")
+    assert export(run, exported) == 3
+    after = contents(exported)
+    del after["README.md"]
+    assert after == contents(family)
+
+
+def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path):
+    single = out.with_name("single.safetensors")
+    assert export(make_run(tmp_path / "source" / "run", family), single) == 3
+    import_model(single, out, base=family)
+    imported = contents(out)
+    assert imported.pop("README.md").startswith(b"# single\n")
+    assert imported == contents(family)
+
+    # Once more, over a base that has configs and no weights: names are today's then.
+    for file in out.rglob("*.safetensors"):
+        file.unlink()
+    today = out.with_name("today")
+    import_model(single, today, base=out)
+    assert "vae:encoder.mid_block.attentions.0.to_q.weight" in contents(today)
+    again = out.with_name("again.safetensors")
+    export(make_run(tmp_path / "source" / "again", today), again)
+    assert again.read_bytes() == single.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_trained_components_get_the_dtype_asked_for(dtype, model, tmp_path, out):
+    run = make_run(tmp_path / "source" / "run", model, steps=(1, 3), change=0.25)
+    assert export(run, out, step=1, dtype=dtype) == 1
+    before, after = contents(model), contents(out)
+    for name in (name for name in before if ":" in name):
+        shape, stored, value = after[name]
+        assert shape == before[name][0]
+        if name.startswith("vae:"):
+            assert after[name] == before[name]
+        else:
+            assert stored == dtype
+            moved = np.frombuffer(before[name][2], np.float32) + np.float32(0.25)
+            np.testing.assert_array_equal(np.frombuffer(value, jnp.dtype(dtype)), moved.astype(dtype))
+
+
+def test_the_card_says_what_made_the_model(full_run, tiny_model, out):
+    shutil.copytree(tiny_model, out.parent / "base")
+    (out.parent / "base" / "README.md").write_text("---\nlicense: openrail\n---\n# Base\n")
+    (full_run / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 0.25, "validation/implicit_accuracy": 0.5}\n{"step": 3, "loss": 0.125}\n'
+        '{"step": 4, "loss": 9}\n'
+    )
+    (full_run / "pairs").mkdir()
+    manifest = {
+        "source": {"name": "folder", "arguments": {"licence": "cc0"}},
+        "resolution": 16,
+        "splits": {"train": {"num_examples": 24, "skipped": {"too small": 2}}},
+    }
+    (full_run / "pairs" / "manifest.json").write_text(json.dumps(manifest))
+    export(full_run, out, base=out.parent / "base")
+    card = (out / "README.md").read_text()
+    for part in (
+        "---\nlibrary_name: diffusers\n",
+        "tags: [dspo_jax, diffusion_dpo]",
+        "# run\n",
+        "`base` after 3 steps of `diffusion_dpo`",
+        "| objective.beta | 5000.0 |",
+        "| optimizer.learning_rate | 2.048e-05 |",
+        "| split train | 24 examples, 2 skipped: too small |",
+        '| source | {"name": "folder", "arguments": {"licence": "cc0"}} |',
+        "| loss | 0.125 (step 3) |",
+        "| validation/implicit_accuracy | 0.5 (step 1) |",
+        "its card says openrail",
+    ):
+        assert part in card
+    assert "base_model" not in card  # it is no hub id
+    assert str(full_run) not in card
+
+
+def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):
+    write_config(model / "unet", block_out_channels=[8, 8])
+    with refused(
+        rf"{full_run}/checkpoints/3: unet\..* there and .* in {model}/unet; name the model that the run"
+    ):
+        export(full_run, out, base=model)
+    with refused(r"absent/model: no such folder, and the model hub did not give it", OSError):
+        export(full_run, out, base="absent/model")
+    index = json.loads((model / "model_index.json").read_text())
+    del index["text_encoder"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with refused(f"{full_run}/checkpoints/3: holds text_encoder, which is absent in {model}; name the model"):
+        export(full_run, out, base=model)
+    shutil.rmtree(model / "unet")
+    with refused(f"{model}/unet/config.json: no such file", FileNotFoundError):
+        export(full_run, out, base=model)
+    with refused(".*holds no step 2", FileNotFoundError):
+        export(full_run, out, step=2)
+    assert_nothing_written(out)
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_path, out):
+    run = make_run(tmp_path / "source" / "run", tiny_model, trained=("unet",), change=1e5)
+    out = out.with_name(name)
+    with refused(f"{out}/{UNET_FILE}: tensor .* overflows float16; use float32 or bfloat16"):
+        export(run, out, dtype="float16")
+    assert_nothing_written(out)
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_too_small_a_disk_is_said_before_anything_is_written(name, full_run, tiny_model, out, monkeypatch):
+    out = out.with_name(name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    message = rf"--out={re.escape(str(out))}: needs 0\.\d\d GB and the disk has 0\.00 GB free; make room"
+    with refused(message, OSError):
+        export(full_run, out)
+    if name == "out":
+        with refused(message, OSError):
+            import_model(tiny_model, out)
+    assert_nothing_written(out)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(full_run, out, monkeypatch):
+    def write(path, values):
+        with name_write_errors(path):
+            path.write_bytes(b"a part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensors, "write_tensors", write)
+    with refused(f".*/{TEXT_FILE}: not written: no space left on the disk", OSError):
+        export(full_run, out)
+    assert_nothing_written(out)

@@ -1,0 +1,96 @@
+"""A training task whose network compiles in a moment: three dense layers on every pixel."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dspo_jax.objectives import get_objective
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.training.step import init_state
+from dspo_jax.training.task import Task
+
+PAIRS, SIDE, CHANNELS, WIDTH = 8, 4, 4, 64
+
+
+def apply_network(params, latents, timesteps, text, micro_conditioning, remat):
+    """Three dense layers on every pixel."""
+    params = params["unet"]
+    hidden = (
+        latents @ params["in"]
+        + (timesteps / 1000)[:, None, None, None]
+        + jnp.repeat(text.mean((1, 2)), len(latents) // len(text))[:, None, None, None]
+    )
+    return jnp.tanh(jnp.tanh(hidden) @ params["middle"]) @ params["out"]
+
+
+def make_params(seed):
+    """Of the network, float32."""
+    rng = np.random.default_rng(seed)
+    shapes = {"in": (CHANNELS, WIDTH), "middle": (WIDTH, WIDTH), "out": (WIDTH, CHANNELS)}
+    return {
+        name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def make_task(name, changes: dict[str, Any] | None = None, **hyperparameters):
+    """A task with an objective; `changes` are of the task's other fields."""
+    pipe = SimpleNamespace(
+        schedule=Schedule.scaled_linear(),
+        encode_text=lambda params, tokens, remat: (
+            params["text_encoder"] * tokens[:, 0, :, None].astype(jnp.float32)
+        ),
+        predict=apply_network,
+        empty_tokens=np.zeros((1, 77), np.int32),
+    )
+    pipe.predict_pairs = partial(Pipeline.predict_pairs, pipe)
+    fields: dict[str, Any] = {
+        "pipe": pipe,
+        "objective": get_objective(name, **hyperparameters),
+        "optimizer": optax.sgd(0.1),
+        "learning_rate": lambda count: jnp.float32(0.1),
+        "param_dtype": "float32",
+        "compute_dtype": "float32",
+        "reference_dtype": "float32",
+        "remat": "none",
+        "timesteps": (0, 999),
+        "caption_dropout": 0.2,
+        "share_timesteps": True,
+        "share_noise": True,
+        "positive_ratio": 0.8,
+        "accumulation": 1,
+        "train_text_encoder": False,
+        "adapters": False,
+        "ema_decay": 0.0,
+        "loss_spike": 0.0,
+    }
+    return Task(**fields | (changes or {}))
+
+
+def make_state(task):
+    """At step 0."""
+    return init_state(task, {"unet": make_params(0)})
+
+
+def make_reference(task, seed=0):
+    """What a run holds: no second network for an objective without a reference."""
+    reference = {"text_encoder": jnp.float32(0.01)}
+    return reference | {"unet": make_params(seed)} if task.objective.needs_reference else reference
+
+
+def make_batch(count=PAIRS, images=2):
+    """As the loader gives it."""
+    rng = np.random.default_rng(0)
+    return {
+        "moments": jnp.asarray(rng.normal(size=(count, images, SIDE, SIDE, 2 * CHANNELS)), jnp.float16),
+        "tokens": jnp.asarray(rng.integers(0, 50, (count, 1, 77)), jnp.int32),
+        "micro_conditioning": jnp.zeros((count, images, 6), jnp.int32),
+        "preference": jnp.asarray(rng.uniform(0.5, 1.0, count), jnp.float32),
+        "loser_won": jnp.zeros(count, bool),
+        "index": jnp.arange(count, dtype=jnp.uint32),
+    }

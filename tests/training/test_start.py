@@ -1,0 +1,253 @@
+"""What is refused before a run, in one line each, and what a workdir allows to differ when it is resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_model import write_model, write_pairs
+from tiny_run import make_config
+
+from dspo_jax.training.dry_run import dry_run
+from dspo_jax.training.loop import train
+from dspo_jax.training.workdir import claim_workdir
+
+
+@pytest.fixture
+def config(shallow_model, tiny_pairs):
+    return make_config(shallow_model, tiny_pairs, {"steps": 12, "checkpoint.every": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "config.model is not set: give --config.model=DIR, a diffusers folder"),
+        (
+            {"data.path": None},
+            "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode",
+        ),
+        (
+            {"objective.name": "dpso"},
+            "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
+            "(allowed: ddpm, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, dspo_ref, dspo_sdxl, ipo, "
+            "kto, mapo, sdpo, sft)",
+        ),
+        (
+            {"objective.name": "sft", "objective.beta": 1.0},
+            "argument of objective 'sft' = 'beta': unknown (allowed: min_snr_gamma, reduction, time_weight)",
+        ),
+        (
+            {"batch_size": 12},
+            "config.batch_size / config.accumulation = 12: not a multiple of 8, the ways the mesh splits a "
+            "batch (data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
+        ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
+        ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
+        ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
+        ({"validation.every": -1}, "config.validation.every = -1: must not be negative"),
+        (
+            {"validation.every": 1, "validation.draws": 0},
+            "config.validation.draws = 0: must be at least 1",
+        ),
+        (
+            {"validation.every": 1, "validation.batch_size": 12},
+            "config.validation.batch_size = 12: not a multiple of 8, the ways the mesh splits a batch "
+            "(data 8 x fsdp 1); nearest: 8 or 16",
+        ),
+        (
+            {"samples.every": 1, "samples.seeds": (-1,)},
+            "config.samples.seeds = (-1,): needs at least one, each from 0 to 4294967295",
+        ),
+        (
+            {"samples.every": 1, "samples.num_inference_steps": 0},
+            "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",
+        ),
+        (
+            {"wandb_project": "aligned"},
+            "config.wandb_project = 'aligned': needs the package wandb: pip install 'dspo_jax[wandb]'",
+        ),
+        ({"ema_decay": 1.0}, "config.ema_decay = 1.0: must be at least 0 and below 1"),
+        (
+            {"remat": "block"},
+            "config.remat = 'block': unknown; did you mean 'blocks'? (allowed: blocks, dots, none)",
+        ),
+        (
+            {"timesteps.first": 500, "timesteps.last": 100},
+            "config.timesteps.first = 500 and config.timesteps.last = 100: must be in order and between 0 "
+            "and 999",
+        ),
+        (
+            {"reference_dtype": "bfloat16"},
+            "config.reference_dtype = 'bfloat16': policy and reference would differ from the start, with "
+            "config.param_dtype = 'float32' and config.compute_dtype = 'float32'; leave reference_dtype "
+            "unset, or set it to 'float32'",
+        ),
+        (
+            {"mesh.fsdp": 3},
+            "config.mesh = data -1 x fsdp 3 x tensor 1: does not fit the 8 devices of this run; set one axis "
+            "to -1 and the product of the others to a divisor of that",
+        ),
+        ({"caption_dropout": 1.5}, "config.caption_dropout = 1.5: must be between 0 and 1"),
+        ({"positive_ratio": -0.1}, "config.positive_ratio = -0.1: must be between 0 and 1"),
+        (
+            {"compute_dtype": "float16"},
+            "config.compute_dtype = 'float16': unknown; did you mean 'bfloat16'? "
+            "(allowed: bfloat16, float32)",
+        ),
+        (
+            {"data.split": "trian"},
+            "{data}: config.data.split = 'trian': unknown; did you mean 'train'? "
+            "(allowed: train, validation)",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, message):
+    message = message.replace("{data}", str(config.data.path))
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=r"config|split|objective") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == message
+    # Had it been claimed, the corrected command would be refused as another run's.
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start_run", [train, lambda config, _: dry_run(config)], ids=["train", "dry run"])
+def test_data_without_held_out_examples_say_which_keys_to_set(shallow_model, tmp_path, start_run):
+    data = write_pairs(tmp_path / "pairs", shallow_model, train=8, validation=None)
+    changes = {"steps": 1, "validation.every": 1, "samples.every": 1, "samples.num_inference_steps": 1}
+    config = make_config(shallow_model, data, changes)
+    with pytest.raises(ValueError, match="unknown") as caught:
+        start_run(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"{data}: config.validation.split = 'validation': unknown (allowed: train); choose another with "
+        "--config.validation.split=NAME, train without held-out examples with --config.validation.every=0, "
+        "or encode the data so that some are held out"
+    )
+    for fix in ({"validation.every": 0}, {"validation.split": "train"}):
+        config = make_config(shallow_model, data, {**changes, **fix})
+        start_run(config, tmp_path / f"run {next(iter(fix))}")
+
+
+def test_shards_of_another_model_are_refused(config, tmp_path):
+    other = write_pairs(tmp_path / "pairs", write_model(tmp_path / "other", seed=7), train=2, validation=2)
+    config.data.path = str(other)
+    with pytest.raises(ValueError, match="the shards were encoded with another model") as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert message.startswith(f"{other}: model.vae_sha256 = ")
+    assert message.endswith("('other'); encode the data again with this one")
+
+
+def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_model, tmp_path):
+    singles = write_pairs(tmp_path / "singles", tiny_model, train=2, validation=2, images=1)
+    config.data.path = str(singles)
+    with pytest.raises(ValueError, match="single images") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.objective.name = 'dspo': compares winner and loser, but {singles} holds single images; "
+        "use sft or ddpm, or encode pairs"
+    )
+    config.objective.name = "kto"
+    with pytest.raises(ValueError, match="single images") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value) == (
+        f"config.objective.name = 'kto': needs liked and disliked images, but {singles} holds single images "
+        "without such labels; use sft or ddpm, or encode pairs"
+    )
+
+
+def test_a_run_cannot_start_from_a_checkpoint_over_another_model(config, tmp_path):
+    config.model = str(tmp_path / "earlier")
+    (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a training workdir") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).endswith(f"dspo_jax.convert export --run={config.model} --out=DIR")
+
+
+def test_an_empty_split_is_refused(config, tiny_model, tmp_path):
+    empty = write_pairs(tmp_path / "empty", tiny_model, train=0, validation=2)
+    config.data.path = str(empty)
+    with pytest.raises(ValueError, match="split 'train' is empty") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{empty}: ")
+
+
+def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
+    data = Path(shutil.copytree(tiny_pairs, tmp_path / "pairs"))
+    shard = next(data.glob("*-train.array_record-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    config.data.path = str(data)
+    with pytest.raises(ValueError, match="truncated") as caught:
+        train(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{shard}: ")
+
+
+def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"steps": 5')
+    with pytest.raises(
+        ValueError, match=rf"^{path}: not valid JSON [^\n]+; it says how the run was started; "
+    ):
+        claim_workdir(tmp_path, config)
+
+
+def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
+    claim_workdir(tmp_path, config)
+    changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
+    config.update_from_flattened_dict(changes)
+    claim_workdir(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
+
+
+def test_a_run_from_before_weights_has_none(config, tmp_path):
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["data"].pop("weights") == []
+    path.write_text(json.dumps(saved))
+    claim_workdir(tmp_path, config)
+    config.data.weights = (1.0,)
+    with pytest.raises(ValueError, match=r"config\.data\.weights = \[\], now it is \[1\.0\]"):
+        claim_workdir(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [
+        ("share_timesteps", False, True),  # what share_noise=False alone meant, and means
+        ("optimizer.factored_axes", "largest", "released"),
+    ],
+)
+def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, key, then, now):
+    config.share_noise, config.optimizer.name = False, "adafactor"
+    config.update_from_flattened_dict({key: then})
+    path = tmp_path / "config.json"
+    claim_workdir(tmp_path, config)
+    saved = json.loads(path.read_text())
+    *groups, last = key.split(".")
+    assert (saved[groups[0]] if groups else saved).pop(last) == then
+    path.write_text(json.dumps(saved))
+    config.update_from_flattened_dict({key: now})
+    with pytest.raises(ValueError, match=rf"config\.{key} = {then!r}, now it is {now!r}"):
+        claim_workdir(tmp_path, config)
+    config.update_from_flattened_dict({key: then})
+    claim_workdir(tmp_path, config)
+
+
+def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_path):
+    config.optimizer.factored_axes = "released"  # as in the recipes for SDXL, that with AdamW too
+    claim_workdir(tmp_path, config)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert (saved["optimizer"].pop("factored_axes"), saved["optimizer"]["name"]) == ("released", "adamw")
+    path.write_text(json.dumps(saved))
+    claim_workdir(tmp_path, config)
+
+
+def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
+    config.optimizer.schedule = "cosine"
+    claim_workdir(tmp_path, config)
+    config.steps = 99
+    with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
+        claim_workdir(tmp_path, config)
