@@ -17,6 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.planning.program_text import array_bytes, entry_instructions
 
 # The numbers of XLA's own descriptions, github.com/openxla/xla, xla/backends/gpu/target_config/specs/
@@ -62,7 +63,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
       ValueError: another card, or the CUDA plugin is not installed.
     """
     if card not in _CARDS:
-        raise ValueError(spelling.unknown("--topology", card, tuple(_CARDS)))
+        raise UserError(spelling.unknown("--topology", card, tuple(_CARDS)))
     name, numbers = _CARDS[card]
     config = _CARD.format(name=name, numbers=numbers)
     try:
@@ -71,7 +72,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
         ).devices
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--topology={card}: cannot be compiled for ({reason}); it needs: pip install 'jax[cuda12]'"
         ) from error
     return devices

@@ -17,6 +17,7 @@ from absl import flags
 
 from benchmarks import programs
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 from dspo_jax.kernels.attention import choose, plain_attention
 from dspo_jax.kernels.targets import target_of
@@ -66,7 +67,7 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]
     chip, peak = find_chip(device), peak_flops(device)
     if chip is None or peak is None:
-        raise ValueError(f"--topology: nothing is known of a {device.device_kind}")
+        raise UserError(f"--topology: nothing is known of a {device.device_kind}")
     names = ("splash_mha_fwd", "splash_mha_dkv")
     return 1e3 * sum(flash.kernel_flops(name, operands, chip.lanes) for name in names) / peak
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import measuring
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 
 OWN_FLAGS = ("json", "rounds", "torch")
 OURS = "dspo_jax"
@@ -79,7 +80,7 @@ def options_of(way: str, ours: measuring.Result) -> list[str]:
       ValueError: torch cannot use as many as we did.
     """
     if ours["platform"] != "cpu" and ours["devices"] > 1:
-        raise ValueError(
+        raise UserError(
             f"JAX computes on {ours['devices']} devices and torch on one; set CUDA_VISIBLE_DEVICES=0"
         )
     options = [] if way == "plain" else [f"--options={way.replace('+', ',')}"]
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
                 rounds.append(result)
                 measuring.write(summarise(found), values.json)
             elif way == OURS:
-                raise ValueError("benchmarks.train_step failed; see above")
+                raise UserError("benchmarks.train_step failed; see above")
             else:
                 failed.append(way)
     ours, *theirs = summarise(found)
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     if best is not None:
         print(f"ratio to the fastest way of torch with cached latents: {best['ratio']:.2f}")
     if failed:
-        raise ValueError(f"--torch={','.join(failed)}: failed; see above")
+        raise UserError(f"--torch={','.join(failed)}: failed; see above")
 
 
 if __name__ == "__main__":

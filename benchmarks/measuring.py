@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 
 Result = dict[str, Any]
@@ -55,12 +56,12 @@ def check_model(config: ConfigDict) -> None:
     """Refuses a benchmark of nothing, or of two things."""
     published = flags.FLAGS.published
     if not config.model and not published:
-        raise ValueError(
+        raise UserError(
             "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15 or "
             "sdxl for that architecture with random weights"
         )
     if config.model and published:
-        raise ValueError(
+        raise UserError(
             f"--published={published}: the recipe names a model, config.model = {config.model!r}; "
             "leave one of them away"
         )
@@ -140,7 +141,7 @@ def torch_device(platform: str) -> Any:
     if platform == "cpu":
         return torch.device("cpu")
     if platform != "gpu" or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"JAX computes on a {platform} and torch {torch.__version__} sees none; install one that does, "
             "or set JAX_PLATFORMS=cpu"
         )

@@ -26,6 +26,7 @@ from transformers import Adafactor, CLIPTextConfig, CLIPTextModel, CLIPTextModel
 
 from benchmarks import measuring
 from dspo_jax import cli, spelling
+from dspo_jax.errors import UserError
 from dspo_jax.monitoring.devices import host_memory_peak
 from dspo_jax.pipelines import published
 
@@ -76,7 +77,7 @@ def pair_loss(config: ConfigDict, policy: torch.Tensor, frozen: torch.Tensor, ta
         weight = objective.lam if objective.score_weight is None else objective.score_weight
         weights = weight * torch.sigmoid(0.5 * scale * margin)[:, None, None, None]
         return (win - win_target - weights * (win - win_frozen)).square().mean()
-    raise ValueError(
+    raise UserError(
         spelling.unknown("config.objective.name", objective.name, ("diffusion_dpo", "dspo", "dspo_sdxl"))
     )
 
@@ -233,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     measuring.check_model(config)
     for option in values.options:
         if option not in OPTIONS:
-            raise ValueError(spelling.unknown("--options", option, OPTIONS))
+            raise UserError(spelling.unknown("--options", option, OPTIONS))
     device = measuring.torch_device(values.platform or ("gpu" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     trainer = Trainer(config, values.options, device)

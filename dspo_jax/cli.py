@@ -13,6 +13,7 @@ from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
 from dspo_jax import interrupts, overrides, spelling, urls
+from dspo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
@@ -27,8 +28,8 @@ def run(
 ) -> NoReturn:
     """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
 
-    Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a ValueError or an
-    OSError (what library code raises about the user's input), or a program too large for its device; or 130
+    Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a UserError or an
+    OSError (a file that is missing, a disk that is full), or a program too large for its device; or 130
     after Ctrl-C; or 143 where the command was asked to stop and the same command goes on. Any other exception
     is a bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
 
@@ -58,7 +59,7 @@ def run(
                 return main(argv)
         except KeyboardInterrupt:
             interrupts.leave()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             logging.debug("Traceback of the error below", exc_info=True)
             _fail(_describe(error))
         except RuntimeError as error:  # what JAX raises; its own class of it is not worth importing JAX here
@@ -118,7 +119,7 @@ def _fail(message: str) -> NoReturn:
     sys.exit(EXIT_USER_ERROR)
 
 
-def _describe(error: ValueError | OSError) -> str:
+def _describe(error: UserError | OSError) -> str:
     """The error in one line; where it came from is added when a library, not this package, worded it."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -187,7 +188,7 @@ def _config_flag_names() -> list[str]:
 def _check_is_file(name: str, config_filename: str) -> None:
     try:
         urls.refuse_url(f"--{name}", config_filename)
-    except ValueError as error:
+    except UserError as error:
         _fail(str(error))
     path = config_filename.split(":", 1)[0]  # what follows a colon is get_config's argument
     if not Path(path).is_file():

@@ -17,6 +17,7 @@ from absl import flags
 
 from dspo_jax import cli
 from dspo_jax.conversion.export_model import ADAPTER_FORMATS
+from dspo_jax.errors import UserError
 from dspo_jax.locks import reserve
 from dspo_jax.weights.layout import DTYPES
 
@@ -29,10 +30,10 @@ def main(argv: Sequence[str]) -> None:
     command = argv[1]
     for name in ("model", "run", "step", "dtype", "base", "lora"):
         if name not in _COMMANDS[command] and settings[name].present:
-            raise ValueError(f"--{name}={settings[name].value}: not an option of {command}")
+            raise UserError(f"--{name}={settings[name].value}: not an option of {command}")
     needed = _COMMANDS[command][0]
     if settings[needed].value is None:
-        raise ValueError(f"--{needed} is missing: name what to {command}")
+        raise UserError(f"--{needed} is missing: name what to {command}")
     out = Path(settings.out)
     with reserve(out):
         # Imported here, as both import this file.

@@ -15,6 +15,7 @@ from absl import flags
 from rich.console import Console
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.evaluation.prompt_sets import SETS, PromptSet, read_prompt_set
 from dspo_jax.evaluation.report import print_report
@@ -32,13 +33,13 @@ def read_options(settings: Any) -> dict[str, Any]:
       OSError: a file that is missing.
     """
     if bool(settings.base) == bool(settings.base_images):
-        raise ValueError("--base or --base_images: give one of them")
+        raise UserError("--base or --base_images: give one of them")
     models: dict[str, Source] = {}
     for flag, texts in (("model", settings.model), ("images", settings.images)):
         for text in texts:
             label, path = _parse_named(text)
             if label in models:
-                raise ValueError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
+                raise UserError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
             models[label] = path if flag == "model" else ImageFolder(Path(path), settings.allow_outside)
     out = Path(settings.out)
     check_settings(models, out, settings.seeds, settings.base_seeds or settings.seeds)

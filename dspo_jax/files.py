@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax import locks
+from dspo_jax.errors import UserError
 
 
 class NotWritten(OSError):
@@ -79,7 +80,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False, shared: bool 
 def refuse_existing(out: Path) -> None:
     """Raises ValueError where `out` is taken."""
     if out.exists():
-        raise ValueError(f"--out={out}: exists already; choose another name or delete it")
+        raise UserError(f"--out={out}: exists already; choose another name or delete it")
 
 
 @contextmanager

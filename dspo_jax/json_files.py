@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dspo_jax.errors import UserError
+
 MAX_BYTES = 64 << 20
 """More than the manifest of a hundred thousand shards; parsing takes tens of times a file's size."""
 
@@ -42,7 +44,7 @@ def read_object(path: Path, fix: str = _FIX) -> dict[str, Any]:
     """
     content = read_json(path, fix)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; {fix}")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object; {fix}")
     return content
 
 
@@ -51,17 +53,17 @@ def read_json(path: Path, fix: str = _FIX) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {fix}")
     if not path.is_file():
-        raise ValueError(f"{path}: is no regular file; {fix}")
+        raise UserError(f"{path}: is no regular file; {fix}")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(
+        raise UserError(
             f"{path}: has {path.stat().st_size} bytes, and a JSON file of at most {MAX_BYTES} is read; {fix}"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {fix}") from error
+        raise UserError(f"{path}: not valid JSON ({error}); {fix}") from error
     if not text.strip():
-        raise ValueError(f"{path}: empty, as a full disk leaves a file; {fix}")
+        raise UserError(f"{path}: empty, as a full disk leaves a file; {fix}")
     return parse(text, str(path), fix)
 
 
@@ -75,13 +77,13 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
     """
 
     def refuse(problem: str) -> NoReturn:
-        raise ValueError(f"{where}: not valid JSON ({' '.join(problem.split())}); {fix}")
+        raise UserError(f"{where}: not valid JSON ({' '.join(problem.split())}); {fix}")
 
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found and found[key] != value:
-                raise ValueError(f"key {shown(key)} is there as {shown(found[key])} and as {shown(value)}")
+                raise UserError(f"key {shown(key)} is there as {shown(found[key])} and as {shown(value)}")
             found[key] = value
         return found
 
@@ -109,8 +111,8 @@ def member(content: Any, key: str, kind: type | tuple[type, ...], where: object,
     value = content
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"{where}: {key} is missing; {fix}")
+            raise UserError(f"{where}: {key} is missing; {fix}")
         value = value[part]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: {key} = {shown(value)} must be {_KINDS[kind]}; {fix}")
+        raise UserError(f"{where}: {key} = {shown(value)} must be {_KINDS[kind]}; {fix}")
     return value

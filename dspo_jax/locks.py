@@ -16,6 +16,8 @@ from pathlib import Path
 import filelock
 from absl import logging
 
+from dspo_jax.errors import UserError
+
 _NAME = ".lock"
 # Another share of the same work looks for a moment whether this lock is free.
 _SECONDS_TO_WAIT = 1.0
@@ -93,7 +95,7 @@ def _acquire(file: Path, output: Path) -> filelock.BaseFileLock | None:
     try:
         lock.acquire(timeout=_SECONDS_TO_WAIT)
     except filelock.Timeout as error:
-        raise ValueError(
+        raise UserError(
             f"{output}: in use by {_read_holder(file)}; let it end, or end it, or choose another name"
         ) from error
     except OSError as error:

@@ -7,6 +7,8 @@ from absl import flags
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags, config_path, tuple_parser
 
+from dspo_jax.errors import UserError
+
 _UNSET = "None"
 
 
@@ -55,7 +57,7 @@ def settle(values: flags.FlagValues) -> list[str]:
             for part in path:
                 group = group[part]
             if value is None and last not in _optional_keys(group):
-                raise ValueError(
+                raise UserError(
                     f"--{flag_name}.{key}=None: needs a value; without the option it is the recipe's"
                 )
             old_name = values[f"{flag_name}.{key}"].default

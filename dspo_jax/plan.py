@@ -20,6 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
@@ -32,14 +33,14 @@ def main(argv: Sequence[str]) -> int:
     del argv
     values, config = flags.FLAGS, flags.FLAGS.config
     if not (values.published or config.model):
-        raise ValueError(
+        raise UserError(
             "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15 or "
             "sdxl"
         )
     facts = None
     if values.memory_only:
         if not values.topology:
-            raise ValueError("--memory_only: ends the TPU's compiler early; give it a --topology")
+            raise UserError("--memory_only: ends the TPU's compiler early; give it a --topology")
         command = [sys.executable, "-m", "dspo_jax.plan", *sys.argv[1:], "--nomemory_only"]
         answer = compilation.memory_facts(command, "jit_train_step")
         if isinstance(answer, int):  # it ended by itself, and has said everything

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing import sample
@@ -42,11 +43,11 @@ def _map_latents(path: str) -> np.ndarray:
         with np.errstate(all="ignore"):  # an overflow in the product of the sides
             latents = np.lib.format.open_memmap(path, mode="r")
     except _NPY_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"--init_latents={path}: not a whole .npy file of numbers ({error!s:.100})"
         ) from error
     if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
-        raise ValueError(
+        raise UserError(
             f"--init_latents={path}: {latents.dtype}{list(latents.shape)}; must be floats [prompts, h, w, C]"
         )
     return latents
@@ -84,9 +85,9 @@ def _parse_seeds(texts: Sequence[str]) -> list[int]:
     try:
         seeds = [int(text) for text in texts]
     except ValueError as error:
-        raise ValueError(f"--seeds={','.join(texts)}: must be whole numbers, separated by commas") from error
+        raise UserError(f"--seeds={','.join(texts)}: must be whole numbers, separated by commas") from error
     if not seeds or not all(0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={','.join(texts)}: must be different numbers from 0 to {2**32 - 1}")
+        raise UserError(f"--seeds={','.join(texts)}: must be different numbers from 0 to {2**32 - 1}")
     return seeds
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 
 REQUIRED: Any = object()
@@ -137,10 +138,10 @@ def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None
     """
     missing = [key for key, entry in keys.items() if entry.default is REQUIRED and key not in config]
     if missing:
-        raise ValueError(f"{what}: missing key(s) {', '.join(missing)}; is the file complete?")
+        raise UserError(f"{what}: missing key(s) {', '.join(missing)}; is the file complete?")
     for key, value in config.items():
         if key in keys and (problem := keys[key].problem(value)):
-            raise ValueError(f"{what}: {_name(key)} {problem}")
+            raise UserError(f"{what}: {_name(key)} {problem}")
 
 
 def fill(
@@ -163,5 +164,5 @@ def fill(
             continue
         near = spelling.nearest(key, keys)
         hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"{what}: unknown key {_name(key)} = {shown(value)} is not supported{hint}")
+        raise UserError(f"{what}: unknown key {_name(key)} = {shown(value)} is not supported{hint}")
     return {key: config.get(key, entry.default) for key, entry in keys.items()}

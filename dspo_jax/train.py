@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print(dry_run(config))
         return 0
     if not flags.FLAGS.workdir:
-        raise ValueError("--workdir is not set: give --workdir=DIR, the folder of the run")
+        raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
     workdir = Path(flags.FLAGS.workdir)
     try:
         step = train(config, workdir)

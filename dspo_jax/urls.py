@@ -7,6 +7,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict
 
+from dspo_jax.errors import UserError
+
 # With one slash, too: pathlib writes gs://bucket so.
 _URL = re.compile(r"(?:[^:/=]*=)?([A-Za-z][A-Za-z0-9+-]+:/.*)", re.DOTALL)
 # Texts and addresses, which name no file.
@@ -34,7 +36,7 @@ def refuse_urls(values: flags.FlagValues) -> None:
 def refuse_url(name: str, path: str) -> None:
     """Raises ValueError where the value of `name` is a URL, or NAME=URL."""
     if match := _URL.fullmatch(path):
-        raise ValueError(
+        raise UserError(
             f"{name}={match[1]}: a URL; only local paths are read and written: mount the bucket or copy it "
             "to a disk, and name that path (docs/launch.md, Data and workdir)"
         )

@@ -18,9 +18,7 @@ from rich.table import Table
 from dspo_jax import cli
 from dspo_jax.files import write_json
 from dspo_jax.parallel import processes
-from dspo_jax.parallel.mesh import (
-    use_cpu_cores,
-)
+from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.training.validation import judge
 
 

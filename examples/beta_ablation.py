@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.evaluation.result import BASE, Evaluation
 from dspo_jax.evaluation.run import check_rewards, evaluate
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         betas = sorted({float(text) for text in values.betas})
     except ValueError as error:
-        raise ValueError(f"--betas={','.join(values.betas)}: must be numbers, separated by commas") from error
+        raise UserError(f"--betas={','.join(values.betas)}: must be numbers, separated by commas") from error
     use_cpu_cores()
     processes.initialize_from_flags()
     out = Path(values.out)

@@ -13,6 +13,7 @@ import numpy as np
 
 from dspo_jax.conversion import single_file
 from dspo_jax.conversion.model_card import make_card
+from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
@@ -61,7 +62,7 @@ def export(
     """
     refuse_existing(out)
     if adapters and out.suffix != ".safetensors":
-        raise ValueError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
+        raise UserError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
     with SavedParams(run / "checkpoints", step) as saved:
         components = sorted({path.partition(".")[0] for path in saved.arrays})
         if adapters:
@@ -92,7 +93,7 @@ def _trained_tensors(
     """A component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
     fix = "name the model that the run started from with --base"
     if component not in models:
-        raise ValueError(f"{saved.path}: holds {component}, which is absent in {folder.parent}; {fix}")
+        raise UserError(f"{saved.path}: holds {component}, which is absent in {folder.parent}; {fix}")
     leaves = _saved_leaves(saved, component)
     adapted = bool(lora.find_ranks(dict(leaves)))
     if not adapted:
@@ -101,15 +102,15 @@ def _trained_tensors(
             have = leaves[path].shape if path in leaves else None
             want = tuple(wanted[path].shape) if path in wanted else None
             if have != want:
-                raise ValueError(
+                raise UserError(
                     f"{saved.path}: {component}.{path} is {have or 'absent'} there and {want or 'absent'} in "
                     f"{folder}; {fix}"
                 )
     stored = open_component(folder, models[component])
     try:
         tensors = fold_adapters(stored, leaves) if adapted else to_torch(leaves)
-    except ValueError as error:
-        raise ValueError(f"{saved.path}: {error} in {folder}; {fix}") from error
+    except UserError as error:
+        raise UserError(f"{saved.path}: {error} in {folder}; {fix}") from error
     file = weights_file(out / component, models[component].class_name)
     return {name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in tensors.items()}
 
@@ -146,8 +147,8 @@ def _write_single(
             components,
             single_file.make_layouts({name: model.complete_config() for name, model in models.items()}),
         )
-    except ValueError as error:
-        raise ValueError(f"--out={out}: {error}; export a folder instead") from error
+    except UserError as error:
+        raise UserError(f"--out={out}: {error}; export a folder instead") from error
     if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
         # Web user interfaces and ComfyUI draw a model as one of epsilon without it.
         single[single_file.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
@@ -168,7 +169,7 @@ def _adapter_tensors(
     """The adapters of a checkpoint as `style` names them; `file` is for messages."""
     leaves = {component: _saved_leaves(saved, component) for component in components}
     if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
-        raise ValueError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
+        raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
     named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, style)
     return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import logging
 
 from dspo_jax.conversion import single_file
+from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.weights import file_kinds, model_dir, tensors
@@ -39,25 +40,25 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
     refuse_existing(out)
     path = Path(model)
     if path.suffix in _PICKLES:
-        raise ValueError(f"{path}: a pickle, which is not read; convert it to .safetensors where it was made")
+        raise UserError(f"{path}: a pickle, which is not read; convert it to .safetensors where it was made")
     if path.suffix == ".safetensors":
         if path.is_file():
             _refuse_other_kinds(path)
         if base is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: a single file holds no configs and no tokenizer; name a diffusers folder of the "
                 "same architecture with --base"
             )
         _import_single(path, model_dir.find_model(base), out)
         return
     if base is not None:
-        raise ValueError(f"--base={base}: only a single .safetensors file needs one")
+        raise UserError(f"--base={base}: only a single .safetensors file needs one")
     _import_folder(model_dir.find_model(model), out)
 
 
 def _import_folder(folder: Path, out: Path) -> None:
     if (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder}: a training run; use `convert export --run={folder}`")
+        raise UserError(f"{folder}: a training run; use `convert export --run={folder}`")
     networks = load_pipeline(folder).networks  # checks whether they fit together, tokenizers and schedule too
     classes = model_dir.list_components(model_dir.read_json(folder / "model_index.json"))
     unusable = model_dir.find_unusable(folder, classes)
@@ -75,7 +76,7 @@ def _import_folder(folder: Path, out: Path) -> None:
 def _refuse_other_kinds(path: Path) -> None:
     kind = file_kinds.find_kind(tensors.open_file(path))
     if kind:
-        raise ValueError(f"{path}: is {kind}")
+        raise UserError(f"{path}: is {kind}")
 
 
 def _import_single(path: Path, base: Path, out: Path) -> None:
@@ -85,7 +86,7 @@ def _import_single(path: Path, base: Path, out: Path) -> None:
     try:
         said = single_file.find_prediction_type(single, tensors.read_metadata(path))
         if said not in (None, pipe.schedule.prediction_type):
-            raise ValueError(
+            raise UserError(
                 f"says that it predicts {said}, but {base}/scheduler/scheduler_config.json has "
                 f"prediction_type = {pipe.schedule.prediction_type!r}; name a base with {said}"
             )
@@ -94,8 +95,8 @@ def _import_single(path: Path, base: Path, out: Path) -> None:
         )
         shapes = {name: torch_shapes(model) for name, model in networks.items()}
         replaced = single_file.split(single, layouts, shapes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     for name in networks.keys() - replaced.keys():
         logging.info("%s has no %s: the one of %s is taken", path, name, base)
         open_component(base / name, networks[name])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.weights.tensors import Tensor
 
 _RESNET = {
@@ -101,7 +102,7 @@ class Layout:
             module = self.modules.get(".".join(parts[:cut]))
             if module is not None:
                 return Place(".".join([self.root + module, *parts[cut:]]))
-        raise ValueError(f"tensor {name} has no place in a single-file checkpoint")
+        raise UserError(f"tensor {name} has no place in a single-file checkpoint")
 
 
 def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
@@ -115,7 +116,7 @@ def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
     """
     vae_class = configs["vae"].get("_class_name")
     if vae_class != "AutoencoderKL":
-        raise ValueError(f"{vae_class} has no place in a single-file checkpoint; only AutoencoderKL has")
+        raise UserError(f"{vae_class} has no place in a single-file checkpoint; only AutoencoderKL has")
     layouts = {"unet": _unet_layout(configs["unet"]), "vae": _vae_layout(configs["vae"])}
     sdxl = "text_encoder_2" in configs
     first = "conditioner.embedders.0" if sdxl else "cond_stage_model"
@@ -235,7 +236,7 @@ def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> 
     """
     for name, way in _NOT_COMPUTED.items():
         if name in names:
-            raise ValueError(f"has the tensor {name}: it was trained {way}, which is not supported")
+            raise UserError(f"has the tensor {name}: it was trained {way}, which is not supported")
     if V_PREDICTION in names:
         return "v_prediction"
     said = (_PREDICTIONS.get(metadata.get(key, "").lower()) for key in _SPECIFICATIONS)
@@ -294,9 +295,9 @@ def split(
     single = _usual_names(single, layouts)
     found, wanted = _find_family(single), _name_family(layouts)
     if found not in (None, wanted):
-        raise ValueError(f"is Stable Diffusion {found}, but --base is {wanted}; name a base of the same kind")
+        raise UserError(f"is Stable Diffusion {found}, but --base is {wanted}; name a base of the same kind")
     if not any(name.startswith(layouts["unet"].root) for name in single):
-        raise ValueError(
+        raise UserError(
             f"holds no tensor {layouts['unet'].root}*, so it is not a checkpoint in the original layout; "
             "a component of a diffusers folder belongs into such a folder"
         )
@@ -312,12 +313,12 @@ def split(
         for name, shape in shapes[component].items():
             place = layout.place(name)
             if place.name not in single:
-                raise ValueError(
+                raise UserError(
                     f"tensor {place.name} is missing; is --base of the same architecture ({component})?"
                 )
             stored = single[place.name]
             if stored.shape not in _stored_shapes(shape, place):
-                raise ValueError(
+                raise UserError(
                     f"tensor {place.name} has shape {stored.shape}, --base asks for "
                     f"{_stored_shapes(shape, place)[0]}; is it of the same architecture ({component})?"
                 )
@@ -326,7 +327,7 @@ def split(
         unused = re.compile(re.escape(layout.root) + layout.passed_over)
         rest = {name for name in rest if not unused.fullmatch(name)}
     if rest:
-        raise ValueError(
+        raise UserError(
             f"{len(rest)} tensor(s) that --base does not ask for, first {min(rest)}; "
             "is it of the same architecture?"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read_datasets(path: str | Path) -> list[Dataset]:
         ours, theirs = map(_shared, (first.manifest, other.manifest), models)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
-                raise ValueError(
+                raise UserError(
                     f"{first.folder}, {other.folder}: {key} = {ours.get(key)!r} and {theirs.get(key)!r}: "
                     "datasets of one run must agree in it; encode one of them again, or leave it out of "
                     "config.data.path"
@@ -90,14 +91,14 @@ def count_examples(
     names = {name for dataset in datasets for name in dataset.manifest["splits"]}
     where = ", ".join(str(dataset.folder) for dataset in datasets)
     if split not in names:
-        raise ValueError(f"{where}: {spelling.unknown(option, split, names)}{fix and '; '}{fix}")
+        raise UserError(f"{where}: {spelling.unknown(option, split, names)}{fix and '; '}{fix}")
     counts: dict[str, int] = {}
     for dataset in datasets:
         for bucket, count in dataset.buckets(split).items():
             counts[bucket] = counts.get(bucket, 0) + count
     if not counts:
         fix = fix or "encode the data again or choose another"
-        raise ValueError(f"{where}: split {split!r} is empty; {fix}")
+        raise UserError(f"{where}: split {split!r} is empty; {fix}")
     return counts
 
 
@@ -110,7 +111,7 @@ def check_weights(weights: Sequence[float], datasets: Sequence[Dataset]) -> None
     if not weights:
         return
     if len(weights) != len(datasets) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
-        raise ValueError(
+        raise UserError(
             f"config.data.weights = {tuple(weights)}: must be {len(datasets)} positive number(s), one for "
             "each folder of config.data.path, or () to take every example equally often"
         )

@@ -14,6 +14,7 @@ from absl import logging
 from dspo_jax.data import shards
 from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
 from dspo_jax.data.sources import PreferencePair
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
@@ -55,7 +56,7 @@ class BadRowLog:
         known = self._before + self.reasons
         if known.total() > self._max_skipped * self._num_rows:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in known.most_common())
-            raise ValueError(
+            raise UserError(
                 f"config.source.max_skipped = {self._max_skipped:g}: exceeded by {known.total()} of "
                 f"{self._num_rows} rows of split {self._split!r} ({reasons}){detail}; mend the source or "
                 "raise the limit"

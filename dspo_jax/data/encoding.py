@@ -15,6 +15,7 @@ from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, Encoder
 from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
 from dspo_jax.data.sources import PreferencePair, Source, get_source
 from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import cpu_cores
@@ -116,7 +117,7 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
             skipped = writer.skipped(split)
             BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
             if skipped.total() >= rows[split]:
-                raise ValueError(
+                raise UserError(
                     f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
                 )
         writer.commit({split: source.left_out(split) for split in splits})
@@ -140,17 +141,17 @@ _ENCODING = (
 
 def _check_values(config: ConfigDict) -> None:
     if not config.model:
-        raise ValueError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
+        raise UserError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
     if not config.source.name:
-        raise ValueError("config.source.name is not set: start from a recipe in configs/encode")
+        raise UserError("config.source.name is not set: start from a recipe in configs/encode")
     for key, allowed in (("flip", FLIPS), ("vae_dtype", VAE_DTYPES)):
         if config[key] not in allowed:
-            raise ValueError(spelling.unknown(f"config.{key}", config[key], allowed))
+            raise UserError(spelling.unknown(f"config.{key}", config[key], allowed))
     for key in ("resolution", "batch_size", "rows_per_shard", "bucket_step", "max_aspect_ratio"):
         if config[key] is not None and config[key] < 1:
-            raise ValueError(f"config.{key} = {config[key]}: must be at least 1")
+            raise UserError(f"config.{key} = {config[key]}: must be at least 1")
     if config.num_workers is not None and config.num_workers < 0:
-        raise ValueError(f"config.num_workers = {config.num_workers}: must be at least 0")
+        raise UserError(f"config.num_workers = {config.num_workers}: must be at least 0")
 
 
 def _arguments(config: ConfigDict) -> dict[str, Any]:
@@ -168,10 +169,10 @@ def _choose_splits(config: ConfigDict, source: Source) -> tuple[str, ...]:
     splits = tuple(config.splits) or tuple(source.splits)
     for split in splits:
         if split not in source.splits:
-            raise ValueError(spelling.unknown("config.splits", split, source.splits))
+            raise UserError(spelling.unknown("config.splits", split, source.splits))
         if source.num_examples(split) == 0:
             left_out = ", ".join(f"{reason}: {count}" for reason, count in source.left_out(split).items())
-            raise ValueError(
+            raise UserError(
                 f"config.source.name = {config.source.name!r}: split {split!r} is empty; check its arguments"
                 + (f" (left out: {left_out})" if left_out else "")
             )
@@ -183,7 +184,7 @@ def _frame(config: ConfigDict, resolution: int, pipe: Pipeline) -> Framing:
     units = {"resolution": resolution, "bucket_step": math.gcd(*sizes[-1])}
     for key, pixels in units.items():
         if pixels % pipe.vae_scale_factor:
-            raise ValueError(
+            raise UserError(
                 f"config.{key} = {config[key]}: must be a multiple of {pipe.vae_scale_factor}, the pixels "
                 "per latent of this model's VAE"
             )

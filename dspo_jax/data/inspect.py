@@ -18,6 +18,7 @@ from dspo_jax import cli
 from dspo_jax.data.report import check_keys, format_report
 from dspo_jax.data.sheet import choose_examples, draw_examples
 from dspo_jax.data.summary import summarize_dataset
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_text
 
 
@@ -28,11 +29,11 @@ def check_flags(settings: Any) -> None:
       ValueError: names the option.
     """
     if settings.pairs < 1:
-        raise ValueError(f"--pairs={settings.pairs}: must be at least 1")
+        raise UserError(f"--pairs={settings.pairs}: must be at least 1")
     if settings.sheet and not settings.model:
-        raise ValueError(f"--sheet={settings.sheet}: needs --model=MODEL_DIR, which decodes the images")
+        raise UserError(f"--sheet={settings.sheet}: needs --model=MODEL_DIR, which decodes the images")
     if settings.sheet and Path(settings.sheet).suffix != ".png":
-        raise ValueError(f"--sheet={settings.sheet}: must end in .png")
+        raise UserError(f"--sheet={settings.sheet}: must end in .png")
 
 
 def main(argv: Sequence[str]) -> None:

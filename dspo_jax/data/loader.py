@@ -22,6 +22,7 @@ import numpy as np
 from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights, read_datasets
 from dspo_jax.data.records import Batch, Records
+from dspo_jax.errors import UserError
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
 _EPOCHS = 2**30
@@ -82,7 +83,7 @@ class BatchIterator:
         for key in {**self._identity, **saved}:
             theirs, ours = saved.get(key), self._identity.get(key)
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"data position: saved with {key} = {theirs!r}, but this run has {ours!r}; resume with "
                     "the same data, weights, seed and batch size, or start a new workdir"
                 )
@@ -139,11 +140,11 @@ def train_batches(
         not one for each, a shard is truncated, or the batch cannot be shared equally.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"batch size {batch_size}: must be a positive multiple of the {process_count} process(es)"
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process index {process_index}: must be between 0 and {process_count - 1}")
+        raise UserError(f"process index {process_index}: must be between 0 and {process_count - 1}")
     datasets = read_datasets(path)
     check_weights(weights, datasets)
     sizes = [sum(count_examples([dataset], split).values()) for dataset in datasets]
@@ -190,7 +191,7 @@ def eval_batches(
     it.
     """
     if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}: must be at least 1")
+        raise UserError(f"batch size {batch_size}: must be at least 1")
     datasets = read_datasets(path)
     buckets = count_examples(datasets, split)
     _verify(datasets)

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from dspo_jax.errors import UserError
+
 
 def format_report(report: Mapping[str, Any]) -> str:
     """The report of `summarize_dataset` as text."""
@@ -77,7 +79,7 @@ def check_keys(report: Mapping[str, Any]) -> None:
         if repeated and repeated["count"]:
             found.append(f"split {name!r}: {repeated['count']:,} ({_counts(repeated['first'])})")
     if found:
-        raise ValueError(
+        raise UserError(
             f"{report['directory']}: keys that more than one example has: {'; '.join(found)}; a key must be "
             "unique in its split: mend the source and encode the data again"
         )

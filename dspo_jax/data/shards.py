@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dspo_jax import json_files, schema
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.locks import is_empty
 from dspo_jax.schema import REQUIRED, Key, integer
@@ -120,14 +121,14 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     manifest = json_files.read_object(path, _REMAKE)
     version = manifest.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path}: format_version = {json_files.shown(version)}, this dspo_jax reads {FORMAT_VERSION}; "
             f"{_REMAKE}"
         )
     try:
         _check_content(manifest)
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged manifest ({error}); {_REMAKE}") from error
+    except UserError as error:
+        raise UserError(f"{path}: damaged manifest ({error}); {_REMAKE}") from error
     return manifest
 
 
@@ -143,7 +144,7 @@ def _check_content(manifest: Mapping[str, Any]) -> None:
             schema.check(where, {"shards": shard}, {"shards": _OBJECT})
             schema.check(f"{where}, shard {number}", shard, _SHARD_KEYS)
             if Path(shard["file"]).name != shard["file"]:
-                raise ValueError(f"{where}, shard {number}: file = {shard['file']!r} leads out of the folder")
+                raise UserError(f"{where}, shard {number}: file = {shard['file']!r} leads out of the folder")
 
 
 def check_manifest(
@@ -169,12 +170,12 @@ def check_manifest(
     for key in sorted((made_with.keys() | needed.keys()) - {"model"}):
         theirs, ours = made_with.get(key), needed.get(key)
         if theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"{path}: model.{key} = {theirs!r}, but this model has {ours!r}: the shards were encoded "
                 f"with another model ({made_with.get('model')!r}); encode the data again with this one"
             )
     if resolution is not None and manifest["resolution"] != resolution:
-        raise ValueError(
+        raise UserError(
             f"{path}: resolution = {manifest['resolution']}, but {resolution} is expected; encode the data "
             f"again with --config.resolution={resolution}"
         )
@@ -216,11 +217,11 @@ def verify_shards(
                 raise FileNotFoundError(f"{path}: shard is missing; {_REMAKE}")
             size = path.stat().st_size
             if size != shard["bytes"]:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {size} bytes, the manifest says {shard['bytes']}: truncated; {_REMAKE}"
                 )
             if checksums and sha256(path) != shard["sha256"]:
-                raise ValueError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
+                raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 
 
 def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[str]) -> bool:
@@ -239,11 +240,11 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
     if not out.exists() or (out.is_dir() and is_empty(out)):
         return False
     if not out.is_dir():
-        raise ValueError(f"--out={out}: exists and is not a folder; choose another")
+        raise UserError(f"--out={out}: exists and is not a folder; choose another")
     if not (out / MANIFEST).is_file():
         if (out / UNFINISHED).is_dir():
             return False
-        raise ValueError(f"--out={out}: not empty and not an encoded dataset; choose another folder")
+        raise UserError(f"--out={out}: not empty and not an encoded dataset; choose another folder")
     there = read_manifest(out)
     wanted = {**manifest, "splits": sorted(splits)}
     found = {key: there.get(key) for key in manifest} | {"splits": sorted(there["splits"])}
@@ -251,7 +252,7 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
     difference = first_difference(found, wanted)
     if difference is not None:
         key, theirs, ours = difference
-        raise ValueError(
+        raise UserError(
             f"--out={out}: holds another dataset ({key} = {theirs!r} there, {ours!r} here); choose another "
             "folder or delete it"
         )

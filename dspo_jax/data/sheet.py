@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dspo_jax.data import shards
 from dspo_jax.data.summary import Examples
+from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.pipelines.pipeline import Pipeline
 
@@ -135,7 +136,7 @@ def choose_examples(
     opened = {split: Examples(directory, split, manifest) for split in splits}
     total = sum(map(len, opened.values()))
     if not total:
-        raise ValueError(f"{directory}: no example to draw in {', '.join(splits)}")
+        raise UserError(f"{directory}: no example to draw in {', '.join(splits)}")
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
     found, first = [], 0
     for split, examples in opened.items():

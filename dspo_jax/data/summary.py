@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
 
 _ALL_BUT_MOMENTS = ("tokens", "micro_conditioning", "preference", "loser_won", "caption", "key")
@@ -40,7 +41,7 @@ class Examples:
         except (RuntimeError, ValueError) as error:
             raise self._unreadable(error) from error
         if len(self) != content["num_examples"]:
-            raise ValueError(
+            raise UserError(
                 f"{self._where}: {len(self)} examples in its shards, but {shards.MANIFEST} says "
                 f"{content['num_examples']}; encode the data again"
             )
@@ -100,7 +101,7 @@ def describe(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 for shard in content["shards"]:
                     entry["buckets"][shard["bucket"]] += shard["num_examples"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: damaged manifest ({type(error).__name__}: {error}); encode the data again"
         ) from error
     return report
@@ -203,12 +204,12 @@ def summarize_dataset(
       OSError: a shard cannot be read.
     """
     if max_examples < 1:
-        raise ValueError(f"--max_examples={max_examples}: must be at least 1")
+        raise UserError(f"--max_examples={max_examples}: must be at least 1")
     manifest = shards.read_manifest(directory)
     report = {"directory": str(directory), **describe(manifest, directory / shards.MANIFEST)}
     splits = report["splits"]
     if split is not None and split not in splits:
-        raise ValueError(spelling.unknown("--split", split, splits))
+        raise UserError(spelling.unknown("--split", split, splits))
     shards.verify_shards(directory, manifest, checksums=checksums)
     report["checksums_verified"] = checksums
     report["splits"] = {name: splits[name] for name in splits if split in (None, name)}

@@ -17,6 +17,7 @@ from tensorflow_datasets.core import naming
 
 from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
+from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors
 from dspo_jax.json_files import read_object
 
@@ -69,7 +70,7 @@ class DatasetWriter:
             difference = shards.first_difference(*pair)
             if difference is not None:
                 key, theirs, ours = difference
-                raise ValueError(
+                raise UserError(
                     f"--out={out}: holds an unfinished dataset of other settings ({key} = {theirs!r} there, "
                     f"{ours!r} here); choose another folder or delete it"
                 )

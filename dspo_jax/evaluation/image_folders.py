@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ImagePaths
 from dspo_jax.json_files import read_object
 from dspo_jax.sampling.folder import MANIFEST, SETTINGS
@@ -63,12 +64,12 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
             continue
         match = _NAME.fullmatch(file.stem)
         if not match:
-            raise ValueError(
+            raise UserError(
                 f"{file}: images must be named PROMPT_SEED, as 00012_3.png; rename it or move it away"
             )
         prompt, seed = int(match[1]), int(match[2])
         if prompt >= len(prompts) or seed >= seeds or (prompt, seed) in files:
-            raise ValueError(f"{file}: an image too many; there are {wanted}; move it away")
+            raise UserError(f"{file}: an image too many; there are {wanted}; move it away")
         files[prompt, seed] = paths.find(file.name)
     for prompt in range(len(prompts)):
         for seed in range(seeds):
@@ -88,7 +89,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
         folders = sorted(path.glob("[0-9]*-*"))
         if len(folders) != 1:
             found = ", ".join(folder.name for folder in folders) or "none"
-            raise ValueError(f"{path}: must hold the images of one model, holds: {found}; name one of them")
+            raise UserError(f"{path}: must hold the images of one model, holds: {found}; name one of them")
         path = folders[0]
     settings = path.parent / SETTINGS
     number = re.match(r"(\d+)-", path.name)
@@ -98,9 +99,7 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         return path, {**how, **how["models"][int(number[1])]}
     except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{settings}: not what sample writes, of image folder {path.name}; {_FIX}"
-        ) from error
+        raise UserError(f"{settings}: not what sample writes, of image folder {path.name}; {_FIX}") from error
 
 
 def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -115,9 +114,9 @@ def _check_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             file, text, index = record["file"], record["prompt"], record["prompt_index"]
             of_folder = file.startswith(f"{path.name}/") and 0 <= index < len(prompts)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{manifest}, line {number}: not what sample writes; {_FIX}") from error
+            raise UserError(f"{manifest}, line {number}: not what sample writes; {_FIX}") from error
         if of_folder and text != prompts[index].text:
-            raise ValueError(
+            raise UserError(
                 f"{path.parent / file}: is of {text!r}, but that prompt is {prompts[index].text!r}; give the "
                 "prompts that it was drawn with"
             )

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole
 from dspo_jax.images.image_files import read_image_file
 from dspo_jax.sampling.prompts import Prompt, check_text, read_prompts
@@ -105,26 +106,26 @@ def read_prompt_set(text: str, images: Path, *, allow_outside: bool = False) -> 
     name, equals, where = text.partition("=")
     if text in SETS:
         places = SETS[text].where
-        raise ValueError(f"--prompts={text}: say where it is, {text}=FILE, FOLDER or HUB_ID (from {places})")
+        raise UserError(f"--prompts={text}: say where it is, {text}=FILE, FOLDER or HUB_ID (from {places})")
     if not equals or Path(text).is_file() or not re.fullmatch(r"[\w.-]+", name) or " " in where:
         prompts = read_prompts(text, allow_outside=allow_outside)
         source = Path(text).name if Path(text).is_file() else "a text"
         return PromptSet(source, tuple(prompts))
     if name not in SETS:
-        raise ValueError(spelling.unknown("--prompts", name, SETS))
+        raise UserError(spelling.unknown("--prompts", name, SETS))
     published = SETS[name]
     prompts = []
     for file, paths in zip(published.files, _find(name, where), strict=True):
         found = [prompt for path in paths for prompt in _read(path, name, images)]
         if len(found) != file.count:
-            raise ValueError(
+            raise UserError(
                 f"{paths[0]}: {len(found):,} prompts, but {name} has {file.count:,} there; "
                 + _fix(published.where, paths[0])
             )
         prompts += [dataclasses.replace(p, category=p.category or file.category) for p in found]
     complete = PromptSet(name, tuple(prompts))
     if published.sha256 not in (None, complete.sha256):
-        raise ValueError(
+        raise UserError(
             f"--prompts={text}: not the prompts of {name}, their sha256 is {complete.sha256} and must be "
             f"{published.sha256}; " + _fix(published.where, where)
         )
@@ -140,7 +141,7 @@ def _find(name: str, where: str) -> list[list[Path]]:
     files, root = SETS[name].files, Path(where)
     if root.is_file():
         if len(files) > 1:
-            raise ValueError(f"--prompts={name}={where}: {name} has {len(files)} files; give their folder")
+            raise UserError(f"--prompts={name}={where}: {name} has {len(files)} files; give their folder")
         return [[root]]
     if is_hub_id(where):
         root = _download(name, where)
@@ -180,10 +181,10 @@ def _read(path: Path, name: str, images: Path) -> list[Prompt]:
         names = pq.read_schema(path).names
         for column in ("edit_prompt", "input_image"):
             if column not in names:
-                raise ValueError(f"{path}: no column {column!r} (found: {', '.join(names)})")
+                raise UserError(f"{path}: no column {column!r} (found: {', '.join(names)})")
         rows = pq.read_table(path, columns=["edit_prompt", "input_image"]).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
     folder = images / path.stem  # a set may have several files
     folder.mkdir(parents=True, exist_ok=True)
     prompts = []
@@ -191,7 +192,7 @@ def _read(path: Path, name: str, images: Path) -> list[Prompt]:
         text, image = row["edit_prompt"], row["input_image"]
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(text, str) or not isinstance(content, bytes):
-            raise ValueError(f"{path}: row {i}: needs a text as edit_prompt and bytes as input_image")
+            raise UserError(f"{path}: row {i}: needs a text as edit_prompt and bytes as input_image")
         text = check_text(text.strip(), f"{path}: row {i}")
         prompts.append(Prompt(text, _unpack(content, folder / f"{i:05d}", path)))
     return prompts
@@ -203,7 +204,7 @@ def _unpack(content: bytes, stem: Path, source: Path) -> Path:
         with Image.open(io.BytesIO(content)) as image:
             file = stem.with_suffix(f".{image.format}".lower())
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken chunk of a PNG
-        raise ValueError(f"{source}: row {int(stem.name)}: undecodable image ({error})") from error
+        raise UserError(f"{source}: row {int(stem.name)}: undecodable image ({error})") from error
     if not file.is_file() or file.stat().st_size != len(content):
         with whole(file, shared=True) as partial:
             partial.write_bytes(content)

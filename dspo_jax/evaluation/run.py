@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder, Images, find_images
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.report import write_report
@@ -115,16 +116,16 @@ def evaluate(
 def check_settings(models: Mapping[str, Source], out: Path, seeds: int, draws: int) -> None:
     """Refuses names, numbers of seeds and an output folder that no evaluation can have."""
     if seeds < 1:
-        raise ValueError(f"--seeds={seeds}: must be at least 1")
+        raise UserError(f"--seeds={seeds}: must be at least 1")
     if draws < seeds:
-        raise ValueError(f"--base_seeds={draws}: must be at least --seeds={seeds}")
+        raise UserError(f"--base_seeds={draws}: must be at least --seeds={seeds}")
     if not models:
-        raise ValueError("nothing to compare with the base; give --model or --images")
+        raise UserError("nothing to compare with the base; give --model or --images")
     for label in models:
         if label == BASE:
-            raise ValueError(f"--model: {label!r} is what the base is called; name it: --model=NAME=DIR")
+            raise UserError(f"--model: {label!r} is what the base is called; name it: --model=NAME=DIR")
         if not label or label.startswith(".") or set(label) & set("/\\"):
-            raise ValueError(f"--model: {label!r} cannot be a folder's name; name it: --model=NAME=DIR")
+            raise UserError(f"--model: {label!r} cannot be a folder's name; name it: --model=NAME=DIR")
     _check_out(out)
 
 
@@ -133,7 +134,7 @@ def _check_out(out: Path) -> None:
     marks = (f"{_IMAGES}/*/{SETTINGS}", f"{_SCORES}/*.jsonl", f"{PROMPT_IMAGES}/*")
     ours = any(any(out.glob(mark)) for mark in marks)
     if not (ours or is_empty(out)):
-        raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
+        raise UserError(f"--out={out}: not empty, and not made by this command; choose another folder")
 
 
 def check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str]:
@@ -142,10 +143,10 @@ def check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str
     for name in names:
         called, version = _load_version(name, reward_dir)
         if called in versions:
-            raise ValueError(f"--rewards={','.join(names)}: two are called {called!r}; rename one")
+            raise UserError(f"--rewards={','.join(names)}: two are called {called!r}; rename one")
         versions[called] = version
     if not versions:
-        raise ValueError("--rewards: none given")
+        raise UserError("--rewards: none given")
     return versions
 
 

@@ -6,6 +6,8 @@ import functools
 import numpy as np
 from scipy import stats
 
+from dspo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -78,7 +80,7 @@ def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, see
     """
     _check(model, base)
     if model.shape != base.shape:
-        raise ValueError(f"scores of shape {model.shape} against {base.shape}: must be of the same images")
+        raise UserError(f"scores of shape {model.shape} against {base.shape}: must be of the same images")
     wins = (model > base) + (model == base) / 2
     by_prompt = np.stack([a.mean(axis=1, dtype=np.float64) for a in (wins, model, base)], axis=1)
     low, high = _bootstrap(by_prompt, resamples, seed)
@@ -119,7 +121,7 @@ def reject(model: np.ndarray, base: np.ndarray) -> Rejection:
     """
     _check(model, base)
     if len(model) != len(base):
-        raise ValueError(f"scores of {len(model)} prompts against {len(base)}: must be of the same prompts")
+        raise UserError(f"scores of {len(model)} prompts against {len(base)}: must be of the same prompts")
     draws = base.shape[1]
     lower = (base[:, None] < model[:, :, None]).sum(axis=-1)
     not_higher = (base[:, None] <= model[:, :, None]).sum(axis=-1)
@@ -142,10 +144,10 @@ def reject(model: np.ndarray, base: np.ndarray) -> Rejection:
 def _check(model: np.ndarray, base: np.ndarray) -> None:
     for name, scores in (("the model", model), ("the base", base)):
         if scores.ndim != 2 or not scores.size:
-            raise ValueError(f"scores of {name}: of shape {scores.shape}; must be [prompts, images] of some")
+            raise UserError(f"scores of {name}: of shape {scores.shape}; must be [prompts, images] of some")
         if np.isnan(scores).any():
             prompt, column = np.argwhere(np.isnan(scores))[0]
-            raise ValueError(f"scores of {name}: NaN for prompt {prompt}, image {column}")
+            raise UserError(f"scores of {name}: NaN for prompt {prompt}, image {column}")
 
 
 def _bootstrap(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import write_text
 from dspo_jax.parallel import processes
 from dspo_jax.rewards import Reward
@@ -93,12 +94,12 @@ def label(
       ValueError: a setting that is refused, or no two images of a prompt with different scores.
     """
     if images_per_prompt < 2:
-        raise ValueError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
+        raise UserError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
     if temperature < 0:
-        raise ValueError(f"--temperature={temperature:g}: must not be negative")
+        raise UserError(f"--temperature={temperature:g}: must not be negative")
     name, images, path = str(model), out / "images", out / "pairs.jsonl"
     if path.exists() and not (images / SETTINGS).is_file():
-        raise ValueError(f"--out={out}: has a pairs.jsonl of others in it; choose another folder")
+        raise UserError(f"--out={out}: has a pairs.jsonl of others in it; choose another folder")
     seeds = range(_FIRST_SEED, _FIRST_SEED + images_per_prompt)
     sample(
         {name: model},
@@ -117,7 +118,7 @@ def label(
     scores = scores.reshape(len(prompts), images_per_prompt)
     choices = choose_pairs(scores, pairs, temperature)
     if not choices:
-        raise ValueError(f"reward {reward.name}: gave all images of a prompt the same score; no pair is left")
+        raise UserError(f"reward {reward.name}: gave all images of a prompt the same score; no pair is left")
     rows = []
     for prompt, *both in choices:
         winner, loser = (files[prompt * images_per_prompt + image] for image in both)

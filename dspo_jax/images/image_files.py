@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import PngImagePlugin
 
+from dspo_jax.errors import UserError
 from dspo_jax.hub_cache import find_repository
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -28,7 +29,7 @@ ALLOW_OUTSIDE = "--config.source.allow_outside=True"
 """The key of the sources that allows images outside their folder, as their messages name it."""
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that cannot be encoded. `reason` is a short phrase under which such rows are counted."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -93,7 +94,7 @@ class ImagePaths:
             return path
         real = os.path.realpath(path)
         if not any(real == inside or real.startswith(os.path.join(inside, "")) for inside in self._inside):
-            raise ValueError(
+            raise UserError(
                 f"{path}: leads out of {self._root}, to {real}; move the image there, or set {self._option} "
                 "if you trust these data"
             )

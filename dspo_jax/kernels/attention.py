@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 from dspo_jax.kernels.targets import Target, split_over_heads, target
 
@@ -92,13 +93,13 @@ def choose(
       ValueError: `wanted` is unknown, or no kernel of the target.
     """
     if wanted is not None and wanted not in BACKENDS:
-        raise ValueError(spelling.unknown(VARIABLE, wanted, BACKENDS))
+        raise UserError(spelling.unknown(VARIABLE, wanted, BACKENDS))
     if target is None:
         return "plain"
     kernel = _kernel_of(target)
     if wanted not in (None, "plain", kernel):
         instead = " or ".join(filter(None, ("plain", kernel)))
-        raise ValueError(
+        raise UserError(
             f"{VARIABLE}={wanted}: is no kernel for {target.kind} ({target.platform}); set it to {instead}, "
             "or unset it"
         )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import LayerNorm, conv2d
 from dspo_jax.models.clip import (
     PROJECTION,
@@ -58,7 +59,7 @@ def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = read_config("CLIPModel", config, _KEYS, {*UNREAD, *_UNREAD, "logit_scale_init_value"})
     text, vision = (_read_tower(key, cfg[key] or {}, cfg[f"{key}_dict"]) for key in _TOWERS)
     if vision["patch_size"] > vision["image_size"]:
-        raise ValueError(
+        raise UserError(
             f"CLIPModel's vision config: patch_size = {vision['patch_size']} is larger than image_size = "
             f"{vision['image_size']}"
         )

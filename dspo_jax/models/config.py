@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dspo_jax import schema
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.schema import Key
 
@@ -35,7 +36,7 @@ def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
     """`value` for each resolution level: a scalar is repeated, a list must have one entry a level."""
     if isinstance(value, list | tuple):
         if len(value) != levels:
-            raise ValueError(
+            raise UserError(
                 f"{class_name} config: {key} = {shown(value)} needs {levels} entries, one for each block"
             )
         return list(value)
@@ -45,4 +46,4 @@ def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
 def check_multiple(class_name: str, key: str, value: int, divisor_key: str, divisor: int) -> None:
     """Raises ValueError where the features `value` of `key` do not split into `divisor` parts."""
     if value % divisor:
-        raise ValueError(f"{class_name} config: {key} = {value} is no multiple of {divisor_key} = {divisor}")
+        raise UserError(f"{class_name} config: {key} = {value} is no multiple of {divisor_key} = {divisor}")

@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dspo_jax.errors import UserError
+
 Params = dict[str, Any]
 
 _A, _B = ".lora_A.kernel", ".lora_B.kernel"
@@ -96,7 +98,7 @@ def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Ar
     }
     chosen = {path: shape for path, shape in layers.items() if pattern.fullmatch(path)}
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(targets)}: no layer matches; there are, for example, {_examples(layers)}"
         )
     adapters = {}

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.models import lora
 from dspo_jax.models.blip import ImageReward, read_image_reward_config
@@ -126,8 +127,6 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
       ValueError: an unknown class or a config value that is not implemented, by name.
     """
     if not isinstance(class_name, str) or class_name not in _CLASSES:
-        raise ValueError(
-            f"model class {shown(class_name)} is not supported; supported: {', '.join(_CLASSES)}"
-        )
+        raise UserError(f"model class {shown(class_name)} is not supported; supported: {', '.join(_CLASSES)}")
     read, _ = _CLASSES[class_name]
     return Model(class_name, dict(config), read(config))

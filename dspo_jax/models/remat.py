@@ -14,6 +14,7 @@ from flax import nnx
 from jax.extend.core import primitives
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 
 POLICIES = ("none", "blocks", "dots")
@@ -22,7 +23,7 @@ POLICIES = ("none", "blocks", "dots")
 def check_policy(policy: str) -> None:
     """Refuses a name that is not in `POLICIES` by a ValueError; for before a trace, which would add to it."""
     if policy not in POLICIES:
-        raise ValueError(spelling.unknown("config.remat", policy, POLICIES))
+        raise UserError(spelling.unknown("config.remat", policy, POLICIES))
 
 
 def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import (
     Downsample2D,
     GroupNorm,
@@ -122,13 +123,13 @@ def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if cfg["addition_embed_type"]:
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             if cfg[key] is None:
-                raise ValueError(
+                raise UserError(
                     f"{_NAME} config: {key} = None must be an integer where addition_embed_type is set"
                 )
         time_features["addition_time_embed_dim"] = cfg["addition_time_embed_dim"]
     for key, features in time_features.items():
         if features // 2 <= cfg["freq_shift"]:  # by whose difference the sinusoids divide
-            raise ValueError(
+            raise UserError(
                 f"{_NAME} config: {key} = {features} leaves no frequency with freq_shift = "
                 f"{cfg['freq_shift']}"
             )
@@ -140,7 +141,7 @@ def _check_depth(layers_per_block: list[int], transformer_layers: list[int]) -> 
     levels = zip(layers_per_block, transformer_layers, strict=True)
     blocks = sum((2 * layers + 1) * (1 + depth) for layers, depth in levels)
     if blocks > _MAX_BLOCKS:
-        raise ValueError(
+        raise UserError(
             f"{_NAME} config: layers_per_block = {layers_per_block} with transformer_layers_per_block = "
             f"{transformer_layers} are {blocks} blocks; at most {_MAX_BLOCKS} are built"
         )
@@ -253,7 +254,7 @@ class UNet2DCondition(nnx.Module):
         dtype = sample.dtype
         wants = hasattr(self, "add_embedding")
         if wants != (text_embeds is not None and time_ids is not None):
-            raise ValueError(
+            raise UserError(
                 "this UNet needs text_embeds and time_ids"
                 if wants
                 else "this UNet takes no text_embeds or time_ids"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import (
     Attention,
     Downsample2D,
@@ -281,7 +282,7 @@ def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     per_level(_TINY_NAME, "num_decoder_blocks", cfg["num_decoder_blocks"], levels)
     for key in ("encoder_block_out_channels", "decoder_block_out_channels"):
         if len(set(per_level(_TINY_NAME, key, cfg[key], levels))) > 1:
-            raise ValueError(f"{_TINY_NAME} config: {key} = {cfg[key]!r} must be the same number throughout")
+            raise UserError(f"{_TINY_NAME} config: {key} = {cfg[key]!r} must be the same number throughout")
     cfg["vae_scale_factor"] = 2 ** (levels - 1)
     return cfg
 

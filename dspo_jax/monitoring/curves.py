@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 
@@ -80,7 +81,7 @@ def draw_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     path, png = Path(metrics_jsonl), Path(png)
     figure = make_figure(read_metrics(path), path.parent.name)
     if not figure.axes:
-        raise ValueError(f"{path}: no metrics to draw yet")
+        raise UserError(f"{path}: no metrics to draw yet")
     with whole(png) as partial:
         figure.savefig(partial, format="png")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, write_text
 
 VALIDATION_PREFIX = "validation/"  # of the held-out scalars among a run's metrics
@@ -108,12 +109,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a nesting without end
             if number == len(lines):
                 break
-            raise ValueError(f"{where}: not JSON ({error}); mend or delete the line") from error
+            raise UserError(f"{where}: not JSON ({error}); mend or delete the line") from error
         if not isinstance(record, dict) or not _is_number(record.get("step"), int):
-            raise ValueError(f"{where}: {line.decode()[:60]}: must be an object with step, a whole number")
+            raise UserError(f"{where}: {line.decode()[:60]}: must be an object with step, a whole number")
         for name, value in record.items():
             if not _is_number(value, int | float):
-                raise ValueError(f"{where}: {name} = {str(value)[:60]}: must be a number")
+                raise UserError(f"{where}: {name} = {str(value)[:60]}: must be a number")
         records.append(record)
     return records
 
@@ -163,7 +164,7 @@ def import_wandb(project: str) -> Any:
     try:
         return importlib.import_module("wandb")  # as a statement, mypy would want it installed
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"config.wandb_project = {project!r}: needs the package wandb: pip install 'dspo_jax[wandb]'"
         ) from error
 
@@ -184,6 +185,6 @@ def _keep_until(path: Path, step: int) -> float:
         return 0.0
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step > 0 else []
     if kept and "wall_seconds" not in kept[-1]:
-        raise ValueError(f"{path}: the line of step {kept[-1]['step']} has no wall_seconds; delete the line")
+        raise UserError(f"{path}: the line of step {kept[-1]['step']} has no wall_seconds; delete the line")
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return float(kept[-1]["wall_seconds"]) if kept else 0.0

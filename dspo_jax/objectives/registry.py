@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.schedules.variance_preserving import Schedule
 
 CHOICES = {"reduction": ("mean", "sum"), "time_weight": ("none", "paper")}
@@ -100,35 +101,35 @@ class Objective:
         """Checks the inputs; gives float32 arrays and timesteps [B, P]."""
         policy = predictions.policy
         if policy.ndim != 5 or policy.shape[1] not in (1, 2):
-            raise ValueError(
+            raise UserError(
                 f"Predictions.policy has shape {policy.shape}; it must be [B, P, h, w, C] with P = 1 or 2"
             )
         batch, images = policy.shape[:2]
         if self.needs_reference and predictions.reference is None:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.name!r} compares the policy with the reference model: "
                 "Predictions.reference is None, pass the frozen model's predictions"
             )
         if self.needs_loser and images == 1:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.name!r} compares a winner with a loser, but the batch has one image "
                 "per example (P = 1): train on pairs, or use one for single images (ddpm, sft, dspo_e)"
             )
         for name in ("reference", "target"):
             array = getattr(predictions, name)
             if array is not None and array.shape != policy.shape:
-                raise ValueError(
+                raise UserError(
                     f"Predictions.{name} has shape {array.shape}, Predictions.policy {policy.shape}"
                 )
         timesteps = jnp.asarray(predictions.timesteps)
         if timesteps.shape not in ((batch,), (batch, images)):
-            raise ValueError(
+            raise UserError(
                 f"Predictions.timesteps has shape {timesteps.shape}; "
                 f"it must be {(batch,)} or {(batch, images)}"
             )
         preference = predictions.preference
         if preference is not None and preference.shape != (batch,):
-            raise ValueError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
+            raise UserError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
         policy, reference, target, preference = jax.tree.map(
             lambda array: jnp.asarray(array, jnp.float32),
             (policy, predictions.reference, predictions.target, preference),
@@ -172,11 +173,11 @@ def register(
         def build(**hyperparameters: Any) -> Objective:
             for argument, value in hyperparameters.items():
                 if argument not in defaults:
-                    raise ValueError(spelling.unknown(f"argument of objective {name!r}", argument, defaults))
+                    raise UserError(spelling.unknown(f"argument of objective {name!r}", argument, defaults))
                 _check_value(f"config.objective.{argument}", value, defaults[argument])
             values = {**defaults, **hyperparameters}
             if values.get("min_snr_gamma") is not None and values["time_weight"] != "none":
-                raise ValueError(
+                raise UserError(
                     f"config.objective.min_snr_gamma = {values['min_snr_gamma']!r}: is a time weight of its "
                     f"own; leave it out, or config.objective.time_weight = {values['time_weight']!r}"
                 )
@@ -195,7 +196,7 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
       ValueError: Unknown name or argument, or a value out of range; the message gives the nearest valid name.
     """
     if name not in _REGISTRY:
-        raise ValueError(spelling.unknown("config.objective.name", str(name), _REGISTRY))
+        raise UserError(spelling.unknown("config.objective.name", str(name), _REGISTRY))
     return _REGISTRY[name](**hyperparameters)
 
 
@@ -203,15 +204,15 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     choices = CHOICES.get(key.rpartition(".")[2])
     if choices is not None:
         if value not in choices:
-            raise ValueError(spelling.unknown(key, str(value), choices))
+            raise UserError(spelling.unknown(key, str(value), choices))
         return
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise ValueError(f"{key} = {value!r}: must be True or False")
+            raise UserError(f"{key} = {value!r}: must be True or False")
         return
     if value is None and default is None:
         return
     limit, within = _LIMITS.get(key.rpartition(".")[2], ("zero or above", lambda value: value >= 0))
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not within(float(value)):
-        raise ValueError(f"{key} = {value!r}: must be a finite number, {limit}")
+        raise UserError(f"{key} = {value!r}: must be a finite number, {limit}")

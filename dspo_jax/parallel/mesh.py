@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -86,18 +87,18 @@ def _fill(sizes: Mapping[str, int], available: int, key: str, of_what: str) -> l
     """The sizes in the order of `MESH_AXES`, with -1 replaced, which must multiply to `available`."""
     for axis, size in sizes.items():
         if axis not in MESH_AXES:
-            raise ValueError(spelling.unknown(key, axis, MESH_AXES))
+            raise UserError(spelling.unknown(key, axis, MESH_AXES))
         if size != -1 and size < 1:
-            raise ValueError(f"{key}.{axis} = {size}: must be positive, or -1 for all devices that are left")
+            raise UserError(f"{key}.{axis} = {size}: must be positive, or -1 for all devices that are left")
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     product = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
     if shape.count(-1) > 1:
-        raise ValueError(f"{key} = {product}: only one axis can be -1")
+        raise UserError(f"{key} = {product}: only one axis can be -1")
     taken = math.prod(size for size in shape if size != -1)
     if -1 in shape and available % taken == 0:
         shape[shape.index(-1)] = available // taken
     if -1 in shape or math.prod(shape) != available:
-        raise ValueError(
+        raise UserError(
             f"{key} = {product}: does not fit the {available} {of_what}; "
             "set one axis to -1 and the product of the others to a divisor of that"
         )
@@ -124,7 +125,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str = "config.batch_size"
     if batch_size < 1 or batch_size % ways:
         below, above = batch_size // ways * ways, (batch_size // ways + 1) * ways
         nearest = f"{below} or {above}" if below > 0 else str(above)
-        raise ValueError(
+        raise UserError(
             f"{key} = {batch_size}: not a multiple of {ways}, the ways the mesh splits a batch "
             f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); nearest: {nearest}"
         )
@@ -146,7 +147,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     mine = parts[jax.process_index()]
     size = len(mine)
     if any(len(part) != size or part[0] % size or part[-1] - part[0] != size - 1 for part in parts.values()):
-        raise ValueError(
+        raise UserError(
             f"config.mesh = {dict(mesh.shape)}: the devices of a process do not lie together along the "
             "batch; make `tensor` a divisor or a multiple of the devices of a process"
         )

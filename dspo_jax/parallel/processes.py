@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspo_jax import locks
+from dspo_jax.errors import UserError
 from dspo_jax.parallel.mesh import MESH_AXES, replicated
 
 
@@ -49,9 +50,9 @@ def initialize_from_flags() -> None:
     }
     missing = [name for name, value in explicit.items() if value is None]
     if missing and len(missing) < len(explicit):
-        raise ValueError(f"--{missing[0]} is not set: several processes need {_listed(explicit)}")
+        raise UserError(f"--{missing[0]} is not set: several processes need {_listed(explicit)}")
     if not missing and not 0 <= explicit["process_id"] < explicit["num_processes"]:
-        raise ValueError(
+        raise UserError(
             f"--process_id={explicit['process_id']}: must be between 0 and --num_processes - 1 = "
             f"{explicit['num_processes'] - 1}"
         )
@@ -119,7 +120,7 @@ def claim(out: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
         if refusal is not None:
             raise refusal
         if refused:
-            raise ValueError(f"{out}: refused to this run; its first process says why")
+            raise UserError(f"{out}: refused to this run; its first process says why")
         yield
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import logging
 
 from dspo_jax import schema
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -65,7 +66,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     schema.check(str(index_file), index, _INDEX_KEYS)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in _PIPELINES:
-        raise ValueError(
+        raise UserError(
             f"{index_file}: _class_name = {shown(class_name)} is not supported; allowed: "
             f"{', '.join(_PIPELINES)}"
         )
@@ -74,7 +75,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     for name in ("unet", "vae", *encoders):
         if name not in models or models[name].class_name not in _CLASSES[name]:
             found = models[name].class_name if name in models else "absent"
-            raise ValueError(
+            raise UserError(
                 f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(_CLASSES[name])}"
             )
     scheduler_file = path / "scheduler" / "scheduler_config.json"
@@ -82,8 +83,8 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     try:
         schedule = Schedule.from_config(scheduler_config)
         check_sampler_config(scheduler_config)
-    except ValueError as error:
-        raise ValueError(f"{scheduler_file}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{scheduler_file}: {error}") from error
     pipe = Pipeline(
         path=path,
         unet=models["unet"],
@@ -119,7 +120,7 @@ def _check_sizes(pipe: Pipeline) -> None:
         given["projection_class_embeddings_input_dim"] = pooled + numbers
     for key, value in given.items():
         if unet[key] != value:
-            raise ValueError(
+            raise UserError(
                 f"{pipe.path / 'unet' / 'config.json'}: {key} = {unet[key]!r}, but text to image with the "
                 f"VAE and text encoders of this folder needs {value!r}; use a UNet that was made for them"
             )
@@ -129,7 +130,7 @@ def _check_lengths(first: CaptionTokenizer, *others: CaptionTokenizer) -> None:
     """Refuses text encoders whose states cannot lie side by side."""
     for other in others:
         if other.length != first.length:
-            raise ValueError(
+            raise UserError(
                 f"{other.folder}: captions of {other.length} tokens, but of {first.length} in "
                 f"{first.folder}; give both tokenizer_config.json the same model_max_length"
             )

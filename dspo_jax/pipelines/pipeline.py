@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from dspo_jax.errors import UserError
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
@@ -113,7 +114,7 @@ class Pipeline:
         """
         height, width = self.image_size
         if height != width:
-            raise ValueError(
+            raise UserError(
                 f"{self.path / 'unet' / 'config.json'}: sample_size = {list(self.latent_size)}: images of "
                 f"{height} x {width} pixels are not square; name the resolution, e.g. "
                 f"--config.resolution={max(height, width)}"

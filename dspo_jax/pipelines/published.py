@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params, build_model
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -156,7 +157,7 @@ class Architecture(Pipeline):
     def read_params(self, component: str, dtype: str | None = None) -> Params:
         """There are none: always a ValueError."""
         del dtype
-        raise ValueError(f"{self.path}: an architecture without weights for its {component}")
+        raise UserError(f"{self.path}: an architecture without weights for its {component}")
 
 
 def architecture(name: str) -> Architecture:
@@ -166,7 +167,7 @@ def architecture(name: str) -> Architecture:
       ValueError: an unknown name.
     """
     if name not in NETWORKS:
-        raise ValueError(spelling.unknown("published model", name, MODELS))
+        raise UserError(spelling.unknown("published model", name, MODELS))
     networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
     unet, vae = networks.pop("unet"), networks.pop("vae")
     return Architecture(

@@ -13,6 +13,8 @@ import numpy as np
 from transformers import CLIPTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from dspo_jax.errors import UserError
+
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -120,20 +122,20 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare ones
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again") from error
+        raise UserError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again") from error
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     for key in ("bos_token", "eos_token"):
         if getattr(tokenizer, key) not in own:
             reason = f"its {key} {getattr(tokenizer, key)!r} is not in the vocabulary"
-            raise ValueError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again")
+            raise UserError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again")
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'tokenizer_config.json'}: pad_token = None: captions are padded to one length; "
             f"allowed: a token of the vocabulary, {tokenizer.eos_token!r} in most models"
         )
     highest, token = max((number, token) for token, number in tokenizer.get_vocab().items())
     if highest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: token {token!r} has the id {highest}, but the text encoder has embeddings of "
             f"{vocab_size} tokens (vocab_size); save it with resized embeddings, or take the tokenizer of "
             "the same model"
@@ -152,7 +154,7 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> CaptionToken
     if isinstance(length, int | float) and length >= VERY_LARGE_INTEGER:  # transformers' word for none
         length = positions
     if type(length) is not int or not _SHORTEST <= length <= positions:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r}; allowed: integers from "
             f"{_SHORTEST} to {positions}, the positions of the text encoder (max_position_embeddings)"
         )

@@ -12,6 +12,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
+from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, peak_flops
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
@@ -103,12 +104,12 @@ def find_devices(topology: str | None) -> Sequence[Any]:
         devices: Sequence[Any] = topologies.get_topology_desc(topology, "tpu").devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--topology={topology}: cannot be compiled for ({reason}); a topology is written like v5e:2x4, "
             "v5p:2x2x1 or v6e:4x4, and the TPU's compiler comes with: pip install 'dspo_jax[plan]'"
         ) from error
     if find_chip(devices[0]) is None:
-        raise ValueError(
+        raise UserError(
             f"--topology={topology}: nothing is known here of a {devices[0].device_kind}'s memory; use v5e, "
             "v5p or v6e"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
@@ -69,7 +70,7 @@ def check_head(file: Path, stored: Mapping[str, Tensor], features: int) -> dict[
         for name, shape in ((f"{layer}.weight", (outputs, features)), (f"{layer}.bias", (outputs,))):
             found = stored[name].shape if name in stored else "missing"
             if found != shape:
-                raise ValueError(
+                raise UserError(
                     f"{file}: tensor {name} is {found}, the aesthetic head asks for {shape}; give "
                     "sac+logos+ava1-l14-linearMSE.pth and CLIP ViT-L/14"
                 )

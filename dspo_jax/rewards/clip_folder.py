@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import member, shown
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.tokenizers import open_tokenizer
@@ -91,7 +92,7 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
         raise FileNotFoundError(f"{file}: no such file; {fix}")
     about = model_dir.read_json(file, fix)
     if about.get("name") != name:
-        raise ValueError(f"{file}: is of the reward {shown(about.get('name'))}, not {name}; {fix}")
+        raise UserError(f"{file}: is of the reward {shown(about.get('name'))}, not {name}; {fix}")
 
     def describe(part: str) -> str:
         source, digest = (member(about, part + key, str, file, fix) for key in ("source", "sha256"))
@@ -110,14 +111,14 @@ def read_clip(folder: Path) -> Model:
       ValueError: it is something else.
     """
     if (folder / "model_index.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: is a text-to-image model; a reward is made of a CLIP with both its towers"
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; give a transformers folder of a {_CLASS}")
     model = read_model(folder)
     if model.class_name != _CLASS:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'}: is of class {model.class_name}; a reward is made of a {_CLASS}, both "
             "towers and their projections"
         )
@@ -138,7 +139,7 @@ def read_tokenizer(folder: Path, model: Model) -> Callable[[Sequence[str]], np.n
     legacy = settings["eos_token_id"] == 2  # the end is then the highest id: models/clip.py
     end = max(tokenizer.get_vocab().values()) if legacy else settings["eos_token_id"]
     if tokenizer.eos_token_id != end:
-        raise ValueError(
+        raise UserError(
             f"{folder}: a tokenizer of {len(tokenizer)} tokens with the end token {tokenizer.eos_token_id}; "
             f"config.json asks for {settings['vocab_size']} with {end}; is it of the same model?"
         )

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import BertTokenizer
 
 from dspo_jax import json_files
+from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
@@ -61,11 +62,11 @@ def load(folder: Path, batch_size: int) -> Reward:
     file, fix = folder / "reward.json", "convert the weights again"
     about = model_dir.read_json(file, fix)
     if about.get("name") != _NAME:
-        raise ValueError(f"{file}: is not of the reward {_NAME}; {fix}")
+        raise UserError(f"{file}: is not of the reward {_NAME}; {fix}")
     source, digest = (json_files.member(about, key, str, file, fix) for key in ("source", "sha256"))
     model = read_model(folder)
     if model.class_name != _CLASS:
-        raise ValueError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
+        raise UserError(f"{folder / 'config.json'}: is of class {model.class_name}, not {_CLASS}")
     params = read_params(folder, model, "float32")
     tokenizer = _read_tokenizer(folder / "vocab.txt", model.config["text_config"]["vocab_size"])
 
@@ -100,7 +101,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
     """
     refuse_existing(out)
     if tokenizer is None:
-        raise ValueError(
+        raise UserError(
             f"reward {_NAME}: needs a tokenizer: a folder with vocab.txt of bert-base-uncased, or that file"
         )
     vocabulary = tokenizer
@@ -134,19 +135,19 @@ def _check(file: Path, stored: Mapping[str, Tensor]) -> Model:
     _require(file, stored, *wanted)
     for name, shape in wanted.items():
         if stored[name].shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {name} has shape {stored[name].shape}, but its other tensors ask for {shape}"
             )
     extra = sorted(stored.keys() - wanted)
     if extra:
-        raise ValueError(f"{file}: {len(extra)} tensor(s) that are not part of ImageReward, first {extra[0]}")
+        raise UserError(f"{file}: {len(extra)} tensor(s) that are not part of ImageReward, first {extra[0]}")
     return model
 
 
 def _require(file: Path, stored: Mapping[str, Tensor], *names: str) -> None:
     missing = [name for name in names if name not in stored]
     if missing:
-        raise ValueError(f"{file}: tensor {missing[0]} is missing; is it the published ImageReward.pt?")
+        raise UserError(f"{file}: tensor {missing[0]} is missing; is it the published ImageReward.pt?")
 
 
 def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,14 +156,14 @@ def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     def shape(name: str, axes: int) -> tuple[int, ...]:
         _require(file, stored, name)
         if len(stored[name].shape) != axes:
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {name} has shape {stored[name].shape}; it should have {axes} axes"
             )
         return stored[name].shape
 
     def layers(part: str, features: int, blocks: str, hidden: str) -> dict[str, Any]:
         if features % _HEAD_WIDTH:
-            raise ValueError(f"{file}: {blocks} are {features} wide; it must be a multiple of {_HEAD_WIDTH}")
+            raise UserError(f"{file}: {blocks} are {features} wide; it must be a multiple of {_HEAD_WIDTH}")
         number = re.compile(re.escape(blocks) + r"\.(\d+)\.")
         return {
             "hidden_size": features,
@@ -202,14 +203,14 @@ def _read_vocabulary(file: Path) -> list[str]:
             ids = dict(content["model"]["vocab"])
             tokens = sorted(ids, key=ids.__getitem__)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: no vocabulary; give vocab.txt of bert-base-uncased") from error
+            raise UserError(f"{file}: no vocabulary; give vocab.txt of bert-base-uncased") from error
         if [ids[token] for token in tokens] != list(range(len(tokens))):
-            raise ValueError(f"{file}: ids with gaps; give vocab.txt of bert-base-uncased")
+            raise UserError(f"{file}: ids with gaps; give vocab.txt of bert-base-uncased")
         return tokens
     try:
         return file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a text file; give vocab.txt of bert-base-uncased") from error
+        raise UserError(f"{file}: not a text file; give vocab.txt of bert-base-uncased") from error
 
 
 def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
@@ -218,7 +219,7 @@ def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
     missing = [token for token in _SPECIAL if token not in rows]
     fault = f"has no {missing[0]}" if missing else f"has {len(rows)} tokens"
     if missing or len(rows) + len(_ADDED) != embeddings:
-        raise ValueError(
+        raise UserError(
             f"{file}: {fault}; the weights are for {embeddings - len(_ADDED)} tokens of bert-base-uncased"
         )
     tokenizer = BertTokenizer(rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import build_model
 from dspo_jax.weights.layout import torch_shapes
 from dspo_jax.weights.tensors import Tensor
@@ -66,15 +67,15 @@ def translate(
     shapes = torch_shapes(build_model("CLIPModel", config))
     for name, shape in shapes.items():
         if name not in translated:
-            raise ValueError(f"{file}: what transformers calls {name} is missing; fetch the weights again")
+            raise UserError(f"{file}: what transformers calls {name} is missing; fetch the weights again")
         if translated[name].shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {origin[name]} has shape {stored[origin[name]].shape}, which does not fit "
                 "the others; is it an open_clip ViT?"
             )
     extra = sorted(translated.keys() - shapes)
     if extra:
-        raise ValueError(f"{file}: tensor {origin[extra[0]]} is not part of an open_clip ViT")
+        raise UserError(f"{file}: tensor {origin[extra[0]]} is not part of an open_clip ViT")
     return config, translated
 
 
@@ -82,7 +83,7 @@ def _translate(file: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One tensor under its new name, or under three."""
     beginning = next((old for old in _BEGINNINGS if name.startswith(old)), None)
     if beginning is None:
-        raise ValueError(f"{file}: tensor {name} is not part of an open_clip ViT")
+        raise UserError(f"{file}: tensor {name} is not part of an open_clip ViT")
     target = _BEGINNINGS[beginning] + name.removeprefix(beginning)
     for old, new in _IN_A_LAYER.items():
         target = target.replace(old, new)
@@ -102,7 +103,7 @@ def _find_config(file: Path, translated: Mapping[str, Tensor], activation: str) 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in translated or len(translated[name].shape) != axes:
             found = translated[name].shape if name in translated else "missing"
-            raise ValueError(f"{file}: what transformers calls {name} is {found}; is it an open_clip ViT?")
+            raise UserError(f"{file}: what transformers calls {name} is {found}; is it an open_clip ViT?")
         return translated[name].shape
 
     def tower(prefix: str) -> dict[str, Any]:
@@ -141,5 +142,5 @@ def _count_heads(file: Path, width: int) -> int:
     """No weight tells: a head is 64 wide; in the image tower of ViT-H/14, which is 1280 wide, 80."""
     heads, rest = divmod(width, 80 if width == 1280 else 64)
     if rest or not heads:
-        raise ValueError(f"{file}: a tower is {width} wide, no multiple of 64; is it an open_clip ViT?")
+        raise UserError(f"{file}: a tower is {width} wide, no multiple of 64; is it an open_clip ViT?")
     return heads

@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from dspo_jax.errors import UserError
+
 # Of CLIP's training images (Radford et al. 2021, released code).
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -73,7 +75,7 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
     scale = size / max(image.size)
     width, height = (round(edge * scale) for edge in image.size)
     if not width or not height:
-        raise ValueError(
+        raise UserError(
             f"an image of {image.width}x{image.height} pixels vanishes when its longer edge becomes {size}"
         )
     left, top = (size - width) // 2, (size - height) // 2

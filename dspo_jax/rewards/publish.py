@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models.model import Model, build_model
 from dspo_jax.pipelines import tokenizers
@@ -82,7 +83,7 @@ def write_clip(job: Job, *, features: int, activation: str) -> None:
     model, stored, files = _open_clip(job.weights, activation)
     found = model.settings["text"]["projection_dim"]
     if found != features:
-        raise ValueError(
+        raise UserError(
             f"{job.weights}: embeds into {found} features, but the CLIP of {job.reward} into {features}; is "
             "it another one?"
         )
@@ -120,7 +121,7 @@ def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor]
     if not open_clip.is_open_clip(stored):
         first = min(stored, default="nothing")
         hint = "; give the folder it lies in" if "logit_scale" in stored else ""
-        raise ValueError(f"{weights}: holds {first} and not a CLIP with open_clip's names{hint}")
+        raise UserError(f"{weights}: holds {first} and not a CLIP with open_clip's names{hint}")
     config, stored = open_clip.translate(weights, stored, activation)
     return build_model("CLIPModel", config), stored, [weights]
 
@@ -196,18 +197,18 @@ def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | Non
       OSError: a path that is not there, or a hub id that cannot be downloaded.
     """
     if reward not in RECIPES:
-        raise ValueError(spelling.unknown("--reward", reward, RECIPES))
+        raise UserError(spelling.unknown("--reward", reward, RECIPES))
     recipe = RECIPES[reward]
     refuse_existing(out)
     if recipe.head and head is None:
-        raise ValueError(
+        raise UserError(
             f"--head is missing: name the file {PUBLISHED_HEAD}, which lies on GitHub in "
             "christophschuhmann/improved-aesthetic-predictor"
         )
     if head is not None and not recipe.head:
-        raise ValueError(f"--head={head}: not an option of {reward}")
+        raise UserError(f"--head={head}: not an option of {reward}")
     if tokenizer is not None and recipe.tokenizer is None:
-        raise ValueError(f"--tokenizer={tokenizer}: not an option of {reward}, which reads no prompt")
+        raise UserError(f"--tokenizer={tokenizer}: not an option of {reward}, which reads no prompt")
     source = weights or recipe.source
     found = _find(source, recipe.file, [*_MODEL_FILES, *recipe.tokenizer_files])
     folder = None

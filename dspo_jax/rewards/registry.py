@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 
 Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """(images [H, W, 3] uint8, which may differ in size, the prompt of each) -> scores [N]; higher is better."""
@@ -39,14 +40,14 @@ class Reward:
         """
         scores = np.asarray(self.function(images, prompts))
         if scores.shape != (len(images),):
-            raise ValueError(
+            raise UserError(
                 f"reward {self.name}: gave scores of shape {list(scores.shape)} for {len(images)} images; "
                 f"it must give [{len(images)}]"
             )
         scores = scores.astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"reward {self.name}: gave {scores[bad[0]]} for an image of {prompts[bad[0]]!r}; "
                 "every score must be finite"
             )
@@ -105,7 +106,7 @@ def load_reward(name: str, folder: str | Path | None = None, *, batch_size: int 
         return Reward(name, *_FUNCTIONS[name])
     if name not in _LOADERS:
         hint = "; a function of your own is FILE.py:FUNCTION"
-        raise ValueError(spelling.unknown("reward", name, reward_names()) + hint)
+        raise UserError(spelling.unknown("reward", name, reward_names()) + hint)
     weights = Path(folder or "rewards") / name
     if not weights.is_dir():
         raise FileNotFoundError(
@@ -120,10 +121,10 @@ def _load_function(file: Path, name: str) -> Reward:
         raise FileNotFoundError(f"reward {file}:{name}: {file}: no such file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"reward {file}:{name}: must be a .py file")
+        raise UserError(f"reward {file}:{name}: must be a .py file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{file}: defines no function {name!r}")
+        raise UserError(f"{file}: defines no function {name!r}")
     return Reward(name, f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:8]}", function)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors
 from dspo_jax.images.decode import decode_image
 from dspo_jax.images.image_files import BadRow
@@ -76,7 +77,7 @@ def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
     try:
         return np.asarray(decode_image(file, keep_alpha=keep_alpha))
     except BadRow as problem:
-        raise ValueError(f"{file}: {problem}") from problem
+        raise UserError(f"{file}: {problem}") from problem
 
 
 def _how(reward: Reward) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
 from dspo_jax.samplers.sampler import Sampler, Table
@@ -46,7 +47,7 @@ def own_sampler(config: Mapping[str, Any]) -> str:
     for name, entry in SAMPLERS.items():
         if entry.scheduler == config.get("_class_name"):
             return name
-    raise ValueError(
+    raise UserError(
         f"scheduler config: _class_name = {shown(config.get('_class_name'))}: not supported; "
         f"name one of the samplers {', '.join(SAMPLERS)} instead"
     )
@@ -80,20 +81,20 @@ def make_sampler(
         that leaves no step, or something in the config that is not computed; the message names it.
     """
     if name not in SAMPLERS:
-        raise ValueError(spelling.unknown("sampler", name, SAMPLERS))
+        raise UserError(spelling.unknown("sampler", name, SAMPLERS))
     entry = SAMPLERS[name]
     if karras is not None:
         if karras and not entry.karras:
             able = ", ".join(other for other, entry in SAMPLERS.items() if entry.karras)
-            raise ValueError(f"karras = True: sampler {name!r} has no such noise levels; these have: {able}")
+            raise UserError(f"karras = True: sampler {name!r} has no such noise levels; these have: {able}")
         config = {**config, "use_karras_sigmas": karras}
     check_sampler_config(config)
     check_steps(schedule.num_train_timesteps, num_inference_steps)
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength = {strength}: must be between 0 and 1")
+        raise UserError(f"strength = {strength}: must be between 0 and 1")
     first = num_inference_steps - int(num_inference_steps * strength)
     if first == num_inference_steps:
-        raise ValueError(
+        raise UserError(
             f"strength = {strength}: takes none of num_inference_steps = {num_inference_steps}; "
             f"it must be at least 1 / {num_inference_steps}"
         )

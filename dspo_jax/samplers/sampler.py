@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspo_jax.errors import UserError
+
 Array = jax.Array | np.ndarray
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
@@ -111,7 +113,7 @@ class Sampler:
         if image_latents is not None:
             return self.image_scale * jnp.asarray(image_latents, jnp.float32) + self.noise_scale * noise
         if self.strength < 1:
-            raise ValueError(f"strength = {self.strength}: needs an image to start from; without one it is 1")
+            raise UserError(f"strength = {self.strength}: needs an image to start from; without one it is 1")
         return self.pure_noise_scale * noise
 
     def run(self, predict: Predict, x: jax.Array, noise: Noise | None = None) -> jax.Array:
@@ -132,7 +134,7 @@ class Sampler:
         """
         stochastic = self.step_noise is not None
         if stochastic and noise is None:
-            raise ValueError("noise = None: this sampler adds noise at every step; pass noise(i)")
+            raise UserError("noise = None: this sampler adds noise at every step; pass noise(i)")
         rows = dict(
             i=np.arange(self.timesteps.shape[0], dtype=np.int32),
             t=self.timesteps,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import Table
 from dspo_jax.samplers.spacing import choice, require, spaced_timesteps, spacing_of
 from dspo_jax.samplers.timestep_samplers import schedule_alphas, to_epsilon, to_x0
@@ -141,7 +142,7 @@ def _dpm_levels(
     elif num_inference_steps < total:
         timesteps = spaced_timesteps(total, num_inference_steps + 1, **spacing)[:-1]
     else:
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps = {total}: with timestep_spacing = {spacing['timestep_spacing']!r} "
             f"DPM-Solver++ takes at most {total - 1} steps"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dspo_jax import schema, spelling
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.schema import Key, flag, integer, number
 
@@ -53,7 +54,7 @@ def spaced_timesteps(
       ValueError: Unknown spacing, N out of range, or an offset that leaves the schedule.
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
-        raise ValueError(spelling.unknown("timestep_spacing", str(timestep_spacing), TIMESTEP_SPACINGS))
+        raise UserError(spelling.unknown("timestep_spacing", str(timestep_spacing), TIMESTEP_SPACINGS))
     check_steps(num_train_timesteps, num_inference_steps)
     timesteps: np.ndarray
     if timestep_spacing == "leading":
@@ -67,7 +68,7 @@ def spaced_timesteps(
     else:
         timesteps = np.linspace(0, num_train_timesteps - 1, num_inference_steps).round()[::-1]
     if timesteps[-1] < 0 or timesteps[0] >= num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"steps_offset = {steps_offset}: with num_inference_steps = {num_inference_steps} "
             f"it moves timesteps outside 0..{num_train_timesteps - 1}; lower one of the two"
         )
@@ -81,7 +82,7 @@ def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
       ValueError: It is not between 1 and T.
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps = {num_inference_steps}: "
             f"must be between 1 and the schedule's {num_train_timesteps}"
         )
@@ -113,7 +114,7 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
     """
     if key in config and config[key] not in allowed:
         fix = json.dumps(next(iter(allowed)))
-        raise ValueError(
+        raise UserError(
             f"scheduler config: {key} = {shown(config[key])}: not supported ({why}); set it to {fix}"
         )
 
@@ -126,5 +127,5 @@ def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str
     """
     value = config.get(key, next(iter(allowed)))
     if value not in allowed:
-        raise ValueError(spelling.unknown(f"scheduler config: {key}", str(value), allowed))
+        raise UserError(spelling.unknown(f"scheduler config: {key}", str(value), allowed))
     return str(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import Table
 from dspo_jax.samplers.spacing import require, spaced_timesteps, spacing_of
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -72,7 +73,7 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     behind the calls from then on. So they do here.
     """
     if not config.get("skip_prk_steps", config.get("_class_name") != "PNDMScheduler"):
-        raise ValueError(
+        raise UserError(
             "scheduler config: skip_prk_steps = false: not supported (Runge-Kutta steps of four calls each); "
             "set it to true"
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -44,7 +45,7 @@ class Decoder:
         else:
             vae, params, scaling_factor = _read_preview(Path(preview), pipe)
         if tile % pipe.vae_scale_factor:
-            raise ValueError(f"--vae_tile={tile}: must be a multiple of {pipe.vae_scale_factor}")
+            raise UserError(f"--vae_tile={tile}: must be a multiple of {pipe.vae_scale_factor}")
         self._scale, self._num_devices = pipe.vae_scale_factor, mesh.size
         whole, self._split = replicated(mesh), batch_sharding(mesh)
         self._params = jax.device_put(params, whole)
@@ -144,7 +145,7 @@ def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Any, Params, float]:
     ours = {"latent_channels": pipe.latent_channels, "vae_scale_factor": pipe.vae_scale_factor}
     theirs = {key: vae.settings.get(key) for key in ours}
     if vae.class_name != "AutoencoderTiny" or theirs != ours:
-        raise ValueError(
+        raise UserError(
             f"--preview_vae={folder}: {vae.class_name} with {theirs}; must be an AutoencoderTiny with {ours}"
         )
     return vae, read_params(folder, vae, "float32"), vae.settings["scaling_factor"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.images.decode import decode_image
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.images.resize import prepare_image
@@ -65,23 +66,23 @@ def sample(
       FileNotFoundError: a model is missing.
     """
     if batch_size < 1:
-        raise ValueError(f"--batch_size={batch_size}: must be at least 1")
+        raise UserError(f"--batch_size={batch_size}: must be at least 1")
     if init_latents is not None and len(seeds) > 1:
-        raise ValueError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
+        raise UserError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
     if compute_dtype is None:
         compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipes = {label: load_pipeline(path) for label, path in models.items()}
     sizes = {label: _latent_size(pipe, size) for label, pipe in pipes.items()}
     for label, shape in sizes.items():
         if init_latents is not None and init_latents.shape != (len(prompts), *shape):
-            raise ValueError(
+            raise UserError(
                 f"--init_latents: of shape {init_latents.shape}, but {label} needs {(len(prompts), *shape)}"
             )
     if init_latents is not None:
         with np.errstate(over="ignore"):
             init_latents = np.array(init_latents, np.float32)
         if not np.isfinite(init_latents).all():
-            raise ValueError(
+            raise UserError(
                 "--init_latents: holds numbers that are not finite in float32; give standard normal noise"
             )
     settings = {
@@ -203,7 +204,7 @@ def _latent_size(pipe: Pipeline, size: tuple[int, int] | None) -> tuple[int, int
     multiple = pipe.vae_scale_factor
     for name, pixels in zip(("height", "width"), size, strict=True):
         if pixels < multiple or pixels % multiple:
-            raise ValueError(f"--{name}={pixels}: must be a positive multiple of {multiple} for this model")
+            raise UserError(f"--{name}={pixels}: must be a positive multiple of {multiple} for this model")
     height, width = (pixels // pipe.vae_scale_factor for pixels in size)
     return height, width, pipe.latent_channels
 
@@ -220,6 +221,6 @@ def _read_image(path: Path | None, size: tuple[int, int, int], scale: int) -> np
     try:
         image = decode_image(path)
     except BadRow as problem:
-        raise ValueError(f"{path}: {problem}") from problem
+        raise UserError(f"{path}: {problem}") from problem
     pixels, _ = prepare_image(image, (size[0] * scale, size[1] * scale))
     return pixels.astype(np.float32) / 127.5 - 1

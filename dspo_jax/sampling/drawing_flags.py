@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from dspo_jax import samplers
+from dspo_jax.errors import UserError
 from dspo_jax.sampling.folder import FORMATS
 from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt, check_text
@@ -48,9 +49,9 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
       FileNotFoundError: the image is missing.
     """
     if (settings.height is None) != (settings.width is None):
-        raise ValueError("--height and --width: give both or none")
+        raise UserError("--height and --width: give both or none")
     if not math.isfinite(settings.guidance_scale):
-        raise ValueError(f"--guidance_scale={settings.guidance_scale}: must be a finite number")
+        raise UserError(f"--guidance_scale={settings.guidance_scale}: must be a finite number")
     negative = settings.negative_prompt
     if negative is not None:
         check_text(negative, "--negative_prompt")
@@ -85,11 +86,11 @@ def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: fl
         prompts = [Prompt(p.text, p.image or Path(init_image), p.category) for p in prompts]
     with_image = sum(prompt.image is not None for prompt in prompts)
     if 0 < with_image < len(prompts):
-        raise ValueError(
+        raise UserError(
             f"--prompts: {with_image} of {len(prompts)} have an image; give all of them one, or --init_image"
         )
     if not with_image and strength != 1:
-        raise ValueError(f"--strength={strength:g}: is of editing an image; give --init_image")
+        raise UserError(f"--strength={strength:g}: is of editing an image; give --init_image")
     return list(prompts)
 
 
@@ -97,9 +98,9 @@ def _parse_interval(texts: Sequence[str]) -> tuple[int, int]:
     try:
         first, last = map(int, texts)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"--guidance_interval={','.join(texts)}: must be two timesteps, as 200,900"
         ) from error
     if first > last:
-        raise ValueError(f"--guidance_interval={first},{last}: the first must not be above the last")
+        raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
     return first, last

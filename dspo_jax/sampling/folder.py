@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_json
 from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.json_files import read_object
@@ -48,11 +49,11 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
                 what = f"of other {key.removesuffix('_sha256')}"
             else:
                 what = f"with {key} = {theirs.get(key)!r}, here it is {ours[key]!r}"
-            raise ValueError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
+            raise UserError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
         for old in (*out.glob("[0-9]*-*"), out / MANIFEST, *out.glob("contact_sheet*.png")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif not is_empty(out):
-        raise ValueError(f"--out={out}: not empty, and not made by this command; choose another folder")
+        raise UserError(f"--out={out}: not empty, and not made by this command; choose another folder")
     write_json(path, ours)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dspo_jax import samplers
+from dspo_jax.errors import UserError
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
@@ -182,7 +183,7 @@ def refuse_non_finite(model: str | Path, jobs: Sequence[Job], finite: np.ndarray
     """
     if not finite.all():
         job = jobs[int(finite.argmin())]
-        raise ValueError(
+        raise UserError(
             f"{model}: the picture of {job.prompt!r} with seed {job.seed} is not finite (NaN or infinite "
             "numbers): the weights are damaged, or of a training run that diverged; take an earlier "
             "checkpoint, or fetch the model again"

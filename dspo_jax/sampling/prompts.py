@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ImagePaths
 
 ALLOW_OUTSIDE = "--allow_outside"
@@ -62,7 +63,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     # A sentence may well end in ".json".
     if path.suffix not in readers or (" " in text_or_file and not path.is_file()):
         if not text_or_file.strip():
-            raise ValueError("--prompts: empty; give a text or a file")
+            raise UserError("--prompts: empty; give a text or a file")
         return [Prompt(check_text(text_or_file.strip(), "--prompts"))]
     if not path.is_file():
         raise FileNotFoundError(f"--prompts={path}: no such file")
@@ -70,9 +71,9 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
         paths = ImagePaths(path.parent, ALLOW_OUTSIDE, allow_outside)
         prompts = [_parse(row, path, where, paths) for where, row in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     if not prompts:
-        raise ValueError(f"--prompts={path}: no prompt in it")
+        raise UserError(f"--prompts={path}: no prompt in it")
     return prompts
 
 
@@ -81,23 +82,23 @@ def _parse(row: Any, path: Path, where: str, paths: ImagePaths) -> Prompt:
     if isinstance(row, str):
         return Prompt(check_text(row.strip(), where))
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: {row!r}: must be a prompt, or an object with one")
+        raise UserError(f"{where}: {row!r}: must be a prompt, or an object with one")
     fields = {str(name).lower(): value for name, value in row.items()}
     text = next((fields[key] for key in _TEXT_KEYS if key in fields), None)
     if not isinstance(text, str):
         found = ", ".join(f"{name}, a {type(value).__name__}" for name, value in row.items())
-        raise ValueError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {found})")
+        raise UserError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {found})")
     text = check_text(text.strip(), where)
     category = check_text(str(fields.get("category") or "").strip(), where)
     name = fields.get("image")
     if not name:
         return Prompt(text, category=category)
     if not isinstance(name, str):
-        raise ValueError(f"{where}: image is a {type(name).__name__}, but must be the path of a file")
+        raise UserError(f"{where}: image is a {type(name).__name__}, but must be the path of a file")
     try:
         image = paths.find(name)
-    except ValueError as error:
-        raise ValueError(f"{where}: image = {name!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where}: image = {name!r}: {error}") from error
     if not image.is_file():
         raise FileNotFoundError(f"{where}: image = {name!r}: no such file")
     return Prompt(text, image, category)
@@ -111,7 +112,7 @@ def check_text(text: str, where: str) -> str:
     """
     fault = spelling.fault_of_text(text)
     if fault:
-        raise ValueError(f"{where}: {text!r} has {fault} in it; write it anew, in UTF-8")
+        raise UserError(f"{where}: {text!r} has {fault} in it; write it anew, in UTF-8")
     return text
 
 
@@ -129,7 +130,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
     rows = _decode(path.read_text(encoding="utf-8-sig"), path, "the file")
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts")
+        raise UserError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts")
     return ((f"entry {number}", row) for number, row in enumerate(rows))
 
 
@@ -137,7 +138,7 @@ def _decode(text: str, path: Path, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting without end
-        raise ValueError(f"{path}: {where}: not JSON ({error})") from error
+        raise UserError(f"{path}: {where}: not JSON ({error})") from error
 
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -149,12 +150,12 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             for row in reader:
                 if None in row:
                     fix = "quote what holds commas" if delimiter == "," else "take tabs out of the fields"
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: line {reader.line_num}: more fields than the first line has names; {fix}"
                     )
                 yield f"line {reader.line_num}", {name: value for name, value in row.items() if name}
         except csv.Error as error:
-            raise ValueError(f"{path}: after line {reader.line_num}: not CSV ({error}); mend it") from error
+            raise UserError(f"{path}: after line {reader.line_num}: not CSV ({error}); mend it") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -164,5 +165,5 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         # Other columns may hold gigabytes of images.
         rows = pq.read_table(path, columns=wanted).to_pylist() if wanted else [dict.fromkeys(names)]
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not parquet ({str(error).splitlines()[0]})") from error
     return ((f"row {number}", row) for number, row in enumerate(rows))

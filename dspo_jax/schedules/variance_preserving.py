@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dspo_jax import schema, spelling
+from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.schema import Key, flag, integer, number
 
@@ -120,35 +121,35 @@ class Schedule:
                 config = {**defaults, "num_train_timesteps": 1000, **config}
         missing = [key for key in required if key not in config]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"scheduler config: no {missing[0]} (_class_name = {shown(class_name)}); a DDPM "
                 f"noise schedule needs {', '.join(required)}"
             )
         schema.check("scheduler config", config, _KEYS)
         if config.get("trained_betas") is not None:
-            raise ValueError(
+            raise UserError(
                 "scheduler config: trained_betas is set: explicit betas are not supported; "
                 "set it to null and give beta_schedule, beta_start and beta_end"
             )
         if config.get("rescale_betas_zero_snr"):
-            raise ValueError(
+            raise UserError(
                 f"scheduler config: rescale_betas_zero_snr = {config['rescale_betas_zero_snr']}: "
                 "not supported; only false is"
             )
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
+            raise UserError(
                 spelling.unknown("scheduler config: prediction_type", str(prediction_type), PREDICTION_TYPES)
             )
         beta_schedule = config["beta_schedule"]
         if beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(
+            raise UserError(
                 spelling.unknown("scheduler config: beta_schedule", str(beta_schedule), BETA_SCHEDULES)
             )
 
         steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
         if not 0 < start <= end < 1:
-            raise ValueError(
+            raise UserError(
                 f"scheduler config: beta_start = {start!r}, beta_end = {end!r}: must satisfy "
                 "0 < beta_start <= beta_end < 1"
             )
@@ -158,7 +159,7 @@ class Schedule:
             betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
         alphas_cumprod = np.cumprod(1 - betas).astype(np.float32)
         if not alphas_cumprod[-1]:
-            raise ValueError(
+            raise UserError(
                 f"scheduler config: beta_end = {end}, num_train_timesteps = {steps}: nothing is left of the "
                 "image before the last timestep, and its noise level is infinite; lower one of them"
             )
@@ -256,7 +257,7 @@ class Schedule:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against `like`."""
         t = jnp.asarray(t)
         if t.shape != like.shape[: t.ndim]:
-            raise ValueError(
+            raise UserError(
                 f"timesteps of shape {t.shape} do not match the leading axes of images {like.shape}"
             )
         alpha_bar = jnp.take(self.alphas_cumprod, t).reshape(t.shape + (1,) * (like.ndim - t.ndim))

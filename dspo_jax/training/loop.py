@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dspo_jax.data import loader
+from dspo_jax.errors import UserError
 from dspo_jax.interrupts import stop_requests
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
@@ -33,7 +34,7 @@ from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
 
 
-class Unstable(ValueError):
+class Unstable(UserError):
     """Too many updates in a row were skipped.
 
     Attributes:

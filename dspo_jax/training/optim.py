@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 from dspo_jax.training.adafactor import scale_by_released_factored_rms
 
 OPTIMIZERS = ("adafactor", "adamw", "lion")
@@ -67,25 +68,25 @@ def make_optimizer(
     """
     for key in config:
         if key not in KEYS:
-            raise ValueError(spelling.unknown("a key of config.optimizer", key, KEYS))
+            raise UserError(spelling.unknown("a key of config.optimizer", key, KEYS))
     for key in KEYS:
         if key not in config:
-            raise ValueError(f"config.optimizer.{key}: missing")
+            raise UserError(f"config.optimizer.{key}: missing")
     for key, allowed in (
         ("name", OPTIMIZERS),
         ("moment_dtype", MOMENT_DTYPES),
         ("factored_axes", FACTORED_AXES),
     ):
         if config[key] not in allowed:
-            raise ValueError(spelling.unknown(f"config.optimizer.{key}", config[key], allowed))
+            raise UserError(spelling.unknown(f"config.optimizer.{key}", config[key], allowed))
     for key in ("b1", "b2"):
         if not 0 <= config[key] < 1:
-            raise ValueError(f"config.optimizer.{key} = {config[key]}: must be at least 0 and below 1")
+            raise UserError(f"config.optimizer.{key} = {config[key]}: must be at least 0 and below 1")
     for key in ("eps", "learning_rate", "max_grad_norm", "weight_decay"):
         if not 0 <= config[key] < math.inf:
-            raise ValueError(f"config.optimizer.{key} = {config[key]}: must be finite and not negative")
+            raise UserError(f"config.optimizer.{key} = {config[key]}: must be finite and not negative")
     if config["name"] == "adamw" and not config["eps"]:
-        raise ValueError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
+        raise UserError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
     if config["moment_dtype"] == "bfloat16":
         _check_bfloat16(config)
     schedule = make_schedule({**config, "learning_rate": peak_rate(config, batch_size)}, total_steps)
@@ -133,13 +134,13 @@ def peak_rate(config: Any, batch_size: int) -> float:
 
 def _check_bfloat16(config: Any) -> None:
     if config["name"] == "adafactor":
-        raise ValueError(
+        raise UserError(
             "config.optimizer.moment_dtype = 'bfloat16': adafactor keeps no first moment; set it to 'float32'"
         )
     decay = "b1" if config["name"] == "adamw" else "b2"
     # Just below 1 the numbers of bfloat16 are 2^-8 apart.
     if config[decay] >= 1 - 2**-9:
-        raise ValueError(
+        raise UserError(
             f"config.optimizer.{decay} = {config[decay]}: is 1 in bfloat16, so that the moment would never "
             "decay; use 0.99 or less, or moment_dtype 'float32'"
         )
@@ -165,12 +166,12 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
     """
     name, peak, warmup_steps = config["schedule"], config["learning_rate"], config["warmup_steps"]
     if name not in SCHEDULES:
-        raise ValueError(spelling.unknown("config.optimizer.schedule", name, SCHEDULES))
+        raise UserError(spelling.unknown("config.optimizer.schedule", name, SCHEDULES))
     for key in ("learning_rate", "warmup_steps"):
         if config[key] < 0:
-            raise ValueError(f"config.optimizer.{key} = {config[key]}: must not be negative")
+            raise UserError(f"config.optimizer.{key} = {config[key]}: must not be negative")
     if name in ("cosine", "linear") and warmup_steps >= total_steps:
-        raise ValueError(
+        raise UserError(
             f"config.optimizer.warmup_steps = {warmup_steps}: must be below the run's {total_steps} steps "
             f"for schedule {name!r}"
         )

@@ -12,6 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dspo_jax.data import loader
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole
 from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.models.model import Params
@@ -47,13 +48,13 @@ def check_settings(
       ValueError: by the key of the config.
     """
     if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
-        raise ValueError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
+        raise UserError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
     if not math.isfinite(guidance_scale):
-        raise ValueError(f"config.samples.guidance_scale = {guidance_scale}: must be a finite number")
+        raise UserError(f"config.samples.guidance_scale = {guidance_scale}: must be a finite number")
     try:
         check_steps(num_train_timesteps, num_inference_steps)
-    except ValueError as error:
-        raise ValueError(f"config.samples.{error}") from error
+    except UserError as error:
+        raise UserError(f"config.samples.{error}") from error
 
 
 class SampleGrids:
@@ -91,7 +92,7 @@ class SampleGrids:
           ValueError: no prompt, or what `check_settings` refuses.
         """
         if not prompts:
-            raise ValueError(f"config.samples.prompts = {prompts}: needs at least one")
+            raise UserError(f"config.samples.prompts = {prompts}: needs at least one")
         check_settings(seeds, guidance_scale, num_inference_steps, pipe.schedule.num_train_timesteps)
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
         self._prompts, self._seeds = prompts, seeds

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dspo_jax import spelling
 from dspo_jax.data import datasets, shards
+from dspo_jax.errors import UserError
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.models.remat import check_policy
@@ -44,9 +45,9 @@ def prepare(config: ConfigDict) -> tuple[Task, Mesh, Params]:
       ValueError, OSError: a config, model or data that cannot be trained.
     """
     if not config.model:
-        raise ValueError("config.model is not set: give --config.model=DIR, a diffusers folder")
+        raise UserError("config.model is not set: give --config.model=DIR, a diffusers folder")
     if (Path(config.model) / "checkpoints").is_dir():
-        raise ValueError(
+        raise UserError(
             f"config.model = {config.model!r}: a training workdir; write its model out, and name that: "
             f"python -m dspo_jax.convert export --run={config.model} --out=DIR"
         )
@@ -108,12 +109,12 @@ def _check_values(config: ConfigDict) -> None:
     check_policy(config.remat)
     for key in ("compute_dtype", "param_dtype", "reference_dtype"):
         if values[key] not in _DTYPES and (key, values[key]) != ("reference_dtype", None):
-            raise ValueError(spelling.unknown(f"config.{key}", values[key], _DTYPES))
+            raise UserError(spelling.unknown(f"config.{key}", values[key], _DTYPES))
     for key in ("caption_dropout", "positive_ratio"):
         if not 0 <= values[key] <= 1:
-            raise ValueError(f"config.{key} = {values[key]}: must be between 0 and 1")
+            raise UserError(f"config.{key} = {values[key]}: must be between 0 and 1")
     if not 0 <= values["ema_decay"] < 1:
-        raise ValueError(f"config.ema_decay = {values['ema_decay']}: must be at least 0 and below 1")
+        raise UserError(f"config.ema_decay = {values['ema_decay']}: must be at least 0 and below 1")
     for key in (
         "steps",
         "batch_size",
@@ -123,7 +124,7 @@ def _check_values(config: ConfigDict) -> None:
         "checkpoint.max_to_keep",
     ):
         if values[key] < 1:
-            raise ValueError(f"config.{key} = {values[key]}: must be at least 1")
+            raise UserError(f"config.{key} = {values[key]}: must be at least 1")
     for key in (
         "stability.loss_spike",
         "stability.max_skipped",
@@ -132,9 +133,9 @@ def _check_values(config: ConfigDict) -> None:
         "profile.steps",
     ):
         if values[key] < 0:
-            raise ValueError(f"config.{key} = {values[key]}: must not be negative")
+            raise UserError(f"config.{key} = {values[key]}: must not be negative")
     if config.batch_size % config.accumulation:
-        raise ValueError(
+        raise UserError(
             f"config.accumulation = {config.accumulation}: must divide "
             f"config.batch_size = {config.batch_size}"
         )
@@ -144,7 +145,7 @@ def _check_values(config: ConfigDict) -> None:
         "bfloat16" in (config.compute_dtype, dtype) for dtype in (config.param_dtype, reference_dtype(config))
     )
     if rounded != theirs and not config.lora.rank:
-        raise ValueError(
+        raise UserError(
             f"config.reference_dtype = {reference_dtype(config)!r}: policy and reference would differ from "
             f"the start, with config.param_dtype = {config.param_dtype!r} and config.compute_dtype = "
             f"{config.compute_dtype!r}; leave reference_dtype unset, or set it to {config.param_dtype!r}"
@@ -155,7 +156,7 @@ def _timesteps(config: ConfigDict, pipe: Pipeline) -> tuple[int, int]:
     end = pipe.schedule.num_train_timesteps - 1
     first, last = config.timesteps.first, end if config.timesteps.last is None else config.timesteps.last
     if not 0 <= first <= last <= end:
-        raise ValueError(
+        raise UserError(
             f"config.timesteps.first = {first} and config.timesteps.last = {last}: must be in order and "
             f"between 0 and {end}"
         )
@@ -176,7 +177,7 @@ def make_adapters(config: ConfigDict, pipe: Pipeline) -> Params:
       ValueError: a rank below 0, a pattern that is no regular expression, or a network without a match.
     """
     if config.lora.rank < 0:
-        raise ValueError(f"config.lora.rank = {config.lora.rank}: must be at least 1, or 0 to turn LoRA off")
+        raise UserError(f"config.lora.rank = {config.lora.rank}: must be at least 1, or 0 to turn LoRA off")
     if config.lora.rank == 0:
         return {}
     models = {"unet": pipe.unet, **(pipe.text_encoders if config.train_text_encoder else {})}
@@ -187,7 +188,7 @@ def make_adapters(config: ConfigDict, pipe: Pipeline) -> Params:
             for name, model in models.items()
         }
     except (ValueError, re.error) as error:
-        raise ValueError(f"config.lora.targets = {config.lora.targets}: {error}") from error
+        raise UserError(f"config.lora.targets = {config.lora.targets}: {error}") from error
 
 
 def make_state(
@@ -246,7 +247,7 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
     Also several datasets that do not fit one another, and weights that do not fit them.
     """
     if not config.data.path:
-        raise ValueError(
+        raise UserError(
             "config.data.path is not set: give --config.data.path=DIR, written by dspo_jax.encode"
         )
     found = datasets.read_datasets(config.data.path)
@@ -255,12 +256,12 @@ def check_data(config: ConfigDict, pipe: Pipeline, objective: Objective) -> None
         shards.check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
     images = found[0].manifest["images_per_example"]
     if objective.needs_loser and images == 1:
-        raise ValueError(
+        raise UserError(
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {config.data.path} "
             "holds single images; use sft or ddpm, or encode pairs"
         )
     if objective.images == "one" and images == 1:
-        raise ValueError(
+        raise UserError(
             f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
             f"{config.data.path} holds single images without such labels; use sft or ddpm, or encode pairs"
         )

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dspo_jax.data import datasets, loader, shards
+from dspo_jax.errors import UserError
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.objectives import Predictions
@@ -43,7 +44,7 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
       ValueError: `successes` is not between 0 and `n`.
     """
     if not 0 <= successes <= n:
-        raise ValueError(f"successes = {successes}: must lie between 0 and n = {n}")
+        raise UserError(f"successes = {successes}: must lie between 0 and n = {n}")
     if n == 0:
         return 0.0, 1.0
     share = successes / n
@@ -68,7 +69,7 @@ def check_settings(batch_size: int, draws: int, mesh: Mesh) -> None:
     """
     check_batch_size(batch_size, mesh, "config.validation.batch_size")
     if draws < 1:
-        raise ValueError(f"config.validation.draws = {draws}: must be at least 1")
+        raise UserError(f"config.validation.draws = {draws}: must be at least 1")
 
 
 class Validator:
@@ -258,7 +259,7 @@ def judge(
     """
     if reference is None:
         if not (Path(model) / "checkpoints").is_dir():
-            raise ValueError(
+            raise UserError(
                 f"--model={model}: no training workdir; give --reference, what it was trained from"
             )
         reference = read_base(Path(model))
@@ -268,9 +269,9 @@ def judge(
     for dataset in found:
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
         if dataset.manifest["images_per_example"] == 1:
-            raise ValueError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
+            raise UserError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
     if pipes[0].unet.settings != pipes[1].unet.settings:
-        raise ValueError(f"--reference={reference}: its UNet is another one than that of {model}")
+        raise UserError(f"--reference={reference}: its UNet is another one than that of {model}")
     mesh = make_mesh({"data": -1})
 
     def place(pipe: Pipeline) -> Any:

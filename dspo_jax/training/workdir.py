@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from dspo_jax import json_files
+from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 from dspo_jax.parallel import processes
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
@@ -46,7 +47,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         )
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
-                raise ValueError(
+                raise UserError(
                     f"{path}: this run was started with config.{key} = {theirs.get(key)!r}, now it is "
                     f"{mine.get(key)!r}; resume with the same config or choose another --workdir "
                     f"(what may differ: {', '.join(sorted(may_differ))})"

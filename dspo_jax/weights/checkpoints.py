@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from dspo_jax.errors import UserError
 from dspo_jax.parallel import processes
 
 STATE = "state"
@@ -33,7 +34,7 @@ _SPLIT_BYTES = 2**20
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that cannot be read."""
 
 
@@ -252,7 +253,7 @@ def refuse_foreign_folder(directory: Path) -> None:
         raise NotADirectoryError(f"{directory}: is a file, not a checkpoint directory")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
     if entries and not any(name.isdecimal() or name.endswith(_UNFINISHED) for name in entries):
-        raise ValueError(
+        raise UserError(
             f"{directory}: not a checkpoint directory: it holds {entries[0]!r} and no step folders; "
             "name the `checkpoints` folder of a run, or an empty one"
         )
@@ -290,13 +291,11 @@ def _refuse_different_state(path: Path, saved: Any, wanted: Any) -> None:
         (saved_arrays.keys() - wanted_arrays.keys(), "the checkpoint has {name!r}, which this run does not"),
     ):
         if missing:
-            raise ValueError(
-                f"{path}: {where.format(name=min(missing))} ({len(missing)} such arrays){advice}"
-            )
+            raise UserError(f"{path}: {where.format(name=min(missing))} ({len(missing)} such arrays){advice}")
     for name, (shape, dtype) in wanted_arrays.items():
         if saved_arrays[name] != (shape, dtype):
             saved_shape, saved_dtype = saved_arrays[name]
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name!r} is {saved_dtype}{list(saved_shape)} there "
                 f"and {dtype}{list(shape)} in this run{advice}"
             )

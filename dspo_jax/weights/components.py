@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params, build_model
@@ -40,8 +41,8 @@ def read_model(folder: Path, default_class: str = "none named") -> Model:
     class_name = named[0] if isinstance(named, list) else named
     try:
         return build_model(class_name, config)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
@@ -61,9 +62,9 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
     for name, shape in torch_shapes(model).items():
         tensor = stored.pop(stored_name(name, stored), None)
         if tensor is None:
-            raise ValueError(f"{path}: tensor {name} is missing; is config.json of the same model?")
+            raise UserError(f"{path}: tensor {name} is missing; is config.json of the same model?")
         if tensor.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} has shape {tensor.shape}, config.json asks for {shape}; "
                 "is it of the same model?"
             )
@@ -71,7 +72,7 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
     # A constant in old CLIP files.
     extra = sorted(name for name in stored if not name.endswith("position_ids"))
     if extra:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(extra)} tensor(s) that config.json does not ask for, first {extra[0]}; "
             "is it of the same model?"
         )
@@ -104,7 +105,7 @@ def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) ->
         want = tuple(shape[axis] for axis in axes)
         have = stored[name].shape if name in stored else None
         if have != want:
-            raise ValueError(f"an adapter for {name} {want}, which is {have or 'absent'}")
+            raise UserError(f"an adapter for {name} {want}, which is {have or 'absent'}")
         folded[name] = add(stored[name], lora_A, lora_B, axes)
     return folded
 
@@ -126,8 +127,8 @@ def read_params(
     stored = open_component(folder, model)
     try:
         opened = fold_adapters(stored, leaf_tensors(adapters)) if adapters else stored
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}; is it the model that the run started from?") from error
+    except UserError as error:
+        raise UserError(f"{folder}: {error}; is it the model that the run started from?") from error
     leaves = {}
     for path, abstract in flatten(model.abstract_params()).items():
         name, axes = torch_layout(path, len(abstract.shape))
@@ -176,7 +177,7 @@ def read_models(folder: Path) -> dict[str, Model]:
     models = {name: read_model(folder / name, kind) for name, kind in networks.items()}
     for name, model in models.items():
         if model.class_name != components[name]:
-            raise ValueError(
+            raise UserError(
                 f"{folder / name / 'config.json'}: is of class {model.class_name}, but model_index.json "
                 f"says {components[name]}; correct the one that is wrong, or fetch the model again"
             )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import Model, Params
 from dspo_jax.weights.tensors import Tensor
 
@@ -94,7 +95,7 @@ def cast(name: str, tensor: Tensor, dtype: np.dtype[Any], file: Path) -> Tensor:
         if not np.isfinite(stored.astype(np.float32, copy=False)).all():
             overflows = np.isfinite(value.astype(np.float32, copy=False)).all()
             fault = f"overflows {dtype}; use float32 or bfloat16" if overflows else "is not finite"
-            raise ValueError(f"{file}: tensor {name} {fault}")
+            raise UserError(f"{file}: tensor {name} {fault}")
         return stored
 
     return Tensor(tensor.shape, dtype, read)

@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 
 from dspo_jax import json_files
+from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, write_json
 from dspo_jax.hub_cache import find_repository
 from dspo_jax.weights import tensors
@@ -100,7 +101,7 @@ def list_components(index: Mapping[str, Any]) -> dict[str, str]:
     }
     for name in components:
         if not re.fullmatch(r"\w+", name):
-            raise ValueError(
+            raise UserError(
                 f"model_index.json: {name!r} is not the name of a component; fetch the model again"
             )
     return components
@@ -196,7 +197,7 @@ def copy_files(folder: Path, files: Collection[Path], out: Path) -> None:
       ValueError: one is a link to a file elsewhere, which might be anything of this machine.
     """
     for link in find_links(folder, files):
-        raise ValueError(_LINK.format(folder / link))
+        raise UserError(_LINK.format(folder / link))
     for file in files:
         target = out / file
         with name_write_errors(target):

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from dspo_jax import json_files
+from dspo_jax.errors import UserError
 from dspo_jax.weights import checkpoints
 from dspo_jax.weights.model_dir import read_json
 
@@ -41,7 +42,7 @@ class SavedParams:
             subtree = "ema" if "ema" in saved else "params"
         self._subtree = subtree
         if not isinstance(saved.get(subtree), dict):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the saved state has no {subtree!r} (it has: {', '.join(sorted(saved))})"
             )
         self._reader = ocp.Checkpointer(handler)

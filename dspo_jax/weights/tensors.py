@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_json
 from dspo_jax.json_files import member, read_object, shown
 
@@ -75,13 +76,13 @@ def open_file(path: Path) -> dict[str, Tensor]:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: damaged or truncated ({reason}); fetch the model again") from error
+        raise UserError(f"{path}: damaged or truncated ({reason}); fetch the model again") from error
     opened = {}
     for name, part in slices.items():
         if not name.isprintable():
-            raise ValueError(f"{path}: {name!r} is not the name of a tensor; fetch the model again")
+            raise UserError(f"{path}: {name!r} is not the name of a tensor; fetch the model again")
         if part.get_dtype() not in DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} is stored as {part.get_dtype()}, which is not supported; "
                 "save the model as float32, float16 or bfloat16"
             )
@@ -99,7 +100,7 @@ def _reader(path: Path, file: Any, name: str) -> Callable[[], np.ndarray]:
         try:
             return file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:  # NumPy has at most 64 axes
-            raise ValueError(f"{path}: tensor {name} cannot be read ({error})") from error
+            raise UserError(f"{path}: tensor {name} cannot be read ({error})") from error
 
     return read
 
@@ -132,11 +133,11 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     weight_map = _weight_map(path)
     for name, shard in weight_map.items():
         if name not in opened[shard]:
-            raise ValueError(f"{path}: tensor {name} is not in {shard}; fetch the model again")
+            raise UserError(f"{path}: tensor {name} is not in {shard}; fetch the model again")
     for shard, tensors in opened.items():
         for name in tensors:
             if weight_map.get(name) != shard:
-                raise ValueError(
+                raise UserError(
                     f"{path.with_name(shard)}: tensor {name} is not in {path.name}; fetch the model again"
                 )
     return {name: tensor for tensors in opened.values() for name, tensor in tensors.items()}
@@ -147,10 +148,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     fix = "fetch the model again"
     weight_map = member(read_object(index, fix), "weight_map", dict, index, fix)
     if not all(map(str.isprintable, weight_map)):
-        raise ValueError(f"{index}: a tensor's name has control characters in it; {fix}")
+        raise UserError(f"{index}: a tensor's name has control characters in it; {fix}")
     for name in weight_map.values():
         if not isinstance(name, str) or not _is_file_name(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {shown(name)} is not the name of a safetensors file; {fix}")
+            raise UserError(f"{index}: {shown(name)} is not the name of a safetensors file; {fix}")
     return weight_map
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dspo_jax.errors import UserError
 from dspo_jax.weights.tensors import DTYPES, Tensor, open_file
 
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
@@ -48,22 +49,22 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{path}: reading a torch file needs torch; pip install torch") from error
+        raise UserError(f"{path}: reading a torch file needs torch; pip install torch") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _DAMAGE as error:
         reason = _find_reason(error)
-        raise ValueError(f"{path}: no file of tensors alone, as torch.save writes it ({reason})") from error
+        raise UserError(f"{path}: no file of tensors alone, as torch.save writes it ({reason})") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dict of tensors")
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict of tensors")
 
     opened = {}
     for key, tensor in state.items():
         name = str(key).removeprefix("module.")
         fault = _find_fault(tensor.detach())
         if fault:
-            raise ValueError(f"{path}: tensor {name!r} {fault}; save float32, float16 or bfloat16 arrays")
+            raise UserError(f"{path}: tensor {name!r} {fault}; save float32, float16 or bfloat16 arrays")
         opened[name] = _open(tensor.detach())
     return opened
 

@@ -7,10 +7,7 @@ a file repeats.
 
 from typing import Any
 
-from dspo_jax.pipelines.published import (
-    SD15_TEXT_ENCODER,
-    SD15_UNET,
-)
+from dspo_jax.pipelines.published import SD15_TEXT_ENCODER, SD15_UNET
 
 PIX2PIX_UNET = SD15_UNET | {"in_channels": 8}
 SD21_UNET = SD15_UNET | {

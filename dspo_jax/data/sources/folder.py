@@ -17,6 +17,7 @@ from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _NAMES = ("pairs.jsonl", "pairs.csv")
@@ -90,7 +91,7 @@ def _find(path: str) -> Path:
     if given.is_dir():
         found = [given / name for name in _NAMES if (given / name).is_file()]
         if len(found) == 2:
-            raise ValueError(
+            raise UserError(
                 f"config.source.path = {path!r}: has both {' and '.join(_NAMES)}; name one of them"
             )
         if not found:
@@ -99,7 +100,7 @@ def _find(path: str) -> Path:
     if not given.is_file():
         raise FileNotFoundError(f"config.source.path = {path!r}: no such file or folder")
     if given.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"config.source.path = {path!r}: must be a folder, a .jsonl or a .csv file")
+        raise UserError(f"config.source.path = {path!r}: must be a folder, a .jsonl or a .csv file")
     return given
 
 
@@ -117,17 +118,17 @@ def _read(path: str) -> pa.Table:
                 columns[name].append(value)
             lines.append(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+        raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
     if not lines:
-        raise ValueError(f"{file}: has no rows")
+        raise UserError(f"{file}: has no rows")
     for name, names in (("caption", ("caption",)), ("winner", ("winner", "image"))):
         if not found.keys() & set(names):
-            raise ValueError(f"{file}: no column {name!r} (found: {', '.join(found)}); rename one or add it")
+            raise UserError(f"{file}: no column {name!r} (found: {', '.join(found)}); rename one or add it")
 
     with_loser = [bool(loser) for loser in columns["loser"]]
     if any(with_loser):
         if not all(with_loser):
-            raise ValueError(
+            raise UserError(
                 f"{file}:{lines[with_loser.index(False)]}: no loser, unlike other rows; give every row one, "
                 "or none for single images"
             )
@@ -136,7 +137,7 @@ def _read(path: str) -> pa.Table:
     seen: dict[tuple[str, str], int] = {}
     for line, split, key in zip(lines, columns["split"], columns["key"], strict=True):
         if (split, key) in seen:
-            raise ValueError(
+            raise UserError(
                 f"{file}:{line}: key {key!r} is that of line {seen[split, key]}, too; make it unique"
             )
         seen[split, key] = line
@@ -155,9 +156,9 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting without end
-                raise ValueError(f"{file}:{number}: not JSON ({error}); mend or delete the line") from error
+                raise UserError(f"{file}:{number}: not JSON ({error}); mend or delete the line") from error
             if not isinstance(row, dict):
-                raise ValueError(f'{file}:{number}: not an object; write {{"caption": ..., "winner": ...}}')
+                raise UserError(f'{file}:{number}: not an object; write {{"caption": ..., "winner": ...}}')
             yield number, row
 
 
@@ -168,7 +169,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for row in reader:
                 if None in row:
-                    raise ValueError(
+                    raise UserError(
                         f"{file}:{reader.line_num}: more fields than the first line has names; quote the "
                         "fields that hold commas"
                     )
@@ -176,35 +177,35 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     numbers = {"preference": float(preference)} if preference else {}
                 except ValueError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{file}:{reader.line_num}: preference = {preference!r}: must be a number"
                     ) from error
                 yield reader.line_num, {**{name: value or None for name, value in row.items()}, **numbers}
         except csv.Error as error:
-            raise ValueError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
+            raise UserError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
 
 
 def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
     """A row's values under their own names, with the defaults; `where` is for the messages."""
     if "winner" in row and "image" in row:
-        raise ValueError(f"{where}: has both winner and image, which mean the same; keep one")
+        raise UserError(f"{where}: has both winner and image, which mean the same; keep one")
     values: dict[str, Any] = {name: row.get(name) for name in (*_TEXT, "preference", "key")}
     values["winner"] = row.get("winner", row.get("image"))
     for name in _TEXT:
         values[name] = "" if values[name] is None else values[name]
         if not isinstance(values[name], str):
-            raise ValueError(f"{where}: {name} = {values[name]!r}: must be text")
+            raise UserError(f"{where}: {name} = {values[name]!r}: must be text")
     values["split"] = values["split"] or "train"
     if not re.fullmatch(r"\w+", values["split"]):
-        raise ValueError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")
+        raise UserError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")
     if values["preference"] is None:
         values["preference"] = 1.0
     if isinstance(values["preference"], bool) or not isinstance(values["preference"], int | float):
-        raise ValueError(f"{where}: preference = {values['preference']!r}: must be a number")
+        raise UserError(f"{where}: preference = {values['preference']!r}: must be a number")
     if not -1 <= values["preference"] <= 2:  # a number that no column of them holds, too; it makes a bad row
         values["preference"] = math.nan
     values["key"] = line if values["key"] is None else str(values["key"])
     for name in (*_TEXT, "key"):
         if spelling.fault_of_text(values[name].replace("\0", "")):  # a null character makes a bad row
-            raise ValueError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
+            raise UserError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
     return values

@@ -12,6 +12,7 @@ from dspo_jax.data.sources.parquet_columns import Column
 from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
+from dspo_jax.errors import UserError
 
 _KINDS = {"caption": "text", "winner": "image", "loser": "image", "preference": "number", "key": "name"}
 
@@ -69,7 +70,7 @@ class Parquet(Selection):
             identity = ("key", *identity)
             given = rows["key"].drop_null()
             if pc.count_distinct(given).as_py() < len(given):
-                raise ValueError(
+                raise UserError(
                     f"config.source.key = {self.key!r}: this column of {self.path} names several rows of "
                     f"split {split!r} alike; name another with --config.source.key=COLUMN"
                 )

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
+from dspo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -106,11 +108,11 @@ def choose_columns(path: str, schema: pa.Schema, columns: Mapping[str, Column]) 
     for key, column in columns.items():
         count = schema.names.count(column.name)
         if count > 1:
-            raise ValueError(f"{path}: {count} columns are called {column.name!r}; rename all but one")
+            raise UserError(f"{path}: {count} columns are called {column.name!r}; rename all but one")
         if not count:
             if column.fix is not None:
                 found = ", ".join(schema.names)
-                raise ValueError(f"{path}: no column {column.name!r} (found: {found}); {column.fix}")
+                raise UserError(f"{path}: no column {column.name!r} (found: {found}); {column.fix}")
             continue
         stored = schema.field(column.name).type
         kind = KINDS[column.kind]
@@ -122,9 +124,7 @@ def choose_columns(path: str, schema: pa.Schema, columns: Mapping[str, Column]) 
                     "%s: column %r is passed over: %s hold no %s", path, column.name, stored, kind.words
                 )
         else:
-            raise ValueError(
-                f"{path}: column {column.name!r} is of type {stored}, but must hold {kind.words}"
-            )
+            raise UserError(f"{path}: column {column.name!r} is of type {stored}, but must hold {kind.words}")
     return chosen
 
 
@@ -150,7 +150,7 @@ def _check_utf8(path: str, array: pa.ChunkedArray, name: str) -> None:
             try:
                 (value.as_py() or b"").decode()
             except UnicodeDecodeError as problem:
-                raise ValueError(
+                raise UserError(
                     f"{path}: row {row}: column {name!r} is not UTF-8 ({problem}); write the file anew"
                 ) from error
         raise

@@ -20,6 +20,7 @@ from absl import logging
 
 from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -193,7 +194,7 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
             }
             if len(kinds) > 1:
                 found = ", ".join(f"{kind} in {location}" for kind, location in kinds.items())
-                raise ValueError(f"column {column.name!r}: {found}; write it in one type") from error
+                raise UserError(f"column {column.name!r}: {found}; write it in one type") from error
         raise
 
 
@@ -260,7 +261,7 @@ def _image(file: ParquetFile, row: int, value: Any, paths: ImagePaths) -> bytes 
     if data or not name:
         return data or b""
     if file.on_hub:
-        raise ValueError(
+        raise UserError(
             f"{file.location}: row {row}: the image is a file of its own, {name!r}, which is not read from "
             "the hub; download the repository, and give its folder as config.source.path"
         )

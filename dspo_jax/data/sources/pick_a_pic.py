@@ -13,6 +13,7 @@ from dspo_jax.data.sources.parquet_columns import Column
 from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
+from dspo_jax.errors import UserError
 
 _UIDS, _MODELS = ("image_0_uid", "image_1_uid"), ("model_0", "model_1")
 _FIX = "the files of Pick-a-Pic that hold its images are needed"
@@ -63,7 +64,7 @@ class PickAPic(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.models, tuple):
-            raise ValueError(
+            raise UserError(
                 f"config.source.models = {self.models!r}: must be a tuple of names, as ('A', 'B')"
             )
 
@@ -94,7 +95,7 @@ class PickAPic(Selection):
 
     def _is_wanted(self, rows: pa.Table, column: str) -> np.ndarray:
         if column not in rows.column_names:
-            raise ValueError(
+            raise UserError(
                 f"config.source.models = {self.models}: the files of {self.path} have no column {column!r}"
             )
         names = rows[column].cast(pa.large_string())

@@ -16,6 +16,7 @@ from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
 
 _COMPARISONS = ("all", "best")
@@ -58,7 +59,7 @@ class Ranked(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.comparisons not in _COMPARISONS:
-            raise ValueError(spelling.unknown("config.source.comparisons", self.comparisons, _COMPARISONS))
+            raise UserError(spelling.unknown("config.source.comparisons", self.comparisons, _COMPARISONS))
 
     @abc.abstractmethod
     def parse(self, row: Mapping[str, Any]) -> RankedList:
@@ -122,35 +123,35 @@ def _read(source: Ranked) -> list[RankedList]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a number or a nesting without end
-        raise ValueError(f"{path}: not JSON ({error}); fetch it again") from error
+        raise UserError(f"{path}: not JSON ({error}); fetch it again") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
+        raise UserError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
     lists = []
     for number, row in enumerate(rows):
         where = f"{path}: entry {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a {type(row).__name__}, but must be an object")
+            raise UserError(f"{where}: a {type(row).__name__}, but must be an object")
         try:
             parsed = source.parse(row)
         except KeyError as error:
-            raise ValueError(f"{where}: no {error.args[0]!r} (found: {', '.join(row)})") from error
+            raise UserError(f"{where}: no {error.args[0]!r} (found: {', '.join(row)})") from error
         except TypeError as error:
-            raise ValueError(f"{where}: not what this source reads ({error})") from error
+            raise UserError(f"{where}: not what this source reads ({error})") from error
         for name, values, kind in (
             ("the prompt", [parsed.caption], str),
             ("the images", parsed.images, str),
             ("the ranks", parsed.ranks, int | float),
         ):
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-                raise ValueError(f"{where}: {name} = {values!r}: must be of type {kind}")
+                raise UserError(f"{where}: {name} = {values!r}: must be of type {kind}")
         for text in (parsed.caption, *parsed.images):
             fault = spelling.fault_of_text(text)
             if fault:
-                raise ValueError(f"{where}: {text!r} has {fault} in it; mend or delete the entry")
+                raise UserError(f"{where}: {text!r} has {fault} in it; mend or delete the entry")
         if not all(-(10**9) < rank < 10**9 for rank in parsed.ranks):  # NaN neither
-            raise ValueError(f"{where}: the ranks = {parsed.ranks!r}: must be small numbers")
+            raise UserError(f"{where}: the ranks = {parsed.ranks!r}: must be small numbers")
         if len(parsed.images) != len(parsed.ranks):
-            raise ValueError(f"{where}: {len(parsed.images)} images, but {len(parsed.ranks)} ranks")
+            raise UserError(f"{where}: {len(parsed.images)} images, but {len(parsed.ranks)} ranks")
         lists.append(parsed)
     return lists
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -62,13 +63,13 @@ def get_source(name: str, **arguments: Any) -> Source:
       ValueError: unknown name or argument; the message gives the nearest valid one.
     """
     if name not in _SOURCES:
-        raise ValueError(spelling.unknown("config.source.name", name, _SOURCES))
+        raise UserError(spelling.unknown("config.source.name", name, _SOURCES))
     cls = _SOURCES[name]
     fields = [field.name for field in dataclasses.fields(cls)]
     for argument in arguments:
         if argument not in fields:
             problem = spelling.unknown(f"argument of config.source.name = {name!r}", argument, fields)
-            raise ValueError(
+            raise UserError(
                 f"{problem}; a recipe has the arguments of its own source: take one of {name!r} in "
                 "configs/encode/"
             )

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspo_jax import spelling
+from dspo_jax.errors import UserError
 
 _FIRST_SPLITS = ("train", "validation")
 
@@ -36,7 +37,7 @@ def require(argument: str, value: str) -> str:
       ValueError: it is empty; the message says how to set it.
     """
     if not value:
-        raise ValueError(f"config.source.{argument} is not set: give --config.source.{argument}=...")
+        raise UserError(f"config.source.{argument} is not set: give --config.source.{argument}=...")
     return value
 
 
@@ -98,15 +99,15 @@ class Selection(abc.ABC):
         try:
             re.compile(self.caption_pattern)
         except re.error as error:
-            raise ValueError(
+            raise UserError(
                 f"config.source.caption_pattern = {self.caption_pattern!r}: no regular expression ({error})"
             ) from error
         if not 0 <= self.min_margin <= self.max_margin:
-            raise ValueError(
+            raise UserError(
                 f"config.source.min_margin = {self.min_margin}: must be from 0 to {self.max_margin:g}"
             )
         if not 0 <= self.validation_share < 1:
-            raise ValueError(
+            raise UserError(
                 f"config.source.validation_share = {self.validation_share}: must be at least 0 and below 1"
             )
 
@@ -131,7 +132,7 @@ class Selection(abc.ABC):
           ValueError: there is no such split.
         """
         if split not in self.splits:
-            raise ValueError(spelling.unknown("split", split, self.splits))
+            raise UserError(spelling.unknown("split", split, self.splits))
         return _select(self, split if split in self.file_splits() else "train")[split]
 
     def num_examples(self, split: str) -> int:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
+from dspo_jax.errors import UserError
 
 
 @register("tfds")
@@ -72,7 +73,7 @@ class Tfds(Selection):
         try:
             return caption.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"config.source.dataset = {self.dataset!r}: example {row}: feature {self.caption!r} is not "
                 f"UTF-8 ({error}); write the dataset anew"
             ) from error
@@ -127,7 +128,7 @@ def _builder(source: Tfds) -> Any:
         raise FileNotFoundError(f"{what}: not prepared in {builder.data_dir}; prepare it with TFDS")
     if builder.info.file_format != FileFormat.ARRAY_RECORD:
         file_format = builder.info.file_format.value
-        raise ValueError(
+        raise UserError(
             f"{what}: its files are of format {file_format!r}; prepare it with file_format='array_record'"
         )
     features = builder.info.features
@@ -146,10 +147,10 @@ def _builder(source: Tfds) -> Any:
             continue
         fix = f"name one with --config.source.{argument}=FEATURE"
         if name not in features:
-            raise ValueError(f"{what}: no feature {name!r} (found: {', '.join(sorted(features))}); {fix}")
+            raise UserError(f"{what}: no feature {name!r} (found: {', '.join(sorted(features))}); {fix}")
         found = type(features[name]).__name__
         if not isinstance(features[name], kind):
-            raise ValueError(f"{what}: feature {name!r} is of type {found}, not {kind.__name__}; {fix}")
+            raise UserError(f"{what}: feature {name!r} is of type {found}, not {kind.__name__}; {fix}")
     return builder
 
 
