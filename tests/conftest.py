@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 NUM_DEVICES = 8
 
@@ -36,6 +37,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# Packages whose annotated shapes and dtypes are checked at every call while the tests run.
+TYPECHECKED: tuple[str, ...] = ()
+install_import_hook(TYPECHECKED, "beartype.beartype")
 
 # A shell without job control ignores Ctrl-C in what it puts in the background, and the commands that tests
 # interrupt would inherit that.
