@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 
 from dspo_jax import schema
@@ -85,15 +86,18 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         check_sampler_config(scheduler_config)
     except UserError as error:
         raise UserError(f"{scheduler_file}: {error}") from error
+    tokenizers = tuple(
+        read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
+        for name in encoders
+    )
+    _check_lengths(*tokenizers)
     pipe = Pipeline(
         path=path,
         unet=models["unet"],
         vae=models["vae"],
         text_encoders={name: models[name] for name in encoders},
-        tokenizers=tuple(
-            read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
-            for name in encoders
-        ),
+        tokenizers=tokenizers,
+        empty_tokens=np.concatenate([tokenizer([""]) for tokenizer in tokenizers]),
         schedule=schedule,
         scheduler_config=scheduler_config,
         # diffusers' pipeline class has True as its default.
@@ -102,7 +106,6 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         step=step if trained else None,
     )
     _check_sizes(pipe)
-    _check_lengths(*pipe.tokenizers)
     return pipe
 
 

@@ -44,7 +44,8 @@ class Pipeline:
       path: the diffusers folder.
       unet, vae: architectures.
       text_encoders: architectures by component: "text_encoder", and SDXL's "text_encoder_2".
-      tokenizers: one for each text encoder, all of one length.
+      tokenizers: one for each text encoder, all of one length; none where only shapes are known.
+      empty_tokens: token ids [E, S] int32 of the empty caption.
       schedule: the forward process and the prediction type.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
       zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
@@ -59,6 +60,7 @@ class Pipeline:
     vae: Model
     text_encoders: Mapping[str, Model]
     tokenizers: tuple[CaptionTokenizer, ...]
+    empty_tokens: np.ndarray
     schedule: Schedule
     scheduler_config: Mapping[str, Any]
     zero_empty_captions: bool
@@ -151,11 +153,6 @@ class Pipeline:
                 too_long[0],
             )
         return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
-
-    @functools.cached_property
-    def empty_tokens(self) -> np.ndarray:
-        """Token ids [E, S] int32 of the empty caption."""
-        return self.tokenize([""])[0]
 
     def encode_text(
         self,

@@ -4,7 +4,6 @@ The config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusi
 keys that repeat the classes' defaults.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-from dspo_jax.models.model import Params, build_model
+from dspo_jax.models.model import build_model
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -145,23 +144,8 @@ MODELS = tuple(NETWORKS)
 _START, _END, _LENGTH = 49406, 49407, 77
 
 
-class Architecture(Pipeline):
-    """A published model by its configs alone: it has neither weights nor a vocabulary."""
-
-    @functools.cached_property
-    def empty_tokens(self) -> np.ndarray:
-        """Token ids [E, 77] int32 of the empty caption."""
-        padding = (_END, 0)[: len(self.text_encoders)]
-        return np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in padding], np.int32)
-
-    def read_params(self, component: str, dtype: str | None = None) -> Params:
-        """There are none: always a ValueError."""
-        del dtype
-        raise UserError(f"{self.path}: an architecture without weights for its {component}")
-
-
-def architecture(name: str) -> Architecture:
-    """One of `MODELS` as a pipeline without weights.
+def architecture(name: str) -> Pipeline:
+    """Makes a pipeline of one of `MODELS` whose shapes are known, but neither weights nor a vocabulary.
 
     Raises:
       ValueError: an unknown name.
@@ -170,12 +154,14 @@ def architecture(name: str) -> Architecture:
         raise UserError(spelling.unknown("published model", name, MODELS))
     networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
     unet, vae = networks.pop("unet"), networks.pop("vae")
-    return Architecture(
+    padding = (_END, 0)[: len(networks)]
+    return Pipeline(
         path=Path(name),
         unet=unet,
         vae=vae,
         text_encoders=networks,
         tokenizers=(),
+        empty_tokens=np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in padding], np.int32),
         schedule=Schedule.from_config(_SCHEDULER),
         scheduler_config=_SCHEDULER,
         zero_empty_captions=len(networks) > 1,
