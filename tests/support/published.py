@@ -7,7 +7,16 @@ a file repeats.
 
 from typing import Any
 
-from dspo_jax.pipelines.published import SD15_TEXT_ENCODER, SD15_UNET
+from dspo_jax.pipelines.published import (
+    SD15_TEXT_ENCODER,
+    SD15_UNET,
+    SDXL_TEXT_ENCODER,
+    SDXL_TEXT_ENCODER_2,
+    SDXL_UNET,
+    SDXL_VAE,
+)
+
+__all__ = ["SDXL_TEXT_ENCODER", "SDXL_TEXT_ENCODER_2", "SDXL_UNET", "SDXL_VAE"]
 
 PIX2PIX_UNET = SD15_UNET | {"in_channels": 8}
 SD21_UNET = SD15_UNET | {
