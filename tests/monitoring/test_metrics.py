@@ -216,7 +216,7 @@ def test_wandb_is_neither_loaded_nor_needed_without_a_project(tmp_path, monkeypa
 
 def test_writing_metrics_does_not_load_torch(tmp_path):
     code = (
-        "import sys; from dspo_jax.metrics import MetricsWriter;"
+        "import sys; from dspo_jax.monitoring.metrics import MetricsWriter;"
         "MetricsWriter(sys.argv[1]).close(); print('torch' in sys.modules)"
     )
     result = subprocess.run(

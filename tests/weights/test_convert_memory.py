@@ -44,11 +44,11 @@ import sys
 from pathlib import Path
 import jax
 import jax.numpy as jnp
-from dspo_jax import convert
-from dspo_jax.checkpoint import Checkpoints
+from dspo_jax.weights.checkpoints import Checkpoints
+from dspo_jax.weights.components import read_model, read_params
 
 unet, run = Path(sys.argv[1]) / "unet", sys.argv[2]
-params = jax.tree.map(jnp.asarray, convert.read_params(unet, convert.read_model(unet)))
+params = jax.tree.map(jnp.asarray, read_params(unet, read_model(unet)))
 with Checkpoints(run + "/checkpoints") as checkpoints:
     checkpoints.save(1, {"params": {"unet": params}}, {}, wait=True)
 """
