@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     config.data.split = "train"
 
     config.objective = ConfigDict()
-    # A name registered in dspo_jax/objectives/.
+    # A name in dspo_jax/objectives/registry.py.
     config.objective.name = "dspo"
     for name, kind in _OBJECTIVE_ARGUMENTS.items():
         config.objective[name] = config_dict.placeholder(kind)

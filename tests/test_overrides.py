@@ -6,8 +6,7 @@ from ml_collections import config_flags
 from test_recipes import CONFIGS, RECIPES, variants
 
 from dspo_jax import overrides
-from dspo_jax.objectives import get_objective
-from dspo_jax.objectives.registry import _REGISTRY
+from dspo_jax.objectives import OBJECTIVES, get_objective
 from dspo_jax.training.optim import OPTIMIZERS, make_optimizer
 
 # ml_collections loads a config file so.
@@ -34,7 +33,7 @@ def objective_of(config):
     return get_objective(arguments.pop("name"), **arguments)
 
 
-@pytest.mark.parametrize("objective", sorted(_REGISTRY))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 @pytest.mark.parametrize(("name", "variant"), list(variants()))
 def test_every_recipe_takes_every_objective(name, variant, objective):
     recipe = f"{name}.py" if variant is None else f"{name}.py:{variant}"

@@ -1,10 +1,10 @@
-"""Objectives: pure functions from predictions to a loss per example, found by name.
+"""Objectives: from predictions to a loss per example, found by name.
 
 `get_objective("dspo", lam=0.05)(Predictions(...), schedule)` gives `(loss [B], metrics {name: [B]})`. To add
-one, write a function under `@register(...)` in the file of its family, and import a new family's file here.
+one, write a frozen dataclass that derives from `Objective`, and name it in `registry.OBJECTIVES`.
 """
 
-from dspo_jax.objectives import denoising, dpo, dspo, kto, mapo
-from dspo_jax.objectives.registry import Objective, Predictions, get_objective, register
+from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.objectives.registry import OBJECTIVES, get_objective
 
-__all__ = ["Objective", "Predictions", "denoising", "dpo", "dspo", "get_objective", "kto", "mapo", "register"]
+__all__ = ["OBJECTIVES", "LossAndMetrics", "Objective", "Predictions", "get_objective"]

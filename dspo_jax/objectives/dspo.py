@@ -7,11 +7,12 @@ preference p < 1 makes the matched score that of p log sigmoid(z) + (1 - p) log 
 is G = p - sigmoid(z).
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import (
     collect_metrics,
     describe_scale,
@@ -19,7 +20,7 @@ from dspo_jax.objectives.implicit_reward import (
     reduce_image,
     reward_margin,
 )
-from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
+from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 # With s * G below this, the gradient is that of SFT to within about half of it (G is 1/2 at the start).
@@ -28,71 +29,50 @@ NEGLIGIBLE_SCORE_WEIGHT = 0.01
 RELEASED_SWITCH_AT = 0.1
 
 
-def _resolve_scales(
-    lam: float, gamma: float, reward_scale: float | None, score_weight: float | None
-) -> tuple[float, float]:
-    """The lambda inside G, and s."""
-    return (
-        lam if reward_scale is None else reward_scale,
-        lam * gamma if score_weight is None else score_weight,
-    )
-
-
-def _gate(predictions: Predictions, margin: jax.Array, detach: bool) -> jax.Array:
+def _gate(predictions: Predictions, margin: jax.Array) -> jax.Array:
     """G, [B]: 1 - sigmoid(z), without its cancellation at large z, less 1 - p."""
-    gate = jax.nn.sigmoid(-margin) - label_doubt(predictions)
-    return jax.lax.stop_gradient(gate) if detach else gate
+    return jax.nn.sigmoid(-margin) - label_doubt(predictions)
 
 
-def _match_score(
-    predictions: Predictions,
-    schedule: Schedule,
-    data: jax.Array,
-    coefficient: jax.Array,
-    *,
-    reduction: str,
-    time_weight: str,
-) -> jax.Array:
-    """A(t) reduce[B(t) data - coefficient (e_w - r_w)]^2, [B], for `data` [B, h, w, C].
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ScoreMatching(Objective):
+    """Hyperparameters that `dspo`, `dspo_ref` and `dspo_e` share.
 
-    The omega(t) that A(t) leaves free is Theorem 1's, 2 sigma^2 / lambda, less the constant 2 / lambda: it
-    makes A(t) = w(t).
+    Attributes:
+      lam: the paper's lambda, weight of the KL divergence to the reference.
+      gamma: the paper's gamma, weight of the preference in the target score.
+      score_weight: s; None is lam * gamma.
+      reduction: "mean" (released code) or "sum" (paper) over an image.
+      time_weight: "none" (released code), or "paper" for A(t) and B(t) of Eq. 12.
     """
-    assert predictions.reference is not None
-    timesteps = predictions.timesteps[:, 0]
-    if time_weight == "paper":
-        # B(t) is taken out of the square, so that here too e = r gives the loss of `sft` exactly.
-        coefficient = coefficient / schedule.score_ratio(timesteps)
-    step = predictions.policy[:, 0] - predictions.reference[:, 0]
-    loss = reduce_image(jnp.square(data - coefficient[:, None, None, None] * step), reduction)
-    return loss * schedule.denoising_weight(timesteps) if time_weight == "paper" else loss
 
+    needs_reference = True
 
-def _match_gated_score(
-    predictions: Predictions,
-    schedule: Schedule,
-    data: jax.Array,
-    *,
-    scales: tuple[float, float],
-    detach: bool,
-    reduction: str,
-    time_weight: str,
-) -> LossAndMetrics:
-    """Loss and metrics where the coefficient is s G.
+    lam: float = number(0.001)
+    gamma: float = number(1.0)
+    score_weight: float | None = number(None)
 
-    `data` [B, P, h, w, C] takes the target's part; `scales` are the lambda inside G, and s.
-    """
-    scale, weight = scales
-    margin = reward_margin(predictions, schedule, scale=scale, reduction=reduction, time_weight=time_weight)
-    loss = _match_score(
-        predictions,
-        schedule,
-        predictions.policy[:, 0] - data[:, 0],
-        weight * _gate(predictions, margin, detach),
-        reduction=reduction,
-        time_weight=time_weight,
-    )
-    return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
+    @property
+    def _weight(self) -> float:
+        """s."""
+        return self.lam * self.gamma if self.score_weight is None else self.score_weight
+
+    def _match_score(
+        self, predictions: Predictions, schedule: Schedule, data: jax.Array, coefficient: jax.Array
+    ) -> jax.Array:
+        """A(t) reduce[B(t) data - coefficient (e_w - r_w)]^2, [B], for `data` [B, h, w, C].
+
+        The omega(t) that A(t) leaves free is Theorem 1's, 2 sigma^2 / lambda, less the constant 2 / lambda:
+        it makes A(t) = w(t).
+        """
+        assert predictions.reference is not None
+        timesteps = predictions.timesteps[:, 0]
+        if self.time_weight == "paper":
+            # B(t) is taken out of the square, so that here too e = r gives the loss of `sft` exactly.
+            coefficient = coefficient / schedule.score_ratio(timesteps)
+        step = predictions.policy[:, 0] - predictions.reference[:, 0]
+        loss = reduce_image(jnp.square(data - coefficient[:, None, None, None] * step), self.reduction)
+        return loss * schedule.denoising_weight(timesteps) if self.time_weight == "paper" else loss
 
 
 def _warn_of_weight(name: str, weight: float, gate: float, is_sft: bool) -> list[str]:
@@ -117,187 +97,137 @@ def _warn_of_weight(name: str, weight: float, gate: float, is_sft: bool) -> list
     ]
 
 
-def _notes(
-    values_per_image: int,
-    *,
-    lam: float,
-    gamma: float,
-    reward_scale: float | None,
-    score_weight: float | None,
-    detach: bool,
-    reduction: str,
-    **_: Any,
-) -> list[str]:
-    scale, weight = _resolve_scales(lam, gamma, reward_scale, score_weight)
-    # Undetached, a second gradient flows through G: relative to the first it is about s * scale / 8 times the
-    # (small) correlation of (e - y) with (e - r), with the scale in the mean convention.
-    mean_scale = scale if reduction == "mean" else scale * values_per_image
-    is_sft = weight <= NEGLIGIBLE_SCORE_WEIGHT and (detach or weight * mean_scale <= 1)
-    return [
-        describe_scale("dspo", "reward_scale", scale, reduction, values_per_image),
-        *_warn_of_weight("dspo", weight, 0.5, is_sft),
-    ]
-
-
-@register(needs_reference=True, needs_loser=True, notes=_notes)
-def dspo(
-    predictions: Predictions,
-    schedule: Schedule,
-    *,
-    lam: float = 0.001,
-    gamma: float = 1.0,
-    reward_scale: float | None = None,
-    score_weight: float | None = None,
-    detach: bool = False,
-    reduction: str = "mean",
-    time_weight: str = "none",
-) -> LossAndMetrics:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSPO(_ScoreMatching):
     """reduce[(e_w - y_w) - s G (e_w - r_w)]^2, G = 1 - sigmoid(z), z the margin of rewards (Eq. 13-14).
 
     With e = r the loss is exactly that of `sft`, and its gradient 1 - s G times SFT's: keep s below 2.
 
-    Args:
-      predictions: pairs with a reference.
-      schedule: read by `time_weight` only.
-      lam: the paper's lambda, weight of the KL divergence to the reference; it sets the next two.
+    Attributes:
+      lam: the paper's lambda, weight of the KL divergence to the reference.
       gamma: the paper's gamma, weight of the preference in the target score.
-      reward_scale: the lambda inside G; None is lam.
       score_weight: s; None is lam * gamma.
+      reward_scale: the lambda inside G; None is lam.
       detach: stop the gradient through G, and so all of the loser's. The released code does not.
       reduction: "mean" (released code) or "sum" (paper) over an image.
       time_weight: "none" (released code), or "paper" for Eq. 12 with w(t) inside z.
     """
-    return _match_gated_score(
-        predictions,
-        schedule,
-        predictions.target,
-        scales=_resolve_scales(lam, gamma, reward_scale, score_weight),
-        detach=detach,
-        reduction=reduction,
-        time_weight=time_weight,
-    )
+
+    name = "dspo"
+    needs_loser = True
+
+    reward_scale: float | None = number(None)
+    detach: bool = False
+
+    @property
+    def _scale(self) -> float:
+        """The lambda inside G."""
+        return self.lam if self.reward_scale is None else self.reward_scale
+
+    @property
+    def detaches_loser(self) -> bool:
+        """The loser enters through G alone."""
+        return self.detach
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        return self._match_gated_score(predictions, schedule, predictions.target)
+
+    def _match_gated_score(
+        self, predictions: Predictions, schedule: Schedule, data: jax.Array
+    ) -> LossAndMetrics:
+        """Loss and metrics where the coefficient is s G; `data` [B, P, h, w, C] takes the target's part."""
+        margin = reward_margin(
+            predictions,
+            schedule,
+            scale=self._scale,
+            reduction=self.reduction,
+            time_weight=self.time_weight,
+        )
+        gate = _gate(predictions, margin)
+        if self.detach:
+            gate = jax.lax.stop_gradient(gate)
+        loss = self._match_score(
+            predictions, schedule, predictions.policy[:, 0] - data[:, 0], self._weight * gate
+        )
+        return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        # Undetached, a second gradient flows through G: relative to the first it is about s * scale / 8 times
+        # the (small) correlation of (e - y) with (e - r), with the scale in the mean convention.
+        mean_scale = self._scale if self.reduction == "mean" else self._scale * values_per_image
+        is_sft = self._weight <= NEGLIGIBLE_SCORE_WEIGHT and (self.detach or self._weight * mean_scale <= 1)
+        return [
+            describe_scale(self.name, "reward_scale", self._scale, self.reduction, values_per_image),
+            *_warn_of_weight(self.name, self._weight, 0.5, is_sft),
+        ]
 
 
-def _ref_notes(
-    values_per_image: int,
-    *,
-    lam: float,
-    gamma: float,
-    reward_scale: float | None,
-    score_weight: float | None,
-    reduction: str,
-    **_: Any,
-) -> list[str]:
-    scale = _resolve_scales(lam, gamma, reward_scale, score_weight)[0]
-    return [
-        describe_scale("dspo_ref", "reward_scale", scale, reduction, values_per_image),
-        "warning: dspo_ref: loss and gradient are exactly zero where the policy equals the reference, which "
-        "is where a run starts: only weight decay and rounding move it away; use dspo or dspo_sdxl, or start "
-        "from other weights than the reference's",
-    ]
-
-
-@register(needs_reference=True, needs_loser=True, notes=_ref_notes)
-def dspo_ref(
-    predictions: Predictions,
-    schedule: Schedule,
-    *,
-    lam: float = 0.001,
-    gamma: float = 1.0,
-    reward_scale: float | None = None,
-    score_weight: float | None = None,
-    detach: bool = False,
-    reduction: str = "mean",
-    time_weight: str = "none",
-) -> LossAndMetrics:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSPORef(DSPO):
     """reduce[(1 - s G) (e_w - r_w)]^2: `dspo` with the reference's score in the place of the data's.
 
     Eq. 13 with eps replaced by r, the ablation of Table 6; Eq. 46 is the same up to constants. e = r is its
     global minimum: loss and gradient are exactly zero there, and a run that starts there stays.
 
-    Takes the arguments of `dspo`; the target enters through G only.
+    Has the hyperparameters of `dspo`; the target enters through G only.
     """
-    assert predictions.reference is not None
-    return _match_gated_score(
-        predictions,
-        schedule,
-        predictions.reference,
-        scales=_resolve_scales(lam, gamma, reward_scale, score_weight),
-        detach=detach,
-        reduction=reduction,
-        time_weight=time_weight,
-    )
+
+    name = "dspo_ref"
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        assert predictions.reference is not None
+        return self._match_gated_score(predictions, schedule, predictions.reference)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [
+            describe_scale(self.name, "reward_scale", self._scale, self.reduction, values_per_image),
+            "warning: dspo_ref: loss and gradient are exactly zero where the policy equals the reference, "
+            "which is where a run starts: only weight decay and rounding move it away; use dspo or "
+            "dspo_sdxl, or start from other weights than the reference's",
+        ]
 
 
-def _e_notes(
-    values_per_image: int, *, lam: float, gamma: float, score_weight: float | None, **_: Any
-) -> list[str]:
-    del values_per_image
-    weight = _resolve_scales(lam, gamma, None, score_weight)[1]
-    return _warn_of_weight("dspo_e", weight, 1.0, weight <= NEGLIGIBLE_SCORE_WEIGHT)
-
-
-@register(needs_reference=True, needs_loser=False, images="winner", notes=_e_notes)
-def dspo_e(
-    predictions: Predictions,
-    schedule: Schedule,
-    *,
-    lam: float = 0.001,
-    gamma: float = 1.0,
-    score_weight: float | None = None,
-    reduction: str = "mean",
-    time_weight: str = "none",
-) -> LossAndMetrics:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSPOEnergy(_ScoreMatching):
     """reduce[(e_w - y_w) - s (e_w - r_w)]^2: DSPO with an energy-based preference (Eq. 45).
 
     The preference is p(y | x) proportional to exp(r(x) / lambda): no sigmoid, no loser. Its log has 1/lambda
     times the gradient of r, which Eq. 43-45 leave out: with it s would be gamma, not lam * gamma.
     The loss is s SE(r_w) + (1 - s) SE(e_w) less s (1 - s) reduce(e_w - r_w)^2: SFT, pushed off the reference.
+    A loser is read for metrics only.
 
-    Args:
-      predictions: with a reference; a loser is read for metrics only.
-      schedule: read by `time_weight` only.
+    Attributes:
       lam: the paper's lambda (printed beta in Eq. 45).
       gamma: the paper's gamma.
       score_weight: s; None is lam * gamma.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for A(t) and B(t) as in `dspo`.
     """
-    _, weight = _resolve_scales(lam, gamma, None, score_weight)
-    loss = _match_score(
-        predictions,
-        schedule,
-        predictions.policy[:, 0] - predictions.target[:, 0],
-        jnp.full(predictions.policy.shape[0], weight),
-        reduction=reduction,
-        time_weight=time_weight,
-    )
-    return loss, collect_metrics(predictions, reduction=reduction)
+
+    name = "dspo_e"
+    needs_loser = False
+    images = "winner"
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        data = predictions.policy[:, 0] - predictions.target[:, 0]
+        coefficient = jnp.full(len(data), self._weight)
+        loss = self._match_score(predictions, schedule, data, coefficient)
+        return loss, collect_metrics(predictions, reduction=self.reduction)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        del values_per_image
+        return _warn_of_weight(self.name, self._weight, 1.0, self._weight <= NEGLIGIBLE_SCORE_WEIGHT)
 
 
-def _sdxl_notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
-    return [describe_scale("dspo_sdxl", "beta", beta, reduction, values_per_image)]
-
-
-@register(needs_reference=True, needs_loser=True, notes=_sdxl_notes)
-def dspo_sdxl(
-    predictions: Predictions,
-    schedule: Schedule,
-    *,
-    beta: float = 5000.0,
-    released_switch: bool = False,
-    reduction: str = "mean",
-    time_weight: str = "none",
-) -> LossAndMetrics:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSPOSDXL(Objective):
     """G^2, G = 1 - sigmoid(z), z the margin of `diffusion_dpo`: what the paper trained SDXL with (Eq. 47).
 
     With the reference's score as the target, (e_w - r_w) is a common factor (`dspo_ref`); the paper drops it,
     and with it the residual that was to be minimised: what is left is the probability of ranking the pair
     wrongly, squared, and all of its gradient flows through G. With e = r it is exactly 1/4.
 
-    Args:
-      predictions: pairs with a reference.
-      schedule: read by `time_weight` only.
+    Attributes:
       beta: as in `diffusion_dpo`; the authors searched 1000 to 5000.
       released_switch: reproduce the released code, which changes over to reduce[G (e_w - r_w)]^2 while the
         mean of (e_w - r_w)^2 over the batch is 0.1 or more. Of the batch: this process's there, the whole one
@@ -305,12 +235,30 @@ def dspo_sdxl(
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for w(t) inside the reward.
     """
-    margin = reward_margin(predictions, schedule, scale=beta, reduction=reduction, time_weight=time_weight)
-    gate = _gate(predictions, margin, detach=False)
-    loss = jnp.square(gate)
-    if released_switch:
-        assert predictions.reference is not None
-        step = predictions.policy[:, 0] - predictions.reference[:, 0]
-        moved = reduce_image(jnp.square(gate[:, None, None, None] * step), reduction)
-        loss = jnp.where(jnp.square(step).mean() >= RELEASED_SWITCH_AT, moved, loss)
-    return loss, collect_metrics(predictions, reduction=reduction, margin=margin)
+
+    name = "dspo_sdxl"
+    needs_reference = True
+    needs_loser = True
+
+    beta: float = number(5000.0, ABOVE_ZERO)
+    released_switch: bool = False
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        margin = reward_margin(
+            predictions,
+            schedule,
+            scale=self.beta,
+            reduction=self.reduction,
+            time_weight=self.time_weight,
+        )
+        gate = _gate(predictions, margin)
+        loss = jnp.square(gate)
+        if self.released_switch:
+            assert predictions.reference is not None
+            step = predictions.policy[:, 0] - predictions.reference[:, 0]
+            moved = reduce_image(jnp.square(gate[:, None, None, None] * step), self.reduction)
+            loss = jnp.where(jnp.square(step).mean() >= RELEASED_SWITCH_AT, moved, loss)
+        return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dspo_jax.objectives.registry import Predictions
+from dspo_jax.objectives.objective import Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 

@@ -1,28 +1,18 @@
 """Diffusion-KTO: single images with a thumb up or down, no pairs (Li et al. 2024)."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, error_drift, label_doubt
-from dspo_jax.objectives.registry import LossAndMetrics, Predictions, register
+from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
-def _notes(values_per_image: int, *, beta: float, reduction: str, **_: Any) -> list[str]:
-    return [describe_scale("kto", "beta", beta, reduction, values_per_image, half=False)]
-
-
-@register(needs_reference=True, needs_loser=False, images="one", notes=_notes)
-def kto(
-    predictions: Predictions,
-    schedule: Schedule,
-    *,
-    beta: float = 1000.0,
-    reduction: str = "mean",
-    time_weight: str = "none",
-) -> LossAndMetrics:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KTO(Objective):
     """1 - sigmoid(s beta (g - z0)), g = SE(r) - SE(e), s = +1 for a liked image and -1 for a disliked one.
 
     z0 = max(0, mean of g over the batch), without a gradient: what the policy has gained on any image, which
@@ -33,33 +23,43 @@ def kto(
     liked with that probability. The losses of a pair's images are averaged. Where a batch is worked through
     in parts, z0 is the part's.
 
-    Args:
-      predictions: pairs or single images, with a reference.
-      schedule: read by `time_weight` only.
+    Besides the metrics of a pair, `baseline`: z0. For single images `error`, `drift`, `deviation`,
+    `baseline`, `liked`, and `implicit_accuracy`: whether g - z0 has the sign of the label.
+
+    Attributes:
       beta: 1000 is the released value, for reduction "mean".
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for w(t) inside g.
-
-    Besides the metrics of a pair, `baseline`: z0. For single images `error`, `drift`, `deviation`,
-    `baseline`, `liked`, and `implicit_accuracy`: whether g - z0 has the sign of the label.
     """
-    gain = -error_drift(predictions, reduction)
-    if time_weight == "paper":
-        gain *= schedule.reward_weight(predictions.timesteps)
-    baseline = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
-    logit = beta * (gain - baseline)
-    doubt = label_doubt(predictions)
-    liked = jnp.stack([1 - doubt, doubt][: gain.shape[1]], 1)
-    loss = liked * jax.nn.sigmoid(-logit) + (1 - liked) * jax.nn.sigmoid(logit)
-    extra = {"baseline": jnp.full_like(doubt, baseline)}
-    if gain.shape[1] == 2:
-        margin = beta * (gain[:, 0] - gain[:, 1])
-        metrics = collect_metrics(predictions, reduction=reduction, margin=margin)
-    else:
-        metrics = {
-            name.removeprefix("winner_"): value
-            for name, value in collect_metrics(predictions, reduction=reduction).items()
-        }
-        extra["liked"] = liked[:, 0]
-        extra["implicit_accuracy"] = 0.5 * (1 + jnp.sign((liked - 0.5) * logit)[:, 0])
-    return loss.mean(1), metrics | extra
+
+    name = "kto"
+    needs_reference = True
+    needs_loser = False
+    images = "one"
+
+    beta: float = number(1000.0, ABOVE_ZERO)
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        gain = -error_drift(predictions, self.reduction)
+        if self.time_weight == "paper":
+            gain *= schedule.reward_weight(predictions.timesteps)
+        baseline = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
+        logit = self.beta * (gain - baseline)
+        doubt = label_doubt(predictions)
+        liked = jnp.stack([1 - doubt, doubt][: gain.shape[1]], 1)
+        loss = liked * jax.nn.sigmoid(-logit) + (1 - liked) * jax.nn.sigmoid(logit)
+        extra = {"baseline": jnp.full_like(doubt, baseline)}
+        if gain.shape[1] == 2:
+            margin = self.beta * (gain[:, 0] - gain[:, 1])
+            metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)
+        else:
+            metrics = {
+                name.removeprefix("winner_"): value
+                for name, value in collect_metrics(predictions, reduction=self.reduction).items()
+            }
+            extra["liked"] = liked[:, 0]
+            extra["implicit_accuracy"] = 0.5 * (1 + jnp.sign((liked - 0.5) * logit)[:, 0])
+        return loss.mean(1), metrics | extra
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image, half=False)]

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import re
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspo_jax.objectives import Predictions, get_objective
+from dspo_jax.errors import UserError
+from dspo_jax.objectives import Predictions, dpo, get_objective, registry
 from dspo_jax.schedules.variance_preserving import Schedule
 
 OF_PAIRS = ("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "dspo", "dspo_ref", "dspo_sdxl")
@@ -109,6 +112,7 @@ def test_get_objective_refuses_in_one_line(name, given, message):
 def test_an_objective_says_what_it_is():
     objective = get_objective("dspo", gamma=2, score_weight=0.3)
     assert objective.name == "dspo"
+    assert set(registry.OBJECTIVES) == set(OBJECTIVES)
     assert objective.hyperparameters == {
         "lam": 0.001,
         "gamma": 2,
@@ -243,3 +247,19 @@ def test_notes_convert_beta_without_one_half():
 
 def test_objectives_without_a_reward_have_no_notes():
     assert get_objective("ddpm").notes(64) == get_objective("sft").notes(64) == []
+
+
+def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
+    """As it stands there, with the imports of its family's file."""
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide.partition("## Adding an objective")[2], re.DOTALL)
+    names = dict(vars(dpo))
+    exec(textwrap.dedent(code), names)
+    monkeypatch.setitem(registry.OBJECTIVES, "hinge", names["Hinge"])
+    objective = get_objective("hinge", beta=4.0)
+    loss, metrics = objective(dataclasses.replace(pairs, preference=None), Schedule.scaled_linear())
+    assert np.any(loss > 0)
+    np.testing.assert_allclose(loss, np.maximum(0, 1 - metrics["margin"]), rtol=1e-6)
+    assert objective.notes(64) == []
+    with pytest.raises(UserError, match=r"config\.objective\.beta = 0\.0: .*above zero"):
+        get_objective("hinge", beta=0.0)

@@ -1,0 +1,145 @@
+"""What an objective is, and the predictions that it is given."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from dspo_jax.errors import UserError
+from dspo_jax.objectives.hyperparameters import choice
+from dspo_jax.schedules.variance_preserving import Schedule
+
+LossAndMetrics = tuple[jax.Array, dict[str, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """Denoiser outputs for a batch of noised images, and what they are compared with.
+
+    Attributes:
+      policy: [B, P, h, w, C], the trained network's output. P = 1, or 2: the winner, the loser.
+      reference: the frozen network's output for the same inputs, or None for an objective that needs none.
+      target: [B, P, h, w, C], what a perfect network would say (`Schedule.target`).
+      timesteps: [B] or [B, P] int, when the images of a pair are noised to different levels.
+      preference: [B], the probability in [0.5, 1] that the winner is the better image; None means 1. Where
+        P = 1 it is the probability in [0, 1] that the image is liked, which only `kto` reads.
+    """
+
+    policy: jax.Array
+    reference: jax.Array | None
+    target: jax.Array
+    timesteps: jax.Array
+    preference: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(abc.ABC):
+    """A loss with its hyperparameters: `(Predictions, Schedule) -> (loss [B], metrics {name: [B]})`.
+
+    An objective is a frozen dataclass that derives from this one. Its fields are the keys `objective.FIELD`
+    of a config; `loss_and_metrics` holds the mathematics; the class says what it must be given.
+
+    Attributes:
+      name: `objective.name` of a config.
+      needs_reference: whether `Predictions.reference` must be given.
+      needs_loser: whether P must be 2.
+      images: what it is trained on of a pair, and so what the step runs: "all", the "winner" alone, or "one"
+        image that the step draws. Given more, it computes metrics from them.
+      reduction: "mean" (released code) or "sum" (papers) over an image.
+      time_weight: "none" (released code), or "paper" for the weights that the papers derive.
+    """
+
+    name: ClassVar[str]
+    needs_reference: ClassVar[bool]
+    needs_loser: ClassVar[bool]
+    images: ClassVar[str] = "all"
+
+    reduction: str = choice("mean", "sum")
+    time_weight: str = choice("none", "paper")
+
+    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        """Evaluates the objective, in float32 whatever the dtype of the inputs, per example.
+
+        No gradient flows into the reference or the target.
+
+        Returns:
+          The loss [B], not reduced over the batch, and the metrics, each [B].
+
+        Raises:
+          UserError: The reference or the loser is missing, or shapes do not match.
+        """
+        return self.loss_and_metrics(self._prepare(predictions), schedule)
+
+    @abc.abstractmethod
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        """The loss [B] and the metrics, each [B].
+
+        Args:
+          predictions: checked, float32, with timesteps [B, P].
+          schedule: of the model; most objectives read it only where `time_weight` is "paper".
+        """
+
+    def notes(self, values_per_image: int) -> list[str]:
+        """What a user should be told before a run with these hyperparameters, a line each.
+
+        Args:
+          values_per_image: h * w * C of a latent. Converts a scale between mean and sum.
+        """
+        del values_per_image
+        return []
+
+    @property
+    def detaches_loser(self) -> bool:
+        """Whether the loser is read but not trained on, so that the step runs it forward only."""
+        return False
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every field with its value, defaults included."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _prepare(self, predictions: Predictions) -> Predictions:
+        """Checks the inputs; gives float32 arrays and timesteps [B, P]."""
+        policy = predictions.policy
+        if policy.ndim != 5 or policy.shape[1] not in (1, 2):
+            raise UserError(
+                f"Predictions.policy has shape {policy.shape}; it must be [B, P, h, w, C] with P = 1 or 2"
+            )
+        batch, images = policy.shape[:2]
+        if self.needs_reference and predictions.reference is None:
+            raise UserError(
+                f"objective {self.name!r} compares the policy with the reference model: "
+                "Predictions.reference is None, pass the frozen model's predictions"
+            )
+        if self.needs_loser and images == 1:
+            raise UserError(
+                f"objective {self.name!r} compares a winner with a loser, but the batch has one image "
+                "per example (P = 1): train on pairs, or use one for single images (ddpm, sft, dspo_e)"
+            )
+        for name in ("reference", "target"):
+            array = getattr(predictions, name)
+            if array is not None and array.shape != policy.shape:
+                raise UserError(
+                    f"Predictions.{name} has shape {array.shape}, Predictions.policy {policy.shape}"
+                )
+        timesteps = jnp.asarray(predictions.timesteps)
+        if timesteps.shape not in ((batch,), (batch, images)):
+            raise UserError(
+                f"Predictions.timesteps has shape {timesteps.shape}; "
+                f"it must be {(batch,)} or {(batch, images)}"
+            )
+        preference = predictions.preference
+        if preference is not None and preference.shape != (batch,):
+            raise UserError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
+        policy, reference, target, preference = jax.tree.map(
+            lambda array: jnp.asarray(array, jnp.float32),
+            (policy, predictions.reference, predictions.target, preference),
+        )
+        reference, target = jax.lax.stop_gradient((reference, target))
+        timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
+        return Predictions(policy, reference, target, timesteps, preference)
