@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 COMMAND = """
 import logging
@@ -20,10 +21,12 @@ def main(argv):
     config = CONFIG.value
     print(config.objective.name, config.batch_size, config.flip)
     if config.batch_size == 6:
-        from dspo_jax import metrics
-        metrics.binomial_interval(2, 1)
+        from pathlib import Path
+        from dspo_jax import files
+        files.refuse_existing(Path("toy.py"))
     if config.batch_size == 7:
-        int("seven")
+        from dspo_jax.errors import UserError
+        raise UserError("seven is refused")
     if config.batch_size == 8:
         open("absent/file")
     if config.batch_size == 9:
@@ -39,6 +42,8 @@ def main(argv):
         Console(stderr=True).print("a bar")
         print("more" * 10000, flush=True)
         open("finished", "w").close()
+    if config.batch_size == 14:
+        int("fourteen")
     if config.batch_size == 13:
         from absl import logging as absl_logging
         absl_logging.info("said once")
@@ -118,7 +123,7 @@ def test_what_a_new_name_drops_is_said(run):
     assert result.stderr.endswith(said)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "message"),
     [
         (
@@ -175,9 +180,7 @@ def test_a_bad_command_line_is_one_line(run, arguments, message):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
 
 
-@pytest.mark.parametrize(
-    "option", [["--config=configs/emoji_dspo.py"], ["--config", "configs/emoji_dspo.py"]]
-)
+@each_row("option", [["--config=configs/emoji_dspo.py"], ["--config", "configs/emoji_dspo.py"]])
 def test_a_recipe_that_is_not_in_this_folder_is_that_of_the_package(run, option):
     assert (
         "--config.bach_size: unknown key 'bach_size'; did you mean --config.batch_size?"
@@ -193,15 +196,11 @@ def test_a_recipe_of_ones_own_comes_before_that_of_the_package_and_can_build_on_
     assert (result.returncode, result.stdout, result.stderr) == (0, "sft 32 True\n", "")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("batch_size", "message"),
     [
-        (6, "successes = 2: must lie between 0 and n = 1"),
-        (
-            7,
-            "invalid literal for int() with base 10: 'seven' "
-            "(ValueError from command.py; --verbosity=1 shows the traceback)",
-        ),
+        (6, "--out=toy.py: exists already; choose another name or delete it"),
+        (7, "seven is refused (UserError from command.py; --verbosity=1 shows the traceback)"),
         (8, "absent/file: No such file or directory"),
         (
             11,
@@ -228,10 +227,14 @@ def test_verbosity_shows_the_traceback_of_a_user_error(run):
     assert result.stderr.endswith("error: absent/file: No such file or directory\n")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "last_line"),
     [
         (["--config=toy.py", "--config.batch_size=9"], "RuntimeError: a bug"),
+        (
+            ["--config=toy.py", "--config.batch_size=14"],
+            "ValueError: invalid literal for int() with base 10: 'fourteen'",
+        ),
         (["--config=broken.py"], "KeyError: 'absent'"),
     ],
 )
@@ -247,8 +250,8 @@ def test_interrupting_exits_as_shells_expect(run):
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize(("batch_size", "status"), [(5, 0), (12, 0), (7, 2)])
+@each_row("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@each_row(("batch_size", "status"), [(5, 0), (12, 0), (7, 2)])
 def test_a_reader_that_is_gone_stops_no_command(folder, batch_size, status, unbuffered):
     """As `command | head` and `command 2>&1 | head` leave it: the pipe has no other end."""
     (folder / "finished").unlink(missing_ok=True)

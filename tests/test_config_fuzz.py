@@ -13,6 +13,7 @@ import pytest
 import tiny_clip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import each_row
 from tiny_model import write_model, write_pairs
 
 from dspo_jax import json_files
@@ -153,7 +154,7 @@ def test_a_mutated_manifest_is_accepted_or_refused_in_one_line(folders, tmp_path
     assert False in verdicts
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("content", "message"),
     [
         (b" \n", "empty, as a full disk leaves a file"),
@@ -166,9 +167,8 @@ def test_a_mutated_manifest_is_accepted_or_refused_in_one_line(folders, tmp_path
         (b"[1, 2]", "holds a list, not an object"),
         (b"null", "holds a NoneType, not an object"),
     ],
-    ids=range(9),
 )
-@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
+@each_row("name", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
 def test_what_is_no_json_object_is_refused_by_the_file(name, content, message, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / name).write_bytes(content)
@@ -177,7 +177,7 @@ def test_what_is_no_json_object_is_refused_by_the_file(name, content, message, t
         load_pipeline(folder)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@each_row("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_what_is_no_file_is_not_opened(make, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     path = folder / "unet" / "config.json"

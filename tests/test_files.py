@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from dspo_jax import files, json_files, locks
 
@@ -97,7 +98,7 @@ def test_a_device_is_written_to_as_it_is(tmp_path):
     assert names(tmp_path) == ["pipe"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("content", "message"),
     [
         ("", "empty, as a full disk leaves a file"),
@@ -115,7 +116,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_the_remedy(tmp_path, conten
     assert json_files.read_object(path, "delete it") == {"steps": 2}
 
 
-@pytest.mark.parametrize("folder", [True, False])
+@each_row("folder", [True, False])
 def test_an_output_appears_when_it_is_whole(tmp_path, folder):
     out, left = tmp_path / "new" / "model", tmp_path / "new" / ".model.partial"
     left.mkdir(parents=True)

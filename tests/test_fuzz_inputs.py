@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from tables import each_row
 
 from dspo_jax.data.sources import PreferencePair, decode_pair, get_source
 from dspo_jax.images.decode import MAX_PIXELS, decode_image
@@ -105,7 +106,7 @@ def mutate(data: bytes, draw: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("name", FILES)
+@each_row("name", FILES)
 def test_an_image_of_any_bytes_is_decoded_or_a_bad_row(name):
     draw = np.random.default_rng(sorted(FILES).index(name))
     decoded = 0
@@ -171,7 +172,7 @@ def test_json_of_anything_is_read_or_refused(tmp_path_factory, rows):
     read_or_refuse(folder / "any.jsonl")
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@each_row("suffix", SUFFIXES)
 def test_damaged_files_of_prompts_are_read_or_refused(tmp_path, suffix):
     rows = [{"prompt": f"a fox, {i} \u00e9\U0001f98a", "category": "x", "image": ""} for i in range(4)]
     path = tmp_path / f"prompts{suffix}"

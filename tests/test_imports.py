@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from example_shards import write_dataset
+from tables import each_row
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -51,7 +52,7 @@ def test_every_module_and_the_shards_work_without_tensorflow_and_torch(tmp_path)
     assert rest == "10 (2, 4, 4, 6)\n(2, 1, 77)\n"
 
 
-@pytest.mark.parametrize("name", ["tensorflow", "torch"])
+@each_row("name", ["tensorflow", "torch"])
 def test_the_block_works(name):
     if name == "torch":
         pytest.importorskip(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import filelock
 import pytest
+from tables import each_row
 
 from dspo_jax import locks
 
@@ -150,7 +151,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@each_row("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named_and_worked_on(tmp_path, monkeypatch, caplog, number):
     failing_flock(monkeypatch, number)
     with locks.claim(tmp_path):

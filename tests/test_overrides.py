@@ -3,6 +3,7 @@
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tables import each_row
 from test_recipes import CONFIGS, RECIPES, variants
 
 from dspo_jax import overrides
@@ -33,8 +34,8 @@ def objective_of(config):
     return get_objective(arguments.pop("name"), **arguments)
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-@pytest.mark.parametrize(("name", "variant"), list(variants()))
+@each_row("objective", sorted(OBJECTIVES))
+@each_row(("name", "variant"), list(variants()))
 def test_every_recipe_takes_every_objective(name, variant, objective):
     recipe = f"{name}.py" if variant is None else f"{name}.py:{variant}"
     given, _ = parse(recipe)
@@ -51,8 +52,8 @@ def test_every_recipe_takes_every_objective(name, variant, objective):
         assert f"{key} = {value!r}" in lines[0]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", RECIPES)
+@each_row("optimizer", OPTIMIZERS)
+@each_row("name", RECIPES)
 def test_every_recipe_takes_every_optimizer(name, optimizer):
     config, lines = parse(f"{name}.py", f"--config.optimizer.name={optimizer}")
     make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
@@ -84,7 +85,7 @@ def test_the_recipe_s_own_name_drops_nothing():
     assert (config.objective.lam, lines) == (0.001, [])
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("key", "unset"),
     [
         ("objective.lam", None),  # float
@@ -104,7 +105,7 @@ def test_none_unsets(key, unset):
     assert config == unset
 
 
-@pytest.mark.parametrize(
+@each_row(
     "key",
     ["steps", "ema_decay", "share_noise", "data.split", "optimizer.name", "objective.name", "mesh['data']"],
 )

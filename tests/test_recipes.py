@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from dspo_jax.objectives import get_objective
 from dspo_jax.training.optim import make_optimizer
@@ -32,7 +33,7 @@ def variants():
                 yield name, "paper"
 
 
-@pytest.mark.parametrize(("name", "variant"), list(variants()))
+@each_row(("name", "variant"), list(variants()))
 def test_recipe_is_accepted(name, variant):
     config = load(name).get_config(*([] if variant is None else [variant]))
     arguments = {key: value for key, value in config.objective.items() if value is not None}
@@ -41,12 +42,12 @@ def test_recipe_is_accepted(name, variant):
     assert config.objective.name in name or objective.name == "dspo_sdxl" or name == "emoji_base"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@each_row("name", RECIPES)
 def test_the_card_gives_the_command(name):
     assert f"python -m dspo_jax.train --config configs/{name}.py --workdir runs/" in load(name).__doc__
 
 
-@pytest.mark.parametrize("name", ["sd15_dspo", "sdxl_dspo"])
+@each_row("name", ["sd15_dspo", "sdxl_dspo"])
 def test_the_checkpoints_that_the_authors_chose_from_are_kept_to_the_end(name):
     config = load(name).get_config()
     assert config.checkpoint.max_to_keep > config.steps // config.checkpoint.every
@@ -71,7 +72,7 @@ def test_the_default_is_the_released_launcher_and_the_print_differs():
     assert sdxl.get_config("paper").objective.released_switch is False
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@each_row("name", PUBLISHED)
 def test_an_unknown_variant_is_refused(name):
     with pytest.raises(ValueError, match=r"after the colon = 'papre': unknown.*allowed: .*released\)"):
         load(name).get_config("papre")

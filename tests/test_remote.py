@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 from processes import ROOT
+from tables import each_row
 
 from dspo_jax import urls
 
@@ -21,7 +22,32 @@ ADVICE = (
 )
 
 
-@pytest.mark.parametrize(
+def refuse_as_a_process(folder, command, arguments, refused):
+    result = subprocess.run(
+        [sys.executable, "-m", f"dspo_jax.{command}", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (2, f"error: {refused}=gs://bucket/run: {ADVICE}\n")
+    assert not list(folder.iterdir())
+
+
+@each_row(
+    ("command", "arguments", "refused"),
+    [
+        ("convert", ["export", "--run=gs://bucket/run", "--out=new"], "--run"),
+        ("data.inspect", ["gs://bucket/run"], "DIR"),
+        ("train", ["--config=gs://bucket/run", "--workdir=run"], "--config"),
+    ],
+)
+def test_a_url_is_refused_and_nothing_made(tmp_path, command, arguments, refused):
+    refuse_as_a_process(tmp_path, command, arguments, refused)
+
+
+@pytest.mark.slow
+@each_row(
     ("command", "arguments", "refused"),
     [
         ("train", [TRAIN, "--workdir=gs://bucket/run"], "--workdir"),
@@ -34,23 +60,12 @@ ADVICE = (
             "--model",
         ),
         ("validate", ["--model=absent", "--data=gs://bucket/run"], "--data"),
-        ("convert", ["export", "--run=gs://bucket/run", "--out=new"], "--run"),
-        ("data.inspect", ["gs://bucket/run"], "DIR"),
         ("data.label", ["--model=m", "--prompts=gs://bucket/run", "--reward=clip", "--out=new"], "--prompts"),
         ("rewards.convert", ["--reward=clip", "--weights=gs://bucket/run", "--out=new"], "--weights"),
-        ("train", ["--config=gs://bucket/run", "--workdir=run"], "--config"),
     ],
 )
-def test_every_command_refuses_a_url_and_makes_nothing(tmp_path, command, arguments, refused):
-    result = subprocess.run(
-        [sys.executable, "-m", f"dspo_jax.{command}", *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (result.returncode, result.stderr) == (2, f"error: {refused}=gs://bucket/run: {ADVICE}\n")
-    assert not list(tmp_path.iterdir())
+def test_so_does_every_command(tmp_path, command, arguments, refused):
+    refuse_as_a_process(tmp_path, command, arguments, refused)
 
 
 @pytest.fixture
@@ -71,7 +86,7 @@ def parse(monkeypatch):
     return parse
 
 
-@pytest.mark.parametrize(
+@each_row(
     "argument",
     [
         "--out=s3://bucket/x",

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-import pytest
+from tables import each_row
 
 ROOT = Path(__file__).parents[1]
 RUNS_CODE = {"eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "os.system", "yaml.load"}
@@ -26,7 +26,7 @@ def unsafe_calls(source):
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("folder", ["dspo_jax", "configs", "examples", "benchmarks"])
+@each_row("folder", ["dspo_jax", "configs", "examples", "benchmarks"])
 def test_nothing_that_is_read_is_run(folder):
     files = list((ROOT / folder).rglob("*.py"))
     assert files
@@ -36,7 +36,7 @@ def test_nothing_that_is_read_is_run(folder):
     assert found == []
 
 
-@pytest.mark.parametrize(
+@each_row(
     "line",
     [
         "np.load(path)",

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.weights.components import read_models
@@ -37,7 +38,7 @@ def shortened(message):
     return message.strip(GAP + " ;:")
 
 
-@pytest.mark.parametrize("message", MESSAGES)
+@each_row("message", MESSAGES)
 def test_a_message_is_one_of_the_programs(message):
     assert len(shortened(message)) > 12
     assert shortened(message) in SOURCE
@@ -53,7 +54,7 @@ def is_asserted(message):
     )
 
 
-@pytest.mark.parametrize("message", MESSAGES)
+@each_row("message", MESSAGES)
 def test_a_message_is_provoked_by_a_test(message):
     assert is_asserted(message)
 
@@ -70,9 +71,7 @@ def advice(message):
     return row.split(" | ", 1)[1]
 
 
-@pytest.mark.parametrize(
-    ("what", "cause"), [("..", "above"), ("unet", "a single UNet"), ("absent", "no such")]
-)
+@each_row(("what", "cause"), [("..", "above"), ("unet", "a single UNet"), ("absent", "no such")])
 def test_a_folder_that_is_no_model_is_refused_as_the_page_says(what, cause, tiny_model):
     message = "…: neither a diffusers folder (no model_index.json) nor a training workdir (no checkpoints)"
     with pytest.raises(FileNotFoundError) as caught:
@@ -89,7 +88,7 @@ def test_a_base_that_is_no_model_is_refused_as_the_page_says(tiny_model):
     assert "--base" in advice(message)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@each_row("page", sorted((ROOT / "docs").glob("*.md")))
 def test_links_within_the_documentation_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text(encoding="utf-8")):
         path = page.parent / target if target else page

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from image_files import image_bytes
 from PIL import Image, PngImagePlugin
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
@@ -35,7 +36,7 @@ def special(tmp_path, kind):
     return path
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("kind", "reason", "detail"),
     [
         ("pipe", "not a regular file", "is a named pipe"),
@@ -79,7 +80,7 @@ def png_with(**chunks):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
+@each_row(
     "data",
     [
         png_with(texts=[lambda info: info.add_text("workflow", "x" * 3_000_000, zip=True)]),

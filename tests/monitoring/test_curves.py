@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.monitoring.curves import draw_curves, make_figure
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, MetricsWriter
@@ -110,7 +111,7 @@ def test_a_long_noisy_curve_is_drawn_with_its_mean():
     np.testing.assert_allclose(mean, 0.5)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "records",
     [
         training([1]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_time import FakeTime
 from rich.console import Console
+from tables import each_row
 
 from dspo_jax.monitoring.curves import draw_curves
 from dspo_jax.monitoring.metrics import MetricsWriter, read_metrics, read_validations
@@ -88,7 +89,7 @@ def test_a_damaged_line_is_named(tmp_path):
 GOOD = b'{"step": 1, "wall_seconds": 0.5, "loss": NaN, "margin": -Infinity}\n'
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("line", "message"),
     [
         (b"7", "line 2: 7: must be an object with step, a whole number"),
@@ -109,7 +110,7 @@ GOOD = b'{"step": 1, "wall_seconds": 0.5, "loss": NaN, "margin": -Infinity}\n'
         (b"\0" * 20, "line 2: not JSON"),
     ],
 )
-@pytest.mark.parametrize("read", [read_metrics, read_validations, lambda path: draw_curves(path, "no.png")])
+@each_row("read", [read_metrics, read_validations, lambda path: draw_curves(path, "no.png")])
 def test_a_line_that_is_no_object_of_numbers_is_refused_by_every_reader(tmp_path, line, message, read):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(GOOD + line + b"\n" + GOOD)
@@ -119,7 +120,7 @@ def test_a_line_that_is_no_object_of_numbers_is_refused_by_every_reader(tmp_path
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("end", [b'{"step": 2, "lo', b"\0" * 20, b'{"step": 2, "caf\xc3', b"", b"{"])
+@each_row("end", [b'{"step": 2, "lo', b"\0" * 20, b'{"step": 2, "caf\xc3', b"", b"{"])
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, end):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(GOOD + end)
@@ -248,7 +249,7 @@ def test_progress_prints_plain_lines_without_a_terminal():
     assert lines[-1].split()[4] == "0:00:00"
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@each_row("terminal", [False, True])
 def test_inactive_progress_shows_nothing(terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal)
@@ -268,7 +269,7 @@ def test_progress_draws_a_bar_on_a_terminal():
     assert "loss 0.5" in text
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("successes", "n", "expected"),
     [
         # for 0 of n the interval is [0, z^2 / (n + z^2)]
@@ -290,7 +291,7 @@ def test_wilson_interval_solves_its_equation():
         )
 
 
-@pytest.mark.parametrize(("successes", "n"), [(-1, 3), (4, 3)])
+@each_row(("successes", "n"), [(-1, 3), (4, 3)])
 def test_wilson_interval_refuses_impossible_counts(successes, n):
     with pytest.raises(ValueError, match=rf"successes = {successes}: must lie between 0 and n = {n}"):
         binomial_interval(successes, n)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from fake_time import FakeTime
+from tables import each_row
 
 from dspo_jax.monitoring import devices
 from dspo_jax.monitoring.clock import Clock, Profiler
@@ -121,7 +122,7 @@ def test_without_a_backend_that_counts_there_is_no_number(monkeypatch):
     assert count_flops(jnp.sin, jax.ShapeDtypeStruct((2,), jnp.float32)) is None
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("kind", "teraflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989),
@@ -202,7 +203,7 @@ class FakeTrace:
         return self.calls
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("first", "count", "calls"),
     [
         (2, 2, [("start", 2), ("stop", 4)]),

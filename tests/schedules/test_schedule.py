@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.schedules import variance_preserving as schedule_module
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -32,8 +33,8 @@ def images():
     return rng.normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
+@each_row("prediction_type", ["epsilon", "v_prediction"])
+@each_row(
     "betas",
     [
         {
@@ -70,7 +71,7 @@ def test_alphas_cumprod_is_computed_in_float64():
     np.testing.assert_array_equal(Schedule.scaled_linear().alphas_cumprod, expected)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@each_row("prediction_type", ["epsilon", "v_prediction"])
 def test_conversions_invert_the_target(prediction_type, images):
     x0, noise = images
     schedule = Schedule.scaled_linear(prediction_type=prediction_type)
@@ -107,7 +108,7 @@ def test_snr():
     np.testing.assert_allclose(schedule.snr(TIMESTEPS), expected[:, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@each_row("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weight_is_that_of_diffusers_training_scripts(prediction_type):
     """As examples/text_to_image/train_text_to_image.py computes it."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -133,7 +134,7 @@ def test_is_a_pytree_whose_prediction_type_is_static(images):
     np.testing.assert_allclose(inside, schedule.target(x0, noise, TIMESTEPS), atol=1e-6)
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+@each_row("scheduler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
 def test_reads_the_config_of_any_ddpm_type_scheduler(scheduler):
     diffusers = pytest.importorskip("diffusers")
     keys = ("beta_schedule", "beta_start", "beta_end")
@@ -147,7 +148,7 @@ def test_prediction_type_defaults_to_epsilon_as_in_the_files_that_predate_it():
     assert Schedule.from_config(config).prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is set"),
@@ -182,7 +183,7 @@ def test_refuses_by_key_and_value(change, message):
 SCHEDULERS = [(name, betas) for betas, names in schedule_module._BETAS.items() for name in names]
 
 
-@pytest.mark.parametrize(("name", "betas"), SCHEDULERS, ids=[name for name, _ in SCHEDULERS])
+@each_row(("name", "betas"), SCHEDULERS)
 def test_absent_keys_have_the_defaults_of_the_class(name, betas):
     diffusers = pytest.importorskip("diffusers")
     theirs = inspect.signature(getattr(diffusers, name).__init__).parameters
@@ -214,8 +215,8 @@ def central_difference(f, x, step):
     return np.array([(f(x + d) - f(x - d)) / (2 * step) for d in step * np.eye(x.size)])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("t", [1, 11, 500, 999])
+@each_row("prediction_type", ["epsilon", "v_prediction"])
+@each_row("t", [1, 11, 500, 999])
 def test_time_weights_against_the_gaussians_they_come_from(t, prediction_type):
     """DSPO Eq. 22-28 with log-densities in float64 and their gradients by central differences."""
     rng = np.random.default_rng(t)
