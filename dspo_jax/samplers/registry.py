@@ -21,15 +21,17 @@ class Entry(NamedTuple):
       scheduler: The diffusers class.
       table: `(schedule, config, num_inference_steps, first)` gives the rows, of which `first` is run first.
       karras: Whether that class knows Karras's noise levels.
+      eta: Whether `table` takes eta as well, the share of a step's noise that is drawn anew.
     """
 
     scheduler: str
-    table: Callable[[Schedule, Mapping[str, Any], int, int], Table]
+    table: Callable[..., Table]
     karras: bool = False
+    eta: bool = False
 
 
 SAMPLERS: dict[str, Entry] = {
-    "ddim": Entry("DDIMScheduler", timestep_samplers.ddim),
+    "ddim": Entry("DDIMScheduler", timestep_samplers.ddim, eta=True),
     "ddpm": Entry("DDPMScheduler", timestep_samplers.ddpm),
     "dpmpp_2m": Entry("DPMSolverMultistepScheduler", sigma_samplers.dpmpp_2m, karras=True),
     "euler": Entry("EulerDiscreteScheduler", sigma_samplers.euler, karras=True),
@@ -61,6 +63,7 @@ def make_sampler(
     *,
     strength: float = 1.0,
     karras: bool | None = None,
+    eta: float = 0.0,
 ) -> Sampler:
     """A sampler, equal to `Scheduler.from_config(config)` of diffusers with `set_timesteps(N)`.
 
@@ -75,13 +78,16 @@ def make_sampler(
       strength: Below 1 only the last int(N strength) steps are taken, from a noised image, as
         StableDiffusionImg2ImgPipeline does.
       karras: Overrides the config's use_karras_sigmas.
+      eta: Of "ddim", from 0 (deterministic) to 1 (as much new noise in every step as "ddpm").
 
     Raises:
       ValueError: An unknown name, a number of steps or an offset that the schedule does not have, a strength
-        that leaves no step, or something in the config that is not computed; the message names it.
+        that leaves no step, an eta that the sampler does not have, or something in the config that is not
+        computed; the message names it.
     """
     if name not in SAMPLERS:
         raise UserError(spelling.unknown("sampler", name, SAMPLERS))
+    check_eta(name, eta)
     entry = SAMPLERS[name]
     if karras is not None:
         if karras and not entry.karras:
@@ -98,4 +104,19 @@ def make_sampler(
             f"strength = {strength}: takes none of num_inference_steps = {num_inference_steps}; "
             f"it must be at least 1 / {num_inference_steps}"
         )
-    return Sampler.from_table(entry.table(schedule, config, num_inference_steps, first), first, strength)
+    more = {"eta": eta} if entry.eta else {}
+    table = entry.table(schedule, config, num_inference_steps, first, **more)
+    return Sampler.from_table(table, first, strength)
+
+
+def check_eta(name: str, eta: float) -> None:
+    """Refuses an eta that a sampler, one of `SAMPLERS`, does not have.
+
+    Raises:
+      ValueError: It is not between 0 and 1, or not 0 for a sampler that has none.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta = {eta}: must be between 0 and 1")
+    if eta and not SAMPLERS[name].eta:
+        able = ", ".join(other for other, entry in SAMPLERS.items() if entry.eta)
+        raise UserError(f"eta = {eta}: sampler {name!r} has none; leave it out, or take one of: {able}")

@@ -30,14 +30,26 @@ _PLMS = np.array(
 )
 
 
-def ddim(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
-    """Deterministic DDIM (Song et al. 2021, Eq. 12, eta = 0), as diffusers' `DDIMScheduler`."""
+def ddim(
+    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int, eta: float = 0.0
+) -> Table:
+    """DDIM (Song et al. 2021, Eq. 12), as diffusers' `DDIMScheduler`.
+
+    A step's noise has the standard deviation of Eq. 16,
+
+        sigma = eta sqrt((1 - before) / (1 - at)) sqrt(1 - at / before):
+
+    none for eta = 0, that of the posterior q(x_before | x_at, x_0), and so of `ddpm`, for eta = 1.
+    """
     _refuse_clipping(config)
     timesteps = _timesteps(schedule, config, num_inference_steps)
     # As diffusers: a fixed stride down, which where N does not divide T is not quite the next timestep.
     ends = timesteps - schedule.num_train_timesteps // num_inference_steps
-    x, prediction = _ddim_steps(schedule, timesteps, ends, config.get("set_alpha_to_one", True))
-    return Table(timesteps, *_noising(schedule, timesteps), x, prediction[:, None])
+    at, before = _alphas(schedule, timesteps, ends, config.get("set_alpha_to_one", True))
+    sigma = eta * np.sqrt((1 - before) / (1 - at) * (1 - at / before))
+    x, prediction = _ddim_steps(schedule, at, before, sigma)
+    noise = sigma if eta else None
+    return Table(timesteps, *_noising(schedule, timesteps), x, prediction[:, None], noise)
 
 
 def ddpm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
@@ -82,7 +94,8 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     stride = schedule.num_train_timesteps // num_inference_steps
     begins = timesteps.copy()
     begins[first + 1 : first + 2] += stride
-    x, prediction = _ddim_steps(schedule, begins, begins - stride, config.get("set_alpha_to_one", False))
+    at, before = _alphas(schedule, begins, begins - stride, config.get("set_alpha_to_one", False))
+    x, prediction = _ddim_steps(schedule, at, before)
     calls = np.clip(np.arange(len(timesteps)) - first, 0, len(_PLMS) - 1)
     outputs = prediction[:, None] * _PLMS[calls]
     if first + 1 < len(timesteps):
@@ -112,23 +125,29 @@ def to_epsilon(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, n
     return np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
 
 
-def _ddim_steps(
+def _alphas(
     schedule: Schedule, begins: np.ndarray, ends: np.ndarray, set_alpha_to_one: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """a, b of x_end = a x_begin + b prediction, for timesteps [n]; an end below 0 is x_0 or timestep 0.
+    """abar at timesteps [n] where steps begin and end; an end below 0 is x_0 or timestep 0."""
+    alphas = schedule_alphas(schedule)
+    before = np.where(ends >= 0, alphas[np.maximum(ends, 0)], 1.0 if set_alpha_to_one else alphas[0])
+    return alphas[begins], before
+
+
+def _ddim_steps(
+    schedule: Schedule, at: np.ndarray, before: np.ndarray, sigma: np.ndarray | float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """a, b, each [n], of x_before = a x_at + b prediction + noise of standard deviation sigma.
 
     Noise and image are kept, at other scales (Song et al. 2021, Eq. 12); PNDM's Eq. 9 is the same written
     without a difference of nearly equal terms.
     """
-    alphas = schedule_alphas(schedule)
-    at = alphas[begins]
-    before = np.where(ends >= 0, alphas[np.maximum(ends, 0)], 1.0 if set_alpha_to_one else alphas[0])
     x0_of_x, x0_of_prediction = to_x0(schedule, at)
     epsilon_of_x, epsilon_of_prediction = to_epsilon(schedule, at)
-    signal, sigma = np.sqrt(before), np.sqrt(1 - before)
+    signal, kept = np.sqrt(before), np.sqrt(1 - before - sigma**2)
     return (
-        signal * x0_of_x + sigma * epsilon_of_x,
-        signal * x0_of_prediction + sigma * epsilon_of_prediction,
+        signal * x0_of_x + kept * epsilon_of_x,
+        signal * x0_of_prediction + kept * epsilon_of_prediction,
     )
 
 

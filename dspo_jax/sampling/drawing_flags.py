@@ -18,6 +18,7 @@ def define_drawing_flags() -> None:
     """Defines them; a command calls this once."""
     flags.DEFINE_enum("sampler", "ddim", [*samplers.SAMPLERS], "How noise becomes an image.")
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
+    flags.DEFINE_float("eta", 0.0, "Of ddim: from 0, no noise in its steps, to 1, as much as ddpm adds.")
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); at 1 or less, no guidance.")
     flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
@@ -50,6 +51,7 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
     """
     if (settings.height is None) != (settings.width is None):
         raise UserError("--height and --width: give both or none")
+    samplers.check_eta(settings.sampler, settings.eta)
     if not math.isfinite(settings.guidance_scale):
         raise UserError(f"--guidance_scale={settings.guidance_scale}: must be a finite number")
     negative = settings.negative_prompt
@@ -68,6 +70,7 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
             guidance_interval=_parse_interval(settings.guidance_interval),
             negative_prompt=negative,
             strength=strength,
+            eta=settings.eta,
         ),
         "batch_size": settings.batch_size,
         "size": None if settings.height is None else (settings.height, settings.width),

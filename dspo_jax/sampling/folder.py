@@ -39,7 +39,7 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     ours = json.loads(json.dumps(settings))
     if path.is_file():
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
-        theirs = read_object(path, fix)
+        theirs = {"eta": 0.0, **read_object(path, fix)}  # an older folder knew no other
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
@@ -76,7 +76,7 @@ def save_image(image: np.ndarray, file: Path) -> None:
 
 def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
-    how = {key: getattr(drawing, key) for key in ("sampler", "steps", "guidance_scale", "strength")}
+    how = {key: getattr(drawing, key) for key in ("sampler", "steps", "eta", "guidance_scale", "strength")}
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for job, file in files[label].items():

@@ -43,6 +43,8 @@ class Drawing:
         states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
       strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
         noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
+      eta: of sampler "ddim", from 0, where it is deterministic, to 1, where each step adds as much noise as
+        "ddpm".
     """
 
     sampler: str = "ddim"
@@ -51,6 +53,7 @@ class Drawing:
     guidance_interval: tuple[int, int] = (0, 10**6)
     negative_prompt: str | None = None
     strength: float = 1.0
+    eta: float = 0.0
 
 
 class ImageSampler:
@@ -73,7 +76,12 @@ class ImageSampler:
         """
         self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
         sampler = samplers.make_sampler(
-            drawing.sampler, pipe.schedule, pipe.scheduler_config, drawing.steps, strength=drawing.strength
+            drawing.sampler,
+            pipe.schedule,
+            pipe.scheduler_config,
+            drawing.steps,
+            strength=drawing.strength,
+            eta=drawing.eta,
         )
         negative = pipe.tokenize([drawing.negative_prompt or ""])
         guided = drawing.guidance_scale > 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from tiny_model import write_model
@@ -92,6 +93,22 @@ def test_text_to_image(folder, theirs, sampler, size):
         output_type="latent",
     ).images
     drawing = Drawing(sampler=sampler, steps=5, guidance_scale=3.0)
+    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise), expected)
+
+
+def test_the_noise_of_eta_depends_on_seed_prompt_and_step_only(folder, theirs, monkeypatch):
+    noise, steps = initial_noise(JOBS, (4, 4, 4)), iter(range(1, 6))
+
+    def step_noise(*_, **__):
+        i = next(steps)
+        keys = (jax.random.fold_in(jax.random.key(job.seed), job.prompt_index) for job in JOBS)
+        drawn = [jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]) for key in keys]
+        return to_torch(np.stack(drawn))
+
+    monkeypatch.setitem(SCHEDULERS["ddim"].step.__globals__, "randn_tensor", step_noise)
+    expected = draw_theirs(theirs, folder, noise, guidance_scale=3.0, eta=0.7)
+    assert list(steps) == []
+    drawing = Drawing(steps=5, guidance_scale=3.0, eta=0.7)
     assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise), expected)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspo_jax.errors import UserError
 from dspo_jax.samplers import (
     SAMPLERS,
     TIMESTEP_SPACINGS,
@@ -147,6 +148,37 @@ def test_karras_can_be_asked_for_and_declined() -> None:
         assert not np.allclose(asked.timesteps, declined.timesteps)
     with pytest.raises(ValueError, match=r"karras = True: sampler 'ddim'.*these have: dpmpp_2m, euler"):
         make_sampler("ddim", SCHEDULE, {}, 10, karras=True)
+
+
+def test_ddim_with_eta_of_one_has_the_noise_and_the_mean_of_ddpm() -> None:
+    """Where both end a step at the same timestep: at even spacing, and at x_0."""
+    config = {"set_alpha_to_one": True}
+    ddim, ddpm = (
+        make_sampler("ddim", SCHEDULE, config, 50, eta=1.0),
+        make_sampler("ddpm", SCHEDULE, config, 50),
+    )
+    assert ddim.step_noise is not None
+    assert ddpm.step_noise is not None
+    assert ddim.step_noise[0] > 0.4
+    np.testing.assert_allclose(ddim.step_noise, ddpm.step_noise, rtol=1e-6)
+    np.testing.assert_allclose(ddim.step_x, ddpm.step_x, rtol=1e-5)
+    np.testing.assert_allclose(ddim.step_outputs, ddpm.step_outputs, rtol=1e-5)
+    assert make_sampler("ddim", SCHEDULE, config, 50, eta=0.0).step_noise is None
+
+
+@pytest.mark.parametrize(
+    ("name", "eta", "message"),
+    [
+        ("euler", 0.5, "eta = 0.5: sampler 'euler' has none; leave it out, or take one of: ddim"),
+        ("ddpm", 1.0, "eta = 1.0: sampler 'ddpm' has none"),
+        ("ddim", 1.1, "eta = 1.1: must be between 0 and 1"),
+        ("ddim", -0.1, "eta = -0.1: must be between 0 and 1"),
+        ("ddim", float("nan"), "eta = nan: must be between 0 and 1"),
+    ],
+)
+def test_an_eta_that_a_sampler_does_not_have_is_refused(name: str, eta: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_sampler(name, SCHEDULE, {}, 10, eta=eta)
 
 
 def test_a_scheduler_that_is_not_here_is_refused_by_its_class() -> None:

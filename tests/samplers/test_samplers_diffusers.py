@@ -68,7 +68,11 @@ class Draws:
 @pytest.fixture(autouse=True)
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers' schedulers draw from the `Draws` that they are given as generator."""
-    for scheduler in (diffusers.DDPMScheduler, diffusers.EulerAncestralDiscreteScheduler):
+    for scheduler in (
+        diffusers.DDIMScheduler,
+        diffusers.DDPMScheduler,
+        diffusers.EulerAncestralDiscreteScheduler,
+    ):
         monkeypatch.setitem(
             scheduler.step.__globals__,
             "randn_tensor",
@@ -81,15 +85,15 @@ def make_scheduler(name: str, **settings: Any) -> Any:
     return getattr(diffusers, scheduler)(**{**STABLE_DIFFUSION, **WANTED.get(scheduler, {}), **settings})
 
 
-def their_latents(scheduler: Any, num_inference_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The latents that diffusers ends with, and its timesteps."""
+def their_latents(scheduler: Any, num_inference_steps: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The latents that diffusers ends with, and its timesteps; options are of its `step`."""
     scheduler.set_timesteps(num_inference_steps)
     x = torch.from_numpy(NOISE) * scheduler.init_noise_sigma
     stochastic = "generator" in inspect.signature(scheduler.step).parameters
-    generator = {"generator": Draws()} if stochastic else {}
+    options |= {"generator": Draws()} if stochastic else {}
     for t in scheduler.timesteps:
         prediction = torch_network(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(prediction, t, x, **generator).prev_sample
+        x = scheduler.step(prediction, t, x, **options).prev_sample
     return x.numpy(), scheduler.timesteps.numpy()
 
 
@@ -152,6 +156,26 @@ def test_what_a_config_can_choose_matches_diffusers(
 ) -> None:
     for steps in (1, 10, 25):
         assert_same(name, steps, prediction_type=prediction_type, **settings)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddim_with_eta_matches_diffusers(
+    prediction_type: str, timestep_spacing: str, set_alpha_to_one: bool
+) -> None:
+    scheduler = make_scheduler(
+        "ddim",
+        prediction_type=prediction_type,
+        timestep_spacing=timestep_spacing,
+        set_alpha_to_one=set_alpha_to_one,
+    )
+    config = json.loads(scheduler.to_json_string())
+    schedule = Schedule.from_config(config)
+    for steps, eta in ((1, 0.5), (7, 1.0), (50, 0.3), (50, 1.0)):
+        sampler = make_sampler("ddim", schedule, config, steps, eta=eta)
+        theirs, _ = their_latents(scheduler, steps, eta=eta)
+        assert_close(run(sampler, NOISE), theirs, f"{steps} steps, eta {eta}")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

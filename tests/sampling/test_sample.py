@@ -61,10 +61,13 @@ def test_initial_noise_depends_on_seed_and_prompt_number_only() -> None:
     assert not np.allclose(together[:1], other_seed)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
-def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(tiny_model, monkeypatch, sampler) -> None:
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("euler_ancestral", 0.0)])
+def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(
+    tiny_model, monkeypatch, sampler, eta
+) -> None:
     """Not even where every step draws new noise."""
-    pipe, drawing = load_pipeline(tiny_model), Drawing(sampler=sampler, steps=STEPS, guidance_scale=GUIDANCE)
+    pipe = load_pipeline(tiny_model)
+    drawing = Drawing(sampler=sampler, steps=STEPS, guidance_scale=GUIDANCE, eta=eta)
 
     def draw(batch_size, devices):
         monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:devices])

@@ -104,6 +104,17 @@ def test_images_of_other_settings_are_refused_or_deleted_on_request(draw, tmp_pa
     assert list(images_of(out / "0-base")) == ["00000_5.png", "00001_5.png"]
 
 
+def test_a_folder_from_before_there_was_eta_goes_on_without_it(draw, tmp_path):
+    draw(seeds=(0,))
+    path = tmp_path / "out" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("eta") == 0
+    path.write_text(json.dumps(settings))
+    draw(seeds=(0, 5))
+    with pytest.raises(ValueError, match=r"holds images with eta = 0\.0, here it is 1\.0"):
+        draw(seeds=(0,), drawing=Drawing(steps=2, guidance_scale=2.0, eta=1.0))
+
+
 def test_images_of_a_model_that_was_made_again_are_not_taken_for_its(draw, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "model")
     draw(seeds=(0,), models={"mine": other})
@@ -230,7 +241,7 @@ OPTIONS = {
     **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": None},
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
-    **{"allow_outside": False},
+    **{"allow_outside": False, "eta": 0.0},
 }
 
 
@@ -242,6 +253,8 @@ OPTIONS = {
         ({"seeds": ["1", "1"]}, "--seeds=1,1: must be different numbers from 0 to 4294967295"),
         ({"height": 64}, "--height and --width: give both or none"),
         ({"strength": 0.5}, "--strength=0.5: is of editing an image"),
+        ({"sampler": "euler", "eta": 0.5}, "eta = 0.5: sampler 'euler' has none; .*: ddim"),
+        ({"eta": 1.5}, "eta = 1.5: must be between 0 and 1"),
         ({"negative_prompt": "caf\udce9"}, "--negative_prompt: .* has half a character in it"),
         ({"init_image": "none.png"}, "--init_image=none.png: no such file"),
         ({"guidance_interval": ["9", "3"]}, "--guidance_interval=9,3: the first must not be above"),
