@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.splits = ()
 
     config.source = ConfigDict()
-    # Where the pairs come from: a name registered in dspo_jax/data/sources/. The source's own arguments
+    # Where the pairs come from: a name in dspo_jax/data/sources/registry.py. The source's own arguments
     # stand beside it.
     config.source.name = config_dict.placeholder(str)
     # Largest share of a split's rows that may be unusable (undecodable image, empty caption, ...) before the
@@ -50,4 +50,4 @@ def get_config() -> ConfigDict:
 def set_source(config: ConfigDict, name: str) -> None:
     """Chooses a source and adds its arguments with their defaults, so that the command line can set them."""
     config.source.name = name
-    config.source.update(dataclasses.asdict(get_source(name)))  # type: ignore[call-overload]
+    config.source.update(dataclasses.asdict(get_source(name)))

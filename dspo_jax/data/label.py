@@ -16,7 +16,7 @@ from dspo_jax import cli
 from dspo_jax.feedback.labelling import PAIRS, label
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
-from dspo_jax.rewards import load_reward, reward_names
+from dspo_jax.rewards import REWARDS, load_reward
 from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
 from dspo_jax.sampling.prompts import read_prompts
 
@@ -52,9 +52,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.", required=True
     )
-    flags.DEFINE_string(
-        "reward", None, f"FILE.py:FUNCTION, or one of {', '.join(reward_names())}.", required=True
-    )
+    flags.DEFINE_string("reward", None, f"FILE.py:FUNCTION, or one of {', '.join(REWARDS)}.", required=True)
     flags.DEFINE_string("reward_dir", "rewards", "Folder of the rewards' weights.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.", required=True)
     flags.DEFINE_integer("images", 4, "Images of each prompt.")

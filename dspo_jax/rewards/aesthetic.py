@@ -10,7 +10,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.reward import Reward
 from dspo_jax.rewards.scorer import Scorer
 from dspo_jax.weights.tensors import Tensor
 from dspo_jax.weights.torch_files import open_weights
@@ -20,7 +20,6 @@ HEAD = "head.safetensors"
 _LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 
 
-@register_loader("aesthetic")
 def load(folder: Path, batch_size: int) -> Reward:
     """Five linear maps of the image embedding at length one, 768 -> 1024 -> 128 -> 64 -> 16 -> 1.
 

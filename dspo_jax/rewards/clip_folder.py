@@ -17,7 +17,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import member, shown
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.tokenizers import open_tokenizer
-from dspo_jax.rewards.registry import Reward
+from dspo_jax.rewards.reward import Reward
 from dspo_jax.rewards.scorer import Scorer
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.components import read_model, read_params

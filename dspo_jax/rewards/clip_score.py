@@ -1,6 +1,5 @@
 """CLIP score: how well an image fits its prompt, by a CLIP as it was published."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -8,7 +7,7 @@ import jax
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.reward import Reward
 
 
 def load(folder: Path, batch_size: int, *, name: str) -> Reward:
@@ -28,7 +27,3 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
         return 100 * clip.cosine(params, pixels, tokens)
 
     return clip.make(network, params, clip_pixels, batch_size)
-
-
-for _name in ("clip-h", "clip-l"):
-    register_loader(_name)(functools.partial(load, name=_name))

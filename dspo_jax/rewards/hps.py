@@ -1,12 +1,11 @@
 """HPS v2, the Human Preference Score, in its two published versions, whose scores do not compare."""
 
-import functools
 import html
 from pathlib import Path
 
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import hps_pixels
-from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.reward import Reward
 
 _QUOTES = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
 
@@ -31,7 +30,3 @@ def clean_prompt(prompt: str) -> str:
     prompts of PartiPrompts and of ImageReward's two lists needs that; 15 have the quotes.
     """
     return html.unescape(html.unescape(prompt.translate(_QUOTES)))
-
-
-for _name in ("hpsv2.0", "hpsv2.1"):
-    register_loader(_name)(functools.partial(load, name=_name))

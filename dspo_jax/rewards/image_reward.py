@@ -22,7 +22,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, refuse_existing
 from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
-from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.reward import Reward
 from dspo_jax.rewards.scorer import Scorer
 from dspo_jax.weights import model_dir, tensors
 from dspo_jax.weights.components import read_model, read_params
@@ -47,7 +47,6 @@ _LAYER_NORM_EPS = {"vision_config": 1e-6, "text_config": 1e-12}
 _UNUSED = re.compile(r"blip\.((vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids)")
 
 
-@register_loader(_NAME)
 def load(folder: Path, batch_size: int) -> Reward:
     """The reward of the weights that `write_weights` put into `folder`.
 

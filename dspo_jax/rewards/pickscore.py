@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
 from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.registry import Reward, register_loader
+from dspo_jax.rewards.reward import Reward
 
 
-@register_loader("pickscore")
 def load(folder: Path, batch_size: int) -> Reward:
     """exp(logit_scale) times the cosine of image and prompt.
 

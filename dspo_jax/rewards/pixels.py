@@ -6,10 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from dspo_jax.rewards.registry import register_function
 
-
-@register_function("compressibility", "JPEG quality 95")
 def compressibility(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     """Minus the size in kB (1,000 bytes) of each image as a JPEG of quality 95.
 
@@ -26,7 +23,6 @@ def _jpeg_bytes(image: np.ndarray) -> int:
     return buffer.tell()
 
 
-@register_function("colourfulness", "Hasler & Süsstrunk 2003")
 def colourfulness(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     """How colourful each image looks: about 0 for greys, 109 for what people called extremely colourful.
 

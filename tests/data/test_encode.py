@@ -18,7 +18,7 @@ from PIL import Image
 from configs.encode import common
 from dspo_jax.data import encoding, loader, shards, sources
 from dspo_jax.data.encoding import encode
-from dspo_jax.data.sources import PreferencePair, registry
+from dspo_jax.data.sources import PreferencePair
 from dspo_jax.encode import parse_share
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,8 +118,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch):
     """A recipe for `Greys` at 16 pixels."""
-    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
-    sources.register("greys")(Greys)
+    monkeypatch.setitem(sources.SOURCES, "greys", Greys)
     config = common.get_config()
     common.set_source(config, "greys")
     config.update(model="a model", resolution=16, batch_size=4, rows_per_shard=6, num_workers=0)

@@ -15,7 +15,7 @@ from tiny_clip import SIDE, clip_config, pictures, write_clip, write_json
 from tiny_model import EXCLAMATION_MARK, write_tokenizer
 
 from dspo_jax.models.model import build_model
-from dspo_jax.rewards import aesthetic, load_reward, open_clip, reward_names
+from dspo_jax.rewards import REWARDS, aesthetic, load_reward, open_clip
 from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels
 from dspo_jax.rewards.publish import RECIPES, prepare
 from dspo_jax.rewards.scorer import Scorer
@@ -177,7 +177,7 @@ def test_a_folder_of_another_reward(tmp_path):
         load_reward("clip-h", tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights in"):
         load_reward("hpsv2.1", tmp_path)
-    assert set(RECIPES) <= set(reward_names())
+    assert set(RECIPES) <= set(REWARDS)
 
 
 def test_networks_multiply_in_float32_on_every_device():

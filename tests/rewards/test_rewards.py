@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dspo_jax.rewards import load_reward, reward_names
-from dspo_jax.rewards.registry import Reward
+from dspo_jax.rewards import REWARDS, Reward, load_reward
 from dspo_jax.rewards.scores import score_files
 
 OWN = """
@@ -99,7 +98,7 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "own.py").write_text("")
     with pytest.raises(ValueError, match=r"own\.py: defines no function 'score'"):
         load_reward(f"{tmp_path}/own.py:score")
-    assert {"compressibility", "colourfulness"} <= set(reward_names())
+    assert {"compressibility", "colourfulness"} <= set(REWARDS)
 
 
 def test_transparency_goes_to_rewards_that_read_it_and_is_white_for_others(tmp_path):

@@ -16,7 +16,7 @@ from configs.encode import common as encode_common
 from dspo_jax.conversion.export_model import export
 from dspo_jax.data import sources
 from dspo_jax.data.encoding import encode
-from dspo_jax.data.sources import PreferencePair, registry
+from dspo_jax.data.sources import PreferencePair
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
@@ -117,8 +117,7 @@ def test_other_families_go_from_pictures_to_the_same_image_in_diffusers(
 ) -> None:
     """Encode, train with the text encoders, export, sample."""
     model = write_model(tmp_path / "model", family=family)
-    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
-    sources.register("greys")(Greys)
+    monkeypatch.setitem(sources.SOURCES, "greys", Greys)
     config = encode_common.get_config()
     encode_common.set_source(config, "greys")
     config.update(model=str(model), resolution=16, batch_size=4)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import draw
 
 
@@ -71,7 +70,6 @@ def _digest(pairs: Iterable[PreferencePair]) -> str:
     return hashlib.sha256(json.dumps([(pair.key, pair.caption) for pair in pairs]).encode()).hexdigest()
 
 
-@register("emoji_images")
 @dataclasses.dataclass(frozen=True)
 class EmojiImages:
     """Emoji as captioned single images: what the embedded base model is trained on.
@@ -155,7 +153,6 @@ def load_sentiment() -> dict[str, Sentiment]:
     return sentiment
 
 
-@register("emoji_pairs")
 @dataclasses.dataclass(frozen=True)
 class EmojiPairs:
     """Pairs of emoji of one category; the winner is the one that people use in more positive tweets.

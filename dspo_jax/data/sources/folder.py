@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
@@ -24,7 +23,6 @@ _NAMES = ("pairs.jsonl", "pairs.csv")
 _TEXT = ("caption", "winner", "loser", "split")
 
 
-@register("folder")
 @dataclasses.dataclass(frozen=True)
 class Folder(Selection):
     """A folder with `pairs.jsonl` or `pairs.csv`: one pair a line, images named relative to that file.

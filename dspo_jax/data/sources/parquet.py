@@ -10,14 +10,12 @@ import pyarrow.compute as pc
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet_columns import Column
 from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
 
 _KINDS = {"caption": "text", "winner": "image", "loser": "image", "preference": "number", "key": "name"}
 
 
-@register("parquet")
 @dataclasses.dataclass(frozen=True)
 class Parquet(Selection):
     """Parquet files: one, a folder of them, or the id of a dataset repository on the hub.

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet_columns import Column
 from dspo_jax.data.sources.parquet_files import files_of, find_files, image_paths, read_index, read_rows
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
 
@@ -30,7 +29,6 @@ _COLUMNS = {
 }
 
 
-@register("pick_a_pic")
 @dataclasses.dataclass(frozen=True)
 class PickAPic(Selection):
     """Pick-a-Pic v1 or v2: a folder of its parquet files, or the id of a repository on the hub that has them.

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
@@ -156,7 +155,6 @@ def _read(source: Ranked) -> list[RankedList]:
     return lists
 
 
-@register("hpd_v2")
 @dataclasses.dataclass(frozen=True)
 class HpdV2(Ranked):
     """Human Preference Dataset v2: `train.json` or `test.json` and the images beside it.
@@ -181,7 +179,6 @@ class HpdV2(Ranked):
         return Path(self.path).with_suffix("")
 
 
-@register("image_reward")
 @dataclasses.dataclass(frozen=True)
 class ImageReward(Ranked):
     """ImageReward's annotations: a JSON list of {`id`, `prompt`, `generations`, `ranking`}.

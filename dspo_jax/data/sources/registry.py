@@ -1,19 +1,27 @@
 """What a source of preference pairs is, and the sources by name."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from dspo_jax import spelling
+from dspo_jax.data.sources.emoji import EmojiImages, EmojiPairs
+from dspo_jax.data.sources.folder import Folder
 from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.parquet import Parquet
+from dspo_jax.data.sources.pick_a_pic import PickAPic
+from dspo_jax.data.sources.ranked import HpdV2, ImageReward
+from dspo_jax.data.sources.tfds import Tfds
 from dspo_jax.errors import UserError
 
 
 class Source(Protocol):
-    """What every registered source provides, besides being a frozen dataclass of its arguments.
+    """A frozen dataclass of the arguments that a config may set, which yields pairs.
 
-    Whatever these raise about a file (FileNotFoundError, ValueError) is one line that names it and the fix.
+    What a source raises about a file (OSError, UserError) is one line that names the file and the fix.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def splits(self) -> Sequence[str]:
@@ -42,29 +50,27 @@ class Source(Protocol):
         ...
 
 
-T = TypeVar("T")
-_SOURCES: dict[str, Any] = {}
-
-
-def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: makes a source (a dataclass) available to `get_source` under `name`."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        _SOURCES[name] = cls
-        return cls
-
-    return decorate
+SOURCES: dict[str, type[Source]] = {
+    "emoji_images": EmojiImages,
+    "emoji_pairs": EmojiPairs,
+    "folder": Folder,
+    "hpd_v2": HpdV2,
+    "image_reward": ImageReward,
+    "parquet": Parquet,
+    "pick_a_pic": PickAPic,
+    "tfds": Tfds,
+}
 
 
 def get_source(name: str, **arguments: Any) -> Source:
-    """Builds the source registered under `name`.
+    """Builds the source called `name`.
 
     Raises:
       ValueError: unknown name or argument; the message gives the nearest valid one.
     """
-    if name not in _SOURCES:
-        raise UserError(spelling.unknown("config.source.name", name, _SOURCES))
-    cls = _SOURCES[name]
+    if name not in SOURCES:
+        raise UserError(spelling.unknown("config.source.name", name, SOURCES))
+    cls = SOURCES[name]
     fields = [field.name for field in dataclasses.fields(cls)]
     for argument in arguments:
         if argument not in fields:

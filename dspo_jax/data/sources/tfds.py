@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from dspo_jax.data.sources.pairs import PreferencePair
-from dspo_jax.data.sources.registry import register
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
 from dspo_jax.errors import UserError
 
 
-@register("tfds")
 @dataclasses.dataclass(frozen=True)
 class Tfds(Selection):
     """A prepared dataset of TensorFlow Datasets, in array_record files.

@@ -1,0 +1,50 @@
+"""What a reward is."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dspo_jax.errors import UserError
+
+Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
+"""(images [H, W, 3] uint8, which may differ in size, the prompt of each) -> scores [N]; higher is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A reward model that is ready to score.
+
+    Attributes:
+      name: what tables call it.
+      version: which weights or code these are, as tables print it.
+      function: scores images.
+      reads_alpha: whether `function` takes a picture with transparency as [H, W, 4] and treats it as the
+        reward's released code does; otherwise it gets all of them over white.
+    """
+
+    name: str
+    version: str
+    function: Score
+    reads_alpha: bool = False
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Scores [N] float32 of N images [H, W, 3] uint8 under their prompts; or [H, W, 4] if `reads_alpha`.
+
+        Raises:
+          ValueError: the function gave another number of scores, or one that is not finite.
+        """
+        scores = np.asarray(self.function(images, prompts))
+        if scores.shape != (len(images),):
+            raise UserError(
+                f"reward {self.name}: gave scores of shape {list(scores.shape)} for {len(images)} images; "
+                f"it must give [{len(images)}]"
+            )
+        scores = scores.astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if len(bad):
+            raise UserError(
+                f"reward {self.name}: gave {scores[bad[0]]} for an image of {prompts[bad[0]]!r}; "
+                "every score must be finite"
+            )
+        return scores
