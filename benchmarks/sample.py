@@ -20,28 +20,25 @@ from dspo_jax import cli
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.drawing import draw_batches
-from dspo_jax.sampling.image_sampler import Drawing, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, initial_noise
+from dspo_jax.sampling.rendering import Drawing, Rendering
 
 PROMPT = "smiling face with sunglasses"
 
 
-def ours(
-    model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
-) -> tuple:
+def ours(model: str, requests: Sequence[ImageRequest], rendering: Rendering) -> tuple:
     """Images [N, H, W, 3], and the seconds that each batch took."""
     pipe = load_pipeline(model)
     seconds, images = [], []
     started = time.perf_counter()
-    for batch in draw_batches(pipe, jobs, drawing, batch_size=batch_size, size=size, compute_dtype="float32"):
+    for batch in draw_batches(pipe, requests, rendering):
         images += [image for _, image in batch]
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
     return np.stack(images), seconds
 
 
-def theirs(
-    model: str, jobs: Sequence[Job], drawing: Drawing, batch_size: int, size: tuple[int, int, int]
-) -> tuple:
+def theirs(model: str, requests: Sequence[ImageRequest], rendering: Rendering) -> tuple:
     """The same by diffusers, on a device of the same kind."""
     device = measuring.torch_device(jax.default_backend())
     pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -50,18 +47,19 @@ def theirs(
     pipe.to(device)
     pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(model, subfolder="scheduler")
     pipe.set_progress_bar_config(disable=True)
-    noise = np.array(initial_noise(jobs, size)).transpose(0, 3, 1, 2)
+    shape, batch_size = rendering.latent_shape(load_pipeline(model)), rendering.batch_size
+    noise = np.array(initial_noise(requests, shape)).transpose(0, 3, 1, 2)
     seconds, images = [], []
-    for start in range(0, len(jobs), batch_size):
+    for start in range(0, len(requests), batch_size):
         started = time.perf_counter()
-        part = jobs[start : start + batch_size]
+        part = requests[start : start + batch_size]
         drawn = pipe(
-            [job.prompt for job in part],
+            [request.prompt for request in part],
             latents=torch.tensor(noise[start : start + batch_size], device=device),
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            height=size[0] * pipe.vae_scale_factor,
-            width=size[1] * pipe.vae_scale_factor,
+            num_inference_steps=rendering.drawing.steps,
+            guidance_scale=rendering.drawing.guidance_scale,
+            height=shape[0] * pipe.vae_scale_factor,
+            width=shape[1] * pipe.vae_scale_factor,
             output_type="np",
         ).images
         images += list((drawn * 255).round().astype(np.uint8))
@@ -75,17 +73,16 @@ def main(argv: Sequence[str]) -> None:
     use_cpu_cores()
     values = flags.FLAGS
     model, batch_size = values.model, values.batch_size
-    pipe = load_pipeline(model)
-    size = (*pipe.latent_size, pipe.latent_channels)
     drawing = Drawing(steps=values.steps, guidance_scale=4.0)
-    jobs = [Job(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
+    rendering = Rendering(drawing, batch_size=batch_size, compute_dtype="float32")
+    requests = [ImageRequest(PROMPT, i, 0) for i in range(batch_size * (values.batches + 1))]
     print(
         f"{model}: batches of {batch_size}, {values.steps} steps of DDIM, "
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
     results = {}
     for name, draw in (("dspo_jax", ours), ("diffusers, torch", theirs)):
-        images, seconds = draw(model, jobs, drawing, batch_size, size)
+        images, seconds = draw(model, requests, rendering)
         speed = batch_size * len(seconds[1:]) / sum(seconds[1:])
         results[name] = images, speed
         print(f"{name:<18}{speed:8.2f} images/s; the first batch {seconds[0]:.1f} s", flush=True)

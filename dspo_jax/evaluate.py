@@ -19,14 +19,15 @@ from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.evaluation.prompt_sets import SETS, PromptSet, read_prompt_set
 from dspo_jax.evaluation.report import print_report
-from dspo_jax.evaluation.run import PROMPT_IMAGES, Source, check_settings, evaluate
+from dspo_jax.evaluation.run import PROMPT_IMAGES, Comparison, ModelOrImages, check_out, evaluate
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.sampling.rendering import Rendering
 
 
-def read_options(settings: Any) -> dict[str, Any]:
-    """The arguments of `evaluate` that the command's flags stand for.
+def read_options(settings: Any) -> tuple[Comparison, Rendering]:
+    """What the command's flags compare, and how models draw.
 
     Raises:
       ValueError: a flag that is refused.
@@ -34,7 +35,7 @@ def read_options(settings: Any) -> dict[str, Any]:
     """
     if bool(settings.base) == bool(settings.base_images):
         raise UserError("--base or --base_images: give one of them")
-    models: dict[str, Source] = {}
+    models: dict[str, ModelOrImages] = {}
     for flag, texts in (("model", settings.model), ("images", settings.images)):
         for text in texts:
             label, path = _parse_named(text)
@@ -42,21 +43,17 @@ def read_options(settings: Any) -> dict[str, Any]:
                 raise UserError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
             models[label] = path if flag == "model" else ImageFolder(Path(path), settings.allow_outside)
     out = Path(settings.out)
-    check_settings(models, out, settings.seeds, settings.base_seeds or settings.seeds)
-    outside = settings.allow_outside
-    prompts = read_prompt_set(settings.prompts, out / PROMPT_IMAGES, allow_outside=outside)
-    options = read_drawing_flags(settings, prompts.prompts)
-    return {
-        "base": settings.base or ImageFolder(Path(settings.base_images), outside),
-        "models": models,
-        "out": out,
-        "rewards": settings.rewards,
-        "reward_dir": settings.reward_dir,
-        "seeds": settings.seeds,
-        "base_seeds": settings.base_seeds,
-        **options,
-        "prompts": PromptSet(prompts.name, tuple(options["prompts"])),
-    }
+    check_out(out)  # before the pictures of a set of edits are unpacked into it
+    found = read_prompt_set(settings.prompts, out / PROMPT_IMAGES, allow_outside=settings.allow_outside)
+    prompts, rendering = read_drawing_flags(settings, found.prompts)
+    comparison = Comparison(
+        base=settings.base or ImageFolder(Path(settings.base_images), settings.allow_outside),
+        models=models,
+        prompts=PromptSet(found.name, tuple(prompts)),
+        seeds=settings.seeds,
+        base_seeds=settings.base_seeds,
+    )
+    return comparison, rendering
 
 
 def _parse_named(text: str) -> tuple[str, str]:
@@ -72,12 +69,21 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_cpu_cores()
     processes.initialize_from_flags()
-    with processes.claim(Path(flags.FLAGS.out)):
-        options = read_options(flags.FLAGS)
-        evaluation = evaluate(**options)
+    settings = flags.FLAGS
+    out = Path(settings.out)
+    with processes.claim(out):
+        comparison, rendering = read_options(settings)
+        evaluation = evaluate(
+            comparison,
+            out,
+            rendering,
+            rewards=settings.rewards,
+            reward_dir=settings.reward_dir,
+            overwrite=settings.overwrite,
+        )
     if processes.is_first():
         print_report(evaluation, Console())
-        print(options["out"] / "index.html")
+        print(out / "index.html")
 
 
 if __name__ == "__main__":

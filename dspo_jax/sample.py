@@ -6,10 +6,11 @@ Every model starts from the same noise, which depends on the seed and the number
 that was left unfinished is gone on with.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -20,7 +21,8 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.sampling.prompts import Prompt, read_prompts
+from dspo_jax.sampling.rendering import Rendering
 
 # What NumPy raises of a damaged header, beside what files raise.
 _NPY_ERRORS = (
@@ -53,21 +55,28 @@ def _map_latents(path: str) -> np.ndarray:
     return latents
 
 
-def read_options(settings: Any) -> dict[str, Any]:
-    """The arguments of `sample` that the command's options stand for.
+class Options(NamedTuple):
+    """What the command's options stand for."""
+
+    prompts: Sequence[Prompt]
+    rendering: Rendering
+    seeds: Sequence[int]
+    init_latents: np.ndarray | None
+
+
+def read_options(settings: Any) -> Options:
+    """Reads prompts and noise, and checks the options.
 
     Raises:
       ValueError: an option that is refused.
       FileNotFoundError: a file that is missing.
     """
-    return {
-        "models": {path: path for path in settings.model},
-        "out": Path(settings.out),
-        "seeds": _parse_seeds(settings.seeds),
-        "init_latents": _map_latents(settings.init_latents) if settings.init_latents else None,
-        "preview_vae": settings.preview_vae,
-        **read_drawing_flags(settings, read_prompts(settings.prompts, allow_outside=settings.allow_outside)),
-    }
+    seeds = _parse_seeds(settings.seeds)
+    latents = _map_latents(settings.init_latents) if settings.init_latents else None
+    found = read_prompts(settings.prompts, allow_outside=settings.allow_outside)
+    prompts, rendering = read_drawing_flags(settings, found)
+    rendering = dataclasses.replace(rendering, preview_vae=settings.preview_vae)
+    return Options(prompts, rendering, seeds, latents)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,8 +84,19 @@ def main(argv: Sequence[str]) -> None:
     del argv
     use_cpu_cores()
     processes.initialize_from_flags()
-    with processes.claim(Path(flags.FLAGS.out)):
-        sheet = sample(**read_options(flags.FLAGS))
+    settings = flags.FLAGS
+    out = Path(settings.out)
+    with processes.claim(out):
+        options = read_options(settings)
+        sheet = sample(
+            {path: path for path in settings.model},
+            options.prompts,
+            out,
+            options.rendering,
+            seeds=options.seeds,
+            init_latents=options.init_latents,
+            overwrite=settings.overwrite,
+        )
     if sheet is not None:
         print(sheet)
 

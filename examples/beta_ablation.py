@@ -23,7 +23,7 @@ from dspo_jax import cli
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.evaluation.result import BASE, Evaluation
-from dspo_jax.evaluation.run import check_rewards, evaluate
+from dspo_jax.evaluation.run import Comparison, check_rewards, evaluate
 from dspo_jax.files import whole
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
@@ -80,8 +80,8 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
       betas: of the runs.
       out: folder for everything.
     """
-    prompts = read_prompt_set(values.prompts, out / "prompt_images")
-    options = read_drawing_flags(values, prompts.prompts)
+    found = read_prompt_set(values.prompts, out / "prompt_images")
+    prompts, rendering = read_drawing_flags(values, found.prompts)
     check_rewards(values.rewards, values.reward_dir)  # not after hours of training
     models: dict[str, str | Path] = {}
     for beta in betas:
@@ -92,13 +92,12 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
             print("stopped; the same command goes on from there")
             return
     evaluation = evaluate(
-        values.config.model,
-        models,
-        out=out / "evaluation",
+        Comparison(values.config.model, models, PromptSet(found.name, tuple(prompts)), values.seeds),
+        out / "evaluation",
+        rendering,
         rewards=values.rewards,
         reward_dir=values.reward_dir,
-        seeds=values.seeds,
-        **{**options, "prompts": PromptSet(prompts.name, tuple(options["prompts"]))},
+        overwrite=values.overwrite,
     )
     if processes.is_first():
         write_medians(evaluation, betas, out)

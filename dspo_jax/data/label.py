@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from dspo_jax import cli
-from dspo_jax.feedback.labelling import PAIRS, label
+from dspo_jax.feedback.labelling import PAIRS, Pairing, label
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.rewards import REWARDS, load_reward
@@ -29,16 +29,11 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     out = Path(values.out)
     with processes.claim(out):
-        reward = load_reward(values.reward, values.reward_dir, batch_size=values.batch_size)
-        done = label(
-            values.model,
-            reward=reward,
-            out=out,
-            images_per_prompt=values.images,
-            pairs=values.pairs,
-            temperature=values.temperature,
-            **read_drawing_flags(values, read_prompts(values.prompts, allow_outside=values.allow_outside)),
-        )
+        pairing = Pairing(values.images, values.pairs, values.temperature)
+        found = read_prompts(values.prompts, allow_outside=values.allow_outside)
+        prompts, rendering = read_drawing_flags(values, found)
+        reward = load_reward(values.reward, values.reward_dir, batch_size=rendering.batch_size)
+        done = label(values.model, prompts, reward, out, rendering, pairing, overwrite=values.overwrite)
     if processes.is_first():
         print(
             f"{out / 'pairs.jsonl'}: {done['pairs']} pairs of {done['images']} images by {reward.name} "

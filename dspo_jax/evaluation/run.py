@@ -18,32 +18,65 @@ from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.scores import score_files
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.folder import SETTINGS, place_images
-from dspo_jax.sampling.image_sampler import Drawing, Job
+from dspo_jax.sampling.image_sampler import ImageRequest
+from dspo_jax.sampling.rendering import Rendering
 
 # What is kept in the output folder: images drawn, their scores, the pictures that edits start from.
 _IMAGES, _SCORES, PROMPT_IMAGES = "images", "scores", "prompt_images"
 
 
-Source = str | Path | ImageFolder
+ModelOrImages = str | Path | ImageFolder
 """A model that draws, or a folder of images that were drawn."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Models, their base, and the images that they are judged by.
+
+    Attributes:
+      base: what the models are compared with.
+      models: label -> model.
+      prompts: those with an image are edited.
+      seeds: images of each prompt, with seeds from 0.
+      base_seeds: images of the base, for rejection sampling; None is as many as of the models.
+    """
+
+    base: ModelOrImages
+    models: Mapping[str, ModelOrImages]
+    prompts: PromptSet
+    seeds: int = 5
+    base_seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses labels and numbers of seeds that no evaluation can have.
+
+        Raises:
+          ValueError: by the flag of the command.
+        """
+        if self.seeds < 1:
+            raise UserError(f"--seeds={self.seeds}: must be at least 1")
+        if self.base_seeds is not None and self.base_seeds < self.seeds:
+            raise UserError(f"--base_seeds={self.base_seeds}: must be at least --seeds={self.seeds}")
+        if not self.models:
+            raise UserError("nothing to compare with the base; give --model or --images")
+        for label in self.models:
+            if label == BASE:
+                raise UserError(f"--model: {label!r} is what the base is called; name it: --model=NAME=DIR")
+            if not label or label.startswith(".") or set(label) & set("/\\"):
+                raise UserError(f"--model: {label!r} cannot be a folder's name; name it: --model=NAME=DIR")
+
+    def count_seeds(self, label: str) -> int:
+        """Images of each prompt by the base or a model."""
+        return self.base_seeds if label == BASE and self.base_seeds is not None else self.seeds
+
+
 def evaluate(
-    base: Source,
-    models: Mapping[str, Source],
-    prompts: PromptSet,
+    comparison: Comparison,
     out: Path,
+    rendering: Rendering,
     *,
     rewards: Sequence[str],
-    drawing: Drawing,
-    seeds: int = 5,
-    base_seeds: int | None = None,
     reward_dir: str | Path = "rewards",
-    batch_size: int = 16,
-    size: tuple[int, int] | None = None,
-    compute_dtype: str | None = None,
-    image_format: str = "png",
-    vae_tile: int = 0,
     overwrite: bool = False,
 ) -> Evaluation:
     """Draws and scores what is missing, compares, and writes the tables, the figures and index.html.
@@ -51,86 +84,62 @@ def evaluate(
     Several processes draw and score together; all return the same, the first writes.
 
     Args:
-      base: what the models are compared with.
-      models: label -> model.
-      prompts: those with an image are edited.
+      comparison: what is compared.
       out: for images, scores and reports.
+      rendering: how models draw; images in a folder are taken as they are.
       rewards: names as `load_reward` takes them.
-      drawing: how models draw; images in a folder are taken as they are.
-      seeds: images of each prompt, with seeds from 0.
-      base_seeds: images of the base, for rejection sampling; None is as many as of the models.
       reward_dir: folder with the weights of the rewards.
-      batch_size, size, compute_dtype, image_format, vae_tile, overwrite: as `sample` has them.
+      overwrite: whether images of other settings that are in `out` may be deleted.
 
     Raises:
-      ValueError: what the user can mend: labels, rewards, images, `out`. Before anything is drawn, where it
-        can be known by then.
+      ValueError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
+        known by then.
       OSError: a model, an image or the weights of a reward are missing.
     """
-    draws = seeds if base_seeds is None else base_seeds
-    check_settings(models, out, seeds, draws)
-    sources = {BASE: base, **models}
-    counts = {label: draws if label == BASE else seeds for label in sources}
+    check_out(out)
+    prompts = comparison.prompts
+    origins = {BASE: comparison.base, **comparison.models}
     images = {
-        label: find_images(source, prompts.prompts, counts[label])
-        for label, source in sources.items()
-        if isinstance(source, ImageFolder)
+        label: find_images(origin, prompts.prompts, comparison.count_seeds(label))
+        for label, origin in origins.items()
+        if isinstance(origin, ImageFolder)
     }
     # Each reward is loaded again when it scores: until then the memory is the models'.
     versions = check_rewards(rewards, reward_dir)
     steps = {
-        label: load_pipeline(source).step
-        for label, source in sources.items()
-        if not isinstance(source, ImageFolder)
+        label: load_pipeline(origin).step
+        for label, origin in origins.items()
+        if not isinstance(origin, ImageFolder)
     }
     for label, step in steps.items():
-        source, folder = str(sources[label]), out / _IMAGES / label
-        jobs = [Job(p.text, i, seed) for i, p in enumerate(prompts.prompts) for seed in range(counts[label])]
-        sample(
-            {label: source},
-            prompts.prompts,
-            folder,
-            seeds=range(counts[label]),
-            drawing=drawing,
-            batch_size=batch_size,
-            size=size,
-            compute_dtype=compute_dtype,
-            image_format=image_format,
-            vae_tile=vae_tile,
-            overwrite=overwrite,
+        model, folder, seeds = (
+            str(origins[label]),
+            out / _IMAGES / label,
+            range(comparison.count_seeds(label)),
         )
-        files = place_images(folder, [label], jobs, image_format)[label]
-        by_prompt = np.array([files[job] for job in jobs]).reshape(len(prompts.prompts), -1).tolist()
-        images[label] = Images(source, {**dataclasses.asdict(drawing), "size": size, "step": step}, by_prompt)
-    images = {label: images[label] for label in sources}
+        sample({label: model}, prompts.prompts, folder, rendering, seeds=seeds, overwrite=overwrite)
+        requests = [ImageRequest(p.text, i, seed) for i, p in enumerate(prompts.prompts) for seed in seeds]
+        files = place_images(folder, [label], requests, rendering.image_format)[label]
+        by_prompt = np.array([files[each] for each in requests]).reshape(len(prompts.prompts), -1).tolist()
+        how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": step}
+        images[label] = Images(model, how, by_prompt)
+    images = {label: images[label] for label in origins}
     scores: dict[str, dict[str, np.ndarray]] = {label: {} for label in images}
     for name, called in zip(rewards, versions, strict=True):
         for label, of_model in _score(name, reward_dir, images, prompts, out / _SCORES).items():
             scores[label][called] = of_model
-    evaluation = assess(prompts, images, versions, scores, seeds)
+    evaluation = assess(prompts, images, versions, scores, comparison.seeds)
     if processes.is_first():
         write_report(evaluation, out)
     return evaluation
 
 
-def check_settings(models: Mapping[str, Source], out: Path, seeds: int, draws: int) -> None:
-    """Refuses names, numbers of seeds and an output folder that no evaluation can have."""
-    if seeds < 1:
-        raise UserError(f"--seeds={seeds}: must be at least 1")
-    if draws < seeds:
-        raise UserError(f"--base_seeds={draws}: must be at least --seeds={seeds}")
-    if not models:
-        raise UserError("nothing to compare with the base; give --model or --images")
-    for label in models:
-        if label == BASE:
-            raise UserError(f"--model: {label!r} is what the base is called; name it: --model=NAME=DIR")
-        if not label or label.startswith(".") or set(label) & set("/\\"):
-            raise UserError(f"--model: {label!r} cannot be a folder's name; name it: --model=NAME=DIR")
-    _check_out(out)
+def check_out(out: Path) -> None:
+    """Refuses a folder with other things in it than an evaluation.
 
-
-def _check_out(out: Path) -> None:
-    """Refuses a folder with other things in it than an evaluation."""
+    Raises:
+      ValueError: it is not empty, and no evaluation wrote it.
+    """
     marks = (f"{_IMAGES}/*/{SETTINGS}", f"{_SCORES}/*.jsonl", f"{PROMPT_IMAGES}/*")
     ours = any(any(out.glob(mark)) for mark in marks)
     if not (ours or is_empty(out)):

@@ -1,14 +1,16 @@
 """Preference pairs from a model's own images, ordered by a reward."""
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.files import write_text
 from dspo_jax.parallel import processes
@@ -16,8 +18,9 @@ from dspo_jax.rewards import Reward
 from dspo_jax.rewards.scores import score_files
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.folder import SETTINGS, place_images
-from dspo_jax.sampling.image_sampler import Drawing, Job
+from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Rendering
 
 PAIRS = ("best_worst", "all")
 
@@ -61,19 +64,42 @@ def choose_pairs(
     return chosen
 
 
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """Which images of a prompt are drawn and compared, and which of two wins.
+
+    Attributes:
+      images_per_prompt: their seeds begin at 1000; those of evaluations at 0.
+      pairs, temperature: see `choose_pairs`.
+    """
+
+    images_per_prompt: int = 4
+    pairs: str = "best_worst"
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses what gives no pair.
+
+        Raises:
+          ValueError: by the flag of the command.
+        """
+        if self.images_per_prompt < 2:
+            raise UserError(f"--images={self.images_per_prompt}: a pair needs at least 2 images of a prompt")
+        if self.pairs not in PAIRS:
+            raise UserError(spelling.unknown("--pairs", self.pairs, PAIRS))
+        if self.temperature < 0:
+            raise UserError(f"--temperature={self.temperature:g}: must not be negative")
+
+
 def label(
     model: str | Path,
     prompts: Sequence[Prompt],
     reward: Reward,
     out: Path,
+    rendering: Rendering,
+    pairing: Pairing,
     *,
-    images_per_prompt: int = 4,
-    pairs: str = "best_worst",
-    temperature: float = 0.0,
-    drawing: Drawing,
-    batch_size: int,
-    image_format: str = "png",
-    **how: Any,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Draws, scores and orders images; writes out/pairs.jsonl, which the source `folder` reads.
 
@@ -82,9 +108,9 @@ def label(
       prompts: what of.
       reward: what orders them.
       out: gets images/, scores/ and pairs.jsonl.
-      images_per_prompt: their seeds begin at 1000; those of evaluations at 0.
-      pairs, temperature: see `choose_pairs`.
-      drawing, batch_size, image_format, how: see `drawing.sample`.
+      rendering: how the images are drawn.
+      pairing: which images are compared.
+      overwrite: whether images of other settings that are in `out` may be deleted.
 
     Returns:
       What was done: images; pairs; ties, comparisons that were left out because the scores are equal; winners
@@ -93,35 +119,23 @@ def label(
     Raises:
       ValueError: a setting that is refused, or no two images of a prompt with different scores.
     """
-    if images_per_prompt < 2:
-        raise UserError(f"--images={images_per_prompt}: a pair needs at least 2 images of a prompt")
-    if temperature < 0:
-        raise UserError(f"--temperature={temperature:g}: must not be negative")
     name, images, path = str(model), out / "images", out / "pairs.jsonl"
     if path.exists() and not (images / SETTINGS).is_file():
         raise UserError(f"--out={out}: has a pairs.jsonl of others in it; choose another folder")
-    seeds = range(_FIRST_SEED, _FIRST_SEED + images_per_prompt)
-    sample(
-        {name: model},
-        prompts,
-        images,
-        seeds=seeds,
-        drawing=drawing,
-        batch_size=batch_size,
-        image_format=image_format,
-        **how,
-    )
-    jobs = [Job(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    placed = place_images(images, [name], jobs, image_format)[name]
-    files = [placed[job] for job in jobs]
-    scores = score_files(files, [job.prompt for job in jobs], [reward], out / "scores")[reward.name]
-    scores = scores.reshape(len(prompts), images_per_prompt)
-    choices = choose_pairs(scores, pairs, temperature)
+    count = pairing.images_per_prompt
+    seeds = range(_FIRST_SEED, _FIRST_SEED + count)
+    sample({name: model}, prompts, images, rendering, seeds=seeds, overwrite=overwrite)
+    requests = [ImageRequest(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+    placed = place_images(images, [name], requests, rendering.image_format)[name]
+    files = [placed[request] for request in requests]
+    texts = [request.prompt for request in requests]
+    scores = score_files(files, texts, [reward], out / "scores")[reward.name].reshape(len(prompts), count)
+    choices = choose_pairs(scores, pairing.pairs, pairing.temperature)
     if not choices:
         raise UserError(f"reward {reward.name}: gave all images of a prompt the same score; no pair is left")
     rows = []
     for prompt, *both in choices:
-        winner, loser = (files[prompt * images_per_prompt + image] for image in both)
+        winner, loser = (files[prompt * count + image] for image in both)
         rows.append(
             {
                 "caption": prompts[prompt].text,
@@ -133,7 +147,7 @@ def label(
         )
     if processes.is_first():
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    compared = len(prompts) * (1 if pairs == "best_worst" else math.comb(images_per_prompt, 2))
+    compared = len(prompts) * (1 if pairing.pairs == "best_worst" else math.comb(count, 2))
     won, lost = (np.mean([row[reward.name][i] for row in rows]) for i in (0, 1))
     return {
         "images": len(files),

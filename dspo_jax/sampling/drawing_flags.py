@@ -1,6 +1,5 @@
 """The flags that say how images are drawn, which several commands have."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from absl import flags
 
 from dspo_jax import samplers
 from dspo_jax.errors import UserError
-from dspo_jax.sampling.folder import FORMATS
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt, check_text
+from dspo_jax.sampling.rendering import DTYPES, FORMATS, Drawing, Rendering
 
 
 def define_drawing_flags() -> None:
@@ -34,16 +32,15 @@ def define_drawing_flags() -> None:
     flags.DEFINE_enum(
         "compute_dtype",
         None,
-        ["float32", "bfloat16"],
+        DTYPES,
         "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
     )
     flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
     flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")
 
 
-def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The arguments of `sample` that these flags stand for, the prompts with the image to start from among
-    them.
+def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> tuple[list[Prompt], Rendering]:
+    """Reads the prompts, now with the image to start from, and how they are rendered.
 
     Raises:
       ValueError: a flag that is refused.
@@ -51,9 +48,6 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
     """
     if (settings.height is None) != (settings.width is None):
         raise UserError("--height and --width: give both or none")
-    samplers.check_eta(settings.sampler, settings.eta)
-    if not math.isfinite(settings.guidance_scale):
-        raise UserError(f"--guidance_scale={settings.guidance_scale}: must be a finite number")
     negative = settings.negative_prompt
     if negative is not None:
         check_text(negative, "--negative_prompt")
@@ -61,24 +55,25 @@ def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> dict[str, An
     if strength is None:
         edited = settings.init_image or any(prompt.image for prompt in prompts)
         strength = 0.75 if edited else 1.0
-    return {
-        "prompts": _with_images(prompts, settings.init_image, strength),
-        "drawing": Drawing(
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_interval=_parse_interval(settings.guidance_interval),
-            negative_prompt=negative,
-            strength=strength,
-            eta=settings.eta,
-        ),
-        "batch_size": settings.batch_size,
-        "size": None if settings.height is None else (settings.height, settings.width),
-        "compute_dtype": settings.compute_dtype,
-        "image_format": settings.format,
-        "vae_tile": settings.vae_tile,
-        "overwrite": settings.overwrite,
-    }
+    prompts = _with_images(prompts, settings.init_image, strength)
+    drawing = Drawing(
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_interval=_parse_interval(settings.guidance_interval),
+        negative_prompt=negative,
+        strength=strength,
+        eta=settings.eta,
+    )
+    rendering = Rendering(
+        drawing=drawing,
+        size=None if settings.height is None else (settings.height, settings.width),
+        batch_size=settings.batch_size,
+        compute_dtype=settings.compute_dtype,
+        image_format=settings.format,
+        vae_tile=settings.vae_tile,
+    )
+    return prompts, rendering
 
 
 def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: float) -> list[Prompt]:
@@ -104,6 +99,4 @@ def _parse_interval(texts: Sequence[str]) -> tuple[int, int]:
         raise UserError(
             f"--guidance_interval={','.join(texts)}: must be two timesteps, as 200,900"
         ) from error
-    if first > last:
-        raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
     return first, last

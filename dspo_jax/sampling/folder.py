@@ -16,17 +16,17 @@ from dspo_jax.files import whole, write_json
 from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.json_files import read_object
 from dspo_jax.locks import is_empty
-from dspo_jax.sampling.image_sampler import Drawing, Job
+from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing
 
-FORMATS = ("png", "webp")
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"
 # On a contact sheet.
 _ROWS, _SHEETS, _SIDE = 20, 10, 256
 
-Files = Mapping[str, Mapping[Job, Path]]
-"""By heading of a model and by job, the file of the image."""
+Files = Mapping[str, Mapping[ImageRequest, Path]]
+"""By heading of a model and by request, the file of the image."""
 
 
 def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -57,12 +57,16 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     write_json(path, ours)
 
 
-def place_images(out: Path, labels: Sequence[str], jobs: Sequence[Job], image_format: str) -> Files:
-    """Where the image of each job goes: a folder for each model, files named by prompt and seed."""
+def place_images(
+    out: Path, labels: Sequence[str], requests: Sequence[ImageRequest], image_format: str
+) -> Files:
+    """Where each requested image goes: a folder for each model, files named by prompt and seed."""
     return {
         label: {
-            job: out / f"{i}-{Path(label).name}" / f"{job.prompt_index:05d}_{job.seed}.{image_format}"
-            for job in jobs
+            request: out
+            / f"{i}-{Path(label).name}"
+            / f"{request.prompt_index:05d}_{request.seed}.{image_format}"
+            for request in requests
         }
         for i, label in enumerate(labels)
     }
@@ -79,12 +83,12 @@ def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, dr
     how = {key: getattr(drawing, key) for key in ("sampler", "steps", "eta", "guidance_scale", "strength")}
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
-            for job, file in files[label].items():
+            for request, file in files[label].items():
                 record = {
                     "model": str(path),
-                    "prompt": job.prompt,
-                    "prompt_index": job.prompt_index,
-                    "seed": job.seed,
+                    "prompt": request.prompt,
+                    "prompt_index": request.prompt_index,
+                    "seed": request.seed,
                     "file": str(file.relative_to(out)),
                     **how,
                 }
@@ -108,7 +112,14 @@ def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], fil
         for i in range(page * _ROWS, min((page + 1) * _ROWS, len(prompts))):
             text = prompts[i].text
             rows.append(
-                (text, [_thumbnail(of_model[Job(text, i, s)]) for of_model in files.values() for s in seeds])
+                (
+                    text,
+                    [
+                        _thumbnail(of_model[ImageRequest(text, i, s)])
+                        for of_model in files.values()
+                        for s in seeds
+                    ],
+                )
             )
         side = max(rows[0][1][0].shape[:2])
         sheet = contact_sheet(rows, [(label, len(seeds)) for label in files], scale=max(1, 128 // side))

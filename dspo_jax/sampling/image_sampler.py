@@ -17,43 +17,22 @@ from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.rendering import Drawing
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One image to draw."""
+class ImageRequest:
+    """One image to draw.
+
+    Attributes:
+      prompt: the text.
+      prompt_index: number of the prompt, from 0, which with the seed decides the noise.
+      seed: from 0 to 2**32 - 1.
+    """
 
     prompt: str
     prompt_index: int
     seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How images are drawn.
-
-    Attributes:
-      sampler: one of `samplers.SAMPLERS`.
-      steps: of the sampler, each one pass of the UNet over the batch, or with guidance over twice the batch.
-      guidance_scale: s in uncond + s (cond - uncond). At 1 or less there is no guidance, and the prompt alone
-        is run, as in diffusers' pipelines.
-      guidance_interval: smallest and largest timestep that is guided (Kynkäänniemi et al. 2024,
-        arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
-      negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
-        states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
-      strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
-        noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
-      eta: of sampler "ddim", from 0, where it is deterministic, to 1, where each step adds as much noise as
-        "ddpm".
-    """
-
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance_scale: float = 7.5
-    guidance_interval: tuple[int, int] = (0, 10**6)
-    negative_prompt: str | None = None
-    strength: float = 1.0
-    eta: float = 0.0
 
 
 class ImageSampler:
@@ -138,7 +117,7 @@ class ImageSampler:
 
     def sample_latents(
         self,
-        jobs: Sequence[Job],
+        requests: Sequence[ImageRequest],
         noise: jax.Array | np.ndarray,
         image_latents: np.ndarray | None = None,
         params: Params | None = None,
@@ -146,16 +125,16 @@ class ImageSampler:
         """Final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
 
         Args:
-          jobs: B of them; with a mesh a multiple of the ways it splits a batch.
+          requests: B of them; with a mesh a multiple of the ways it splits a batch.
           noise: standard normal [B, h, w, C], with a mesh the same in every process.
           image_latents: [B, h, w, C] of the images to start from, in UNet units; None starts from noise.
           params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
         """
         inputs: tuple[Any, ...] = (
-            self._pipe.tokenize([job.prompt for job in jobs]),
+            self._pipe.tokenize([request.prompt for request in requests]),
             noise,
-            np.asarray([job.seed for job in jobs], np.uint32),
-            np.asarray([job.prompt_index for job in jobs], np.uint32),
+            np.asarray([request.seed for request in requests], np.uint32),
+            np.asarray([request.prompt_index for request in requests], np.uint32),
             image_latents,
         )
         if self._mesh is not None:
@@ -166,43 +145,43 @@ class ImageSampler:
             )
         return self._draw(self._stored_params if params is None else params, *inputs)
 
-    def sample(self, jobs: Sequence[Job], noise: jax.Array) -> np.ndarray:
+    def sample(self, requests: Sequence[ImageRequest], noise: jax.Array) -> np.ndarray:
         """Images [B, H, W, 3] uint8, drawn with the model's own weights.
 
         Raises:
           ValueError: the latents are not finite.
         """
-        latents = self.sample_latents(jobs, noise)
+        latents = self.sample_latents(requests, noise)
         finite = np.asarray(jnp.isfinite(latents).all((1, 2, 3)))
-        refuse_non_finite(self._pipe.path, jobs, finite)
+        refuse_non_finite(self._pipe.path, requests, finite)
         return self._pipe.decode_pixels(latents)
 
 
-def refuse_non_finite(model: str | Path, jobs: Sequence[Job], finite: np.ndarray) -> None:
+def refuse_non_finite(model: str | Path, requests: Sequence[ImageRequest], finite: np.ndarray) -> None:
     """Refuses pictures of NaN or infinite numbers, which would be saved as black ones.
 
     Args:
       model: what the error calls the model.
-      jobs: N of them.
+      requests: N of them.
       finite: [N] bool, whether all latents and pixels of a picture are.
 
     Raises:
-      ValueError: by the model and the first such job.
+      ValueError: by the model and the first such request.
     """
     if not finite.all():
-        job = jobs[int(finite.argmin())]
+        request = requests[int(finite.argmin())]
         raise UserError(
-            f"{model}: the picture of {job.prompt!r} with seed {job.seed} is not finite (NaN or infinite "
-            "numbers): the weights are damaged, or of a training run that diverged; take an earlier "
+            f"{model}: the picture of {request.prompt!r} with seed {request.seed} is not finite (NaN or "
+            "infinite numbers): the weights are damaged, or of a training run that diverged; take an earlier "
             "checkpoint, or fetch the model again"
         )
 
 
-def initial_noise(jobs: Sequence[Job], size: tuple[int, int, int]) -> jax.Array:
-    """Standard normal noise [B, h, w, C] that depends on a job's seed and prompt number only."""
+def initial_noise(requests: Sequence[ImageRequest], size: tuple[int, int, int]) -> jax.Array:
+    """Standard normal noise [B, h, w, C] that depends on a request's seed and prompt number only."""
     return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, None))(
-        jnp.asarray([job.seed for job in jobs], jnp.uint32),
-        jnp.asarray([job.prompt_index for job in jobs], jnp.uint32),
+        jnp.asarray([request.seed for request in requests], jnp.uint32),
+        jnp.asarray([request.prompt_index for request in requests], jnp.uint32),
     )
 
 

@@ -18,7 +18,8 @@ from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.samplers.spacing import check_steps
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.rendering import Drawing
 
 # In one call; few, as most of the memory belongs to the training.
 _IMAGES_PER_DEVICE = 4
@@ -96,13 +97,13 @@ class SampleGrids:
         check_settings(seeds, guidance_scale, num_inference_steps, pipe.schedule.num_train_timesteps)
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
         self._prompts, self._seeds = prompts, seeds
-        jobs = [Job(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+        requests = [ImageRequest(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(jobs) // ways))
-        self._count = len(jobs)
-        jobs += [jobs[-1]] * (-len(jobs) % self._batch_size)
-        self._jobs = jobs
-        self._noise = np.asarray(initial_noise(jobs, (*pipe.latent_size, pipe.latent_channels)))
+        self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(requests) // ways))
+        self._count = len(requests)
+        requests += [requests[-1]] * (-len(requests) % self._batch_size)
+        self._requests = requests
+        self._noise = np.asarray(initial_noise(requests, (*pipe.latent_size, pipe.latent_channels)))
         drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._base = self._draw(params, "the base")
@@ -129,10 +130,10 @@ class SampleGrids:
         """
         latents = np.concatenate(
             [
-                self._sampler.sample_latents(self._jobs[part], self._noise[part], params=params)
+                self._sampler.sample_latents(self._requests[part], self._noise[part], params=params)
                 for part in (
                     slice(start, start + self._batch_size)
-                    for start in range(0, len(self._jobs), self._batch_size)
+                    for start in range(0, len(self._requests), self._batch_size)
                 )
             ]
         )[: self._count]
@@ -146,7 +147,7 @@ class SampleGrids:
                 name,
                 len(black),
                 self._count,
-                self._jobs[black[0]].prompt,
+                self._requests[black[0]].prompt,
             )
         # One at a time: a decoder takes more memory for an image than the UNet for its latents.
         return [self._pipe.decode_pixels(jnp.asarray(image[None]))[0] for image in latents]

@@ -22,17 +22,17 @@ from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources.emoji import EmojiImages
 from dspo_jax.evaluation.prompt_sets import read_prompt_set
 from dspo_jax.evaluation.report import print_report
-from dspo_jax.evaluation.run import evaluate
-from dspo_jax.feedback.labelling import label
+from dspo_jax.evaluation.run import Comparison, evaluate
+from dspo_jax.feedback.labelling import Pairing, label
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.rewards import load_reward
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.loop import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
-DRAWING = Drawing(steps=20, guidance_scale=4.0)
+RENDERING = Rendering(Drawing(steps=20, guidance_scale=4.0))
 
 
 def choose_prompts(held_out: Sequence[Prompt]) -> list[Prompt]:
@@ -57,8 +57,8 @@ def run_loop(out: Path, console: Console) -> None:
         choose_prompts(held_out.prompts),
         load_reward("compressibility"),
         out / "drawn",
-        drawing=DRAWING,
-        batch_size=16,
+        RENDERING,
+        Pairing(images_per_prompt=4, pairs="best_worst"),
     )
     config = folder.get_config()
     config.model, config.source.path = str(MODEL), str(out / "drawn")
@@ -75,13 +75,10 @@ def run_loop(out: Path, console: Console) -> None:
         return
     announce("evaluate: other noise, and other prompts but for the categories")
     evaluation = evaluate(
-        MODEL,
-        {"Diffusion-DPO": out / "run"},
-        held_out,
+        Comparison(MODEL, {"Diffusion-DPO": out / "run"}, held_out, seeds=2),
         out / "evaluation",
+        RENDERING,
         rewards=["compressibility", "colourfulness"],
-        drawing=DRAWING,
-        seeds=2,
     )
     print_report(evaluation, console)
     announce(f"done; the pairs of pictures: {out / 'evaluation' / 'index.html'}")

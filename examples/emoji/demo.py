@@ -22,17 +22,17 @@ from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources.emoji import EmojiPairs
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.report import print_report
-from dspo_jax.evaluation.run import evaluate
+from dspo_jax.evaluation.run import Comparison, evaluate
 from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing import sample
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.loop import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
-DRAWING = Drawing(steps=20, guidance_scale=4.0)
+RENDERING = Rendering(Drawing(steps=20, guidance_scale=4.0))
 # Categories are what the pairs compare; the names show what the model still draws.
 PROMPTS = (
     "smileys & emotion",
@@ -79,27 +79,18 @@ def run_demo(out: Path, console: Console) -> None:
 
     announce("evaluate: categories, from the same noise by both models")
     categories = sorted({pair.caption for pair in EmojiPairs().pairs("train")})
+    prompts = PromptSet("categories of emoji", tuple(Prompt(text) for text in categories * 24))
     evaluation = evaluate(
-        MODEL,
-        {"aligned": out / "run"},
-        PromptSet("categories of emoji", tuple(Prompt(text) for text in categories * 24)),
+        Comparison(MODEL, {"aligned": out / "run"}, prompts, seeds=1),
         out / "evaluation",
+        RENDERING,
         rewards=[f"{HERE / 'sentiment.py'}:sentiment", "compressibility", "colourfulness"],
-        drawing=DRAWING,
-        seeds=1,
     )
     rows.append(("win rates over the base", "the table above, figures, pairs", "evaluation/index.html"))
 
     announce("sample: the same prompts and seeds from both models")
     models = {"base": MODEL, "aligned": out / "run"}
-    sample(
-        models,
-        [Prompt(text) for text in PROMPTS],
-        out / "samples",
-        seeds=range(4),
-        drawing=DRAWING,
-        batch_size=16,
-    )
+    sample(models, [Prompt(text) for text in PROMPTS], out / "samples", RENDERING, seeds=range(4))
     rows.append(
         (
             "pictures, base beside aligned",

@@ -15,17 +15,17 @@ from processes import finish, log_of, start
 from dspo_jax.evaluate import read_options
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
 from dspo_jax.evaluation.prompt_sets import PromptSet
-from dspo_jax.evaluation.run import evaluate
+from dspo_jax.evaluation.run import Comparison, evaluate
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.drawing import draw_batches
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 
 PROMPTS = PromptSet(
     "three",
     (Prompt("a < b & c", category="x"), Prompt("two", category="y"), Prompt("three", category="y")),
 )
-DRAWING = Drawing(steps=1, guidance_scale=1.0)
+RENDERING = Rendering(Drawing(steps=1, guidance_scale=1.0), batch_size=8)
 
 OWN = """
 import numpy as np
@@ -64,9 +64,9 @@ def folders(tmp_path):
     return base, write_images(tmp_path / "m", [[80, 80], [20, 30], [60, 50]])
 
 
-def call(base, models, out, rewards, **changes):
-    arguments = {"seeds": 2, "drawing": DRAWING, "batch_size": 8, "rewards": rewards, **changes}
-    return evaluate(base, models, PROMPTS, out, **arguments)
+def call(base, models, out, rewards, seeds=2, base_seeds=None, rendering=RENDERING):
+    comparison = Comparison(base, models, PROMPTS, seeds, base_seeds)
+    return evaluate(comparison, out, rendering, rewards=rewards)
 
 
 def test_images_made_elsewhere(folders, own, tmp_path):
@@ -190,9 +190,9 @@ def test_models_are_drawn_once_and_their_images_given_again(shallow_model, own, 
     out, drawn = tmp_path / "out", []
     plain = draw_batches
 
-    def watched(pipe, jobs, *args, **kwargs):
-        drawn.append(len(jobs))
-        return plain(pipe, jobs, *args, **kwargs)
+    def watched(pipe, requests, *args, **kwargs):
+        drawn.append(len(requests))
+        return plain(pipe, requests, *args, **kwargs)
 
     monkeypatch.setattr(drawing, "draw_batches", watched)
     models = {"first": str(shallow_model)}
@@ -205,7 +205,7 @@ def test_models_are_drawn_once_and_their_images_given_again(shallow_model, own, 
     assert (tmp_path / "log").read_text().split() == ["12", "9"]
 
     with pytest.raises(ValueError, match="base: holds images with steps = 1, here it is 2"):
-        call(str(shallow_model), models, out, ["compressibility"], drawing=Drawing(steps=2))
+        call(str(shallow_model), models, out, ["compressibility"], rendering=Rendering(Drawing(steps=2)))
     with pytest.raises(ValueError, match=r"first: holds images with models"):
         call(str(shallow_model), {"first": f"{shallow_model}/"}, out, ["compressibility"])
 
@@ -242,23 +242,26 @@ def read(**changes):
 
 def test_flags_become_arguments(tmp_path):
     (tmp_path / "x=y").mkdir()
-    options = read(model=["runs/a", f"named={tmp_path}", str(tmp_path / "x=y")], images=["other=somewhere"])
-    assert options["models"] == {
+    model = ["runs/a", f"named={tmp_path}", str(tmp_path / "x=y")]
+    comparison, rendering = read(model=model, images=["other=somewhere"], height=24, width=40, format="webp")
+    assert comparison.models == {
         **{"a": "runs/a", "named": str(tmp_path), "x=y": str(tmp_path / "x=y")},
         "other": ImageFolder(Path("somewhere")),
     }
-    assert (options["base"], options["seeds"], options["base_seeds"]) == ("b", 5, None)
-    assert options["prompts"] == PromptSet("a text", (Prompt("a"),))
-    assert list(read(model=["."])["models"]) == [Path.cwd().name]
-    assert read(base=None, base_images="x")["base"] == ImageFolder(Path("x"))
+    assert (comparison.base, comparison.seeds, comparison.base_seeds) == ("b", 5, None)
+    assert comparison.prompts == PromptSet("a text", (Prompt("a"),))
+    drawing = Drawing(guidance_interval=(0, 1000))
+    assert rendering == Rendering(drawing, size=(24, 40), batch_size=16, image_format="webp")
+    assert list(read(model=["."])[0].models) == [Path.cwd().name]
+    assert read(base=None, base_images="x")[0].base == ImageFolder(Path("x"))
 
 
 def test_edits_start_from_their_pictures(tmp_path):
     (tmp_path / "a.png").write_bytes(image_bytes())
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "a.png"}')
-    options = read(prompts=str(tmp_path / "p.jsonl"))
-    assert options["drawing"].strength == 0.75
-    assert options["prompts"].prompts == (Prompt("a", tmp_path / "a.png"),)
+    comparison, rendering = read(prompts=str(tmp_path / "p.jsonl"))
+    assert rendering.drawing.strength == 0.75
+    assert comparison.prompts.prompts == (Prompt("a", tmp_path / "a.png"),)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from PIL import Image
 
 from dspo_jax.data.sources import get_source
 from dspo_jax.feedback import labelling
-from dspo_jax.feedback.labelling import choose_pairs, label
+from dspo_jax.feedback.labelling import Pairing, choose_pairs, label
 from dspo_jax.rewards import Reward
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 
 PROMPTS = [Prompt("a red heart"), Prompt("a blue bird")]
 
@@ -26,9 +26,11 @@ REWARD = Reward("redness", "1", redness)
 
 @pytest.fixture
 def drawn(shallow_model, tmp_path):
-    def run(**changes):
-        how = {"drawing": Drawing(steps=1, guidance_scale=1.0), "batch_size": 8, "images_per_prompt": 3}
-        return label(shallow_model, PROMPTS, out=tmp_path / "out", **{"reward": REWARD, **how, **changes})
+    rendering = Rendering(Drawing(steps=1, guidance_scale=1.0), batch_size=8)
+
+    def run(reward=REWARD, **changes):
+        pairing = Pairing(**{"images_per_prompt": 3, **changes})
+        return label(shallow_model, PROMPTS, reward, tmp_path / "out", rendering, pairing)
 
     return run
 
@@ -83,6 +85,7 @@ def test_pairs_of_others_are_not_overwritten(drawn, tmp_path):
     [
         ({"images_per_prompt": 1}, "--images=1: a pair needs at least 2"),
         ({"temperature": -1.0}, "--temperature=-1: must not be negative"),
+        ({"pairs": "best"}, "--pairs = 'best': unknown; did you mean 'best_worst'"),
         (
             {"reward": Reward("same", "1", lambda images, prompts: np.ones(len(images)))},
             "reward same: gave all images of a prompt the same score",

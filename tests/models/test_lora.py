@@ -17,7 +17,8 @@ from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.loop import train
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.weights.layout import flatten, unflatten
@@ -167,9 +168,9 @@ def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallo
 
 
 def draw_ours(path):
-    jobs = [Job("a red heart", 0, 7)]
+    requests = [ImageRequest("a red heart", 0, 7)]
     sampler = ImageSampler(load_pipeline(path), Drawing(steps=3, guidance_scale=7.5))
-    return sampler.sample(jobs, initial_noise(jobs, (4, 4, 4)))
+    return sampler.sample(requests, initial_noise(requests, (4, 4, 4)))
 
 
 def draw_theirs(path, adapters=None):
@@ -179,7 +180,7 @@ def draw_theirs(path, adapters=None):
     pipe.set_progress_bar_config(disable=True)
     if adapters:
         pipe.load_lora_weights(adapters.parent, weight_name=adapters.name)
-    latents = np.asarray(initial_noise([Job("a red heart", 0, 7)], (4, 4, 4)))
+    latents = np.asarray(initial_noise([ImageRequest("a red heart", 0, 7)], (4, 4, 4)))
     return pipe(
         "a red heart",
         latents=torch.tensor(latents.transpose(0, 3, 1, 2).copy()),

@@ -9,12 +9,13 @@ import pytest
 from tiny_model import write_model
 
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.rendering import Drawing
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-JOBS = [Job("a red heart", 0, 3), Job("b", 1, 3)]
+REQUESTS = [ImageRequest("a red heart", 0, 3), ImageRequest("b", 1, 3)]
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
@@ -56,11 +57,11 @@ def to_torch(array):
     return torch.tensor(np.asarray(array).transpose(0, 3, 1, 2).copy())
 
 
-def draw_theirs(theirs, folder, noise, jobs=JOBS, **arguments):
+def draw_theirs(theirs, folder, noise, requests=REQUESTS, **arguments):
     """Latents [B, C, h, w] of diffusers' pipeline with DDIM of five steps."""
     theirs.scheduler = SCHEDULERS["ddim"].from_pretrained(folder, subfolder="scheduler")
     return theirs(
-        [job.prompt for job in jobs],
+        [request.prompt for request in requests],
         latents=to_torch(noise),
         num_inference_steps=5,
         height=16,
@@ -79,12 +80,12 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 def test_text_to_image(folder, theirs, sampler, size):
     height, width = size
-    noise = initial_noise(JOBS, (height // 4, width // 4, 4))
+    noise = initial_noise(REQUESTS, (height // 4, width // 4, 4))
     # The folder's file is of another class, where ours takes this for granted.
     changes = {"skip_prk_steps": True} if sampler == "pndm" else {}
     theirs.scheduler = SCHEDULERS[sampler].from_pretrained(folder, subfolder="scheduler", **changes)
     expected = theirs(
-        [job.prompt for job in JOBS],
+        [request.prompt for request in REQUESTS],
         latents=to_torch(noise),  # it applies the scheduler's first scale
         num_inference_steps=5,
         guidance_scale=3.0,
@@ -93,15 +94,17 @@ def test_text_to_image(folder, theirs, sampler, size):
         output_type="latent",
     ).images
     drawing = Drawing(sampler=sampler, steps=5, guidance_scale=3.0)
-    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise), expected)
+    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(REQUESTS, noise), expected)
 
 
 def test_the_noise_of_eta_depends_on_seed_prompt_and_step_only(folder, theirs, monkeypatch):
-    noise, steps = initial_noise(JOBS, (4, 4, 4)), iter(range(1, 6))
+    noise, steps = initial_noise(REQUESTS, (4, 4, 4)), iter(range(1, 6))
 
     def step_noise(*_, **__):
         i = next(steps)
-        keys = (jax.random.fold_in(jax.random.key(job.seed), job.prompt_index) for job in JOBS)
+        keys = (
+            jax.random.fold_in(jax.random.key(request.seed), request.prompt_index) for request in REQUESTS
+        )
         drawn = [jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]) for key in keys]
         return to_torch(np.stack(drawn))
 
@@ -109,18 +112,18 @@ def test_the_noise_of_eta_depends_on_seed_prompt_and_step_only(folder, theirs, m
     expected = draw_theirs(theirs, folder, noise, guidance_scale=3.0, eta=0.7)
     assert list(steps) == []
     drawing = Drawing(steps=5, guidance_scale=3.0, eta=0.7)
-    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise), expected)
+    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(REQUESTS, noise), expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 1.5])
 def test_guidance_scales_of_one_and_less(folder, theirs, guidance_scale):
     """diffusers guides above 1 only; at 0 it draws with the prompt, as SD-Turbo's card asks for."""
-    noise = initial_noise(JOBS, (4, 4, 4))
+    noise = initial_noise(REQUESTS, (4, 4, 4))
     expected = draw_theirs(theirs, folder, noise, guidance_scale=guidance_scale)
     drawing = Drawing(steps=5, guidance_scale=guidance_scale)
-    ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise)
+    ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(REQUESTS, noise)
     assert_close(ours, expected)
-    others = [dataclasses.replace(job, prompt="c") for job in JOBS]
+    others = [dataclasses.replace(request, prompt="c") for request in REQUESTS]
     unlike = draw_theirs(theirs, folder, noise, others, guidance_scale=guidance_scale)
     assert (unlike - expected).abs().max() > 1e-3
 
@@ -131,12 +134,12 @@ def test_image_to_image(folder, theirs, sampler, strength, monkeypatch):
     edit = diffusers.AutoPipelineForImage2Image.from_pipe(theirs)
     edit.scheduler = SCHEDULERS[sampler].from_pretrained(folder, subfolder="scheduler")
     edit.set_progress_bar_config(disable=True)
-    noise = initial_noise(JOBS, (4, 4, 4))
+    noise = initial_noise(REQUESTS, (4, 4, 4))
     image = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
     module = type(edit).__module__
     monkeypatch.setattr(f"{module}.randn_tensor", lambda *args, **kwargs: to_torch(noise))
     expected = edit(
-        [job.prompt for job in JOBS],
+        [request.prompt for request in REQUESTS],
         image=to_torch(image),  # four channels are taken for latents
         strength=strength,
         num_inference_steps=8,
@@ -144,7 +147,7 @@ def test_image_to_image(folder, theirs, sampler, strength, monkeypatch):
         output_type="latent",
     ).images
     drawing = Drawing(sampler=sampler, steps=8, guidance_scale=3.0, strength=strength)
-    ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(JOBS, noise, image)
+    ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(REQUESTS, noise, image)
     assert_close(ours, expected)
 
 
@@ -154,9 +157,11 @@ def test_image_to_image(folder, theirs, sampler, strength, monkeypatch):
 def test_empty_prompts_of_sdxl(sdxl, negative_prompt, guidance_scale):
     """diffusers encodes an empty prompt; zeros stand for a negative prompt that is not given."""
     folder, theirs = sdxl
-    jobs = [Job("", 0, 3), Job("a red heart", 1, 3)]
-    noise = initial_noise(jobs, (4, 4, 4))
-    given = None if negative_prompt is None else [negative_prompt] * len(jobs)
-    expected = draw_theirs(theirs, folder, noise, jobs, guidance_scale=guidance_scale, negative_prompt=given)
+    requests = [ImageRequest("", 0, 3), ImageRequest("a red heart", 1, 3)]
+    noise = initial_noise(requests, (4, 4, 4))
+    given = None if negative_prompt is None else [negative_prompt] * len(requests)
+    expected = draw_theirs(
+        theirs, folder, noise, requests, guidance_scale=guidance_scale, negative_prompt=given
+    )
     drawing = Drawing(steps=5, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
-    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(jobs, noise), expected)
+    assert_close(ImageSampler(load_pipeline(folder), drawing).sample_latents(requests, noise), expected)

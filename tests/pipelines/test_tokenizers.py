@@ -24,13 +24,13 @@ from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
 from dspo_jax.data import datasets, records, shards
 from dspo_jax.evaluation.prompt_sets import PromptSet
-from dspo_jax.evaluation.run import evaluate
+from dspo_jax.evaluation.run import Comparison, evaluate
 from dspo_jax.models.model import build_model
 from dspo_jax.pipelines import tokenizers
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.rewards import clip_folder
-from dspo_jax.sampling.image_sampler import Drawing
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.weights.components import write_params
 
 CAPTIONS = [
@@ -404,13 +404,15 @@ def test_an_exported_model_comes_back_from_diffusers(kind, tmp_path):
     shards.check_manifest({"model": ours.fingerprint()}, theirs.fingerprint())
     if kind == "sd15":  # the drawing of SDXL takes longer to compile
         found = evaluate(
-            exported,
-            {"saved": saved, "imported": imported},
-            PromptSet("one", (Prompt("a red heart"),)),
+            Comparison(
+                exported,
+                {"saved": saved, "imported": imported},
+                PromptSet("one", (Prompt("a red heart"),)),
+                seeds=1,
+            ),
             tmp_path / "out",
+            Rendering(Drawing(steps=1, guidance_scale=2.0)),
             rewards=["compressibility"],
-            drawing=Drawing(steps=1, guidance_scale=2.0),
-            seeds=1,
         )
         for name in ("saved", "imported"):
             assert found.scores[name]["compressibility"] == found.scores["base"]["compressibility"]

@@ -19,7 +19,8 @@ from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.drawing import draw_batches
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.loop import train
 
 STEPS = 3
@@ -45,19 +46,19 @@ def _train(model: Path, pairs: Path, workdir: Path) -> Path:
     return workdir
 
 
-def _jobs(count: int) -> list[Job]:
-    return [Job(prompt, i, 7) for i, prompt in enumerate(PROMPTS[:count])]
+def _requests(count: int) -> list[ImageRequest]:
+    return [ImageRequest(prompt, i, 7) for i, prompt in enumerate(PROMPTS[:count])]
 
 
 DRAWING = Drawing(steps=STEPS, guidance_scale=GUIDANCE)
 
 
 def test_initial_noise_depends_on_seed_and_prompt_number_only() -> None:
-    together = initial_noise(_jobs(3), (4, 6, 4))
-    alone = initial_noise(_jobs(3)[2:], (4, 6, 4))
+    together = initial_noise(_requests(3), (4, 6, 4))
+    alone = initial_noise(_requests(3)[2:], (4, 6, 4))
     np.testing.assert_array_equal(together[2:], alone)
     assert not np.allclose(together[0], together[1])
-    other_seed = initial_noise([Job("a", 0, 8)], (4, 6, 4))
+    other_seed = initial_noise([ImageRequest("a", 0, 8)], (4, 6, 4))
     assert not np.allclose(together[:1], other_seed)
 
 
@@ -71,9 +72,7 @@ def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(
 
     def draw(batch_size, devices):
         monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:devices])
-        batches = draw_batches(
-            pipe, _jobs(3), drawing, batch_size=batch_size, size=(4, 4, 4), compute_dtype="float32"
-        )
+        batches = draw_batches(pipe, _requests(3), Rendering(drawing, batch_size=batch_size))
         return np.stack([image for batch in batches for _, image in batch]).astype(int)
 
     whole = draw(3, 1)
@@ -86,8 +85,8 @@ def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, expo
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     assert export(run, exported) == 2
-    latents = initial_noise(_jobs(1), (4, 4, 4))
-    ours = ImageSampler(load_pipeline(run), DRAWING).sample(_jobs(1), latents)
+    latents = initial_noise(_requests(1), (4, 4, 4))
+    ours = ImageSampler(load_pipeline(run), DRAWING).sample(_requests(1), latents)
     theirs_pipe = diffusers.DiffusionPipeline.from_pretrained(exported, local_files_only=True)
     theirs_pipe.set_progress_bar_config(disable=True)
     theirs = theirs_pipe(
@@ -100,7 +99,7 @@ def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, expo
         output_type="np",
     ).images
     assert np.abs(ours / 255.0 - theirs).mean() <= 1 / 255
-    before = ImageSampler(load_pipeline(base), DRAWING).sample(_jobs(1), latents)
+    before = ImageSampler(load_pipeline(base), DRAWING).sample(_requests(1), latents)
     assert np.abs(before.astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 

@@ -16,8 +16,9 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sample import read_options
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.drawing import draw_batches, sample
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job, initial_noise
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.weights.components import write_params
 
 PROMPTS = [Prompt("a red heart"), Prompt("b")]
@@ -33,10 +34,17 @@ def model(shallow_model):
 def draw(model, tmp_path):
     """Calls the command's function on the model, twice over: the folder's name is a heading."""
 
-    def call(prompts=PROMPTS, models=None, seeds=(0, 5), drawing=DRAWING, **changes):
+    def call(prompts=PROMPTS, models=None, seeds=(0, 5), init_latents=None, overwrite=False, **rendering):
         models = {"base": model, "again": model} if models is None else models
-        arguments = {"batch_size": 4, **changes}
-        return sample(models, prompts, tmp_path / "out", seeds=seeds, drawing=drawing, **arguments)
+        return sample(
+            models,
+            prompts,
+            tmp_path / "out",
+            Rendering(**{"drawing": DRAWING, "batch_size": 4, **rendering}),
+            seeds=seeds,
+            init_latents=init_latents,
+            overwrite=overwrite,
+        )
 
     return call
 
@@ -45,12 +53,29 @@ def images_of(folder):
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
 
 
-def test_images_manifest_and_contact_sheet(draw, tmp_path):
+def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
     sheet = draw()
     out = tmp_path / "out"
     records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [(r["prompt"], r["seed"]) for r in records] == [(p.text, s) for p in PROMPTS for s in (0, 5)] * 2
     assert {r["sampler"] for r in records} == {"ddim"}
+    settings = json.loads((out / "settings.json").read_text())
+    # An output folder that an earlier version began goes on: neither a key nor a value may change.
+    assert {key: value for key, value in settings.items() if not key.endswith("_sha256")} == {
+        **{"models": [{"path": str(model), "step": None}] * 2, "sampler": "ddim", "steps": 2},
+        **{"guidance_scale": 2.0, "guidance_interval": [0, 10**6], "negative_prompt": None, "strength": 1.0},
+        **{
+            "eta": 0.0,
+            "size": None,
+            "compute_dtype": "float32",
+            "format": "png",
+            "vae_tile": 0,
+            "preview_vae": None,
+        },
+    }
+    assert [key for key in settings if key.endswith("_sha256")] == [
+        *("weights_sha256", "prompts_sha256", "init_latents_sha256"),
+    ]
     for record in records:
         with Image.open(out / record["file"]) as image:
             assert image.size == (16, 16)
@@ -74,9 +99,9 @@ def test_what_is_there_is_not_drawn_again(draw, tmp_path, monkeypatch):
     drawn = []
     plain = draw_batches
 
-    def watched(pipe, jobs, *args, **kwargs):
-        drawn.append(len(jobs))
-        return plain(pipe, jobs, *args, **kwargs)
+    def watched(pipe, requests, *args, **kwargs):
+        drawn.append(len(requests))
+        return plain(pipe, requests, *args, **kwargs)
 
     monkeypatch.setattr(drawing, "draw_batches", watched)
     draw(batch_size=1)
@@ -148,8 +173,8 @@ def test_any_size_format_and_noise(draw, model, tmp_path):
     noise = np.random.default_rng(0).standard_normal((2, 6, 10, 4)).astype(np.float32)
     changes = {"models": {"base": model}, "seeds": (3,), "size": (24, 40), "image_format": "webp"}
     draw(init_latents=noise, **changes)
-    jobs = [Job(prompt.text, i, 3) for i, prompt in enumerate(PROMPTS)]
-    expected = ImageSampler(load_pipeline(model), DRAWING).sample(jobs, noise)
+    requests = [ImageRequest(prompt.text, i, 3) for i, prompt in enumerate(PROMPTS)]
+    expected = ImageSampler(load_pipeline(model), DRAWING).sample(requests, noise)
     for found, image in zip(images_of(tmp_path / "out" / "0-base").values(), expected, strict=True):
         assert found.shape == (24, 40, 3)
         assert np.abs(found.astype(int) - image).max() <= 1
@@ -160,6 +185,11 @@ def test_any_size_format_and_noise(draw, model, tmp_path):
     for value in (np.nan, 1e300):
         with pytest.raises(ValueError, match="--init_latents: holds numbers that are not finite in float32"):
             draw(init_latents=np.full(noise.shape, value), **changes)
+    file = tmp_path / "noise.npy"
+    for mapped, message in ((noise[:, :3], "of shape"), (noise * np.nan, "holds numbers that are not")):
+        np.save(file, mapped)
+        with pytest.raises(ValueError, match=re.escape(f"--init_latents={file}: {message}")):
+            draw(init_latents=np.load(file, mmap_mode="r"), **changes)
     with pytest.raises(ValueError, match=r"--seeds: 2 of them, but --init_latents are those of one"):
         draw(init_latents=noise, **{**changes, "seeds": (0, 1)})
 
@@ -215,19 +245,19 @@ def test_batches_share_one_program(model, monkeypatch):
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe), "predict", watched)
-    jobs = [Job("a", i, 0) for i in range(5)]
-    batches = draw_batches(pipe, jobs, DRAWING, batch_size=2, size=(4, 4, 4), compute_dtype="float32")
+    requests = [ImageRequest("a", i, 0) for i in range(5)]
+    batches = draw_batches(pipe, requests, Rendering(DRAWING, batch_size=2))
     assert sum(map(len, batches)) == 5
     assert traced == [(2 * 8, 4, 4, 4)]  # filled up to the eight devices, without and with the prompt
 
 
 def test_guidance_acts_in_its_interval_only(model):
-    pipe, jobs = load_pipeline(model), [Job("a red heart", 0, 0)]
-    noise = initial_noise(jobs, (4, 4, 4))
+    pipe, requests = load_pipeline(model), [ImageRequest("a red heart", 0, 0)]
+    noise = initial_noise(requests, (4, 4, 4))
 
     def latents(scale, **interval):
         drawing = Drawing(steps=4, guidance_scale=scale, **interval)
-        return np.asarray(ImageSampler(pipe, drawing).sample_latents(jobs, noise))
+        return np.asarray(ImageSampler(pipe, drawing).sample_latents(requests, noise))
 
     plain, guided = latents(1.0), latents(5.0)
     np.testing.assert_allclose(latents(5.0, guidance_interval=(998, 999)), plain, rtol=1e-4, atol=1e-5)
@@ -283,7 +313,7 @@ NOISE = np.random.default_rng(0).standard_normal((1, 2, 3, 4))
 def test_noise_of_any_layout_is_read(tmp_path, noise):
     np.save(tmp_path / "noise.npy", noise)
     read = read_options(SimpleNamespace(**OPTIONS | {"init_latents": str(tmp_path / "noise.npy")}))
-    np.testing.assert_array_equal(read["init_latents"], noise)
+    np.testing.assert_array_equal(read.init_latents, noise)
 
 
 HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 2, 4), }"
@@ -323,9 +353,9 @@ def test_editing_draws_three_quarters_anew_unless_told(tmp_path):
     picture = tmp_path / "p.png"
     picture.touch()
     plain = read_options(SimpleNamespace(**OPTIONS))
-    assert (plain["drawing"].strength, plain["prompts"]) == (1.0, [Prompt("a")])
+    assert (plain.rendering.drawing.strength, plain.prompts) == (1.0, [Prompt("a")])
     edited = read_options(SimpleNamespace(**OPTIONS | {"init_image": str(picture)}))
-    assert (edited["drawing"].strength, edited["prompts"]) == (0.75, [Prompt("a", picture)])
+    assert (edited.rendering.drawing.strength, edited.prompts) == (0.75, [Prompt("a", picture)])
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "p.png"}\n"b"\n')
     with pytest.raises(ValueError, match="1 of 2 have an image; give all of them one, or --init_image"):
         read_options(SimpleNamespace(**OPTIONS | {"prompts": str(tmp_path / "p.jsonl")}))

@@ -14,7 +14,8 @@ from dspo_jax.parallel.rules import make_shardings
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.drawing import draw_batches
-from dspo_jax.sampling.image_sampler import Drawing, ImageSampler, Job
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training import sample_grids
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 
@@ -70,9 +71,9 @@ def test_the_base_stays_and_the_current_columns_follow_the_parameters(pipe, tmp_
     np.testing.assert_array_equal(later[:, 0], start[:, 0])
     assert np.abs(later[:, 1] - later[:, 0]).mean() > 1
 
-    jobs = [Job(prompt, i, seed) for i, prompt in enumerate(PROMPTS) for seed in SEEDS]
-    drawing = Drawing(steps=STEPS, guidance_scale=GUIDANCE)
-    batches = draw_batches(pipe, jobs, drawing, batch_size=3, size=(4, 4, 4), compute_dtype="float32")
+    requests = [ImageRequest(prompt, i, seed) for i, prompt in enumerate(PROMPTS) for seed in SEEDS]
+    rendering = Rendering(Drawing(steps=STEPS, guidance_scale=GUIDANCE), batch_size=3)
+    batches = draw_batches(pipe, requests, rendering)
     images = [image.astype(int) for batch in batches for _, image in batch]
     alone = np.asarray(images).repeat(8, axis=1).repeat(8, axis=2).reshape(start[:, 0].shape)
     assert np.abs(start[:, 0] - alone).max() <= 1
@@ -105,7 +106,9 @@ def test_every_process_has_the_latents_and_only_the_first_decodes(pipe, tmp_path
     mesh = make_mesh({"data": 8})
     params = place(pipe, mesh)
     sampler = ImageSampler(pipe, Drawing(steps=1, guidance_scale=GUIDANCE), mesh=mesh)
-    latents = sampler.sample_latents([Job("a", 0, 0)] * 8, np.zeros((8, 4, 4, 4), np.float32), params=params)
+    latents = sampler.sample_latents(
+        [ImageRequest("a", 0, 0)] * 8, np.zeros((8, 4, 4, 4), np.float32), params=params
+    )
     assert latents.sharding.is_fully_replicated
     assert len(latents.sharding.device_set) == 8
 

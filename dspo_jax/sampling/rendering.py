@@ -1,0 +1,117 @@
+"""How images are drawn and rendered, as values."""
+
+import dataclasses
+import math
+
+import jax
+
+from dspo_jax import samplers, spelling
+from dspo_jax.errors import UserError
+from dspo_jax.pipelines.pipeline import Pipeline
+
+FORMATS = ("png", "webp")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """From noise to latents.
+
+    Attributes:
+      sampler: one of `samplers.SAMPLERS`.
+      steps: of the sampler, each one pass of the UNet over the batch, or with guidance over twice the batch.
+      guidance_scale: s in uncond + s (cond - uncond). At 1 or less there is no guidance, and the prompt alone
+        is run, as in diffusers' pipelines.
+      guidance_interval: smallest and largest timestep that is guided (Kynkäänniemi et al. 2024,
+        arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
+      negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
+        states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
+      strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
+        noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
+      eta: of sampler "ddim", from 0, where it is deterministic, to 1, where each step adds as much noise as
+        "ddpm".
+    """
+
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_interval: tuple[int, int] = (0, 10**6)
+    negative_prompt: str | None = None
+    strength: float = 1.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses what no model can draw with.
+
+        Raises:
+          ValueError: by the flag of the commands.
+        """
+        if self.sampler not in samplers.SAMPLERS:
+            raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
+        samplers.check_eta(self.sampler, self.eta)
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"--guidance_scale={self.guidance_scale}: must be a finite number")
+        first, last = self.guidance_interval
+        if first > last:
+            raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """From prompts to image files: everything but the models, the prompts and the seeds.
+
+    Attributes:
+      drawing: from noise to latents.
+      size: height and width in pixels; None is what the model was made for.
+      batch_size: images in one call, over the devices of a process; filled up to a multiple of them.
+      compute_dtype: of UNet and text encoders, one of `DTYPES`; None is bfloat16 on an accelerator, else
+        float32. The VAE is float32.
+      image_format: one of `FORMATS`; webp without loss.
+      vae_tile, preview_vae: `tile` and `preview` of `decoding.Decoder`.
+    """
+
+    drawing: Drawing = Drawing()
+    size: tuple[int, int] | None = None
+    batch_size: int = 16
+    compute_dtype: str | None = None
+    image_format: str = "png"
+    vae_tile: int = 0
+    preview_vae: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no model can render with.
+
+        Raises:
+          ValueError: by the flag of the commands.
+        """
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size={self.batch_size}: must be at least 1")
+        if self.vae_tile < 0:
+            raise UserError(f"--vae_tile={self.vae_tile}: must be 0 (never) or a side in pixels")
+        if self.image_format not in FORMATS:
+            raise UserError(spelling.unknown("--format", self.image_format, FORMATS))
+        if self.compute_dtype not in (None, *DTYPES):
+            raise UserError(spelling.unknown("--compute_dtype", self.compute_dtype, DTYPES))
+
+    def choose_dtype(self) -> str:
+        """The compute dtype on the devices that are here."""
+        if self.compute_dtype:
+            return self.compute_dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def latent_shape(self, pipe: Pipeline) -> tuple[int, int, int]:
+        """Shape [h, w, C] of the latents of one image of a model.
+
+        Raises:
+          ValueError: the VAE cannot make images of this size.
+        """
+        if self.size is None:
+            return *pipe.latent_size, pipe.latent_channels
+        multiple = pipe.vae_scale_factor
+        for name, pixels in zip(("height", "width"), self.size, strict=True):
+            if pixels < multiple or pixels % multiple:
+                raise UserError(
+                    f"--{name}={pixels}: must be a positive multiple of {multiple} for this model"
+                )
+        height, width = (pixels // multiple for pixels in self.size)
+        return height, width, pipe.latent_channels
