@@ -120,8 +120,10 @@ def _fail(message: str) -> NoReturn:
 
 
 def _describe(error: UserError | OSError) -> str:
-    """The error in one line; where it came from is added when a library, not this package, worded it."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
+    """Words an error as one line, with the file that an OSError of a library's wording comes from."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

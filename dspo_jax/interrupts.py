@@ -11,6 +11,13 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
+_last_acts: list[Callable[[], None]] = []
+
+
+def before_end(act: Callable[[], None]) -> None:
+    """Registers what is done just before Ctrl-C ends the process: something quick that cannot fail."""
+    _last_acts.append(act)
+
 
 def end_at_once() -> None:
     """Makes Ctrl-C end the process with one line and status 130: while nothing is there to clean up.
@@ -35,6 +42,8 @@ def leave() -> NoReturn:
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
+    for act in _last_acts:
+        act()
     os.write(2, b"interrupted\n")  # not through sys.stderr, whose lock the interrupted code may hold
     os._exit(EXIT_INTERRUPTED)
 
@@ -110,7 +119,7 @@ def _announcements() -> Iterator[None]:
     def announce() -> None:
         while number := os.read(reader, 1):
             if number[0] in (signal.SIGTERM, signal.SIGINT):
-                again = "; once more to end at once" if number[0] == signal.SIGINT else ""
+                again = "; once more to stop without saving" if number[0] == signal.SIGINT else ""
                 print(f"stopping after this step{again}", file=sys.stderr, flush=True)
                 return
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import filelock
 from absl import logging
 
+from dspo_jax import interrupts
 from dspo_jax.errors import UserError
 
 _NAME = ".lock"
@@ -23,7 +24,8 @@ _NAME = ".lock"
 _SECONDS_TO_WAIT = 1.0
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
-_held: set[Path] = set()
+# Lock file -> the process that made it; a forked child inherits the entry, not the file. None: not locked.
+_held: dict[Path, int | None] = {}
 
 
 @contextmanager
@@ -75,13 +77,14 @@ def _hold(file: Path, output: Path) -> Iterator[None]:
     try:
         lock = _acquire(file, output)
         try:
-            _held.add(key)
+            _held[key] = None if lock is None else os.getpid()
             yield
         finally:
-            _held.discard(key)
             if lock is not None:
                 with suppress(OSError):  # what stays is not locked
                     file.unlink()
+            _held.pop(key, None)
+            if lock is not None:
                 lock.release()
     finally:
         with suppress(OSError):  # the first that is not empty
@@ -115,10 +118,22 @@ def _acquire(file: Path, output: Path) -> filelock.BaseFileLock | None:
             f"process {os.getpid()} ({Path(sys.argv[0]).stem}) on {socket.gethostname()} since {since}\n",
             encoding="utf-8",
         )
-    except OSError:
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            file.unlink()
         lock.release()
         raise
     return lock
+
+
+def _remove_held() -> None:
+    for file, owner in list(_held.items()):
+        if owner == os.getpid():
+            with suppress(OSError):
+                file.unlink()
+
+
+interrupts.before_end(_remove_held)
 
 
 def _read_holder(file: Path) -> str:

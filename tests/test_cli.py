@@ -26,7 +26,7 @@ def main(argv):
         files.refuse_existing(Path("toy.py"))
     if config.batch_size == 7:
         from dspo_jax.errors import UserError
-        raise UserError("seven is refused")
+        raise UserError("seven is refused,\\n  wherever it was")
     if config.batch_size == 8:
         open("absent/file")
     if config.batch_size == 9:
@@ -47,6 +47,8 @@ def main(argv):
     if config.batch_size == 13:
         from absl import logging as absl_logging
         absl_logging.info("said once")
+    if config.batch_size == 15:
+        raise OSError("of a library's own wording")
 
 
 cli.run(main)
@@ -200,7 +202,8 @@ def test_a_recipe_of_ones_own_comes_before_that_of_the_package_and_can_build_on_
     ("batch_size", "message"),
     [
         (6, "--out=toy.py: exists already; choose another name or delete it"),
-        (7, "seven is refused (UserError from command.py; --verbosity=1 shows the traceback)"),
+        (7, "seven is refused, wherever it was"),
+        (15, "of a library's own wording (OSError from command.py; --verbosity=1 shows the traceback)"),
         (8, "absent/file: No such file or directory"),
         (
             11,

@@ -150,7 +150,7 @@ def test_two_do_not_write_one_output(tmp_path, monkeypatch):
     out = tmp_path / "model"
     with files.appear(out) as partial:
         partial.write_text("first")
-        monkeypatch.setattr(locks, "_held", set())  # as in another process
+        monkeypatch.setattr(locks, "_held", {})  # as in another process
         with pytest.raises(ValueError, match=f"{out}: in use by process {os.getpid()}"), files.appear(out):
             pass
         assert partial.read_text() == "first"

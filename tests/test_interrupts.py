@@ -50,6 +50,12 @@ def exit():
     atexit.register(print, "the interpreter's own way out")
     sleep()
 
+def claim():
+    from pathlib import Path
+    from dspo_jax import locks
+    with locks.claim(Path(sys.argv[0]).parent):
+        hang()
+
 def finish():
     pass
 
@@ -128,14 +134,16 @@ def test_an_interrupt_is_one_line_wherever_it_arrives(what, tmp_path):
     assert (process.returncode, output, errors) == (EXIT_INTERRUPTED, "", "interrupted\n")
 
 
-def test_a_second_interrupt_ends_what_cleans_up(tmp_path):
+@pytest.mark.parametrize("what", ["hang", "claim"])
+def test_a_second_interrupt_ends_what_cleans_up_and_leaves_no_lock(what, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
-    process = start(tmp_path / "command.py", "hang")
+    process = start(tmp_path / "command.py", what)
     for _ in range(2):
         assert process.stdout.readline() == "here\n"
         os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (EXIT_INTERRUPTED, "interrupted\n")
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_an_interrupt_that_is_ignored_stays_so(tmp_path):
@@ -158,7 +166,7 @@ def test_an_error_of_ones_own_passes_through():
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGINT, "stopping after this step; once more to end at once\n"),
+        (signal.SIGINT, "stopping after this step; once more to stop without saving\n"),
         (signal.SIGTERM, "stopping after this step\n"),
     ],
 )

@@ -67,7 +67,7 @@ def by_another(monkeypatch):
     @contextlib.contextmanager
     def hold(lock):
         with lock:
-            monkeypatch.setattr(locks, "_held", set())
+            monkeypatch.setattr(locks, "_held", {})
             yield pytest.raises(ValueError, match=rf"in use by process {os.getpid()} \(.*\) on .* since 2")
 
     return hold

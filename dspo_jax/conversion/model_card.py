@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from dspo_jax.json_files import member
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.weights.model_dir import is_hub_id, read_json
+from dspo_jax.weights.saved_params import read_run_config
 
 # Where a run was, how it was watched and how it was spread over devices says nothing about its result.
 _UNINTERESTING = ("model", "log_every", "mesh", "checkpoint", "validation", "data", "steps")
@@ -26,9 +27,8 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
       folder: where that model is.
       step: of the exported checkpoint.
     """
-    path, fix = run / "config.json", "put back the config that the run was started with"
-    config = read_json(path, fix)
-    objective, data = (member(config, key, str, path, fix) for key in ("objective.name", "data.path"))
+    config = read_run_config(run, "objective.name", "data.path")
+    objective, data = config["objective"]["name"], config["data"]["path"]
     header = [
         "library_name: diffusers",
         "pipeline_tag: text-to-image",

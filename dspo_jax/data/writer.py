@@ -19,7 +19,7 @@ from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors
-from dspo_jax.json_files import read_object
+from dspo_jax.json_files import member, read_object
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -64,8 +64,9 @@ class DatasetWriter:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         path = self._unfinished / _PLAN
         if path.exists() and any(self._unfinished.glob("*-*.json")):
-            there = read_object(path, "delete the folder")
-            models = shards.comparable(there["model"], plan["model"])
+            fix = "delete the folder"
+            there = read_object(path, fix)
+            models = shards.comparable(member(there, "model", dict, path, fix), plan["model"])
             pair = [each | {"model": model} for each, model in zip((there, plan), models, strict=True)]
             difference = shards.first_difference(*pair)
             if difference is not None:
@@ -254,6 +255,7 @@ class DatasetWriter:
             raise
 
     def _replace(self, path: Path, text: str) -> None:
+        # Not by `files.whole`, which makes the folder again that a faster process has cleared away.
         temporary = self._unfinished / f"{path.name}.{self._id}"
         with temporary.open("w", encoding="utf-8") as file, name_write_errors(path):
             file.write(text)

@@ -114,7 +114,7 @@ def claim(out: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
         if is_first():
             try:
                 stack.enter_context(locks.claim(out, share))
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 refusal = error
         refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
         if refusal is not None:

@@ -22,6 +22,8 @@ FILES = (
 """The files that transformers reads a tokenizer from, of which a folder has some."""
 _VOCABULARY = ("vocab.json", "merges.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What transformers runs into; tokenizers, written in Rust, raises Exception itself.
+_OF_DAMAGED_FILES = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _SHORTEST = 3  # start, one token, end
 
 
@@ -120,7 +122,9 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
     names = "tokenizer.json is" if (folder / "tokenizer.json").is_file() else "vocab.json and merges.txt are"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare ones
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _OF_DAMAGED_FILES):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: {names} no CLIP tokenizer ({reason}); fetch it again") from error
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)

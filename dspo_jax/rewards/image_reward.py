@@ -6,7 +6,6 @@ image-reward 1.5): a prompt begins with BERT's [CLS], not BLIP's [ENC], and the 
 
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from transformers import BertTokenizer
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, name_write_errors, refuse_existing
+from dspo_jax.files import appear, refuse_existing, write_json, write_text
 from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.reward import Reward
@@ -115,12 +114,9 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
     about = {"name": _NAME, "source": source, "sha256": digest}
     model_dir.require_space(out, sum(tensor.nbytes for tensor in stored.values()))
     with appear(out) as partial:
-        with name_write_errors(partial):
-            partial.mkdir()
-            for name, content in (("config.json", model.config), ("reward.json", about)):
-                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            rows = "".join(f"{token}\n" for token in _read_vocabulary(vocabulary))
-            (partial / "vocab.txt").write_text(rows, encoding="utf-8")
+        write_json(partial / "config.json", model.config)
+        write_json(partial / "reward.json", about)
+        write_text(partial / "vocab.txt", "".join(f"{token}\n" for token in _read_vocabulary(vocabulary)))
         tensors.write_tensors(
             partial / "model.safetensors",
             {name: cast(name, tensor, tensor.dtype, weights) for name, tensor in stored.items()},

@@ -10,7 +10,7 @@ from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, name_write_errors, refuse_existing
+from dspo_jax.files import appear, refuse_existing, write_text
 from dspo_jax.models.model import Model, build_model
 from dspo_jax.pipelines import tokenizers
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
@@ -97,11 +97,9 @@ def write_clip(job: Job, *, features: int, activation: str) -> None:
         read_tokenizer(job.tokenizer, model)
     model_dir.require_space(job.out, sum(each.nbytes for part in written.values() for each in part.values()))
     with appear(job.out) as partial:
-        with name_write_errors(partial):
-            partial.mkdir()
-            for name, content in (("config.json", model.config), ("reward.json", about)):
-                text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-                (partial / name).write_text(text + "\n", encoding="utf-8")
+        for name, content in (("config.json", model.config), ("reward.json", about)):
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+            write_text(partial / name, text + "\n")
         if job.tokenizer:
             there = [Path(name) for name in tokenizers.FILES if (job.tokenizer / name).is_file()]
             model_dir.copy_files(job.tokenizer, there, partial)

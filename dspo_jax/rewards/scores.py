@@ -47,7 +47,7 @@ def score_files(
         with (
             Progress(reward.name, len(mine), len(mine) - len(missing), active=processes.is_first()) as bar,
             name_write_errors(out),
-            out.open("a", encoding="utf-8") as lines,
+            out.open("a", encoding="utf-8") as lines,  # `_read` passes over half a line
         ):
             if out.stat().st_size:
                 lines.write("\n")  # ends a line that was cut short

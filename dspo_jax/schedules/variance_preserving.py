@@ -27,7 +27,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
 _KEYS: dict[str, Key] = {
-    "num_train_timesteps": integer(1000, high=100_000),
+    "num_train_timesteps": integer(high=100_000),
     "beta_start": number(),
     "beta_end": number(),
     "beta_schedule": Key(schema.REQUIRED, str),
@@ -113,19 +113,12 @@ class Schedule:
           ValueError: A key is missing and the class is not known, or a value is not supported; the message
             names the key and value.
         """
-        required = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
         class_name = config.get("_class_name")
         for (start, end, kind), classes in _BETAS.items():
             if class_name in classes:
                 defaults = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
                 config = {**defaults, "num_train_timesteps": 1000, **config}
-        missing = [key for key in required if key not in config]
-        if missing:
-            raise UserError(
-                f"scheduler config: no {missing[0]} (_class_name = {shown(class_name)}); a DDPM "
-                f"noise schedule needs {', '.join(required)}"
-            )
-        schema.check("scheduler config", config, _KEYS)
+        schema.check(f"scheduler config (_class_name = {shown(class_name)})", config, _KEYS)
         if config.get("trained_betas") is not None:
             raise UserError(
                 "scheduler config: trained_betas is set: explicit betas are not supported; "

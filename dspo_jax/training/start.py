@@ -187,7 +187,7 @@ def make_adapters(config: ConfigDict, pipe: Pipeline) -> Params:
             name: lora.init_adapters(model.abstract_params(), config.lora.targets, config.lora.rank, key)
             for name, model in models.items()
         }
-    except (ValueError, re.error) as error:
+    except (UserError, re.error) as error:
         raise UserError(f"config.lora.targets = {config.lora.targets}: {error}") from error
 
 

@@ -11,7 +11,7 @@ from absl import logging
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, name_write_errors, write_json
+from dspo_jax.files import appear, name_write_errors, write_json, write_text
 from dspo_jax.hub_cache import find_repository
 from dspo_jax.weights import tensors
 from dspo_jax.weights.component_files import (
@@ -247,8 +247,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
         for component, class_name in classes.items():
             if component.startswith("text_encoder"):
                 _load_as_float32(partial / component, class_name)
-        with name_write_errors(partial / "README.md"):
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_text(partial / "README.md", card)
 
 
 def _load_as_float32(folder: Path, class_name: str) -> None:

@@ -11,7 +11,6 @@ from flax import traverse_util
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.weights import checkpoints
-from dspo_jax.weights.model_dir import read_json
 
 # Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
 _READ_AHEAD_BYTES = 64 * 2**20
@@ -128,11 +127,23 @@ def _complete_steps(directory: Path) -> list[int]:
     return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
 
 
-def read_base(run: Path) -> str:
-    """The model that a training run started from, as its config.json names it.
+def read_run_config(run: Path, *texts: str) -> dict[str, Any]:
+    """Reads the config.json of a training run.
+
+    Args:
+      run: the workdir.
+      texts: dotted keys that must be there and hold a string.
 
     Raises:
-      FileNotFoundError, ValueError: the file is missing, damaged or names none.
+      FileNotFoundError, ValueError: the file is missing or damaged, or lacks such a key.
     """
     path, fix = run / "config.json", "put back the config that the run was started with"
-    return json_files.member(read_json(path, fix), "model", str, path, fix)
+    config = json_files.read_object(path, fix)
+    for key in texts:
+        json_files.member(config, key, str, path, fix)
+    return config
+
+
+def read_base(run: Path) -> str:
+    """Reads which model a training run started from; raises as `read_run_config`."""
+    return read_run_config(run, "model")["model"]

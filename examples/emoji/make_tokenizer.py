@@ -19,7 +19,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from dspo_jax import cli
 from dspo_jax.data.sources import get_source
-from dspo_jax.files import appear, refuse_existing
+from dspo_jax.files import appear, refuse_existing, write_json, write_text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 77
@@ -113,13 +113,10 @@ def write_tokenizer(out: Path, merges: list[tuple[str, str]]) -> None:
         "pad_token": EOS,
     }
     special = {name: config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (out / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8"
-    )
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (out / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_text(out / "merges.txt", "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    write_json(out / "tokenizer_config.json", config)
+    write_json(out / "special_tokens_map.json", special)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -186,10 +186,11 @@ def test_files_of_different_types_go_together_or_are_named(tmp_path):
         get_source("parquet", path=str(tmp_path / "bad")).num_examples("train")
 
 
-def test_text_that_is_not_utf_8_is_named_by_its_row(source):
-    raw = pa.array([b"caf\xc3\xa9", b"caf\xe9"])
+@pytest.mark.parametrize("encode", [lambda text: text, lambda text: text.dictionary_encode()])
+def test_text_that_is_not_utf_8_is_named_by_its_row(source, encode):
+    text = pa.array([b"caf\xc3\xa9", b"caf\xe9"]).view(pa.string())
     with pytest.raises(ValueError, match=r"mine.parquet: row 1: column 'caption' is not UTF-8") as caught:
-        source("parquet", pairs(2, caption=raw.view(pa.string()))).num_examples("train")
+        source("parquet", pairs(2, caption=encode(text))).num_examples("train")
     assert "\n" not in str(caught.value)
 
 

@@ -13,6 +13,7 @@ from tensorflow_datasets.core import example_serializer
 from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
 from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.errors import UserError
 
 
 def keys(out, split):
@@ -118,6 +119,16 @@ def test_an_unfinished_dataset_of_other_settings_is_refused(tmp_path):
         start_dataset(tmp_path / "out", {"train": 2})
     with pytest.raises(ValueError, match=r"num_shards.train = 2 there, 3 here"):
         DatasetWriter(tmp_path / "out", features, other, {"train": 3})
+
+
+@pytest.mark.parametrize(("model", "message"), [({}, "model is missing"), ({"model": 3}, "model = 3 must")])
+def test_a_damaged_plan_is_named(tmp_path, model, message):
+    start_dataset(tmp_path / "out", {"train": 2}).write_shard("train", 0, [make_example(0)])
+    plan = tmp_path / "out" / shards.UNFINISHED / "plan.json"
+    rest = {key: value for key, value in json.loads(plan.read_text()).items() if key != "model"}
+    plan.write_text(json.dumps(rest | model))
+    with pytest.raises(UserError, match=rf"plan\.json: {message}.*; delete the folder$"):
+        start_dataset(tmp_path / "out", {"train": 2})
 
 
 def test_a_shard_that_cannot_be_written_is_an_os_error_that_names_the_file(tmp_path):

@@ -364,6 +364,18 @@ def test_what_is_no_tokenizer_is_refused(spoil, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ImportError("no tokenizers")])
+def test_what_says_nothing_of_the_files_is_not_blamed_on_them(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    write_tokenizer(tmp_path)
+    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", fail)
+    with pytest.raises(type(error)) as caught:
+        tokenizers.open_tokenizer(tmp_path, ENCODER["vocab_size"])
+    assert caught.value is error
+
+
 def test_rewards_take_both_forms(tmp_path):
     folder = write_clip(tmp_path / "clip")
     model = clip_folder.read_clip(folder)
