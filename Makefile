@@ -12,17 +12,21 @@ WORKERS ?= 2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv
+.PHONY: help demo test test-ci lint venv
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
 demo: $(VENV)/demo.stamp ## align the shipped emoji model on real preference pairs, a few minutes on a laptop CPU
 	@echo "demo: encode pairs, align, measure, sample, export"
 	@$(BIN)/python -m examples.emoji.demo
 
-test: $(VENV)/test.stamp ## run the tests, on WORKERS processes (2)
-	@echo "test: pytest on $(WORKERS) processes"
+test: $(VENV)/test.stamp ## run the quick tests, on WORKERS processes (2)
+	@echo "test: pytest on $(WORKERS) processes, without what only continuous integration runs"
+	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not ci and not slow and not gpu_program'
+
+test-ci: $(VENV)/test.stamp ## run the tests of continuous integration, on WORKERS processes (2)
+	@echo "test-ci: pytest on $(WORKERS) processes"
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/test.stamp ## check style, format and types

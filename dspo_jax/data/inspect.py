@@ -16,7 +16,6 @@ from absl import flags
 
 from dspo_jax import cli
 from dspo_jax.data.report import check_keys, format_report
-from dspo_jax.data.sheet import choose_examples, draw_examples
 from dspo_jax.data.summary import summarize_dataset
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_text
@@ -52,6 +51,11 @@ def main(argv: Sequence[str]) -> None:
     if not settings.model:
         print("no contact sheet: --model=MODEL_DIR, the model this was encoded with, draws one")
     else:
+        from dspo_jax.data.sheet import (
+            choose_examples,
+            draw_examples,
+        )  # starts JAX, which numbers do not need
+
         resolved = directory.resolve()  # "." has no name
         path = Path(settings.sheet or resolved.with_name(f"{resolved.name}-contact_sheet.png"))
         chosen = choose_examples(directory, list(report["splits"]), settings.pairs, settings.seed)

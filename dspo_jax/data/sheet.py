@@ -14,6 +14,7 @@ from dspo_jax.data import shards
 from dspo_jax.data.summary import Examples
 from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
+from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 
 WINNER_COLOUR = (44, 160, 44)
@@ -158,15 +159,11 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[
       ValueError: the dataset was encoded with another model, or the model is damaged.
       FileNotFoundError: no such model.
     """
-    # Here, as a report alone need not wait for JAX to start.
-    from dspo_jax.data import sheet
-    from dspo_jax.pipelines.loading import load_pipeline
-
     pipe = load_pipeline(model)
     manifest = shards.read_manifest(directory)
     shards.check_manifest(manifest, pipe.fingerprint(), path=directory / shards.MANIFEST)
-    images = sheet.decode_examples(pipe, [example for _, example in chosen])
-    return sheet.draw_sheet(
+    images = decode_examples(pipe, [example for _, example in chosen])
+    return draw_sheet(
         [
             (example["caption"], _notes(split, example), pixels)
             for (split, example), pixels in zip(chosen, images, strict=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tables import each_row
 
 from configs.encode import common
 from dspo_jax.data import encoding, loader, shards, sources
@@ -319,7 +320,7 @@ def test_only_the_chosen_splits_are_encoded(pipe, config, tmp_path):
     assert list(manifest["splits"]) == ["validation"]
 
 
-@pytest.mark.parametrize("recipe", ["emoji", "emoji_images"])
+@each_row("recipe", ["emoji", "emoji_images"])
 def test_the_recipes_name_real_sources(recipe):
     config = __import__(f"configs.encode.{recipe}", fromlist=["get_config"]).get_config()
     arguments = config.source.to_dict()
@@ -341,7 +342,7 @@ def test_two_shares_make_the_dataset_of_one(pipe, config, tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("share", ["2/2", "1", "a/b", "-1/2"])
+@each_row("share", ["2/2", "1", "a/b", "-1/2"])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match=f"--shard={share}: must be I/N with I from 0 to N - 1"):
         parse_share(share)

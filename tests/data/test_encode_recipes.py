@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from tables import each_row
 
 from dspo_jax.data.sources import get_source
 
@@ -29,7 +30,7 @@ def load(name, *arguments):
     return values.config, get_source(name, **settings)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_row("name", NAMES)
 def test_the_recipe_builds_its_source_and_its_card_gives_the_command(name):
     config, source = load(name)
     assert config.resolution in (None, 64, 512, 1024)
@@ -45,7 +46,7 @@ def test_the_data_of_the_published_recipes_are_mirrored_as_in_the_release():
     assert flips == {name: "independent" if name in released else "none" for name in NAMES}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_NO_PATH])
+@each_row("name", [name for name in NAMES if name not in NEED_NO_PATH])
 def test_where_the_data_are_must_be_said(name):
     _, source = load(name)
     with pytest.raises(

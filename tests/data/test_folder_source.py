@@ -4,6 +4,7 @@ import json
 
 import pytest
 from image_files import image_bytes
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.images.image_files import BadRow
@@ -12,19 +13,23 @@ PAIR = {"caption": "a red fox", "winner": "images/a.png", "loser": "images/b.png
 SINGLE = {"caption": "a red fox", "winner": "images/a.png"}
 
 
-@pytest.fixture
-def write(tmp_path):
+def make_write(folder):
     """Writes images a.png and b.png and a file of rows; returns its source, which holds nothing out."""
 
     def write(*rows, name="pairs.jsonl", **arguments):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / "a.png").write_bytes(image_bytes("red"))
-        (tmp_path / "images" / "b.png").write_bytes(image_bytes("blue"))
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / "images" / "a.png").write_bytes(image_bytes("red"))
+        (folder / "images" / "b.png").write_bytes(image_bytes("blue"))
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return get_source("folder", **{"path": str(tmp_path), "validation_share": 0.0, **arguments})
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return get_source("folder", **{"path": str(folder), "validation_share": 0.0, **arguments})
 
     return write
+
+
+@pytest.fixture
+def write(tmp_path):
+    return make_write(tmp_path)
 
 
 def colors(row):
@@ -78,8 +83,9 @@ def test_csv_says_the_same(write):
     assert colors(validation) == [(0, 0, 255), (255, 0, 0)]
 
 
-@pytest.mark.parametrize("column", ["winner", "image"])
-def test_rows_without_a_loser_are_single_images(write, column):
+@each_row("column", ["winner", "image"])
+def test_rows_without_a_loser_are_single_images(tmp_path, column):
+    write = make_write(tmp_path)
     source = write({"caption": "a red fox", column: "images/a.png"})
     (row,) = source.pairs("train")
     assert (source.images_per_example, row.loser, colors(row)) == (1, None, [(255, 0, 0)])
@@ -111,7 +117,7 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(write):
     assert [row.key for row in source.pairs("train")] == ["1", "3"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "reason"),
     [
         ({"caption": " "}, "empty caption"),
@@ -128,7 +134,8 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(write):
         ({"preference": 10**400}, "preference outside [0.5, 1]"),
     ],
 )
-def test_a_faulty_row_is_yielded_and_found_bad(write, change, reason):
+def test_a_faulty_row_is_yielded_and_found_bad(tmp_path, change, reason):
+    write = make_write(tmp_path)
     source = write(PAIR, {**PAIR, **change})
     good, bad = source.pairs("train")
     assert len(decode_pair(good)) == 2
@@ -137,7 +144,7 @@ def test_a_faulty_row_is_yielded_and_found_bad(write, change, reason):
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("rows", "message"),
     [
         (['{"caption": "a'], r"pairs.jsonl:1: not JSON \(.*\); mend or delete the line"),
@@ -162,14 +169,15 @@ def test_a_faulty_row_is_yielded_and_found_bad(write, change, reason):
         ([PAIR, {**PAIR, "key": "1"}], r"pairs.jsonl:2: key '1' is that of line 1, too; make it unique"),
     ],
 )
-def test_a_faulty_file_is_refused_in_one_line(write, rows, message):
+def test_a_faulty_file_is_refused_in_one_line(tmp_path, rows, message):
+    write = make_write(tmp_path)
     source = write(*rows)
     with pytest.raises(ValueError, match=message) as caught:
         source.num_examples("train")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("rows", "message"),
     [
         (["caption,winner", "a,b,c"], r"pairs.csv:2: more fields than the first line has names"),
@@ -178,7 +186,8 @@ def test_a_faulty_file_is_refused_in_one_line(write, rows, message):
         (["prompt,winner", "a,b"], r"pairs.csv: no column 'caption' \(found: prompt, winner\)"),
     ],
 )
-def test_a_faulty_csv_is_refused_in_one_line(write, rows, message):
+def test_a_faulty_csv_is_refused_in_one_line(tmp_path, rows, message):
+    write = make_write(tmp_path)
     with pytest.raises(ValueError, match=message):
         write(*rows, name="pairs.csv").num_examples("train")
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from example_shards import MANIFEST, make_example, write_dataset
 from PIL import Image, ImageDraw
+from tables import each_row
 
-from dspo_jax.data import shards, sheet
+from dspo_jax.data import inspect, shards, sheet
 from dspo_jax.data.inspect import check_flags
 from dspo_jax.data.report import check_keys, format_report
 from dspo_jax.data.sheet import choose_examples, draw_examples
 from dspo_jax.data.summary import summarize_dataset
 from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.errors import UserError
 from dspo_jax.pipelines.loading import load_pipeline
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,7 +88,7 @@ def test_lengths_of_captions(tmp_path):
     assert content["captions"]["empty"] == 2
 
 
-@pytest.mark.parametrize("pad", [END, 0], ids=["padded with the end", "padded with another"])
+@each_row("pad", [END, 0], ids=["padded with the end", "padded with another"])
 def test_the_length_of_a_caption_whatever_pads_it(tmp_path, pad):
     rows = [{"tokens": tokens(76, pad)}, {"tokens": tokens(9, pad)}]
     captions = summarize_dataset(write(tmp_path / "out", {"train": rows}))["splits"]["train"]["captions"]
@@ -209,7 +211,7 @@ def flip_bytes(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("spoil", "kind", "message"),
     [
         (lambda out: (out / "manifest.json").unlink(), FileNotFoundError, r"manifest\.json: no such file"),
@@ -479,17 +481,21 @@ def test_the_command_writes_report_numbers_and_sheet(tiny_model, tiny_pairs, tmp
             left.unlink()
 
 
-def test_the_command_without_a_model_and_with_faults(tmp_path):
+def test_without_a_model_faults_are_refused_after_the_report(tmp_path, monkeypatch, capsys):
+    settings = {"split": None, "max_examples": 20_000, "verify": False, "json": None, "model": None}
+    flags = SimpleNamespace(**settings, sheet=None, pairs=12, seed=0)
+    monkeypatch.setattr(inspect, "flags", SimpleNamespace(FLAGS=flags))
     out = write(tmp_path / "out", {"train": [{"key": "a"}, {"key": "a"}]})
-    done = run(str(out))
-    assert done.returncode == 2
-    assert "2 in 1 shard(s)" in done.stdout
-    assert "--model=MODEL_DIR, the model this was encoded with, draws one" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith(f"error: {out}: keys that more than one example has")
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=f"^{out}: keys that more than one example has"):
+        inspect.main(["inspect", str(out)])
+    said = capsys.readouterr().out
+    assert "2 in 1 shard(s)" in said
+    assert "--model=MODEL_DIR, the model this was encoded with, draws one" in said
+    with pytest.raises(FileNotFoundError, match=r"absent/manifest\.json: no such file; .* is not a dataset"):
+        inspect.main(["inspect", str(tmp_path / "absent")])
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changed", "message"),
     [
         ({"sheet": "b.png"}, r"--sheet=b\.png: needs --model"),
@@ -502,11 +508,11 @@ def test_wrong_flags_are_refused(changed, message):
         check_flags(SimpleNamespace(**({"model": None, "sheet": None, "pairs": 12} | changed)))
 
 
-@pytest.mark.parametrize(
+@pytest.mark.ci
+@each_row(
     ("arguments", "message"),
     [
         ([], "DIR is missing"),
-        (["absent"], "absent/manifest.json: no such file; absent is not a dataset"),
         (["a", "b"], "unexpected argument 'b'"),
     ],
 )
@@ -518,6 +524,7 @@ def test_a_wrong_folder_is_refused_in_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.ci
 def test_help_names_the_folder_and_the_options():
     done = run("--help")
     for word in ("inspect DIR", "--model", "--sheet", "--pairs", "--max_examples", "--[no]verify", "--json"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from example_shards import make_example, write_dataset
+from tables import each_row
 
 from dspo_jax.data import loader
 
@@ -89,7 +90,7 @@ def test_index_counts_the_examples_of_the_run(train_batches):
     np.testing.assert_array_equal(indices, np.arange(24))
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4])
+@each_row("process_count", [1, 2, 4])
 def test_processes_share_the_same_global_batches(train_batches, process_count):
     alone = train_batches()
     together = [train_batches(process_index=p, process_count=process_count) for p in range(process_count)]
@@ -101,7 +102,7 @@ def test_processes_share_the_same_global_batches(train_batches, process_count):
     assert {batches.get_state() for batches in together} == {alone.get_state()}
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 6])  # 2.5 batches an epoch: before and after its ends
+@each_row("stop_after", [1, 2, 3, 6])  # 2.5 batches an epoch: before and after its ends
 def test_a_restored_position_continues_at_the_next_unseen_example(train_batches, stop_after):
     whole = train_batches()
     expected = take_keys(whole, 9)
@@ -125,7 +126,7 @@ def test_a_position_can_be_restored_by_another_number_of_processes(train_batches
     assert next(second)["key"] == next(alone)["key"][2:]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [({"seed": 1}, "seed = 0, but this run has 1"), ({"batch_size": 2}, "batch_size = 4")],
 )
@@ -168,7 +169,7 @@ def test_a_truncated_shard_is_refused_before_anything_is_read(tmp_path):
         loader.train_batches(tmp_path / "out", batch_size=2, seed=0)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch size 0: must be a positive multiple"),
@@ -184,7 +185,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(train_batches, arguments, mess
         train_batches(**arguments)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("damage", "message"),
     [
         (lambda shard: shard.unlink(), None),  # an open file stays readable

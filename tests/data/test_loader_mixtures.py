@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from example_shards import MANIFEST, make_example, write_buckets, write_dataset
+from tables import each_row
 
 from dspo_jax.data import loader
 
@@ -77,7 +78,7 @@ def test_without_weights_every_example_of_every_dataset_comes_once_an_epoch(trai
     assert not set(stream[0][:10]) <= SQUARES
 
 
-@pytest.mark.parametrize(("weights", "share"), [((3, 1), 3 / 4), ((1e-3, 3e-3), 1 / 4), ((1, 1), 1 / 2)])
+@each_row(("weights", "share"), [((3, 1), 3 / 4), ((1e-3, 3e-3), 1 / 4), ((1, 1), 1 / 2)])
 def test_weights_are_the_shares_of_the_datasets(train_batches, weights, share):
     stream = np.concatenate(take_keys(train_batches(["squares", "more"], weights=weights), 100))
     of_first = np.isin(stream, list(SQUARES))
@@ -113,14 +114,14 @@ def test_with_weights_and_buckets_both_proportions_hold(train_batches):
         assert np.isin(stream, list(keys)).mean() == pytest.approx(2 / 3 * len(keys) / 13, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_row("kind", KINDS)
 def test_index_counts_the_examples_of_the_run(train_batches, kind):
     batches = train_batches(**KINDS[kind])
     np.testing.assert_array_equal(np.concatenate([next(batches)["index"] for _ in range(20)]), np.arange(80))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("process_count", [1, 2, 4])
+@each_row("kind", KINDS)
+@each_row("process_count", [1, 2, 4])
 def test_any_number_of_processes_sees_the_same_batches(train_batches, kind, process_count):
     alone = train_batches(**KINDS[kind])
     together = [
@@ -134,8 +135,8 @@ def test_any_number_of_processes_sees_the_same_batches(train_batches, kind, proc
     assert {batches.get_state() for batches in together} == {alone.get_state()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stop_after", [1, 3, 8])
+@each_row("kind", KINDS)
+@each_row("stop_after", [1, 3, 8])
 def test_a_run_that_is_resumed_sees_what_one_that_was_not_sees(train_batches, kind, stop_after):
     """And so in each epoch what had not been seen before: 15 batches are two epochs at least."""
     expected = take_keys(train_batches(**KINDS[kind]), 15)
@@ -153,7 +154,7 @@ def test_a_run_that_is_resumed_sees_what_one_that_was_not_sees(train_batches, ki
             assert set(stream[epoch * len(every) :][: len(every)]) == every
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("saved", "restored", "message"),
     [
         ("one", "several", "num_examples = 10, but this run has 14"),
@@ -219,13 +220,13 @@ def test_an_evaluation_passes_over_a_dataset_that_holds_nothing_out(folder, tmp_
         loader.train_batches(path, batch_size=4, seed=0, split="validation")
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 3.0), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
+@each_row("weights", [(1.0,), (1.0, 2.0, 3.0), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
 def test_weights_that_do_not_fit_are_refused(train_batches, weights):
     with pytest.raises(ValueError, match=r"^config\.data\.weights = \(1\.0.*: must be 2 positive number"):
         train_batches(["squares", "more"], weights=weights)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [
         ({"resolution": 32}, "resolution = 16 and 32: datasets of one run must agree"),

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from image_files import number_of, numbered_image
 from parquet_files import pairs, pick_a_pic
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.images.image_files import BadRow
@@ -57,15 +58,19 @@ def cast(values, kind):
     return pa.array(values).cast(kind, safe=False) if pa.types.is_boolean(kind) else pa.array(values, kind)
 
 
-@pytest.fixture
-def source(tmp_path):
+def make_source(folder):
     """Writes one file and returns its source, of which nothing is held out."""
 
     def source(name, columns, **arguments):
-        path = parquet_files.write(tmp_path / "mine.parquet", columns)
+        path = parquet_files.write(folder / "mine.parquet", columns)
         return get_source(name, **{"path": str(path), "validation_share": 0.0, **arguments})
 
     return source
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path)
 
 
 def images(row):
@@ -76,16 +81,18 @@ def images(row):
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TEXTS.values(), ids=TEXTS)
-def test_captions_and_keys(source, kind):
+@each_row("kind", TEXTS.values())
+def test_captions_and_keys(tmp_path, kind):
+    source = make_source(tmp_path)
     columns = pairs(2, caption=cast(["a", "b"], kind), key=cast(["x", "y"], kind))
     rows = source("parquet", columns, one_pair_per_prompt=True).pairs("train")
     assert [(row.caption, row.key) for row in rows] == [("a", "x"), ("b", "y")]
 
 
-@pytest.mark.parametrize("kind", BYTES.values(), ids=BYTES)
-@pytest.mark.parametrize("struct", [False, True])
-def test_images_as_bytes(source, kind, struct):
+@each_row("kind", BYTES.values())
+@each_row("struct", [False, True])
+def test_images_as_bytes(tmp_path, kind, struct):
+    source = make_source(tmp_path)
     columns = pairs(2)
     for name in ("winner", "loser"):
         array = cast(columns[name], kind)
@@ -96,8 +103,9 @@ def test_images_as_bytes(source, kind, struct):
     assert [images(row) for row in source("parquet", columns).pairs("train")] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("kind", NUMBERS.values(), ids=NUMBERS)
-def test_labels_and_preferences(source, kind):
+@each_row("kind", NUMBERS.values())
+def test_labels_and_preferences(tmp_path, kind):
+    source = make_source(tmp_path)
     columns = pick_a_pic([1, 0, None], label_0=cast([1, 0, None], kind), has_label=None)
     chosen = source("pick_a_pic", columns)
     rows = list(chosen.pairs("train"))
@@ -107,16 +115,18 @@ def test_labels_and_preferences(source, kind):
     assert [row.preference for row in preferred.pairs("train")] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("kind", NUMBERS.values(), ids=NUMBERS)
-def test_flags(source, kind):
+@each_row("kind", NUMBERS.values())
+def test_flags(tmp_path, kind):
+    source = make_source(tmp_path)
     columns = pick_a_pic([1, 1, 1], has_label=cast([1, 0, None], kind))
     chosen = source("pick_a_pic", columns)
     assert [images(row) for row in chosen.pairs("train")] == [[0, 1], [4, 5]]
     assert chosen.left_out("train") == {"no label": 1}
 
 
-@pytest.mark.parametrize("kind", [*NUMBERS.values(), *TEXTS.values()], ids=str)
-def test_names_of_images_and_lists(source, kind):
+@each_row("kind", [*NUMBERS.values(), *TEXTS.values()])
+def test_names_of_images_and_lists(tmp_path, kind):
+    source = make_source(tmp_path)
     """a beats b, b beats c: only b lost and won."""
     values = [1, 0] if kind in NUMBERS.values() else ["1", "0"]
     uids = {"image_0_uid": cast(values, kind), "image_1_uid": cast([values[1]] * 2, kind)}
@@ -136,8 +146,9 @@ def test_names_of_two_types_are_compared_as_text(source):
 # ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_a_column_that_is_not_used_may_be_of_any_type(source, other):
+@each_row("other", OTHERS.values())
+def test_a_column_that_is_not_used_may_be_of_any_type(tmp_path, other):
+    source = make_source(tmp_path)
     names = ("model_0", "model_1", "ranking_id", "image_0_uid", "more")
     columns = pick_a_pic([1, 1], **dict.fromkeys(names, other))
     chosen = source("pick_a_pic", columns, one_pair_per_prompt=True)
@@ -147,9 +158,10 @@ def test_a_column_that_is_not_used_may_be_of_any_type(source, other):
     assert [row.key for row in mine.pairs("train")] == keys
 
 
-@pytest.mark.parametrize("column", ["caption", "winner", "preference"])
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "null"])
-def test_a_column_that_is_used_is_refused_by_file_column_and_type(source, column, name):
+@each_row("column", ["caption", "winner", "preference"])
+@each_row("name", [name for name in OTHERS if name != "null"])
+def test_a_column_that_is_used_is_refused_by_file_column_and_type(tmp_path, column, name):
+    source = make_source(tmp_path)
     columns = {**pairs(2), column: OTHERS[name]}
     kind = str(OTHERS[name].type).split("<")[0]
     message = rf"mine.parquet: column '{column}' is of type {re.escape(kind)}.* must hold"

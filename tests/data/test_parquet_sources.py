@@ -8,20 +8,25 @@ import pyarrow as pa
 import pytest
 from image_files import number_of, numbered_image
 from parquet_files import pairs, pick_a_pic
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.images.image_files import BadRow
 
 
-@pytest.fixture
-def source(tmp_path):
+def make_source(folder):
     """Writes one file and returns its source, of which nothing is held out."""
 
     def source(columns, **arguments):
-        path = parquet_files.write(tmp_path / "mine.parquet", columns)
+        path = parquet_files.write(folder / "mine.parquet", columns)
         return get_source("parquet", **{"path": str(path), "validation_share": 0.0, **arguments})
 
     return source
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path)
 
 
 def images(row):
@@ -104,7 +109,7 @@ def test_a_preference_out_of_range_is_a_bad_row(source):
         decode_pair(row)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("columns", "arguments", "message"),
     [
         (pairs(1, caption=None), {}, r"no column 'caption' .*; name it with --config.source.caption=COLUMN"),
@@ -122,7 +127,8 @@ def test_a_preference_out_of_range_is_a_bad_row(source):
         ),
     ],
 )
-def test_faulty_columns_are_refused(source, columns, arguments, message):
+def test_faulty_columns_are_refused(tmp_path, columns, arguments, message):
+    source = make_source(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         source(columns, **arguments).num_examples("train")
     assert "\n" not in str(caught.value)
@@ -132,7 +138,7 @@ def test_faulty_columns_are_refused(source, columns, arguments, message):
 # -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "split"),
     [
         ("train-00000-of-00645-b66ac786bf6fb553.parquet", "train"),
@@ -192,7 +198,7 @@ def test_keys_are_unique_where_file_names_are_not(tmp_path):
     assert [row.key for row in source.pairs("test")] == ["0/0", "0/1"]
 
 
-@pytest.mark.parametrize("name", ["parquet", "pick_a_pic"])
+@each_row("name", ["parquet", "pick_a_pic"])
 def test_paths_without_parquet_files_are_refused(tmp_path, name):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"no .parquet file in it or its subfolders"):

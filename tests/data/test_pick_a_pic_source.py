@@ -7,20 +7,25 @@ import pyarrow as pa
 import pytest
 from image_files import number_of
 from parquet_files import pick_a_pic
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.images.image_files import BadRow
 
 
-@pytest.fixture
-def source(tmp_path):
+def make_source(folder):
     """Writes one file and returns its source, of which nothing is held out."""
 
     def source(columns, **arguments):
-        parquet_files.write(tmp_path / "train-00000-of-00001-abc.parquet", columns)
-        return get_source("pick_a_pic", **{"path": str(tmp_path), "validation_share": 0.0, **arguments})
+        parquet_files.write(folder / "train-00000-of-00001-abc.parquet", columns)
+        return get_source("pick_a_pic", **{"path": str(folder), "validation_share": 0.0, **arguments})
 
     return source
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path)
 
 
 def images(row):
@@ -116,7 +121,7 @@ def test_one_pair_of_a_prompt_does_not_depend_on_the_files(tmp_path):
     assert len({number % 6 for number in kept[0]}) == 6
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "reason"),
     [
         ({"caption": ["", "x"]}, "empty caption"),
@@ -126,15 +131,17 @@ def test_one_pair_of_a_prompt_does_not_depend_on_the_files(tmp_path):
         ({"label_0": [3.0, 1.0]}, "preference outside [0.5, 1]"),
     ],
 )
-def test_a_faulty_row_is_yielded_and_found_bad(source, change, reason):
+def test_a_faulty_row_is_yielded_and_found_bad(tmp_path, change, reason):
+    source = make_source(tmp_path)
     row = next(source(pick_a_pic([1, 1], **change)).pairs("train"))
     with pytest.raises(BadRow) as caught:
         decode_pair(row)
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("column", ["caption", "jpg_0", "jpg_1", "label_0"])
-def test_a_missing_column_is_named_with_the_file(source, column):
+@each_row("column", ["caption", "jpg_0", "jpg_1", "label_0"])
+def test_a_missing_column_is_named_with_the_file(tmp_path, column):
+    source = make_source(tmp_path)
     with pytest.raises(
         ValueError, match=rf"00001-abc.parquet: no column '{column}' \(found: .*model_1"
     ) as caught:
@@ -142,7 +149,7 @@ def test_a_missing_column_is_named_with_the_file(source, column):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("column", "values", "message"),
     [
         ("caption", [1], "must hold text"),
@@ -151,7 +158,8 @@ def test_a_missing_column_is_named_with_the_file(source, column):
         ("has_label", ["yes"], "'has_label' is of type string, but must hold true and false"),
     ],
 )
-def test_a_column_of_another_type_is_refused(source, column, values, message):
+def test_a_column_of_another_type_is_refused(tmp_path, column, values, message):
+    source = make_source(tmp_path)
     with pytest.raises(ValueError, match=message):
         source({**pick_a_pic([1]), column: values}).num_examples("train")
 

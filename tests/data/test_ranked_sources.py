@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from image_files import number_of, numbered_image
+from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
 from dspo_jax.images.image_files import BadRow
@@ -27,15 +28,19 @@ RANKED = [
 ]
 
 
-@pytest.fixture
-def source(tmp_path):
+def make_source(folder):
     """Writes a JSON file and returns its source, of which nothing is held out."""
 
     def source(name, rows, file="ranks.json", **arguments):
-        (tmp_path / file).write_text(rows if isinstance(rows, str) else json.dumps(rows))
-        return get_source(name, **{"path": str(tmp_path / file), "validation_share": 0.0, **arguments})
+        (folder / file).write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return get_source(name, **{"path": str(folder / file), "validation_share": 0.0, **arguments})
 
     return source
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path)
 
 
 def pairs(source):
@@ -116,7 +121,7 @@ def test_ranges_are_parts_of_the_whole_and_keys_are_unique(source):
     assert [*ranked.pairs("train", 0, 7), *ranked.pairs("train", 7, 30), *ranked.pairs("train", 30)] == whole
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "rows", "message"),
     [
         ("hpd_v2", '{"a": 1', r"ranks.json: not JSON \(.*\); fetch it again"),
@@ -136,13 +141,14 @@ def test_ranges_are_parts_of_the_whole_and_keys_are_unique(source):
         ("image_reward", [{**RANKED[1], "prompt": None}], r"entry 0: the prompt = \[None\]: must be of type"),
     ],
 )
-def test_a_faulty_file_is_refused_in_one_line(source, name, rows, message):
+def test_a_faulty_file_is_refused_in_one_line(tmp_path, name, rows, message):
+    source = make_source(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         source(name, rows).num_examples("train")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["hpd_v2", "image_reward"])
+@each_row("name", ["hpd_v2", "image_reward"])
 def test_bad_arguments_are_refused(name):
     with pytest.raises(ValueError, match=r"config.source.path is not set: give --config.source.path="):
         get_source(name).splits  # noqa: B018

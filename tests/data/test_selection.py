@@ -5,17 +5,17 @@ import math
 from collections import Counter
 
 import pytest
+from tables import each_row
 
 from dspo_jax.data.sources import get_source
 from dspo_jax.data.sources.selection import draw
 
 
-@pytest.fixture
-def write(tmp_path):
+def make_write(parent):
     """Writes (caption, winner, preference) rows and returns a function that makes a source of them."""
 
     def write(rows, name="pairs"):
-        folder = tmp_path / name
+        folder = parent / name
         folder.mkdir()
         with (folder / "pairs.jsonl").open("w") as file:
             for caption, winner, preference in rows:
@@ -24,6 +24,11 @@ def write(tmp_path):
         return lambda **arguments: get_source("folder", path=str(folder), **arguments)
 
     return write
+
+
+@pytest.fixture
+def write(tmp_path):
+    return make_write(tmp_path)
 
 
 @pytest.fixture
@@ -63,9 +68,10 @@ def test_the_split_of_a_caption_depends_on_the_seed_and_itself_alone(many, write
     assert set(captions(fewer(validation_share=0.3), "validation")) == expected
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("share", [1e-9, 0.999])
-def test_of_two_captions_one_is_held_out(write, share, seed):
+@each_row("seed", range(5))
+@each_row("share", [1e-9, 0.999])
+def test_of_two_captions_one_is_held_out(tmp_path, share, seed):
+    write = make_write(tmp_path)
     source = write([("a", "1.png", 1.0), ("b", "2.png", 1.0), ("a", "3.png", 1.0)])(
         validation_share=share, seed=seed
     )
@@ -139,7 +145,7 @@ def test_a_filter_that_keeps_nothing_leaves_an_empty_split(many):
     assert source.left_out("train") == {"caption_pattern": 220}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "message"),
     [
         ({"caption_pattern": "("}, r"config.source.caption_pattern = '\(': no regular expression"),

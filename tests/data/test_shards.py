@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from example_shards import FINGERPRINT, MANIFEST, make_example, write_dataset
+from tables import each_row
 
 from dspo_jax.data import shards
 from dspo_jax.images.image_files import BadRow
@@ -48,7 +49,7 @@ def test_manifest_lists_every_file_with_its_size_and_sum(dataset):
     shards.verify_shards(dataset, checksums=True)
 
 
-@pytest.mark.parametrize("value", [1e5, np.inf, np.nan])
+@each_row("value", [1e5, np.inf, np.nan])
 def test_moments_that_float16_cannot_hold_are_a_bad_row(value):
     moments = np.zeros((2, 4, 4, 6), np.float32)
     moments[1, 2, 3, 4] = value
@@ -63,7 +64,7 @@ def test_moments_are_rounded_to_the_nearest_float16():
     )
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("key", "value"),
     [("vae_sha256", "c" * 64), ("scaling_factor", 0.13025), ("tokenizer_sha256", ["b" * 64, "b" * 64])],
 )
@@ -116,7 +117,7 @@ def test_a_folder_without_manifest_is_not_a_dataset(tmp_path):
         shards.read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "message"),
     [
         ("{", "not valid JSON"),

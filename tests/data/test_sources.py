@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from image_files import image_bytes
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.data.sources import PreferencePair, decode_pair, get_source
 from dspo_jax.images.decode import decode_image
@@ -18,7 +19,7 @@ from dspo_jax.images.image_files import BadRow
 # -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
+@each_row("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_images_decode_to_rgb(file_format):
     image = decode_image(image_bytes("white", file_format=file_format))
     assert (image.mode, image.size) == ("RGB", (6, 4))
@@ -29,7 +30,7 @@ def test_a_pil_image_is_taken_as_it_is():
     assert decode_image(Image.new("L", (3, 2), 7)).getpixel((2, 1)) == (7, 7, 7)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("mode", "color", "expected"),
     [
         ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
@@ -57,7 +58,7 @@ def test_a_rotated_photograph_is_turned_upright():
     assert decode_image(image_bytes(size=(6, 4), file_format="JPEG", exif=exif)).size == (4, 6)
 
 
-@pytest.mark.parametrize("tag", [0x0100, 0x011A])
+@each_row("tag", [0x0100, 0x011A])
 def test_letters_for_numbers_in_exif_are_a_bad_row(tag):
     entries = sorted([(tag, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\6\0\0\0")])  # the other turns it by 90 degrees
     packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
@@ -75,7 +76,7 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight():
         decode_image(Image.new("F", (2, 2)))
 
 
-@pytest.mark.parametrize(
+@each_row(
     "data",
     [
         b"",
@@ -91,7 +92,7 @@ def test_undecodable_bytes_are_a_bad_row(data):
     assert caught.value.reason == "undecodable image"
 
 
-@pytest.mark.parametrize("side", [8200, 12000, 20000])  # over our limit; over PIL's warning; over PIL's error
+@each_row("side", [8200, 12000, 20000])  # over our limit; over PIL's warning; over PIL's error
 def test_a_decompression_bomb_is_a_bad_row(side):
     data = image_bytes()
     header = b"IHDR" + struct.pack(">II", side, side) + data[24:29]
@@ -110,7 +111,7 @@ def test_a_single_image_gives_one():
     assert len(decode_pair(PreferencePair("a caption", image_bytes()))) == 1
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "reason"),
     [
         ({"caption": " \n"}, "empty caption"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from example_shards import MANIFEST, make_example, start_dataset, write_dataset
+from tables import each_row
 from tensorflow_datasets.core import example_serializer
 
 from dspo_jax.data import shards
@@ -99,7 +100,7 @@ def test_what_a_killed_process_left_does_not_stay(tmp_path):
     assert keys(tmp_path / "out", "train") == ["0"]
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 10)])
+@each_row("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 10)])
 def test_a_finished_shard_that_is_damaged_is_written_again(tmp_path, damage):
     writer = start_dataset(tmp_path / "out", {"train": 1})
     writer.write_shard("train", 0, [make_example(0)])
@@ -178,7 +179,7 @@ def test_images_of_several_sizes_have_files_and_tfds_splits_of_their_own(tmp_pat
     shards.verify_shards(out, checksums=True)
 
 
-@pytest.mark.parametrize("bucket", ["16x16", "8x32"])
+@each_row("bucket", ["16x16", "8x32"])
 def test_records_are_the_bytes_that_tfds_makes(bucket):
     features = shards.feature_spec((2, 4, 4, 6) if bucket == "16x16" else (2, None, None, 6), 1)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())

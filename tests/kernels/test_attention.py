@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from tables import each_row
 
 from dspo_jax.kernels import attention as module
 from dspo_jax.kernels import flash
@@ -69,7 +70,7 @@ def small_blocks(monkeypatch):
 
 
 # 77 keys are padded, 150 queries too; several blocks of everything; a head of more than 128.
-@pytest.mark.parametrize(("queries", "keys", "head"), [(150, 77, 40), (256, 512, 160)])
+@each_row(("queries", "keys", "head"), [(150, 77, 40), (256, 512, 160)])
 def test_the_tpu_kernel_is_the_plain_backend(queries, keys, head, small_blocks):
     inputs = make_inputs(queries, keys, 1, head, batch=1)
     actual = value_and_gradients(interpreted)(*inputs)
@@ -86,7 +87,7 @@ def test_in_bfloat16_the_tpu_kernel_errs_no_more_than_its_numbers_are_rounded(sm
     assert largest_error(value_and_gradients(plain_attention)(*inputs), exact) < 3 / 256
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("heads", "spec"),
     [(2, P(("data", "fsdp"), None, "tensor")), (1, P(("data", "fsdp"), None, None))],
 )
@@ -108,7 +109,7 @@ def test_each_device_of_a_mesh_computes_its_examples_and_heads(heads, spec, smal
     assert len(results[0].sharding.device_set) == 4
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("what", "target", "query", "keys", "dtype", "expected"),
     [
         ("SD1.5, 64x64", V5P, (8, 4096, 8, 40), 4096, "bfloat16", "flash"),
@@ -146,7 +147,7 @@ def test_a_wanted_kernel_takes_what_it_can():
     assert choose(V5P, (8, 4096, 8, 40), 77, jnp.float32, wanted="flash") == "plain"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("target", "wanted", "message"),
     [
         (
@@ -205,7 +206,7 @@ def test_a_program_is_for_the_devices_of_its_mesh(monkeypatch):
         assert target(8) is None
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("query", "kernels"),
     [((8, 1024, 4, 40), 1), ((8, 256, 4, 40), 0), ((6, 1024, 4, 40), 0)],
 )
@@ -232,7 +233,7 @@ class Block(nnx.Module):
         return interpreted(*arrays)
 
 
-@pytest.mark.parametrize(("policy", "keeps"), [("none", True), ("dots", True), ("blocks", False)])
+@each_row(("policy", "keeps"), [("none", True), ("dots", True), ("blocks", False)])
 def test_what_the_kernel_keeps_is_kept_where_layers_outputs_are(policy, keeps):
     inputs = make_inputs(128, 128, 2, 8)[:3]
     run = functools.partial(remat.run_block, Block(), policy)
@@ -241,7 +242,7 @@ def test_what_the_kernel_keeps_is_kept_where_layers_outputs_are(policy, keeps):
     assert ({(2, 2, 128), (2, 2, 128, 8)} <= shapes) == keeps  # a number for each query, and the output
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("queries", "keys", "head", "given"),
     [
         # queries, keys and size of a head as they are handed on; whether keys are masked
@@ -313,7 +314,7 @@ def test_on_a_gpu_cudnn_is_the_plain_backend(queries, keys, head):
         pytest.skip(f"this GPU's cuDNN takes no heads of {head}")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("queries", "keys", "head", "expected"),
     [
         # T, S, loaded forward, loaded back

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tables import each_row
 
 from dspo_jax.kernels import cpu
 from dspo_jax.kernels.targets import Target, on_mesh
@@ -54,8 +55,8 @@ def value_and_gradients(layer: nnx.Module, x: jax.Array) -> Any:
     return out, grads
 
 
-@pytest.mark.parametrize("name", layers())
-@pytest.mark.parametrize("size", [(4, 4), (5, 3)])
+@each_row("name", layers())
+@each_row("size", [(4, 4), (5, 3)])
 def test_values_and_gradients_are_those_of_the_plain_layer(name, size, trace_for):
     layer = layers()[name]()
     draw = np.random.default_rng(0)
@@ -106,9 +107,7 @@ def test_a_program_for_another_device_has_the_plain_layers(trace_for):
         assert {name for name, layer in made.items() if products(layer, 8) != expected[name]} == differing
 
 
-@pytest.mark.parametrize(
-    ("device", "channels", "merged"), [(TPU, 256, True), (TPU, 255, False), (GPU, 256, False)]
-)
+@each_row(("device", "channels", "merged"), [(TPU, 256, True), (TPU, 255, False), (GPU, 256, False)])
 def test_wide_convolutions_after_doubling_are_merged_on_tpus_too(device, channels, merged, trace_for):
     layer = blocks.Upsample2D(channels, rngs=nnx.Rngs(0))
     trace_for(device)

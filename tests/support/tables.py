@@ -3,7 +3,8 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ def each_row(names: str | Sequence[str], table: Iterable[Any], ids: Sequence[str
 
     For quick rows that test one behaviour; `pytest.mark.parametrize`, whose arguments these are, makes each
     row a case. Several tables on one test are multiplied. A row has a `tmp_path`, `monkeypatch`, `caplog` and
-    `capsys` as if it were alone. Other fixtures are made once for all rows: a test must not change them.
+    `capsys` as if it were alone, and copies of the files that fixtures made in `tmp_path`. Other fixtures are
+    made once for all rows: a test must not change them.
 
     Args:
       names: the arguments of the test that a row gives, as a list or separated by commas.
@@ -36,17 +38,20 @@ def each_row(names: str | Sequence[str], table: Iterable[Any], ids: Sequence[str
                 zip(labels, values, strict=True), below
             )
         ]
-
-        @functools.wraps(test)
-        def run(*args: Any, subtests: pytest.Subtests, **fixtures: Any) -> None:
-            for number, (label, given) in enumerate(product):
-                with subtests.test(label), ExitStack() as stack:
-                    function(*args, **_fresh(fixtures, number, stack), **given)
-
         parameters = inspect.signature(function).parameters
         fixtures = [parameter for name, parameter in parameters.items() if name not in product[0][1]]
-        subtests = inspect.Parameter("subtests", inspect.Parameter.KEYWORD_ONLY)
-        run.__signature__ = inspect.Signature([*fixtures, subtests])  # type: ignore[attr-defined]
+        own = [name for name in ("subtests", "tmp_path") if name not in parameters]
+
+        @functools.wraps(test)
+        def run(*args: Any, subtests: pytest.Subtests, tmp_path: Path, **given: Any) -> None:
+            given |= {} if "tmp_path" in own else {"tmp_path": tmp_path}
+            for number, (label, values) in enumerate(product):
+                with subtests.test(label), ExitStack() as stack:
+                    fresh = _fresh(given, tmp_path, tmp_path / f"row{number}", stack)
+                    function(*args, **fresh, **values)
+
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in own]
+        run.__signature__ = inspect.Signature([*fixtures, *added])  # type: ignore[attr-defined]
         run.table = (function, product)  # type: ignore[attr-defined]
         return run
 
@@ -57,17 +62,22 @@ def _shorten(value: Any) -> str:
     return getattr(value, "__name__", None) or repr(value)[:80]
 
 
-def _fresh(fixtures: dict[str, Any], number: int, stack: ExitStack) -> dict[str, Any]:
-    """The fixtures of one row."""
-    mine = dict(fixtures)
-    if "tmp_path" in mine:
-        folder: Path = mine["tmp_path"] / f"row{number}"
-        folder.mkdir()
-        mine["tmp_path"] = folder
-    if "monkeypatch" in mine:
-        mine["monkeypatch"] = stack.enter_context(pytest.MonkeyPatch.context())
-    if "caplog" in mine:
-        mine["caplog"].clear()
-    if "capsys" in mine:
-        mine["capsys"].readouterr()
-    return mine
+def _fresh(given: Mapping[str, Any], made_in: Path, folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """The fixtures of one row, those that are files in `made_in` as copies in `folder`."""
+    fresh = dict(given)
+    folder.mkdir()
+    for name, value in given.items():
+        if name == "monkeypatch":
+            fresh[name] = stack.enter_context(pytest.MonkeyPatch.context())
+        elif name == "caplog":
+            value.clear()
+        elif name == "capsys":
+            value.readouterr()
+        elif isinstance(value, Path) and value.is_relative_to(made_in):
+            fresh[name] = copy = folder / value.relative_to(made_in)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if value.is_dir() and value != made_in:
+                shutil.copytree(value, copy, symlinks=True)
+            elif value.is_file():
+                shutil.copy(value, copy)
+    return fresh

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tables import each_row
 
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
@@ -175,7 +176,7 @@ def changed(change):
     return state
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [
         (
@@ -218,7 +219,7 @@ def test_missing_steps_and_folders_are_named(saved, tmp_path):
         restore_params(saved, subtree="ema")
 
 
-@pytest.mark.parametrize("open_directory", [Checkpoints, restore_params])
+@each_row("open_directory", [Checkpoints, restore_params])
 def test_a_directory_of_something_else_is_refused_untouched(tmp_path, open_directory):
     (tmp_path / "photo.jpg").write_bytes(b"not a checkpoint")
     with pytest.raises(
@@ -234,7 +235,7 @@ def test_a_directory_of_something_else_is_refused_untouched(tmp_path, open_direc
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
 )
-@pytest.mark.parametrize("damaged", ["_METADATA", "manifest.ocdbt", "d", "extra"])
+@each_row("damaged", ["_METADATA", "manifest.ocdbt", "d", "extra"])
 def test_a_damaged_checkpoint_is_one_clear_error(saved, damaged):
     step = saved / "2"
     if damaged == "extra":
@@ -271,7 +272,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_only_when_asked(saved, caplo
     assert restore_params(saved)[1] == 2
 
 
-@pytest.mark.parametrize(
+@each_row(
     "error",
     [RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), OSError(errno.ESTALE, "Stale file handle")],
     ids=["memory", "network"],
@@ -319,7 +320,8 @@ def save_twice(directory, wait, limit=None):
 def run_here(code, *args, within=()):
     """Runs code in a process of its own that finds this module and the project."""
     tests = Path(__file__).parent
-    paths = f"import sys; sys.path[:0] = {[str(tests), str(tests.parents[1])]}; import test_checkpoint as t; "
+    folders = [str(folder) for folder in (tests, tests.parent / "support", tests.parents[1])]
+    paths = f"import sys; sys.path[:0] = {folders}; import test_checkpoint as t; "
     command = [*within, sys.executable, "-c", paths + code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -346,7 +348,7 @@ def save_twice_and_say(directory, wait):
         print(f"{error}; loaded step {restore_params(directory)[1]}")
 
 
-@pytest.mark.parametrize("wait", [True, False])
+@each_row("wait", [True, False])
 def test_a_full_disk_is_said_in_plain_words(tmp_path, wait):
     # The small disk is seen by that process alone and gone with it, however it ends.
     within = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"', tmp_path]
@@ -361,9 +363,7 @@ def test_a_full_disk_is_said_in_plain_words(tmp_path, wait):
     assert not directory.exists()
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: a\nb")]
-)
+@each_row("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: a\nb")])
 def test_errors_of_the_save_itself_are_worded_too(tmp_path, monkeypatch, error):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
 

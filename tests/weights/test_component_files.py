@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from model_folders import refused
 from safetensors.numpy import load_file
+from tables import each_row
 from tiny_clip import CONFIG as CLIP
 from tiny_model import TEXT_ENCODER, UNET
 
@@ -38,7 +39,7 @@ def save_twice(folder, class_name):
     return type(module).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("class_name", [UNET_CLASS, TEXT_CLASS, "CLIPModel"])
+@each_row("class_name", [UNET_CLASS, TEXT_CLASS, "CLIPModel"])
 def test_of_a_file_and_shards_the_one_is_read_that_its_library_reads(class_name, tmp_path, caplog):
     theirs = save_twice(tmp_path, class_name).state_dict()
     ours = open_stored(tmp_path, class_name)
@@ -51,7 +52,7 @@ def test_of_a_file_and_shards_the_one_is_read_that_its_library_reads(class_name,
     assert find_weights(tmp_path, class_name) == (newer if class_name == UNET_CLASS else [file])
 
 
-@pytest.mark.parametrize(("component", "class_name"), [("unet", UNET_CLASS), ("text_encoder", TEXT_CLASS)])
+@each_row(("component", "class_name"), [("unet", UNET_CLASS), ("text_encoder", TEXT_CLASS)])
 def test_what_is_imported_is_what_was_read(component, class_name, model, out):
     theirs = save_twice(model / component, class_name).state_dict()
     import_model(model, out)
@@ -68,7 +69,7 @@ def test_what_is_imported_is_what_was_read(component, class_name, model, out):
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("names", "remedy"),
     [
         (
@@ -101,7 +102,6 @@ FILE = "diffusion_pytorch_model.safetensors"
         (["unet-Q4_K_S.gguf"], "unet-Q4_K_S.gguf is quantised, which is not read"),
         ([], "fetch the model again"),
     ],
-    ids=lambda value: (value or ["nothing"])[0] if isinstance(value, list) else "",
 )
 def test_what_is_there_instead_is_named(names, remedy, model):
     (model / "unet" / FILE).unlink()
@@ -147,7 +147,7 @@ def test_a_variants_index_is_not_copied(model, out):
     assert {path.name for path in (out / "text_encoder").iterdir()} == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("place", ["vae/config.json", "text_encoder/model.safetensors", "LICENSE", "vae"])
+@each_row("place", ["vae/config.json", "text_encoder/model.safetensors", "LICENSE", "vae"])
 def test_links_out_of_the_folder_are_not_copied(place, model, tmp_path, out):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("secret") if place == "LICENSE" else (model / place).rename(elsewhere)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tables import each_row
 from tiny_model import UNET
 
 from dspo_jax.weights import tensors
@@ -53,8 +54,8 @@ def one_line(*parts):
     return "^" + ".*".join(re.escape(str(part)) for part in parts) + "[^\n]*$"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("component", COMPONENTS)
+@each_row("dtype", ["float32", "float16", "bfloat16"])
+@each_row("component", COMPONENTS)
 def test_read_then_write_gives_the_same_tensors(component, dtype, tiny_model, tmp_path):
     model, params = read(tiny_model / component)
     write_params(tmp_path / "stored", model, params, dtype)
@@ -184,7 +185,7 @@ def test_missing_weights_are_named(folder):
         read(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"], ids=["cut", "a list", "not UTF-8"])
+@each_row("text", ["{", "[]", "\udcff"], ids=["cut", "a list", "not UTF-8"])
 def test_a_malformed_config_is_named(folder, text):
     path = folder / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -198,7 +199,7 @@ def test_a_missing_config_is_named(folder):
         read(folder)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not supported; supported: "),

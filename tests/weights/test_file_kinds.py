@@ -1,9 +1,9 @@
 """Files that are no text-to-image model are refused by what they are."""
 
 import numpy as np
-import pytest
 from model_folders import make_run, refused
 from safetensors.numpy import save_file
+from tables import each_row
 
 from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
@@ -54,7 +54,7 @@ def save(path, **values):
     return path
 
 
-@pytest.mark.parametrize("key", KINDS)
+@each_row("key", KINDS)
 def test_a_file_is_refused_as_what_it_is(key, tmp_path, out):
     names, kind = KINDS[key]
     path = save(tmp_path / "file.safetensors", **dict.fromkeys(names, ONE))
@@ -75,9 +75,7 @@ def test_a_vector_of_a_text_encoder_is_an_inversion(tmp_path, out):
         import_model(path, out)
 
 
-@pytest.mark.parametrize(
-    ("channels", "kind"), [(9, "an inpainting model"), (8, ".*InstructPix2Pix"), (5, ".*depth")]
-)
+@each_row(("channels", "kind"), [(9, "an inpainting model"), (8, ".*InstructPix2Pix"), (5, ".*depth")])
 def test_a_unet_that_reads_a_picture_is_named(channels, kind, tmp_path, out):
     path = save(tmp_path / "file.safetensors", **{FIRST: np.zeros((8, channels, 3, 3), np.float32)})
     with refused(f"{path}: is {kind}.*: its UNet reads {channels} channels, and not 4"):

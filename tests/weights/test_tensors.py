@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tables import each_row
 
 from dspo_jax.json_files import shown
 from dspo_jax.weights import tensors
@@ -112,7 +113,7 @@ def refused(path, message, error=ValueError):
     return pytest.raises(error, match=f"^{re.escape(str(path))}: {message}[^\n]*$")
 
 
-@pytest.mark.parametrize("keep", [4, 50, -1])
+@each_row("keep", [4, 50, -1])
 def test_a_truncated_file_is_named(keep, tmp_path):
     path = tmp_path / "model.safetensors"
     write_tensors(path, {"a": lazy(np.ones((8, 8), np.float32))})

@@ -4,6 +4,7 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.weights.torch_files import open_weights
 
@@ -15,7 +16,7 @@ class Evil:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"epoch": 3, "state_dict": state}])
+@each_row("wrap", [dict, lambda state: {"epoch": 3, "state_dict": state}])
 def test_state_dicts(tmp_path, wrap):
     half = torch.arange(6).reshape(2, 3).to(torch.bfloat16) / 8
     torch.save(wrap({"module.a.weight": half, "b": torch.tensor([1.5, 2.5])}), tmp_path / "w.pt")
@@ -64,7 +65,7 @@ def nested():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about kinds of tensors that it is to drop
-@pytest.mark.parametrize(
+@each_row(
     ("make", "fault"),
     [
         (lambda: torch.eye(3).to_sparse(), "is stored as torch.sparse_coo and not as an array"),

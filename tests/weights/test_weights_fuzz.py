@@ -11,6 +11,7 @@ import resource
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tables import each_row
 
 from dspo_jax.weights import tensors
 from dspo_jax.weights.torch_files import open_weights
@@ -122,7 +123,7 @@ def test_indices_of_shards(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it finds in a damaged file
-@pytest.mark.parametrize("zipped", [True, False])
+@each_row("zipped", [True, False])
 def test_bytes_of_a_torch_file(zipped, tmp_path):
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(array) for name, array in ARRAYS.items()}
