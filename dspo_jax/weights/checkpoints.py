@@ -5,12 +5,17 @@ everything in it has been written, so a save that was cut short (SIGKILL, full d
 checkpoint.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import errno
 import itertools
 import math
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import WARNING, LogRecord
+from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +207,7 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -215,6 +220,7 @@ class Checkpoints:
             yield
         except (OSError, RuntimeError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             self._saving = None
+            traceback.clear_frames(error.__traceback__)  # they hold pending writes
             self._manager.reload()  # after a failure the manager's own list no longer agrees with the disk
             newest = self._manager.latest_step()
             kept = (
@@ -338,5 +344,29 @@ class _OrbaxFilter:
 _ORBAX_FILTER = _OrbaxFilter()
 
 
+def _is_no_lost_write(record: LogRecord) -> bool:
+    """Whether asyncio reports something else than the second, third ... write of a save that failed."""
+    return not ("never retrieved" in record.getMessage() and "/orbax/checkpoint/" in record.getMessage())
+
+
+@dataclasses.dataclass(frozen=True)
+class _LateWrites:
+    """Hook for lost exceptions that drops what a failed save leaves: a traceback for each array, of no news.
+
+    tensorstore's threads report the writes that end later to the save's event loop, which is closed by then;
+    the error of the save itself arrives as an exception.
+    """
+
+    shown: Callable[[sys.UnraisableHookArgs], object]
+
+    def __call__(self, lost: sys.UnraisableHookArgs) -> None:
+        if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):
+            self.shown(lost)
+
+
 def hush_orbax() -> None:
+    """Leaves the warnings of what Orbax and tensorstore print."""
     logging.get_absl_logger().addFilter(_ORBAX_FILTER)
+    getLogger("asyncio").addFilter(_is_no_lost_write)
+    if not isinstance(sys.unraisablehook, _LateWrites):
+        sys.unraisablehook = _LateWrites(sys.unraisablehook)
