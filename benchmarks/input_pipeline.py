@@ -27,6 +27,7 @@ from tensorflow_datasets.core import example_serializer
 from benchmarks import measuring
 from dspo_jax import cli
 from dspo_jax.data import loader, shards
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.writer import DatasetWriter
 
 MOMENTS = (2, 64, 64, 8)
@@ -81,7 +82,7 @@ def serialise(features: tfds.features.FeaturesDict, count: int) -> None:
 def read(folder: Path, count: int, num_threads: int) -> None:
     """Reads so many pairs in batches as a training run does."""
     with closing(
-        loader.train_batches(folder, batch_size=BATCH_SIZE, seed=0, num_threads=num_threads)
+        loader.train_batches(read_datasets(folder), batch_size=BATCH_SIZE, seed=0, num_threads=num_threads)
     ) as batches:
         for _ in range(count // BATCH_SIZE):
             next(batches)

@@ -28,11 +28,11 @@ for name in names:
     importlib.import_module(name)
 
 import tensorflow_datasets as tfds
-from dspo_jax.data import loader
+from dspo_jax.data import datasets, loader
 
 source = tfds.builder_from_directory(sys.argv[1]).as_data_source("train")
 print(len(names), len(source), source[0]["moments"].shape)
-batch = next(iter(loader.eval_batches(sys.argv[1], batch_size=2)))
+batch = next(iter(loader.eval_batches(datasets.read_datasets(sys.argv[1]), batch_size=2)))
 print(batch["tokens"].shape)
 """
 

@@ -39,6 +39,10 @@ class Dataset:
             if of_bucket == bucket
         ]
 
+    def verify(self) -> None:
+        """Refuses shards that have vanished or were cut short (`shards.verify_shards`)."""
+        shards.verify_shards(self.folder, self.manifest)
+
     def _shards(self, split: str) -> list[tuple[str, Mapping[str, Any]]]:
         square = "{0}x{0}".format(self.manifest["resolution"])
         content = self.manifest["splits"].get(split, {"shards": []})
@@ -46,11 +50,15 @@ class Dataset:
 
 
 def read_datasets(path: str | Path) -> list[Dataset]:
-    """The datasets that `config.data.path` names: one folder, or several separated by commas.
+    """Reads the datasets that `config.data.path` names, and looks whether their shards are whole.
+
+    Args:
+      path: one folder, or several separated by commas.
 
     Raises:
-      FileNotFoundError, ValueError: one is none, or damaged (see `shards.read_manifest`), or two do not fit
-        one another; the message names both folders, the key and both values.
+      FileNotFoundError, UserError: a folder is no dataset, a manifest or a shard is damaged
+        (`shards.read_manifest`, `shards.verify_shards`), or two datasets do not fit one another; the message
+        names both folders, the key and both values.
     """
     folders = [Path(name.strip()) for name in str(path).split(",")]
     datasets = [Dataset(folder, shards.read_manifest(folder)) for folder in folders]
@@ -65,6 +73,8 @@ def read_datasets(path: str | Path) -> list[Dataset]:
                     "datasets of one run must agree in it; encode one of them again, or leave it out of "
                     "config.data.path"
                 )
+    for dataset in datasets:
+        dataset.verify()
     return datasets
 
 

@@ -13,14 +13,12 @@ import itertools
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import grain
 import numpy as np
 
-from dspo_jax.data import shards
-from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights, read_datasets
+from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights
 from dspo_jax.data.records import Batch, Records
 from dspo_jax.errors import UserError
 
@@ -62,7 +60,8 @@ class BatchIterator:
         try:
             return next(self._iterator)
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # what array_record and Grain raise
-            _verify(self._datasets)
+            for dataset in self._datasets:
+                dataset.verify()
             reason = str(error).splitlines()[0]
             folders = ", ".join(str(dataset.folder) for dataset in self._datasets)
             raise OSError(f"{folders}: a shard cannot be read: {reason}; encode the data again") from error
@@ -94,22 +93,8 @@ class BatchIterator:
         self._iterator.close()
 
 
-def num_examples(path: str | Path, split: str) -> int:
-    """The number of examples of a split, over all datasets that have it.
-
-    Args:
-      path: a dataset made by `dspo_jax.encode`, or several separated by commas.
-      split: of the datasets.
-
-    Raises:
-      FileNotFoundError, ValueError: no dataset there, or datasets that do not fit one another.
-      ValueError: the split does not exist or is empty.
-    """
-    return sum(count_examples(read_datasets(path), split).values())
-
-
 def train_batches(
-    path: str | Path,
+    datasets: Sequence[Dataset],
     *,
     batch_size: int,
     seed: int,
@@ -125,7 +110,7 @@ def train_batches(
     proportion to their examples, to within 1 %, as do datasets in proportion to their weights.
 
     Args:
-      path: a dataset made by `dspo_jax.encode`, or several separated by commas.
+      datasets: from `read_datasets`.
       batch_size: global, over all processes.
       seed: of the permutations.
       weights: the datasets' shares of the examples, up to a factor; none are in proportion to their sizes.
@@ -135,9 +120,8 @@ def train_batches(
       num_threads: that read and decode ahead.
 
     Raises:
-      FileNotFoundError: no dataset there, or a shard is missing.
-      ValueError: the split is unknown or empty in a dataset, datasets do not fit one another, the weights are
-        not one for each, a shard is truncated, or the batch cannot be shared equally.
+      UserError: the split is unknown or empty in a dataset, the weights are not one for each, or the batch
+        cannot be shared equally.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -145,11 +129,9 @@ def train_batches(
         )
     if not 0 <= process_index < process_count:
         raise UserError(f"process index {process_index}: must be between 0 and {process_count - 1}")
-    datasets = read_datasets(path)
     check_weights(weights, datasets)
     sizes = [sum(count_examples([dataset], split).values()) for dataset in datasets]
     buckets = count_examples(datasets, split)
-    _verify(datasets)
     share, seeds = batch_size // process_count, itertools.count(seed)
     batches, bucket_weights = [], []
     for bucket, row in mixing_weights(datasets, split, weights).items():
@@ -182,7 +164,7 @@ def train_batches(
 
 
 def eval_batches(
-    path: str | Path, *, batch_size: int, split: str = "validation", num_threads: int = 2
+    datasets: Sequence[Dataset], *, batch_size: int, split: str = "validation", num_threads: int = 2
 ) -> BatchIterator:
     """One pass over a split in stored order, one dataset after another; with buckets, one bucket after
     another. The last batch (of a bucket) is smaller where the batch size does not divide it.
@@ -192,9 +174,7 @@ def eval_batches(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: must be at least 1")
-    datasets = read_datasets(path)
     buckets = count_examples(datasets, split)
-    _verify(datasets)
     batches, first = [], 0
     for bucket, count in buckets.items():
         records = Records(datasets, split, bucket)
@@ -203,11 +183,6 @@ def eval_batches(
         first += count
     identity = {"num_examples": first, "batch_size": batch_size}
     return BatchIterator(grain.MapDataset.concatenate(batches), identity, num_threads, datasets)
-
-
-def _verify(datasets: Sequence[Dataset]) -> None:
-    for dataset in datasets:
-        shards.verify_shards(dataset.folder, dataset.manifest)
 
 
 def _add_index(number: int, batch: Batch, *, first: int, stride: int) -> Batch:

@@ -1,15 +1,14 @@
 """The optimizer and its learning-rate schedule, made from `config.optimizer`."""
 
-import math
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dspo_jax import spelling
 from dspo_jax.errors import UserError
+from dspo_jax.limits import DECAY, FINITE_NOT_NEGATIVE, NOT_NEGATIVE, choice, limited
 from dspo_jax.training.adafactor import scale_by_released_factored_rms
 
 OPTIMIZERS = ("adafactor", "adamw", "lion")
@@ -19,26 +18,41 @@ SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear")
 ENDLESS_SCHEDULES = ("constant", "inverse_sqrt")
 MOMENT_DTYPES = ("bfloat16", "float32")
 FACTORED_AXES = ("largest", "released")
-KEYS = (
-    "b1",
-    "b2",
-    "eps",
-    "factored_axes",
-    "learning_rate",
-    "max_grad_norm",
-    "moment_dtype",
-    "name",
-    "scale_lr",
-    "schedule",
-    "warmup_steps",
-    "weight_decay",
-)
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The keys of `config.optimizer`; configs/common.py says what they mean."""
+
+    name: str = choice(*OPTIMIZERS)
+    learning_rate: float = limited(FINITE_NOT_NEGATIVE)
+    scale_lr: bool
+    schedule: str = choice(*SCHEDULES)
+    warmup_steps: int = limited(NOT_NEGATIVE)
+    b1: float = limited(DECAY)
+    b2: float = limited(DECAY)
+    eps: float = limited(FINITE_NOT_NEGATIVE)
+    weight_decay: float = limited(FINITE_NOT_NEGATIVE)
+    moment_dtype: str = choice(*MOMENT_DTYPES)
+    factored_axes: str = choice(*FACTORED_AXES)
+    max_grad_norm: float = limited(FINITE_NOT_NEGATIVE)
+
+    def peak_rate(self, batch_size: int) -> float:
+        """The learning rate after warm-up.
+
+        With `scale_lr` the rate is one example's and is multiplied by the batch, as the released trainers'
+        --scale_lr multiplies by the batch of a process, the accumulated batches and the processes.
+
+        Args:
+          batch_size: examples in an update, over all devices and parts.
+        """
+        return self.learning_rate * (batch_size if self.scale_lr else 1)
+
+
 def make_optimizer(
-    config: Any, total_steps: int, batch_size: int
+    settings: OptimizerSettings, total_steps: int, batch_size: int
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Builds clipping by global norm, then the optimizer with decoupled weight decay on every parameter.
 
@@ -54,9 +68,8 @@ def make_optimizer(
     larger; its b2 is 0.99.
 
     Args:
-      config: mapping with exactly the keys `KEYS`. `max_grad_norm` 0 turns clipping off; `moment_dtype` is
-        what the first moment of adamw and lion is stored in, "float32" or "bfloat16"; `factored_axes` is
-        adafactor's; the rest is `peak_rate`'s and `make_schedule`'s.
+      settings: parsed by `limits.parse`. `max_grad_norm` 0 turns clipping off; `moment_dtype` is the dtype of
+        the first moment of adamw and lion; `factored_axes` is adafactor's.
       total_steps: optimizer updates of the whole run, where a schedule that ends with it reaches 0.
       batch_size: examples in an update, over all devices and parts.
 
@@ -64,89 +77,60 @@ def make_optimizer(
       (the transformation, the schedule it uses: number of updates done -> learning rate of the next one).
 
     Raises:
-      ValueError: an unknown name, an unknown or missing key, or a value outside its range.
+      UserError: settings that do not fit each other or the length of the run.
     """
-    for key in config:
-        if key not in KEYS:
-            raise UserError(spelling.unknown("a key of config.optimizer", key, KEYS))
-    for key in KEYS:
-        if key not in config:
-            raise UserError(f"config.optimizer.{key}: missing")
-    for key, allowed in (
-        ("name", OPTIMIZERS),
-        ("moment_dtype", MOMENT_DTYPES),
-        ("factored_axes", FACTORED_AXES),
-    ):
-        if config[key] not in allowed:
-            raise UserError(spelling.unknown(f"config.optimizer.{key}", config[key], allowed))
-    for key in ("b1", "b2"):
-        if not 0 <= config[key] < 1:
-            raise UserError(f"config.optimizer.{key} = {config[key]}: must be at least 0 and below 1")
-    for key in ("eps", "learning_rate", "max_grad_norm", "weight_decay"):
-        if not 0 <= config[key] < math.inf:
-            raise UserError(f"config.optimizer.{key} = {config[key]}: must be finite and not negative")
-    if config["name"] == "adamw" and not config["eps"]:
+    if settings.name == "adamw" and not settings.eps:
         raise UserError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
-    if config["moment_dtype"] == "bfloat16":
-        _check_bfloat16(config)
-    schedule = make_schedule({**config, "learning_rate": peak_rate(config, batch_size)}, total_steps)
-    weight_decay, moment_dtype = config["weight_decay"], config["moment_dtype"]
+    if settings.moment_dtype == "bfloat16":
+        _check_bfloat16(settings)
+    schedule = make_schedule(
+        settings.schedule, settings.peak_rate(batch_size), settings.warmup_steps, total_steps
+    )
+    weight_decay, moment_dtype = settings.weight_decay, settings.moment_dtype
     optimizer: optax.GradientTransformation
-    if config["name"] == "adamw":
+    if settings.name == "adamw":
         optimizer = optax.adamw(
             schedule,
-            b1=config["b1"],
-            b2=config["b2"],
-            eps=config["eps"],
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
             weight_decay=weight_decay,
             mu_dtype=moment_dtype,
         )
-    elif config["name"] == "lion":
+    elif settings.name == "lion":
         optimizer = optax.lion(
-            schedule, b1=config["b1"], b2=config["b2"], weight_decay=weight_decay, mu_dtype=moment_dtype
+            schedule, b1=settings.b1, b2=settings.b2, weight_decay=weight_decay, mu_dtype=moment_dtype
         )
     else:
         # Not optax.adafactor, whose weight decay does not follow the learning rate.
         optimizer = optax.chain(
             scale_by_released_factored_rms()
-            if config["factored_axes"] == "released"
+            if settings.factored_axes == "released"
             else optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(schedule),
         )
-    if config["max_grad_norm"] == 0:
+    if settings.max_grad_norm == 0:
         return optimizer, schedule
-    return optax.chain(optax.clip_by_global_norm(config["max_grad_norm"]), optimizer), schedule
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer), schedule
 
 
-def peak_rate(config: Any, batch_size: int) -> float:
-    """The learning rate after warm-up.
-
-    Args:
-      config: mapping with `learning_rate` and `scale_lr`. With the latter the rate is one example's and is
-        multiplied by the batch, as the released trainers' --scale_lr multiplies by the batch of a process,
-        the accumulated batches and the processes.
-      batch_size: examples in an update, over all devices and parts.
-    """
-    return config["learning_rate"] * (batch_size if config["scale_lr"] else 1)
-
-
-def _check_bfloat16(config: Any) -> None:
-    if config["name"] == "adafactor":
+def _check_bfloat16(settings: OptimizerSettings) -> None:
+    if settings.name == "adafactor":
         raise UserError(
             "config.optimizer.moment_dtype = 'bfloat16': adafactor keeps no first moment; set it to 'float32'"
         )
-    decay = "b1" if config["name"] == "adamw" else "b2"
+    decay = "b1" if settings.name == "adamw" else "b2"
     # Just below 1 the numbers of bfloat16 are 2^-8 apart.
-    if config[decay] >= 1 - 2**-9:
+    if getattr(settings, decay) >= 1 - 2**-9:
         raise UserError(
-            f"config.optimizer.{decay} = {config[decay]}: is 1 in bfloat16, so that the moment would never "
-            "decay; use 0.99 or less, or moment_dtype 'float32'"
+            f"config.optimizer.{decay} = {getattr(settings, decay)}: is 1 in bfloat16, so that the moment "
+            "would never decay; use 0.99 or less, or moment_dtype 'float32'"
         )
 
 
-def make_schedule(config: Any, total_steps: int) -> Schedule:
+def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
     """The learning rate as a function of the number of updates done.
 
     It rises linearly over `warmup_steps` updates, the first of which already has 1/warmup_steps of the full
@@ -157,19 +141,14 @@ def make_schedule(config: Any, total_steps: int) -> Schedule:
     peak * min(n / w, sqrt(w / n)).
 
     Args:
-      config: mapping with `schedule`, `learning_rate` and `warmup_steps`.
+      name: one of `SCHEDULES`.
+      peak: the learning rate after warm-up.
+      warmup_steps: updates of the warm-up.
       total_steps: updates of the whole run, which only `cosine` and `linear` read.
 
     Raises:
-      ValueError: an unknown schedule, a negative value, or a schedule that ends with the run and whose
-        warm-up takes all of it.
+      UserError: a schedule that ends with the run and whose warm-up takes all of it.
     """
-    name, peak, warmup_steps = config["schedule"], config["learning_rate"], config["warmup_steps"]
-    if name not in SCHEDULES:
-        raise UserError(spelling.unknown("config.optimizer.schedule", name, SCHEDULES))
-    for key in ("learning_rate", "warmup_steps"):
-        if config[key] < 0:
-            raise UserError(f"config.optimizer.{key} = {config[key]}: must not be negative")
     if name in ("cosine", "linear") and warmup_steps >= total_steps:
         raise UserError(
             f"config.optimizer.warmup_steps = {warmup_steps}: must be below the run's {total_steps} steps "

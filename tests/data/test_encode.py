@@ -18,6 +18,7 @@ from tables import each_row
 
 from configs.encode import common
 from dspo_jax.data import encoding, loader, shards, sources
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.encode import parse_share
@@ -163,7 +164,7 @@ def test_shards_hold_the_rows_in_order(pipe, config, tmp_path):
 
 def test_the_loader_reads_what_was_encoded(pipe, config, tmp_path):
     encode(config, tmp_path / "out")
-    batch = next(loader.eval_batches(tmp_path / "out", batch_size=2))
+    batch = next(loader.eval_batches(read_datasets(tmp_path / "out"), batch_size=2))
     assert batch["key"] == ["validation-0", "validation-1"]
     assert batch["moments"].shape == (2, 2, 4, 4, 6)
 

@@ -13,6 +13,7 @@ from example_shards import make_example, write_dataset
 from tables import each_row
 
 from dspo_jax.data import loader
+from dspo_jax.data.datasets import read_datasets
 
 NUM_TRAIN, NUM_VALIDATION = 10, 5
 
@@ -31,7 +32,9 @@ def train_batches(dataset):
     opened = []
 
     def open_batches(**arguments):
-        opened.append(loader.train_batches(dataset, **{"batch_size": 4, "seed": 0, **arguments}))
+        opened.append(
+            loader.train_batches(read_datasets(dataset), **{"batch_size": 4, "seed": 0, **arguments})
+        )
         return opened[-1]
 
     yield open_batches
@@ -137,7 +140,7 @@ def test_the_position_of_a_different_run_is_refused(train_batches, change, messa
 
 
 def test_evaluation_passes_once_in_stored_order_with_a_smaller_last_batch(dataset):
-    batches = list(loader.eval_batches(dataset, batch_size=2))
+    batches = list(loader.eval_batches(read_datasets(dataset), batch_size=2))
     assert [batch["key"] for batch in batches] == [["0", "1"], ["2", "3"], ["4"]]
     np.testing.assert_array_equal(
         np.concatenate([batch["index"] for batch in batches]), np.arange(NUM_VALIDATION)
@@ -146,19 +149,19 @@ def test_evaluation_passes_once_in_stored_order_with_a_smaller_last_batch(datase
 
 def test_single_images_have_a_pair_axis_of_one(tmp_path):
     write_dataset(tmp_path / "out", images=1)
-    batch = next(loader.eval_batches(tmp_path / "out", batch_size=2))
+    batch = next(loader.eval_batches(read_datasets(tmp_path / "out"), batch_size=2))
     assert batch["moments"].shape == (2, 1, 4, 4, 6)
 
 
 def test_an_empty_split_is_refused(tmp_path):
     write_dataset(tmp_path / "out", validation=0)
     with pytest.raises(ValueError, match="split 'validation' is empty"):
-        loader.eval_batches(tmp_path / "out", batch_size=2)
+        loader.eval_batches(read_datasets(tmp_path / "out"), batch_size=2)
 
 
 def test_an_unknown_split_is_refused_with_the_nearest_name(dataset):
     with pytest.raises(ValueError, match=r"split = 'valid': unknown; did you mean 'validation'\?"):
-        loader.eval_batches(dataset, batch_size=2, split="valid")
+        loader.eval_batches(read_datasets(dataset), batch_size=2, split="valid")
 
 
 def test_a_truncated_shard_is_refused_before_anything_is_read(tmp_path):
@@ -166,7 +169,7 @@ def test_a_truncated_shard_is_refused_before_anything_is_read(tmp_path):
     victim = tmp_path / "out" / "pairs-train.array_record-00002-of-00003"
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(ValueError, match="00002-of-00003: 100 bytes, the manifest says"):
-        loader.train_batches(tmp_path / "out", batch_size=2, seed=0)
+        loader.train_batches(read_datasets(tmp_path / "out"), batch_size=2, seed=0)
 
 
 @each_row(
@@ -200,7 +203,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(train_batches, arguments, mess
 def test_a_shard_that_is_damaged_during_a_run_is_one_clear_line(tiny_pairs, tmp_path, damage, message):
     data = Path(shutil.copytree(tiny_pairs, tmp_path / "pairs"))
     shard = next(data.glob("*-train.array_record-*"))
-    with closing(loader.train_batches(data, batch_size=8, seed=0, num_threads=1)) as batches:
+    with closing(loader.train_batches(read_datasets(data), batch_size=8, seed=0, num_threads=1)) as batches:
         next(batches)
         damage(shard)
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from dspo_jax.data import loader
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.training.step import INPUTS
@@ -59,7 +60,7 @@ def make_config(model: Path, pairs: Path, changes: Mapping[str, Any] | None = No
 
 def read_batches(pairs: Path, *, batch_size: int, count: int) -> list[dict[str, np.ndarray]]:
     """The first `count` batches of a run with seed 0, as the step takes them."""
-    stream = loader.train_batches(pairs, batch_size=batch_size, seed=0)
+    stream = loader.train_batches(read_datasets(pairs), batch_size=batch_size, seed=0)
     batches = [next(stream) for _ in range(count)]
     stream.close()
     return [

@@ -1,5 +1,6 @@
 """The optimizers against torch and their formulas, the schedules against theirs, and every refusal."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 import torch
-from ml_collections import ConfigDict
 from torch.optim.adamw import adamw
 from transformers.optimization import Adafactor
 
-from dspo_jax.training.optim import make_optimizer, make_schedule, peak_rate
+from dspo_jax.limits import parse
+from dspo_jax.training.optim import OptimizerSettings, make_optimizer, make_schedule
 
 
 def config(**changes):
@@ -30,7 +31,7 @@ def config(**changes):
         "factored_axes": "largest",
         "scale_lr": False,
     }
-    return ConfigDict({**defaults, **changes})
+    return parse(OptimizerSettings, {**defaults, **changes}, "config.optimizer")
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
@@ -226,7 +227,7 @@ def test_the_first_moment_is_stored_in_its_dtype(name, second):
 def test_a_scaled_rate_is_that_of_one_example_times_the_batch(name):
     given = {"name": name, "schedule": "cosine", "warmup_steps": 2}
     scaled = config(learning_rate=1e-3, scale_lr=True, **given)
-    assert peak_rate(scaled, 8) == 8e-3
+    assert scaled.peak_rate(8) == 8e-3
     params, gradient = jnp.ones((3,)), jnp.arange(1.0, 4.0)
     steps = []
     for each, batch_size in ((scaled, 8), (config(learning_rate=8e-3, **given), 999)):
@@ -246,7 +247,7 @@ def test_a_scaled_rate_is_that_of_one_example_times_the_batch(name):
     ],
 )
 def test_schedules_follow_their_formula(schedule, decay):
-    rate = make_schedule(config(schedule=schedule, warmup_steps=4, learning_rate=2.0), total_steps=24)
+    rate = make_schedule(schedule, 2.0, 4, total_steps=24)
     np.testing.assert_allclose(rate(jnp.arange(4)), [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
     expected = [2 * decay((step - 4) / 20) for step in range(4, 25)]
     np.testing.assert_allclose(rate(jnp.arange(4, 25)), expected, rtol=1e-5, atol=1e-6)
@@ -261,17 +262,16 @@ def test_schedules_follow_their_formula(schedule, decay):
     ],
 )
 def test_inverse_sqrt_by_hand(warmup_steps, expected):
-    given = config(schedule="inverse_sqrt", warmup_steps=warmup_steps, learning_rate=2.0)
     for total_steps in (2, 1000):  # not read, and the warm-up may be longer than the run
-        rate = make_schedule(given, total_steps)
+        rate = make_schedule("inverse_sqrt", 2.0, warmup_steps, total_steps)
         np.testing.assert_allclose([rate(done) for done in expected], list(expected.values()), rtol=1e-6)
 
 
 def test_a_missing_key_is_named():
-    incomplete = config()
+    incomplete = dataclasses.asdict(config())
     del incomplete["eps"]
     with pytest.raises(ValueError, match=r"config\.optimizer\.eps: missing"):
-        make_optimizer(incomplete, total_steps=10, batch_size=1)
+        parse(OptimizerSettings, incomplete, "config.optimizer")
 
 
 def test_the_optimizer_uses_the_schedule_it_returns():

@@ -11,6 +11,7 @@ import pytest
 from tiny_run import make_config, read_reproducible, saved_steps
 
 from dspo_jax.data import loader
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.training import loop
 from dspo_jax.training.loop import train
@@ -173,7 +174,7 @@ def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
     train(config, tmp_path)
 
     def keys(position, count):
-        batches = loader.train_batches(config.data.path, batch_size=8, seed=0)
+        batches = loader.train_batches(read_datasets(config.data.path), batch_size=8, seed=0)
         if position is not None:
             batches.set_state(position)
         keys = [next(batches)["key"] for _ in range(count)]

@@ -1,0 +1,71 @@
+"""Frozen dataclasses as the schema of a config: a field is a key, with the limit of its value beside it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from dspo_jax import spelling
+from dspo_jax.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+class Limit(NamedTuple):
+    """What a value must be, in words that follow its key, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Limit("must be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Limit("must not be negative", lambda value: value >= 0)
+FINITE = Limit("must be a finite number", math.isfinite)
+FINITE_NOT_NEGATIVE = Limit("must be finite and not negative", lambda value: 0 <= value < math.inf)
+PROBABILITY = Limit("must be between 0 and 1", lambda value: 0 <= value <= 1)
+DECAY = Limit("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def limited(limit: Limit) -> Any:
+    """A dataclass field whose value must hold a limit."""
+    return dataclasses.field(metadata={"limit": limit})
+
+
+def choice(*allowed: str, optional: bool = False) -> Any:
+    """A dataclass field whose value is one of a few names, or None where that is allowed."""
+    return dataclasses.field(metadata={"allowed": (*allowed, None) if optional else allowed})
+
+
+def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings:
+    """Makes a dataclass of settings from a config that has exactly its fields as keys.
+
+    Args:
+      kind: the dataclass; a group of keys is a field that is a dataclass itself.
+      values: the config, or a group of it.
+      key: name of the group, for messages.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value is outside its limit.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise UserError(spelling.unknown(f"a key of {key}", name, fields))
+    parsed = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise UserError(
+                f"{key}.{name}: missing; the recipe must begin with the keys of configs/common.py"
+            )
+        value, allowed = values[name], field.metadata.get("allowed")
+        if dataclasses.is_dataclass(field.type):
+            parsed[name] = parse(field.type, value, f"{key}.{name}")
+            continue
+        if allowed and value not in allowed:
+            names = [each for each in allowed if each is not None]
+            raise UserError(spelling.unknown(f"{key}.{name}", value, names))
+        limit: Limit | None = field.metadata.get("limit")
+        if limit and not limit.holds(value):
+            raise UserError(f"{key}.{name} = {value}: {limit.words}")
+        parsed[name] = value
+    return kind(**parsed)
