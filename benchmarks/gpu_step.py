@@ -20,8 +20,9 @@ from dspo_jax import cli
 from dspo_jax.parallel.mesh import make_mesh, replicated
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.costs import batch_shapes
+from dspo_jax.training.costs import abstract_batch
 from dspo_jax.training.dry_run import in_units
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.training.step import compile_step
 
@@ -35,11 +36,11 @@ def lower_step(config: ConfigDict, pipe: Pipeline, size: int, mesh: Mesh) -> jax
       size: side of the images in pixels.
       mesh: devices of `absent_gpu.find_devices`.
     """
-    task = make_task(config, pipe)
-    state, reference = make_state(task, mesh, make_adapters(config, pipe), abstract=True)
+    task = make_task(parse(config), pipe)
+    state, reference = make_state(task, mesh, make_adapters(parse(config), pipe), abstract=True)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    batch = batch_shapes(task, 2, (size, size), config.batch_size, mesh)
+    batch = abstract_batch(task, 2, (size, size), config.batch_size, mesh)
     return absent_gpu.lower(compile_step(state), state, reference, batch, key)
 
 

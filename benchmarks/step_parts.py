@@ -40,15 +40,14 @@ def _a_call_for_each_image(
     params: Params,
     noisy: jax.Array,
     timesteps: jax.Array,
-    tokens: jax.Array,
-    micro_conditioning: jax.Array,
+    batch: Batch,
     **remat: Any,
 ) -> jax.Array:
     calls = []
-    for image in range(noisy.shape[1]):
-        of_image = (each[:, image : image + 1] for each in (noisy, timesteps, micro_conditioning))
-        latents, times, conditioning = of_image
-        calls.append(_predict_pairs(pipe, params, latents, times, tokens, conditioning, **remat))
+    for i in range(noisy.shape[1]):
+        image = slice(i, i + 1)
+        part = {**batch, **{name: batch[name][:, image] for name in pipe.image_inputs}}
+        calls.append(_predict_pairs(pipe, params, noisy[:, image], timesteps[:, image], part, **remat))
     return jnp.concatenate(calls, axis=1)
 
 
@@ -57,13 +56,18 @@ def _text_for_each_image(
     params: Params,
     noisy: jax.Array,
     timesteps: jax.Array,
-    tokens: jax.Array,
-    micro_conditioning: jax.Array,
+    batch: Batch,
     **remat: Any,
 ) -> jax.Array:
-    alone = [each.reshape(-1, 1, *each.shape[2:]) for each in (noisy, timesteps, micro_conditioning)]
-    tokens = jnp.repeat(tokens, noisy.shape[1], axis=0)
-    out = _predict_pairs(pipe, params, alone[0], alone[1], tokens, alone[2], **remat)
+    def alone(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, 1, *array.shape[2:])
+
+    repeated = {
+        name: alone(array) if name in pipe.image_inputs else jnp.repeat(array, noisy.shape[1], axis=0)
+        for name, array in batch.items()
+        if name in pipe.conditioning_inputs
+    }
+    out = _predict_pairs(pipe, params, alone(noisy), alone(timesteps), repeated, **remat)
     return out.reshape(noisy.shape)
 
 
@@ -103,10 +107,13 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     what, mesh, state, reference, batch, key = train_step.prepare(values.config)
     tasks = {part: state.task for part in (AS_IT_IS, *UNDOING)}
-    others = [policy for policy in POLICIES if policy != state.task.remat]
+    precision = state.task.precision
     tasks |= {
-        f"remat {state.task.remat}, not {policy}": dataclasses.replace(state.task, remat=policy)
-        for policy in others
+        f"remat {precision.remat}, not {policy}": dataclasses.replace(
+            state.task, precision=dataclasses.replace(precision, remat=policy)
+        )
+        for policy in POLICIES
+        if policy != precision.remat
     }
     traced = {}
     seconds: dict[str, list[float]] = {part: [] for part in tasks}

@@ -24,12 +24,13 @@ from benchmarks import measuring
 from dspo_jax import cli
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import memory_peaks, peak_flops
-from dspo_jax.parallel.mesh import check_batch_size, make_mesh, replicated, shard_batch, use_cpu_cores
+from dspo_jax.parallel.mesh import check_batch_size, replicated, shard_batch, use_cpu_cores
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.costs import batch_shapes, flops_per_pair
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.costs import abstract_batch, flops_per_example
+from dspo_jax.training.settings import parse
+from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
 from dspo_jax.training.step import TrainState, compile_step, init_state
 from dspo_jax.training.task import Task
 
@@ -57,7 +58,7 @@ def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, 
 def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Random latents, with captions of random tokens."""
     draw = np.random.default_rng(0)
-    shapes = batch_shapes(task, 2, (resolution, resolution), batch_size, mesh)
+    shapes = abstract_batch(task, 2, (resolution, resolution), batch_size, mesh)
     values: dict[str, np.ndarray] = {
         "moments": np.abs(draw.standard_normal(shapes["moments"].shape, np.float32)),
         "tokens": draw.integers(0, task.pipe.empty_tokens.max(), shapes["tokens"].shape),
@@ -79,9 +80,8 @@ def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str
     pipe: Pipeline = (
         published.architecture(values.published) if values.published else load_pipeline(config.model)
     )
-    task, adapters = make_task(config, pipe), make_adapters(config, pipe)
-    sizes = config.mesh.to_dict()
-    mesh = make_mesh(sizes, dcn_sizes=sizes.pop("dcn"))
+    settings = parse(config)
+    task, adapters, mesh = make_task(settings, pipe), make_adapters(settings, pipe), mesh_of(settings)
     check_batch_size(config.batch_size // config.accumulation, mesh)
     resolution = values.resolution or pipe.image_side
     print(
@@ -112,7 +112,8 @@ def main(argv: Sequence[str]) -> None:
         return metrics["loss"]
 
     seconds = measuring.time_steps(update, jax.block_until_ready, values.steps)
-    flops, peak = flops_per_pair(task, batch), peak_flops(device)
+    side = values.resolution or task.pipe.image_side
+    flops, peak = flops_per_example(task, 2, (side, side)), peak_flops(device)
     rate = None if flops is None else flops * config.batch_size / np.median(seconds) / mesh.size
     peaks = memory_peaks()
     result = measuring.make_result(
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         compile_seconds=compiled,
         tflop_per_pair=flops and flops / 1e12,
         tflops_per_device=rate and rate / 1e12,
-        mfu=rate / peak if rate and peak and task.compute_dtype == "bfloat16" else None,
+        mfu=rate / peak if rate and peak and task.precision.compute_dtype == "bfloat16" else None,
         peak_memory_gib=peaks.get("device_memory_peak_gib", peaks["host_memory_peak_gib"]),
         argument_gib=memory and memory.argument_size_in_bytes / 2**30,
         temporary_gib=memory and memory.temp_size_in_bytes / 2**30,

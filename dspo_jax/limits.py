@@ -58,7 +58,7 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
                 f"{key}.{name}: missing; the recipe must begin with the keys of configs/common.py"
             )
         value, allowed = values[name], field.metadata.get("allowed")
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             parsed[name] = parse(field.type, value, f"{key}.{name}")
             continue
         if allowed and value not in allowed:

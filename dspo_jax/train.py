@@ -21,7 +21,7 @@ from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 
 
 def main(argv: Sequence[str]) -> int:

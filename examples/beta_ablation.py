@@ -28,7 +28,7 @@ from dspo_jax.files import whole
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 
 
 def write_medians(evaluation: Evaluation, betas: Sequence[float], out: Path) -> None:

@@ -28,6 +28,7 @@ from dspo_jax.monitoring.devices import peak_bytes  # noqa: E402
 from dspo_jax.parallel.mesh import make_mesh  # noqa: E402
 from dspo_jax.pipelines import published  # noqa: E402
 from dspo_jax.pipelines.loading import load_pipeline  # noqa: E402
+from dspo_jax.training.settings import parse  # noqa: E402
 from dspo_jax.training.start import make_state, make_task  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +156,7 @@ def test_random_weights_are_born_where_they_belong():
         text_encoders={"text_encoder": build_model("CLIPTextModel", tiny_model.TEXT_ENCODER)},
     )
     config = common.get_config()
-    task, mesh = make_task(config, pipe), make_mesh({"data": 2, "fsdp": 4})
+    task, mesh = make_task(parse(config), pipe), make_mesh({"data": 2, "fsdp": 4})
     state, reference = train_step.random_state(task, mesh, {})
     expected = make_state(task, mesh, abstract=True)
     for made, shape in zip(jax.tree.leaves((state, reference)), jax.tree.leaves(expected), strict=True):
@@ -281,7 +282,7 @@ def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmet
     config = common.get_config()
     config.update(model=str(shallow_model), batch_size=8)
     config.objective.name = "diffusion_dpo"
-    task, mesh = make_task(config, load_pipeline(shallow_model)), make_mesh({"data": 8})
+    task, mesh = make_task(parse(config), load_pipeline(shallow_model)), make_mesh({"data": 8})
     batch, key = train_step.make_batch(task, 16, 8, mesh), jax.random.key(0)
     norms, flops, held = {}, {}, {}
     for part in (step_parts.AS_IT_IS, *step_parts.UNDOING):

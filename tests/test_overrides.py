@@ -6,9 +6,9 @@ from ml_collections import config_flags
 from tables import each_row
 from test_recipes import CONFIGS, RECIPES, variants
 
-from dspo_jax import overrides
+from dspo_jax import limits, overrides
 from dspo_jax.objectives import OBJECTIVES, get_objective
-from dspo_jax.training.optim import OPTIMIZERS, make_optimizer
+from dspo_jax.training.optim import OPTIMIZERS, OptimizerSettings, make_optimizer
 
 # ml_collections loads a config file so.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -56,7 +56,8 @@ def test_every_recipe_takes_every_objective(name, variant, objective):
 @each_row("name", RECIPES)
 def test_every_recipe_takes_every_optimizer(name, optimizer):
     config, lines = parse(f"{name}.py", f"--config.optimizer.name={optimizer}")
-    make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
+    settings = limits.parse(OptimizerSettings, config.optimizer.to_dict(), "config.optimizer")
+    make_optimizer(settings, config.steps, config.batch_size)
     assert (config.optimizer.name, lines) == (optimizer, [])
 
 

@@ -20,7 +20,7 @@ from dspo_jax.evaluation.image_folders import ImageFolder, find_images
 from dspo_jax.parallel import processes
 from dspo_jax.planning import compilation
 from dspo_jax.sampling.folder import claim_output
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 from dspo_jax.training.workdir import claim_workdir
 
 # What writes a folder that grows, and what writes one, or a file, that must not be there before.

@@ -227,13 +227,34 @@ class Pipeline:
             remat=remat,
         )
 
+    @property
+    def conditioning_inputs(self) -> tuple[str, ...]:
+        """Names of the arrays of a batch that the denoiser is conditioned on."""
+        return ("tokens", "micro_conditioning")
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Which of `conditioning_inputs` are [B, P, ...], one entry for each image of an example."""
+        return ("micro_conditioning",)
+
+    def conditioning_shapes(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
+        return {
+            "tokens": jax.ShapeDtypeStruct((len(self.tokenizers), self.caption_length), jnp.int32),
+            "micro_conditioning": jax.ShapeDtypeStruct((images, 6), jnp.int32),
+        }
+
+    def drop_captions(self, batch: Mapping[str, jax.Array], drop: jax.Array) -> dict[str, jax.Array]:
+        """The batch with the empty caption in the examples where `drop` [B] is true."""
+        empty = self.empty_tokens[None]
+        return {**batch, "tokens": jnp.where(drop[:, None, None], empty, batch["tokens"])}
+
     def predict_pairs(
         self,
         params: Mapping[str, Params],
         noisy: jax.Array,
         timesteps: jax.Array,
-        tokens: jax.Array,
-        micro_conditioning: jax.Array,
+        batch: Mapping[str, jax.Array],
         *,
         remat: str = "none",
     ) -> jax.Array:
@@ -243,8 +264,7 @@ class Pipeline:
           params: "unet" and the text encoders.
           noisy: [B, P, h, w, C] in UNet units.
           timesteps: [B, P].
-          tokens: [B, E, S].
-          micro_conditioning: [B, P, 6], see `predict`.
+          batch: has `conditioning_inputs`: token ids [B, E, S]; micro-conditioning [B, P, 6], see `predict`.
           remat: a policy of models/remat.py for the backward pass.
 
         Returns:
@@ -255,10 +275,9 @@ class Pipeline:
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
-        text = self.encode_text(params, tokens, remat=remat)
-        output = self.predict(
-            params, fold(noisy), fold(timesteps), text, fold(micro_conditioning), remat=remat
-        )
+        text = self.encode_text(params, batch["tokens"], remat=remat)
+        sizes = fold(batch["micro_conditioning"])
+        output = self.predict(params, fold(noisy), fold(timesteps), text, sizes, remat=remat)
         return output.reshape(noisy.shape)
 
     def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:

@@ -15,13 +15,14 @@ from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, peak_flops
-from dspo_jax.parallel.mesh import check_batch_size, make_mesh
+from dspo_jax.parallel.mesh import check_batch_size
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import compilation
-from dspo_jax.training.costs import batch_shapes, flops_per_pair, lower_step
+from dspo_jax.training.costs import abstract_batch, flops_per_example, lower_step
 from dspo_jax.training.dry_run import held, in_units
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.settings import parse
+from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
@@ -42,7 +43,7 @@ class Plan:
         counted.
       hbm_bytes: what there is.
       fits: whether the one is less than the other.
-      flops: of the model in a step (`costs.flops_per_pair`), without what is computed twice.
+      flops: of the model in a step (`costs.flops_per_example`), without what is computed twice.
       bytes_accessed: of the device's memory, as the compiler counts them.
       compiler_seconds: its estimate of a step, as it stands.
       loop_seconds: what loops add to it that run more than once.
@@ -156,15 +157,14 @@ def plan(
     """
     config = config.copy_and_resolve_references()
     config.batch_size = pairs_per_device * len(devices)
-    task, adapters = make_task(config, pipe), make_adapters(config, pipe)
-    sizes = config.mesh.to_dict()
-    dcn_sizes = sizes.pop("dcn")
-    mesh = make_mesh(sizes, devices, dcn_sizes)
+    settings = parse(config)
+    task, adapters = make_task(settings, pipe), make_adapters(settings, pipe)
+    mesh = mesh_of(settings, devices)
     part = config.batch_size // config.accumulation
     check_batch_size(part, mesh, "--pairs_per_device * devices / config.accumulation")
     state, reference = make_state(task, mesh, adapters, abstract=True)
-    batch = batch_shapes(task, 2, size, config.batch_size, mesh)
-    flops = flops_per_pair(task, batch)
+    batch = abstract_batch(task, 2, size, config.batch_size, mesh)
+    flops = flops_per_example(task, 2, size)
     known = {
         "topology": topology or "present",
         "device_kind": devices[0].device_kind,

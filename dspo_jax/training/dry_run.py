@@ -2,28 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dspo_jax.data.datasets import Dataset, bucket_size, count_examples, mixing_weights, read_datasets
+from dspo_jax.data.datasets import bucket_size, count_examples, mixing_weights
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import peak_bytes
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
-from dspo_jax.training.costs import abstract_batch, lower_step, mean_flops_per_pair
-from dspo_jax.training.optim import peak_rate
-from dspo_jax.training.start import make_state, prepare
+from dspo_jax.training.costs import abstract_batch, lower_step, mean_flops_per_example
+from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState
-from dspo_jax.training.task import Task
 
 
 def held(state: TrainState, reference: Params) -> dict[str, Any]:
-    """What is on the devices whatever the batch, by name: trees of arrays or shapes with their sharding."""
+    """Trees of arrays, or shapes with their sharding, that devices hold whatever the batch, by name."""
     gradients = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
     )
@@ -37,45 +34,29 @@ def held(state: TrainState, reference: Params) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def describe(
-    config: ConfigDict, task: Task, mesh: Mesh, state: TrainState, reference: Params
-) -> Iterator[str]:
-    """The lines that a user should see before the first step.
+def describe(experiment: Experiment, state: TrainState, reference: Params) -> Iterator[str]:
+    """Lines that a user should see before the first step.
 
     Args:
-      config: of the run.
-      task, mesh: from `start.prepare`.
+      experiment: from `start.prepare`.
       state, reference: from `start.make_state`, abstract or not.
     """
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     device, axes = mesh.devices.flat[0], " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield f"{config.model} over {config.data.path}"
+    yield f"{settings.model} over {settings.data.path}"
     yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    what = " and ".join(state.params) + (f", LoRA of rank {config.lora.rank}" if config.lora.rank else "")
+    what = " and ".join(state.params) + (f", LoRA of rank {settings.lora.rank}" if task.adapters else "")
     yield (
-        f"{task.objective.name}: {count:,} trainable parameters ({what}), kept in {task.param_dtype}, "
-        f"computed in {task.compute_dtype}, remat {task.remat!r}"
+        f"{settings.objective['name']}: {count:,} trainable parameters ({what}), kept in "
+        f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"
     )
-    datasets = read_datasets(config.data.path)
-    buckets = count_examples(datasets, config.data.split)
-    examples = sum(buckets.values())
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    yield from _describe_data(experiment)
+    optimizer = settings.optimizer
+    peak = optimizer.peak_rate(settings.batch_size)
     yield (
-        f"{examples:,} examples, {config.batch_size} a step: {config.accumulation} part(s) of "
-        f"{config.batch_size // config.accumulation // ways} on each of {ways} device(s) or groups of them; "
-        f"{config.steps} steps are {config.steps * config.batch_size / examples:.3g} epochs"
-    )
-    if config.batch_size > examples:
-        yield (
-            f"warning: config.batch_size = {config.batch_size}: every step holds each of the {examples:,} "
-            "examples more than once, and takes the memory and time of as many; lower it"
-        )
-    yield from _describe_mixture(config, datasets, buckets)
-    optimizer = config.optimizer
-    peak = peak_rate(optimizer, config.batch_size)
-    yield (
-        f"{optimizer.name}, learning rate {peak:g} for {config.batch_size} examples a step, which is "
-        f"{peak / config.batch_size:g} an example (what trainers that scale the rate by the batch are "
+        f"{optimizer.name}, learning rate {peak:g} for {settings.batch_size} examples a step, which is "
+        f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
         f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     )
     parts = held(state, reference)
@@ -85,48 +66,63 @@ def describe(
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
         yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"
-    if task.param_dtype == "bfloat16":
+    if settings.param_dtype == "bfloat16":
         yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
-    side = datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
-    yield from task.objective.notes(side * side * task.pipe.latent_channels)
+    side = experiment.datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
+    yield from task.loss.notes(side * side * task.pipe.latent_channels)
 
 
-def _describe_mixture(
-    config: ConfigDict, datasets: Sequence[Dataset], buckets: Mapping[str, int]
-) -> Iterator[str]:
-    rows = mixing_weights(datasets, config.data.split, config.data.weights).values()
+def _describe_data(experiment: Experiment) -> Iterator[str]:
+    """Examples, batches and epochs; shares of several datasets; image sizes."""
+    settings, datasets = experiment.settings, experiment.datasets
+    buckets = count_examples(datasets, settings.data.split)
+    examples, drawn = sum(buckets.values()), settings.steps * settings.batch_size
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    yield (
+        f"{examples:,} examples, {settings.batch_size} a step: {settings.accumulation} part(s) of "
+        f"{settings.batch_size // settings.accumulation // ways} on each of {ways} device(s) or groups of "
+        f"them; {settings.steps} steps are {drawn / examples:.3g} epochs"
+    )
+    if settings.batch_size > examples:
+        yield (
+            f"warning: config.batch_size = {settings.batch_size}: every step holds each of the {examples:,} "
+            "examples more than once, and takes the memory and time of as many; lower it"
+        )
+    rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()
     for dataset, column in zip(datasets, zip(*rows, strict=True), strict=True):
         if len(datasets) > 1:
             share = sum(column) / sum(map(sum, rows))
-            count = sum(dataset.buckets(config.data.split).values())
+            count = sum(dataset.buckets(settings.data.split).values())
             yield (
                 f"of them {count:,} from {dataset.folder}, {share:.3g} of what is drawn: "
-                f"{config.steps * config.batch_size * share / count:.3g} epochs"
+                f"{drawn * share / count:.3g} epochs"
             )
     if len(buckets) > 1:
         sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in buckets.items())
         yield f"{len(buckets)} image sizes, and the step is compiled for each: {sizes}"
-        small = [bucket for bucket, count in buckets.items() if count < config.batch_size]
+        small = [bucket for bucket, count in buckets.items() if count < settings.batch_size]
         if small:
             yield f"warning: a batch holds examples twice where a size has fewer than it: {', '.join(small)}"
 
 
 def dry_run(config: ConfigDict) -> str:
-    """All that and what the compiled step needs, in lines; reads no weights, writes nothing, trains nothing.
+    """Reports devices, memory and FLOPs of a run without training; reads no weights and writes nothing.
 
     Raises:
-      ValueError, OSError: what would stop the run.
+      UserError, OSError: what would stop the run.
     """
-    task, mesh, adapters = prepare(config)
-    state, reference = make_state(task, mesh, adapters, abstract=True)
-    buckets = count_examples(read_datasets(config.data.path), config.data.split)
-    largest = max(buckets, key=lambda bucket: math.prod(bucket_size(bucket)))
-    batch = abstract_batch(task, config.data.path, largest, config.batch_size, mesh)
-    lines = list(describe(config, task, mesh, state, reference))
+    experiment = prepare(config)
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+    state, reference = make_state(task, mesh, experiment.adapters, abstract=True)
+    buckets = count_examples(experiment.datasets, settings.data.split)
+    largest = max(map(bucket_size, buckets), key=math.prod)
+    images = experiment.datasets[0].manifest["images_per_example"]
+    batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
+    lines = list(describe(experiment, state, reference))
     lines += [f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items()]
-    flops = mean_flops_per_pair(config, task, mesh)
+    flops = mean_flops_per_example(task, experiment.datasets, settings.data)
     if flops is not None:
-        lines.append(f"{flops / 1e12:.4g} TFLOP a pair, {flops * config.batch_size / 1e12:.4g} a step")
+        lines.append(f"{flops / 1e12:.4g} TFLOP a pair, {flops * settings.batch_size / 1e12:.4g} a step")
     logging.info("compiling the step; for a full-size model that takes minutes")
     before = time.perf_counter()
     memory = lower_step(state, reference, batch, mesh).compile().memory_analysis()

@@ -1,6 +1,5 @@
 """What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,12 +11,12 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dspo_jax.data import loader
+from dspo_jax.data.datasets import Dataset
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole
 from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
 
@@ -25,37 +24,19 @@ from dspo_jax.sampling.rendering import Drawing
 _IMAGES_PER_DEVICE = 4
 
 
-def first_captions(path: str | Path, split: str, count: int = 4) -> list[str]:
+def first_captions(datasets: Sequence[Dataset], split: str, count: int = 4) -> list[str]:
     """The captions of the first `count` examples of a split, for a run that names no prompts.
 
     Args:
-      path: a dataset, or several separated by commas.
+      datasets: from `read_datasets`.
       split: of the datasets.
       count: fewer come where the split, or its first bucket, has fewer.
 
     Raises:
       ValueError: the split does not exist or is empty.
     """
-    with closing(loader.eval_batches(path, batch_size=count, split=split)) as batches:
+    with closing(loader.eval_batches(datasets, batch_size=count, split=split)) as batches:
         return next(batches)["caption"]
-
-
-def check_settings(
-    seeds: Sequence[int], guidance_scale: float, num_inference_steps: int, num_train_timesteps: int
-) -> None:
-    """Refuses columns, guidance and steps that cannot be drawn.
-
-    Raises:
-      ValueError: by the key of the config.
-    """
-    if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
-        raise UserError(f"config.samples.seeds = {seeds}: needs at least one, each from 0 to {2**32 - 1}")
-    if not math.isfinite(guidance_scale):
-        raise UserError(f"config.samples.guidance_scale = {guidance_scale}: must be a finite number")
-    try:
-        check_steps(num_train_timesteps, num_inference_steps)
-    except UserError as error:
-        raise UserError(f"config.samples.{error}") from error
 
 
 class SampleGrids:
@@ -90,11 +71,10 @@ class SampleGrids:
           compute_dtype: of the networks.
 
         Raises:
-          ValueError: no prompt, or what `check_settings` refuses.
+          UserError: no prompt.
         """
         if not prompts:
             raise UserError(f"config.samples.prompts = {prompts}: needs at least one")
-        check_settings(seeds, guidance_scale, num_inference_steps, pipe.schedule.num_train_timesteps)
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
         self._prompts, self._seeds = prompts, seeds
         requests = [ImageRequest(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]

@@ -1,4 +1,4 @@
-"""The training step: a batch of encoded pairs, a frozen reference, one optimizer update.
+"""The training step: the gradient of a loss over a batch, and one optimizer update.
 
 `train_step(state, reference, batch, key) -> (state, metrics)` is all of it; the loop around it is loop.py.
 """
@@ -13,20 +13,22 @@ import optax
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.training import stability
-from dspo_jax.training.losses.preference import loss_fn
 from dspo_jax.training.task import Batch, Metrics, Task
-
-# What the step reads of a batch; captions and keys stay on the host.
-INPUTS = ("moments", "tokens", "micro_conditioning", "preference", "loser_won", "index")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What changes from step to step, and all that a checkpoint holds.
+    """Everything that changes from step to step, and all that a checkpoint holds.
 
-    `params` has "unet" and, where they are trained, the text encoders; of each all parameters, or with LoRA
-    the adapters alone. `ema` is their moving average, or None where none is kept.
+    Attributes:
+      step: updates done, skipped ones included, int32 scalar.
+      params: trained parameters by component: the denoiser and, where they are trained, the text encoders;
+        all parameters of each, or with LoRA the adapters alone.
+      opt_state: of the optimizer.
+      ema: moving average of `params` in float32, or None where none is kept.
+      health: skipped updates and statistics of the loss.
+      task: static configuration; it is not saved.
     """
 
     step: jax.Array
@@ -52,8 +54,8 @@ def init_state(task: Task, params: Params) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=task.optimizer.init(_float32(params)),
-        ema=_float32(params) if task.ema_decay else None,
+        opt_state=task.update.optimizer.init(_float32(params)),
+        ema=_float32(params) if task.update.ema_decay else None,
         health=stability.start(),
         task=task,
     )
@@ -71,28 +73,27 @@ def train_step(
 
     Args:
       state: may be donated.
-      reference: the frozen tree, in `task.reference_dtype`: the text encoders unless they are trained and no
-        reference is needed, and "unet" for an objective that needs a reference. With LoRA the base model,
-        with adapters that add nothing.
-      batch: `moments` [B, P, h, w, 2C], `tokens` [B, E, S], `micro_conditioning` [B, P, 6], `preference`
-        and `loser_won` [B], `index` [B] uint32 (unique over the run).
+      reference: frozen parameters by component, in `task.precision.reference_dtype`: what is not trained, and
+        every network for a loss that needs a reference. With LoRA the base model, with adapters that add
+        nothing.
+      batch: arrays [B, ...] that `task.loss` reads.
       key: of the run, the same for every step: an example's randomness follows from its index.
 
     Returns:
       The new state and scalar metrics: `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and
-      `skipped_in_a_row` (see `stability.Health`), and the objective's own. An update that is skipped leaves
+      `skipped_in_a_row` (see `stability.Health`), and those of the loss. An update that is skipped leaves
       everything but the step and those counts as it was.
     """
-    task = state.task
+    task, rule = state.task, state.task.update
     (loss, metrics), grads = mean_gradient(state.params, task, reference, batch, key)
     grad_norm = optax.tree.norm(grads)
     updates_made = state.health.updates
-    good, health = stability.judge(state.health, loss, grad_norm, task.loss_spike)
-    updates, opt_state = task.optimizer.update(grads, state.opt_state, _float32(state.params))
+    good, health = stability.judge(state.health, loss, grad_norm, rule.loss_spike)
+    updates, opt_state = rule.optimizer.update(grads, state.opt_state, _float32(state.params))
     params = optax.apply_updates(state.params, updates)
     ema = None
     if state.ema is not None:
-        decay = task.ema_decay
+        decay = rule.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
 
     def keep(new: Any, old: Any) -> Any:
@@ -101,7 +102,7 @@ def train_step(
     metrics |= {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": task.learning_rate(updates_made),
+        "learning_rate": rule.learning_rate(updates_made),
         "skipped": health.skipped.astype(jnp.float32),
         "skipped_in_a_row": health.skipped_in_a_row.astype(jnp.float32),
     }
@@ -113,22 +114,23 @@ def mean_gradient(
     params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
 ) -> tuple[tuple[jax.Array, Metrics], Params]:
     """Loss and metrics of a batch and the gradient of the loss in float32, part by part where it is split."""
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 
     def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:
         results, grads = grad_fn(params, task, reference, part, key)
         return results, _float32(grads)
 
-    if task.accumulation == 1:
+    count = task.update.accumulation
+    if count == 1:
         return evaluate(batch)
-    # Part k takes every accumulation-th example, so that each device keeps working on its own.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, task.accumulation, *x.shape[1:]), 1, 0), batch)
+    # Part k takes every count-th example, so that each device keeps working on its own.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
     shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
     )
-    return jax.tree.map(lambda x: x / task.accumulation, total)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def compile_step(state: TrainState) -> Any:

@@ -1,90 +1,138 @@
 """Static configuration of a training step, and the networks as the step runs them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import optax
 
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
-from dspo_jax.objectives import Objective
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
 
-Batch = dict[str, jax.Array]
-
-
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """What a run computes: everything about the step that is fixed before it starts.
+class Passes(NamedTuple):
+    """Passes through the denoiser that a loss makes for one example.
 
     Attributes:
-      pipe: the model's architectures and schedule.
-      objective: from `get_objective`.
-      optimizer: the gradient transformation.
-      learning_rate: number of updates done -> learning rate of the next one.
-      param_dtype: of the trained parameters.
-      compute_dtype: of the networks; losses, accumulated gradients and the optimizer are float32.
-      reference_dtype: what the frozen parameters are stored in.
-      remat: which activations the backward pass computes again, see models/remat.py.
-      timesteps: (first, last) that are drawn, both included.
-      caption_dropout: probability of dropping the caption of a pair.
-      share_timesteps: whether the images of a pair share their timestep.
-      share_noise: whether the images of a pair share their noise.
-      positive_ratio: probability that the image drawn of a pair is the winner, for an objective that takes
-        one.
-      accumulation: parts a batch is worked through in.
-      train_text_encoder: whether the text encoder is among the trained parameters.
-      adapters: whether adapters alone are trained (models/lora.py).
-      ema_decay: of the moving average of the trained parameters; 0 keeps none.
-      loss_spike: see `stability.judge`.
+      policy: forward passes of the trained network.
+      backward: of these, the ones that gradients flow through.
+      reference: forward passes of the frozen network.
     """
 
-    pipe: Pipeline
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    learning_rate: Callable[[jax.Array], jax.Array]
+    policy: int
+    backward: int
+    reference: int
+
+
+class LossFn(Protocol):
+    """A loss of a batch, and what start-up and cost estimates ask it."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen denoiser is run."""
+
+    def __call__(
+        self, params: Params, task: "Task", reference: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Scalar loss, and scalar metrics, in float32."""
+
+    def input_shapes(
+        self, pipe: Pipeline, images: int, size: tuple[int, int]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Arrays of one example that the loss reads, by name: `images` images of (height, width) pixels."""
+
+    def passes(self, images: int) -> Passes:
+        """What the loss runs for an example of `images` images."""
+
+    def notes(self, values_per_image: int) -> list[str]:
+        """Lines for the user before a run; `values_per_image` is h * w * C of a latent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Dtypes and rematerialisation of a training step.
+
+    Attributes:
+      param_dtype: of the trained parameters.
+      compute_dtype: of the networks; losses, accumulated gradients and the optimizer are float32.
+      reference_dtype: of the stored frozen parameters.
+      remat: which activations the backward pass computes again, see models/remat.py.
+    """
+
     param_dtype: str
     compute_dtype: str
     reference_dtype: str
     remat: str
-    timesteps: tuple[int, int]
-    caption_dropout: float
-    share_timesteps: bool
-    share_noise: bool
-    positive_ratio: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UpdateRule:
+    """How gradients change the trained parameters.
+
+    Attributes:
+      optimizer: the gradient transformation.
+      learning_rate: number of updates done -> learning rate of the next one.
+      accumulation: parts that a batch is worked through in, one after the other.
+      ema_decay: of the moving average of the trained parameters; 0 keeps none.
+      loss_spike: see `stability.judge`.
+    """
+
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[jax.Array], jax.Array]
     accumulation: int
-    train_text_encoder: bool
-    adapters: bool
     ema_decay: float
     loss_spike: float
 
 
-def predict(
-    task: Task,
-    params: Params,
-    noisy: jax.Array,
-    timesteps: jax.Array,
-    tokens: jax.Array,
-    micro_conditioning: jax.Array,
-) -> jax.Array:
-    """`Pipeline.predict_pairs` in the task's compute dtype."""
-    params, noisy = gather(params), noisy.astype(task.compute_dtype)
-    return task.pipe.predict_pairs(params, noisy, timesteps, tokens, micro_conditioning, remat=task.remat)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Static configuration of a training step.
+
+    Attributes:
+      pipe: the model's architectures and schedule.
+      loss: a loss of training/losses/.
+      update: how gradients change the parameters.
+      precision: dtypes and rematerialisation.
+      train_text_encoder: whether the text encoders are among the trained parameters.
+      adapters: whether adapters alone are trained (models/lora.py).
+    """
+
+    pipe: Pipeline
+    loss: LossFn
+    update: UpdateRule
+    precision: Precision
+    train_text_encoder: bool
+    adapters: bool
+
+
+def predict(task: Task, params: Params, noisy: jax.Array, timesteps: jax.Array, batch: Batch) -> jax.Array:
+    """The denoiser's output for noisy latents [B, P, h, w, C] in the task's compute dtype.
+
+    Args:
+      task: pipeline and precision are read.
+      params: by component, in the compute dtype.
+      noisy: [B, P, h, w, C] in UNet units.
+      timesteps: [B, P].
+      batch: has the pipeline's `conditioning_inputs`.
+    """
+    params, noisy = gather(params), noisy.astype(task.precision.compute_dtype)
+    return task.pipe.predict_pairs(params, noisy, timesteps, batch, remat=task.precision.remat)
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:
     """The policy as `predict` takes it: trained parameters in the compute dtype, the rest of the reference.
 
-    Until the first update it is the same numbers as the reference (`start.make_task` sees to the dtypes).
+    Until the first update its numbers are the reference's (`settings.parse` sees to the dtypes).
     """
     return lora.combine(cast(task, reference), cast(task, params))
 
 
 def cast(task: Task, params: Params) -> Params:
     """Parameters in the compute dtype, which `predict` takes."""
-    return jax.tree.map(lambda leaf: leaf.astype(task.compute_dtype), params)
+    return jax.tree.map(lambda leaf: leaf.astype(task.precision.compute_dtype), params)

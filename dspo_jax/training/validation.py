@@ -6,7 +6,7 @@ Every call uses the same noise and the same timesteps, so that curves over a run
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dspo_jax.data import datasets, loader, shards
+from dspo_jax.data import loader, shards
+from dspo_jax.data.datasets import Dataset, count_examples, read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
 from dspo_jax.parallel import processes
-from dspo_jax.parallel.mesh import batch_share, check_batch_size, make_mesh, replicated, shard_batch
+from dspo_jax.parallel.mesh import batch_share, make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -53,23 +54,12 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], tokens [B, E, S], micro-conditioning
-# [B, P, 6]) -> the UNet's output.
-Predict = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], what the denoiser is conditioned on by name)
+# -> the denoiser's output [B, P, h, w, C].
+Predict = Callable[[Any, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Array]
 
 
 _SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
-
-
-def check_settings(batch_size: int, draws: int, mesh: Mesh) -> None:
-    """Refuses a batch size that the mesh cannot split, and no draw.
-
-    Raises:
-      ValueError: by the key of the config.
-    """
-    check_batch_size(batch_size, mesh, "config.validation.batch_size")
-    if draws < 1:
-        raise UserError(f"config.validation.draws = {draws}: must be at least 1")
 
 
 class Validator:
@@ -80,30 +70,32 @@ class Validator:
         predict: Predict,
         schedule: Schedule,
         mesh: Mesh,
+        datasets: Sequence[Dataset],
         *,
-        path: str | Path,
+        inputs: Sequence[str],
         split: str,
         batch_size: int,
         draws: int,
     ):
-        """Open the split.
+        """Opens the split.
 
         Args:
-          predict: runs the text encoders and the UNet.
+          predict: runs the text encoders and the denoiser.
           schedule: the forward process.
-          mesh: the devices.
-          path: a dataset written by `dspo_jax.encode`, or several separated by commas.
+          mesh: the devices, which must split a batch evenly.
+          datasets: from `read_datasets`.
+          inputs: arrays of a batch that `predict` takes (`Pipeline.conditioning_inputs`).
           split: the held-out split.
           batch_size: examples in one call.
           draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal
             bins.
 
         Raises:
-          ValueError: what `check_settings` refuses, or a split that is missing or empty.
+          UserError: a split that is missing or empty.
         """
-        check_settings(batch_size, draws, mesh)
-        self.num_examples = loader.num_examples(path, split)
-        self._path, self._split, self._batch_size, self._mesh = path, split, batch_size, mesh
+        self.num_examples = sum(count_examples(datasets, split).values())
+        self._datasets, self._split, self._batch_size, self._mesh = datasets, split, batch_size, mesh
+        self._inputs = inputs
         steps = schedule.num_train_timesteps
         self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
 
@@ -169,7 +161,7 @@ class Validator:
         return summarise(values_SDBP, self._timesteps)
 
     def _batches(self) -> Any:
-        batches = loader.eval_batches(self._path, batch_size=self._batch_size, split=self._split)
+        batches = loader.eval_batches(self._datasets, batch_size=self._batch_size, split=self._split)
         yield from batches
         batches.close()
 
@@ -181,13 +173,14 @@ class Validator:
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
         share, shares = batch_share(self._mesh)
         take = np.split(take, shares)[share]
-        batch = {name: examples[name][take] for name in ("moments", "tokens", "micro_conditioning")}
+        batch = {name: examples[name][take] for name in ("moments", *self._inputs)}
         batch["index"] = examples["index"][take].astype(np.uint32)
         placed = shard_batch(batch, self._mesh)
         noisy, target, timesteps = self._add_noise(placed, jnp.int32(timestep))
-        inputs = (noisy, timesteps, placed["tokens"], placed["micro_conditioning"])
+        conditioning = {name: placed[name] for name in self._inputs}
         outputs = [
-            None if params is None else self._predict(params, *inputs) for params in (policy, reference)
+            None if params is None else self._predict(params, noisy, timesteps, conditioning)
+            for params in (policy, reference)
         ]
         judged = self._score(*outputs, target, timesteps)
         return np.stack([np.asarray(judged[name])[:count] for name in ("error", "drift") if name in judged])
@@ -264,9 +257,9 @@ def judge(
             )
         reference = read_base(Path(model))
     pipes = load_pipeline(model), load_pipeline(reference)
-    found = datasets.read_datasets(data)
-    datasets.count_examples(found, split, "--split", "choose another with --split=NAME")
-    for dataset in found:
+    datasets = read_datasets(data)
+    count_examples(datasets, split, "--split", "choose another with --split=NAME")
+    for dataset in datasets:
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
         if dataset.manifest["images_per_example"] == 1:
             raise UserError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
@@ -278,14 +271,17 @@ def judge(
         params = {name: pipe.read_params(name, compute_dtype) for name in ("unet", *pipe.text_encoders)}
         return jax.device_put(params, replicated(mesh))
 
-    def predict(params: Any, noisy: jax.Array, *inputs: jax.Array) -> jax.Array:
-        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), *inputs)
+    def predict(
+        params: Any, noisy: jax.Array, timesteps: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), timesteps, batch)
 
     validator = Validator(
         predict,
         pipes[0].schedule,
         mesh,
-        path=data,
+        datasets,
+        inputs=pipes[0].conditioning_inputs,
         split=split,
         batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
         draws=draws,

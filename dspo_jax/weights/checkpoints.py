@@ -62,11 +62,11 @@ class Checkpoints:
           NotADirectoryError: `directory` is a file.
         """
         hush_orbax()
-        self._directory = Path(directory).absolute()
-        refuse_foreign_folder(self._directory)
+        self.directory = Path(directory).absolute()
+        refuse_foreign_folder(self.directory)
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            self.directory,
             item_handlers={STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 best_fn=_score,  # also makes Orbax write the scores
@@ -155,14 +155,14 @@ class Checkpoints:
             if not agree(damage is not None) and restored is not None:
                 return restored
             if damage is None:
-                damage = DamagedCheckpoint(f"{self._directory / str(newest)}: damaged for another process")
+                damage = DamagedCheckpoint(f"{self.directory / str(newest)}: damaged for another process")
             if not fallback or len(self._manager.all_steps()) < 2:
                 raise damage
             logging.error("%s: config.checkpoint.fallback: using the one before it", damage)
             if processes.is_first():
                 names = (f"{newest}.damaged{number or ''}" for number in itertools.count())
-                aside = next(path for path in map(self._directory.joinpath, names) if not path.exists())
-                (self._directory / str(newest)).rename(aside)
+                aside = next(path for path in map(self.directory.joinpath, names) if not path.exists())
+                (self.directory / str(newest)).rename(aside)
             processes.wait_for_all("damaged checkpoint set aside")
             self._manager.reload()
 
@@ -184,16 +184,16 @@ class Checkpoints:
           ValueError: its arrays differ from `abstract_state` in name, shape or dtype.
         """
         self.wait()
-        step = choose_step(self._directory, self._manager.all_steps(), step)
-        with name_restore_errors(self._directory / str(step)):
+        step = choose_step(self.directory, self._manager.all_steps(), step)
+        with name_restore_errors(self.directory / str(step)):
             saved = self._manager.item_metadata(step)[STATE].tree
-        _refuse_different_state(self._directory / str(step), saved, abstract_state)
-        with name_restore_errors(self._directory / str(step)):
+        _refuse_different_state(self.directory / str(step), saved, abstract_state)
+        with name_restore_errors(self.directory / str(step)):
             shardings = ocp.checkpoint_utils.construct_restore_args(abstract_state)
             state = ocp.args.PyTreeRestore(abstract_state, restore_args=shardings)
             items = ocp.args.Composite(**{STATE: state, _EXTRA: ocp.args.JsonRestore()})
             restored = self._manager.restore(step, args=items)
-        logging.info("Restored step %d from %s", step, self._directory)
+        logging.info("Restored step %d from %s", step, self.directory)
         return restored[STATE], restored[_EXTRA], step
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ class Checkpoints:
                 else f"step {newest} is complete and still loads"
             )
             raise OSError(
-                f"{self._directory / str(step)}: checkpoint not saved: {_reason(error)}; {kept}"
+                f"{self.directory / str(step)}: checkpoint not saved: {_reason(error)}; {kept}"
             ) from error
 
 

@@ -28,7 +28,7 @@ from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"

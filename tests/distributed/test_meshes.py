@@ -8,6 +8,7 @@ from tiny_run import make_config, read_batches
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.training.step import compile_step
 
@@ -33,10 +34,10 @@ class Trajectory:
     def __init__(self, shallow_model, batches, kind, mesh_shape, accumulation):
         config = make_config(shallow_model, ".", {**SETTINGS, **KINDS[kind], "accumulation": accumulation})
         pipe = load_pipeline(shallow_model)
-        task = make_task(config, pipe)
+        task = make_task(parse(config), pipe)
         sizes = dict(zip(("data", "fsdp", "tensor"), mesh_shape, strict=True))
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(mesh_shape))])
-        state, reference = make_state(task, mesh, make_adapters(config, pipe))
+        state, reference = make_state(task, mesh, make_adapters(parse(config), pipe))
         self.bytes = {"params": bytes_per_device(state.params), "moments": bytes_per_device(state.opt_state)}
         step = compile_step(state)
         key = jax.device_put(jax.random.key(0), replicated(mesh))

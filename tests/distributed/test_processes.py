@@ -10,7 +10,7 @@ from processes import finish, last_step, log_of, start_training, wait_until
 from tiny_run import make_config, read_reproducible, saved_steps
 
 from dspo_jax.cli import EXIT_STOPPED
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 
 SETTINGS = {
     "objective.reward_scale": 10.0,

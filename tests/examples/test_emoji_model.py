@@ -8,8 +8,10 @@ from safetensors import safe_open
 from tiny_model import write_pairs
 
 from configs import emoji_dspo
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
 from dspo_jax.training.task import policy_params, predict
 from dspo_jax.training.validation import Validator
@@ -36,13 +38,14 @@ def test_before_the_first_update_no_held_out_pair_is_decided(compute_dtype, tmp_
     config = emoji_dspo.get_config()
     config.compute_dtype = compute_dtype
     pipe = load_pipeline(MODEL)
-    task, mesh = make_task(config, pipe), make_mesh({"data": 1}, jax.devices()[:1])
+    task, mesh = make_task(parse(config), pipe), make_mesh({"data": 1}, jax.devices()[:1])
     state, reference = make_state(task, mesh)
     validator = Validator(
         lambda *inputs: predict(task, *inputs),
         pipe.schedule,
         mesh,
-        path=write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64),
+        read_datasets(write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64)),
+        inputs=pipe.conditioning_inputs,
         split="validation",
         batch_size=4,
         draws=2,

@@ -19,7 +19,8 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.weights.layout import flatten, unflatten
 from dspo_jax.weights.saved_params import SavedParams, restore_params
@@ -111,7 +112,7 @@ def test_patterns_match_whole_ends_of_paths():
 def test_a_wrong_setting_is_refused(changes, message, shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"lora.rank": 2, **changes})
     with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
-        make_adapters(config, load_pipeline(shallow_model))
+        make_adapters(parse(config), load_pipeline(shallow_model))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_a_run_starts_at_the_reference(run):
 
 def test_only_adapters_are_saved_and_all_of_them_moved(run, shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, LORA)
-    before = flatten(make_adapters(config, load_pipeline(shallow_model)))
+    before = flatten(make_adapters(parse(config), load_pipeline(shallow_model)))
     with SavedParams(run / "checkpoints") as saved:
         assert set(saved.arrays) == set(before)
         assert all(re.search(r"\.lora_[AB]\.kernel$", path) for path in saved.arrays)
@@ -153,8 +154,8 @@ def test_only_adapters_are_saved_and_all_of_them_moved(run, shallow_model, tiny_
 def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"lora.rank": 2, "objective.name": "sft"})
     pipe = load_pipeline(shallow_model)
-    task = make_task(config, pipe)
-    adapters = make_adapters(config, pipe)
+    task = make_task(parse(config), pipe)
+    adapters = make_adapters(parse(config), pipe)
     state, reference = make_state(task, make_mesh({"data": -1}), adapters)
     assert set(state.params) == {"unet"}
     num_adapted = sum(leaf.size for leaf in jax.tree.leaves(adapters))

@@ -32,7 +32,8 @@ from dspo_jax.planning.plan import (
     plan,
 )
 from dspo_jax.planning.program_text import collectives, read_instructions
-from dspo_jax.training.costs import batch_shapes, flops_per_pair, lower_step
+from dspo_jax.training.costs import abstract_batch, flops_per_example, lower_step
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
 
 V5P = SimpleNamespace(device_kind="TPU v5")
@@ -163,9 +164,8 @@ def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypat
 
     found = ask()
     assert (found.topology, found.devices, found.mesh["data"]) == ("present", 8, 8)
-    task = make_task(config, pipe)
-    shapes = batch_shapes(task, 2, (16, 16), 16, make_mesh({"data": 8}))
-    assert found.flops == pytest.approx(2 * flops_per_pair(task, shapes))
+    task = make_task(parse(config), pipe)
+    assert found.flops == pytest.approx(2 * flops_per_example(task, 2, (16, 16)))
     # 12,364 parameters and their two moments; their gradients are summed over the devices.
     assert found.argument_bytes > 3 * 4 * 12_364
     assert found.peak_bytes >= found.argument_bytes + found.temporary_bytes
@@ -182,9 +182,9 @@ def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypat
 def test_devices_that_split_the_parameters_send_one_another_no_image(shallow_model):
     """What is gathered are parameters; XLA by itself would rather gather images and split channels."""
     config = make_config(shallow_model, "", {"batch_size": 8})
-    task, mesh = make_task(config, load_pipeline(shallow_model)), make_mesh({"data": 2, "fsdp": 4})
+    task, mesh = make_task(parse(config), load_pipeline(shallow_model)), make_mesh({"data": 2, "fsdp": 4})
     state, reference = make_state(task, mesh, {}, abstract=True)
-    text = lower_step(state, reference, batch_shapes(task, 2, (16, 16), 8, mesh), mesh).compile().as_text()
+    text = lower_step(state, reference, abstract_batch(task, 2, (16, 16), 8, mesh), mesh).compile().as_text()
     of_parameters = {leaf.shape for leaf in jax.tree.leaves(reference)}
     gathered = set()
     for instruction in read_instructions(text):

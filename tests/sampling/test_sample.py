@@ -21,7 +21,7 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing, Rendering
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 
 STEPS = 3
 GUIDANCE = 7.5

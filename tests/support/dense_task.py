@@ -1,5 +1,6 @@
 """A training task whose network compiles in a moment: three dense layers on every pixel."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import optax
 from dspo_jax.objectives import get_objective
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.step import init_state
-from dspo_jax.training.task import Task
+from dspo_jax.training.task import Precision, Task, UpdateRule
 
 PAIRS, SIDE, CHANNELS, WIDTH = 8, 4, 4, 64
 
@@ -38,8 +40,8 @@ def make_params(seed):
     }
 
 
-def make_task(name, changes: dict[str, Any] | None = None, **hyperparameters):
-    """A task with an objective; `changes` are of the task's other fields."""
+def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameters):
+    """A task with an objective; `changes` are of the fields of its parts."""
     pipe = SimpleNamespace(
         schedule=Schedule.scaled_linear(),
         encode_text=lambda params, tokens, remat: (
@@ -48,28 +50,21 @@ def make_task(name, changes: dict[str, Any] | None = None, **hyperparameters):
         predict=apply_network,
         empty_tokens=np.zeros((1, 77), np.int32),
     )
-    pipe.predict_pairs = partial(Pipeline.predict_pairs, pipe)
-    fields: dict[str, Any] = {
-        "pipe": pipe,
-        "objective": get_objective(name, **hyperparameters),
-        "optimizer": optax.sgd(0.1),
-        "learning_rate": lambda count: jnp.float32(0.1),
-        "param_dtype": "float32",
-        "compute_dtype": "float32",
-        "reference_dtype": "float32",
-        "remat": "none",
-        "timesteps": (0, 999),
-        "caption_dropout": 0.2,
-        "share_timesteps": True,
-        "share_noise": True,
-        "positive_ratio": 0.8,
-        "accumulation": 1,
-        "train_text_encoder": False,
-        "adapters": False,
-        "ema_decay": 0.0,
-        "loss_spike": 0.0,
-    }
-    return Task(**fields | (changes or {}))
+    pipe.image_inputs = ("micro_conditioning",)
+    for name in ("predict_pairs", "drop_captions"):
+        setattr(pipe, name, partial(getattr(Pipeline, name), pipe))
+    draws = Draws((0, 999), caption_dropout=0.2, share_timesteps=True, share_noise=True, positive_ratio=0.8)
+    rate = UpdateRule(optax.sgd(0.1), lambda count: jnp.float32(0.1), 1, ema_decay=0.0, loss_spike=0.0)
+    precision = Precision("float32", "float32", "float32", "none")
+    draws, rate, precision = (change(part, changes or {}) for part in (draws, rate, precision))
+    loss = PreferenceLoss(get_objective(objective, **hyperparameters), draws)
+    return Task(pipe, loss, rate, precision, train_text_encoder=False, adapters=False)
+
+
+def change(part, changes):
+    """The dataclass with those of the changes that are fields of it."""
+    fields = {field.name for field in dataclasses.fields(part)}
+    return dataclasses.replace(part, **{name: value for name, value in changes.items() if name in fields})
 
 
 def make_state(task):
@@ -80,7 +75,7 @@ def make_state(task):
 def make_reference(task, seed=0):
     """What a run holds: no second network for an objective without a reference."""
     reference = {"text_encoder": jnp.float32(0.01)}
-    return reference | {"unet": make_params(seed)} if task.objective.needs_reference else reference
+    return reference | {"unet": make_params(seed)} if task.loss.needs_reference else reference
 
 
 def make_batch(count=PAIRS, images=2):

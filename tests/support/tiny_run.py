@@ -13,7 +13,6 @@ from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
-from dspo_jax.training.step import INPUTS
 from dspo_jax.weights.components import write_params
 
 # One level and one layer of what the tiny model has two of; text reaches the image in the middle block only.
@@ -63,8 +62,9 @@ def read_batches(pairs: Path, *, batch_size: int, count: int) -> list[dict[str, 
     stream = loader.train_batches(read_datasets(pairs), batch_size=batch_size, seed=0)
     batches = [next(stream) for _ in range(count)]
     stream.close()
+    inputs = ("moments", "tokens", "micro_conditioning", "preference", "loser_won")
     return [
-        {name: batch[name] for name in INPUTS} | {"index": batch["index"].astype(np.uint32)}
+        {name: batch[name] for name in inputs} | {"index": batch["index"].astype(np.uint32)}
         for batch in batches
     ]
 

@@ -5,11 +5,11 @@ import pytest
 from tiny_run import make_config
 
 from dspo_jax.monitoring.devices import count_flops
-from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.costs import abstract_batch, flops_per_pair
+from dspo_jax.training.costs import flops_per_example
 from dspo_jax.training.dry_run import describe, dry_run
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task, prepare
 
 
@@ -40,9 +40,9 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
 
 def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"batch_size": 32})
-    task, mesh, adapters = prepare(config)
-    state, reference = make_state(task, mesh, adapters, abstract=True)
-    said = "\n".join(describe(config, task, mesh, state, reference))
+    experiment = prepare(config)
+    state, reference = make_state(experiment.task, experiment.mesh, abstract=True)
+    said = "\n".join(describe(experiment, state, reference))
     assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
 
 
@@ -60,8 +60,7 @@ def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
 def test_flops_of_a_pair_are_those_of_its_passes(
     shallow_model, tiny_pairs, changes, unet_passes, text_passes
 ):
-    task = make_task(make_config(shallow_model, tiny_pairs, changes), load_pipeline(shallow_model))
-    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    task = make_task(parse(make_config(shallow_model, tiny_pairs, changes)), load_pipeline(shallow_model))
     pipe = task.pipe
     params = {name: pipe.networks[name].abstract_params() for name in ("unet", "text_encoder")}
     tokens = jax.ShapeDtypeStruct((1, 1, 77), "int32")
@@ -73,7 +72,7 @@ def test_flops_of_a_pair_are_those_of_its_passes(
         jax.ShapeDtypeStruct((1, 6), "int32"),
     )
     unet, encoder = count_flops(pipe.predict, params, *inputs), count_flops(pipe.encode_text, params, tokens)
-    counted = flops_per_pair(task, abstract_batch(task, tiny_pairs, "16x16", 8, mesh))
+    counted = flops_per_example(task, 2, (16, 16))
     assert counted == pytest.approx(unet_passes * unet + text_passes * encoder)
 
 

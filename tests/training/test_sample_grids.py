@@ -1,6 +1,5 @@
 """Grids of samples during training, on meshes of 8 devices, against the `sample` command's own images."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny_model import write_pairs
 
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
 from dspo_jax.pipelines.loading import load_pipeline
@@ -129,30 +129,14 @@ def test_a_model_that_diverged_draws_black(pipe, tmp_path, caplog):
 
 
 def test_captions_of_the_data_stand_in_for_prompts(tiny_pairs, tiny_model, tmp_path):
-    assert first_captions(tiny_pairs, "validation") == [f"validation {i}" for i in range(4)]
+    assert first_captions(read_datasets(tiny_pairs), "validation") == [f"validation {i}" for i in range(4)]
     few = write_pairs(tmp_path / "few", tiny_model, train=2, validation=2)
-    assert first_captions(few, "validation") == ["validation 0", "validation 1"]
+    assert first_captions(read_datasets(few), "validation") == ["validation 0", "validation 1"]
     with pytest.raises(ValueError, match="split = 'valid': unknown; did you mean 'validation'"):
-        first_captions(tiny_pairs, "valid")
+        first_captions(read_datasets(tiny_pairs), "valid")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seeds": ()}, "config.samples.seeds = (): needs at least one, each from 0 to 4294967295"),
-        (
-            {"guidance_scale": math.inf},
-            "config.samples.guidance_scale = inf: must be a finite number",
-        ),
-        ({"prompts": ()}, "config.samples.prompts = (): needs at least one"),
-        (
-            {"num_inference_steps": 0},
-            "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",
-        ),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(pipe, tmp_path, changes, message):
+def test_a_grid_without_rows_is_refused(pipe, tmp_path):
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match=r"config\.samples") as caught:
-        make_grids(pipe, place(pipe, mesh), mesh, tmp_path, **changes)
-    assert str(caught.value) == message
+    with pytest.raises(ValueError, match=r"config\.samples\.prompts = \(\): needs at least one"):
+        make_grids(pipe, place(pipe, mesh), mesh, tmp_path, prompts=())

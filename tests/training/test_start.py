@@ -1,6 +1,7 @@
 """What is refused before a run, in one line each, and what a workdir allows to differ when it is resumed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tiny_model import write_model, write_pairs
 from tiny_run import make_config
 
 from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 from dspo_jax.training.workdir import claim_workdir
 
 
@@ -59,6 +60,11 @@ def config(shallow_model, tiny_pairs):
             {"samples.every": 1, "samples.seeds": (-1,)},
             "config.samples.seeds = (-1,): needs at least one, each from 0 to 4294967295",
         ),
+        (
+            {"samples.guidance_scale": math.inf},
+            "config.samples.guidance_scale = inf: must be a finite number",
+        ),
+        ({"samples.seeds": ()}, "config.samples.seeds = (): needs at least one, each from 0 to 4294967295"),
         (
             {"samples.every": 1, "samples.num_inference_steps": 0},
             "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",

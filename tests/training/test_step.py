@@ -4,7 +4,6 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from tiny_run import make_config, read_batches
 
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.pipelines.pipeline import Pipeline, Text
-from dspo_jax.training.losses import preference
-from dspo_jax.training.losses.preference import draw_noise, loss_fn
+from dspo_jax.training.losses.preference import PreferenceLoss, draw_noise
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.task import Metrics, policy_params, predict
@@ -52,7 +50,7 @@ class Run:
     def __init__(self, config, pipe, mesh_sizes):
         count = int(np.prod(list(mesh_sizes.values())))
         self.mesh = make_mesh(mesh_sizes, jax.devices()[:count])
-        self.task = make_task(config, pipe)
+        self.task = make_task(parse(config), pipe)
         self.state, self.reference = make_state(self.task, self.mesh)
         self.step = compile_step(self.state)
         self.key = jax.device_put(jax.random.key(config.seed), replicated(self.mesh))
@@ -120,8 +118,9 @@ def test_policy_and_reference_predict_the_same_bits_at_the_start(make_run, batch
     noisy = draw.standard_normal((count, images, *size, channels // 2)).astype(np.float32)
     timesteps = draw.integers(0, 1000, (count, images))
     compiled = jax.jit(partial(predict, run.task))
+    conditioning = {name: batches[0][name] for name in run.task.pipe.conditioning_inputs}
     policy, reference = (
-        compiled(params, noisy, timesteps, batches[0]["tokens"], batches[0]["micro_conditioning"])
+        compiled(params, noisy, timesteps, conditioning)
         for params in (policy_params(run.task, run.state.params, run.reference), run.reference)
     )
     np.testing.assert_array_equal(policy, reference)
@@ -228,7 +227,12 @@ def test_one_step_gives_the_golden_metrics(make_run, batches, variant, request):
 
 @pytest.fixture
 def task(shallow_model, tiny_pairs, pipe):
-    return make_task(make_config(shallow_model, tiny_pairs), pipe)
+    return make_task(parse(make_config(shallow_model, tiny_pairs)), pipe)
+
+
+@pytest.fixture
+def draws(task):
+    return task.loss.draws
 
 
 def make_moments(count, *, images=2, deviation=1.0):
@@ -240,36 +244,36 @@ def make_moments(count, *, images=2, deviation=1.0):
 _draw = jax.jit(draw_noise, static_argnums=0)
 
 
-def make_draws(task, index, moments=None):
+def make_draws(draws, index, moments=None):
     index = jnp.asarray(index, jnp.uint32)
     moments = make_moments(len(index)) if moments is None else moments
-    return _draw(task, {"moments": jnp.asarray(moments), "index": index}, jax.random.key(0))
+    return _draw(draws, {"moments": jnp.asarray(moments), "index": index}, jax.random.key(0))
 
 
-def test_the_draws_of_an_example_do_not_depend_on_its_batch(task):
+def test_the_draws_of_an_example_do_not_depend_on_its_batch(draws):
     moments = make_moments(8)
-    together = make_draws(task, np.arange(8), moments)
+    together = make_draws(draws, np.arange(8), moments)
     order = np.array([5, 2, 7])
-    for all_draws, some_draws in zip(together, make_draws(task, order, moments[order]), strict=True):
+    for all_draws, some_draws in zip(together, make_draws(draws, order, moments[order]), strict=True):
         np.testing.assert_array_equal(all_draws[order], some_draws)
 
 
-def test_examples_and_runs_draw_differently(task):
+def test_examples_and_runs_draw_differently(draws):
     moments = np.repeat(make_moments(1), 2, axis=0)
-    latents, noise, timesteps, _ = make_draws(task, [3, 4], moments)
+    latents, noise, timesteps, _ = make_draws(draws, [3, 4], moments)
     assert not np.any(latents[0] == latents[1])
     assert not np.any(noise[0] == noise[1])
     assert not np.any(timesteps[0] == timesteps[1])
     batch = {"moments": moments, "index": jnp.asarray([3, 4], jnp.uint32)}
-    _, other_noise, _, _ = _draw(task, batch, jax.random.key(1))
+    _, other_noise, _, _ = _draw(draws, batch, jax.random.key(1))
     assert not np.any(noise == other_noise)
 
 
 @pytest.mark.parametrize("share_noise", [True, False])
 @pytest.mark.parametrize("share_timesteps", [True, False])
-def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(task, share_timesteps, share_noise):
-    task = dataclasses.replace(task, share_timesteps=share_timesteps, share_noise=share_noise)
-    latents, noise, timesteps, _ = make_draws(task, np.arange(64), np.ones((64, 2, 2, 2, 8)))
+def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(draws, share_timesteps, share_noise):
+    draws = dataclasses.replace(draws, share_timesteps=share_timesteps, share_noise=share_noise)
+    latents, noise, timesteps, _ = make_draws(draws, np.arange(64), np.ones((64, 2, 2, 2, 8)))
     assert np.mean(noise[:, 0] == noise[:, 1]) == share_noise
     same_timestep = np.mean(timesteps[:, 0] == timesteps[:, 1])
     assert same_timestep == 1 if share_timesteps else same_timestep < 0.1
@@ -277,9 +281,9 @@ def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(task, share
     assert not np.any(latents[:, 0] == latents[:, 1])
 
 
-def test_draws_have_the_distributions_they_should(task):
+def test_draws_have_the_distributions_they_should(draws):
     moments = make_moments(4000, deviation=0.5)
-    latents, noise, timesteps, drop = make_draws(task, np.arange(4000), moments)
+    latents, noise, timesteps, drop = make_draws(draws, np.arange(4000), moments)
     posterior = (latents - moments[..., :4].astype(np.float32)) / 0.5
     for normal in (posterior, noise):
         assert abs(normal.mean()) < 0.02
@@ -291,53 +295,31 @@ def test_draws_have_the_distributions_they_should(task):
     counts, _ = np.histogram(timesteps[:, 0], bins=10, range=(0, 1000))
     assert np.all(np.abs(counts - 400) < 5 * np.sqrt(400 * 0.9))
     assert drop.shape == (4000,)
-    assert abs(drop.mean() - task.caption_dropout) < 4 * np.sqrt(0.2 * 0.8 / 4000)
+    assert abs(drop.mean() - draws.caption_dropout) < 4 * np.sqrt(0.2 * 0.8 / 4000)
 
 
-def test_latents_without_spread_are_the_means(task):
+def test_latents_without_spread_are_the_means(draws):
     moments = make_moments(4, images=1, deviation=0.0)
-    latents, noise, timesteps, _ = make_draws(task, np.arange(4), moments)
+    latents, noise, timesteps, _ = make_draws(draws, np.arange(4), moments)
     np.testing.assert_array_equal(latents, moments[..., :4].astype(np.float32))
     assert (noise.shape, timesteps.shape) == ((4, 1, 2, 2, 4), (4, 1))
 
 
-def test_a_dropped_caption_becomes_the_empty_one_for_the_whole_pair(task, batches, monkeypatch):
+def test_a_dropped_caption_becomes_the_empty_one_for_the_whole_pair(task, batches):
     seen = []
 
-    def forward(task, params, reference, noisy, timesteps, tokens, micro_conditioning):
-        seen.append(np.asarray(tokens))
-        return jnp.zeros_like(noisy), jnp.zeros_like(noisy)
+    class Watched(PreferenceLoss):
+        def forward(self, task, params, reference, noisy, timesteps, batch):
+            seen.append(np.asarray(batch["tokens"]))
+            return jnp.zeros_like(noisy), jnp.zeros_like(noisy)
 
-    monkeypatch.setattr(preference, "forward", forward)
     batch, key = jax.tree.map(jnp.asarray, batches[0]), jax.random.key(0)
     for caption_dropout in (0.0, 0.5, 1.0):
-        loss_fn({}, dataclasses.replace(task, caption_dropout=caption_dropout), {}, batch, key)
+        draws = dataclasses.replace(task.loss.draws, caption_dropout=caption_dropout)
+        Watched(task.loss.objective, draws)({}, task, {}, batch, key)
     never, sometimes, always = seen
     np.testing.assert_array_equal(never, batches[0]["tokens"])
     np.testing.assert_array_equal(always, np.broadcast_to(task.pipe.empty_tokens, always.shape))
-    *_, drop = draw_noise(dataclasses.replace(task, caption_dropout=0.5), batch, key)
+    *_, drop = draw_noise(dataclasses.replace(task.loss.draws, caption_dropout=0.5), batch, key)
     assert 0 < drop.sum() < len(drop)
     np.testing.assert_array_equal(sometimes, np.where(drop[:, None, None], always, never))
-
-
-def test_folding_the_pairs_keeps_what_belongs_to_an_image_together(batches):
-    """With a network that adds up what it is given."""
-
-    def encode_text(params, tokens, remat):
-        return Text(params["text_encoder"] * tokens[:, 0, :, None].astype(jnp.float32), None)
-
-    def predict(params, latents, timesteps, text, micro_conditioning, remat):
-        of_text = jnp.repeat(text.states.sum((1, 2)), len(latents) // len(text.states))
-        added = timesteps + of_text + micro_conditioning @ jnp.arange(6)
-        return params["unet"] * latents + added[:, None, None, None]
-
-    pipe = SimpleNamespace(encode_text=encode_text, predict=predict)
-    params = {"unet": jnp.float32(3.0), "text_encoder": jnp.float32(0.5)}
-    draw = np.random.default_rng(0)
-    noisy = draw.standard_normal((3, 2, 4, 4, 4)).astype(np.float32)
-    timesteps, tokens = np.int32([[1, 500], [900, 20], [300, 301]]), batches[0]["tokens"][:3]
-    micro_conditioning = draw.integers(0, 100, (3, 2, 6)).astype(np.int32)
-    inputs = (jnp.asarray(x) for x in (noisy, timesteps, tokens, micro_conditioning))
-    actual = Pipeline.predict_pairs(pipe, params, *inputs)
-    added = timesteps + 0.5 * tokens.sum((1, 2))[:, None] + micro_conditioning @ np.arange(6)
-    np.testing.assert_allclose(actual, 3 * noisy + added[..., None, None, None], rtol=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dense_task import make_batch, make_reference, make_state, make_task
 
-from dspo_jax.training.losses.preference import choose_images, draw_noise
+from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.step import train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "objectives_step.json"
@@ -103,24 +103,25 @@ def test_detaching_does_not_change_the_value_and_leaves_the_gradient_of_the_winn
 
 def test_the_winner_is_noised_alike_whatever_is_run_of_the_pair():
     batch, key = make_batch(), jax.random.key(0)
-    *drawn, _ = draw_noise(make_task("sft"), batch, key)
-    (latents, noise, timesteps), preference = choose_images(make_task("sft"), batch, key, *drawn)
+    *drawn, _ = draw_noise(make_task("sft").loss.draws, batch, key)
+    (latents, noise, timesteps), preference = make_task("sft").loss.choose_images(batch, key, drawn)
     for chosen, full in zip((latents, noise, timesteps), drawn, strict=True):
         np.testing.assert_array_equal(chosen, full[:, :1])
     np.testing.assert_array_equal(preference, batch["preference"])
-    (whole, *_), _ = choose_images(make_task("dspo"), batch, key, *drawn)
+    (whole, *_), _ = make_task("dspo").loss.choose_images(batch, key, drawn)
     np.testing.assert_array_equal(whole, drawn[0])
 
 
 def test_kto_draws_one_labelled_image_of_each_pair():
-    task, key, count = make_task("kto"), jax.random.key(3), 4000
+    loss, key, count = make_task("kto").loss, jax.random.key(3), 4000
     batch = {
+        "moments": jnp.zeros((count, 2)),
         "index": jnp.arange(count, dtype=jnp.uint32),
         "preference": jnp.full(count, 0.9),
         "loser_won": jnp.arange(count) % 2 == 1,
     }
     image = jnp.broadcast_to(jnp.arange(2.0), (count, 2))
-    (chosen,), liked = choose_images(task, batch, key, image)
+    chosen, liked = loss.choose_images(batch, key, image)
     assert chosen.shape == (count, 1)
     drawn = np.asarray(chosen[:, 0])
     # The winner is liked with the probability of the label, the loser with what is left, or for what it won.
@@ -130,16 +131,17 @@ def test_kto_draws_one_labelled_image_of_each_pair():
     # By the example, not by its place in the batch.
     order = np.array([7, 3, 3999])
     part = {name: values[order] for name, values in batch.items()}
-    (again,), _ = choose_images(task, part, key, image[order])
+    again, _ = loss.choose_images(part, key, image[order])
     np.testing.assert_array_equal(again[:, 0], drawn[order])
-    (always,), _ = choose_images(dataclasses.replace(task, positive_ratio=1.0), batch, key, image)
+    always_winner = dataclasses.replace(loss, draws=dataclasses.replace(loss.draws, positive_ratio=1.0))
+    always, _ = always_winner.choose_images(batch, key, image)
     assert not always.any()
 
 
 def test_single_images_are_taken_as_they_are():
     batch = make_batch(images=1)
     for name in ("sft", "dspo_e", "kto", "ddpm"):
-        task = make_task(name)
-        (moments,), preference = choose_images(task, batch, jax.random.key(0), batch["moments"])
+        loss = make_task(name).loss
+        moments, preference = loss.choose_images(batch, jax.random.key(0), batch["moments"])
         np.testing.assert_array_equal(moments, batch["moments"])
         np.testing.assert_array_equal(preference, batch["preference"])

@@ -10,8 +10,9 @@ import pytest
 from dense_task import make_batch, make_params, make_reference, make_state, make_task
 
 from configs import common
+from dspo_jax.limits import parse
 from dspo_jax.training.losses.preference import draw_noise
-from dspo_jax.training.optim import OPTIMIZERS, make_optimizer
+from dspo_jax.training.optim import OPTIMIZERS, OptimizerSettings, make_optimizer
 from dspo_jax.training.stability import Health
 from dspo_jax.training.step import mean_gradient, train_step
 from dspo_jax.training.task import cast, policy_params
@@ -97,7 +98,8 @@ def test_the_moving_average_follows_the_parameters_and_is_the_result():
 
 def settings(name):
     config = common.get_config().optimizer.to_dict()
-    return config | {"name": name, "learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.0}
+    changes = {"name": name, "learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.0}
+    return parse(OptimizerSettings, config | changes, "config.optimizer")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -158,6 +160,6 @@ def test_a_reference_kept_in_float32_is_computed_in_the_compute_dtype():
 def test_timesteps_are_drawn_from_the_range_with_both_ends(first, last):
     task = make_task("sft", {"timesteps": (first, last)})
     batch = make_batch(count=4000)
-    _, _, timesteps, _ = draw_noise(task, batch, KEY)
+    _, _, timesteps, _ = draw_noise(task.loss.draws, batch, KEY)
     assert first <= timesteps.min() <= first + 5
     assert last - 5 <= timesteps.max() <= last

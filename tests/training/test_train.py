@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from tiny_run import make_config, read_reproducible, saved_steps
 from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.monitoring.metrics import read_metrics
-from dspo_jax.training import loop
-from dspo_jax.training.loop import train
+from dspo_jax.training import run
+from dspo_jax.training.validation import Validator
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
 
@@ -52,11 +53,14 @@ class FakeStep:
 
 
 @pytest.fixture
-def fake_step(monkeypatch):
-    fake = FakeStep()
-    monkeypatch.setattr(loop, "compile_step", fake.compile)
-    monkeypatch.setattr(loop, "mean_flops_per_pair", lambda *given: None)  # seconds for each run
-    return fake
+def fake_step():
+    return FakeStep()
+
+
+@pytest.fixture
+def train(fake_step):
+    """`run.train` with the fake step."""
+    return partial(run.train, make_step=fake_step.compile, count_flops=lambda *given: None)
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def config(shallow_model, tiny_pairs):
     return make_config(shallow_model, tiny_pairs, {"steps": 12, "checkpoint.every": 4})
 
 
-def test_a_run_writes_its_config_metrics_and_checkpoints(config, fake_step, tmp_path):
+def test_a_run_writes_its_config_metrics_and_checkpoints(config, train, fake_step, tmp_path):
     config.log_every = 5
     assert train(config, tmp_path / "run") == 12
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(config.to_json())
@@ -75,7 +79,7 @@ def test_a_run_writes_its_config_metrics_and_checkpoints(config, fake_step, tmp_
     assert fake_step.seen == np.arange(12 * 8).reshape(12, 8).tolist()
 
 
-def test_what_is_said_before_the_first_step(config, fake_step, tmp_path, caplog):
+def test_what_is_said_before_the_first_step(config, train, tmp_path, caplog):
     config.steps = 1
     with caplog.at_level(logging.INFO, logger="absl"):
         train(config, tmp_path / "run")
@@ -86,7 +90,7 @@ def test_what_is_said_before_the_first_step(config, fake_step, tmp_path, caplog)
     assert "warning: dspo: the preference term's coefficient s * G is at most score_weight = 0.001" in said
 
 
-def test_a_finished_run_does_nothing_and_can_be_prolonged(config, fake_step, tmp_path):
+def test_a_finished_run_does_nothing_and_can_be_prolonged(config, train, fake_step, tmp_path):
     train(config, tmp_path / "run")
     assert train(config, tmp_path / "run") == 12
     assert len(fake_step.seen) == 12
@@ -97,7 +101,7 @@ def test_a_finished_run_does_nothing_and_can_be_prolonged(config, fake_step, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
-    config, fake_step, tmp_path, number
+    config, train, fake_step, tmp_path, number
 ):
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     train(config, undisturbed)
@@ -114,7 +118,7 @@ def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
 
 
 def test_being_asked_to_stop_again_does_not_cut_the_last_checkpoint_short(
-    config, fake_step, tmp_path, monkeypatch
+    config, train, fake_step, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(signal, "default_int_handler", lambda *given: pytest.fail("interrupted"))
     default = signal.signal(signal.SIGTERM, lambda *given: pytest.fail("ended"))
@@ -133,7 +137,7 @@ def test_being_asked_to_stop_again_does_not_cut_the_last_checkpoint_short(
     assert saved_steps(tmp_path / "run")[-1] == 3
 
 
-def test_a_crash_goes_back_to_the_last_checkpoint(config, fake_step, tmp_path):
+def test_a_crash_goes_back_to_the_last_checkpoint(config, train, fake_step, tmp_path):
     undisturbed, crashed = tmp_path / "undisturbed", tmp_path / "crashed"
     train(config, undisturbed)
     expected, fake_step.seen = fake_step.seen, []
@@ -146,31 +150,33 @@ def test_a_crash_goes_back_to_the_last_checkpoint(config, fake_step, tmp_path):
     assert read_reproducible(crashed) == read_reproducible(undisturbed)
 
 
-def test_a_checkpoint_is_never_ahead_of_the_metrics(config, fake_step, tmp_path, monkeypatch):
+def test_a_checkpoint_is_never_ahead_of_the_metrics(config, train, tmp_path, monkeypatch):
     """A run that is killed just after a checkpoint must have written the line of that step."""
     lines = []
 
-    class Checkpoints(loop.Checkpoints):
-        def save(self, step, state, extra, score=None, wait=False):
-            lines.append((step, read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]))
-            super().save(step, state, extra, score, wait)
+    plain = Checkpoints.save
 
-    monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
+    def save(self, step, state, extra, score=None, wait=False):
+        lines.append((step, read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]))
+        plain(self, step, state, extra, score, wait)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
     train(config, tmp_path)
     assert lines == [(4, 4), (8, 8), (12, 12)]
 
 
 def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
-    config, fake_step, tmp_path, monkeypatch
+    config, train, tmp_path, monkeypatch
 ):
     positions = {}
 
-    class Checkpoints(loop.Checkpoints):
-        def save(self, step, state, extra, score=None, wait=False):
-            positions[step] = extra["data"]
-            super().save(step, state, extra, score, wait)
+    plain = Checkpoints.save
 
-    monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
+    def save(self, step, state, extra, score=None, wait=False):
+        positions[step] = extra["data"]
+        plain(self, step, state, extra, score, wait)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
     train(config, tmp_path)
 
     def keys(position, count):
@@ -187,7 +193,7 @@ def test_the_position_saved_with_a_checkpoint_gives_the_next_unseen_keys(
     assert keys(positions[8], 4) == whole[8:]
 
 
-def test_a_checkpoint_folder_that_is_none_is_refused(config, tmp_path):
+def test_a_checkpoint_folder_that_is_none_is_refused(config, train, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "holiday.jpg").touch()
@@ -204,7 +210,7 @@ def test_a_checkpoint_folder_that_is_none_is_refused(config, tmp_path):
         ({"objective.name": "sft"}, "config.objective.name = 'dspo', now it is 'sft'"),
     ],
 )
-def test_resuming_with_another_config_is_refused(config, fake_step, tmp_path, changes, named):
+def test_resuming_with_another_config_is_refused(config, train, tmp_path, changes, named):
     claim_workdir(tmp_path, config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match="this run was started with") as caught:
@@ -217,7 +223,9 @@ def test_resuming_with_another_config_is_refused(config, fake_step, tmp_path, ch
     )
 
 
-def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint(config, fake_step, tmp_path):
+def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint(
+    config, train, fake_step, tmp_path
+):
     config.stability.max_skipped = 2
     fake_step.bad = set(range(5 * 8, 7 * 8)) | set(range(8 * 8, 11 * 8))  # two in a row, then three
     with pytest.raises(ValueError, match="updates in a row were skipped") as caught:
@@ -231,7 +239,7 @@ def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped_in_a_row"] == 3
 
 
-def test_rolling_back_goes_on_from_the_checkpoint_with_later_examples(config, fake_step, tmp_path):
+def test_rolling_back_goes_on_from_the_checkpoint_with_later_examples(config, train, fake_step, tmp_path):
     config.stability.max_skipped = 2
     config.stability.rollback = True
     fake_step.bad = set(range(5 * 8, 8 * 8))
@@ -245,7 +253,7 @@ def test_rolling_back_goes_on_from_the_checkpoint_with_later_examples(config, fa
     assert saved_steps(tmp_path / "run") == [4, 8, 12]
 
 
-def test_a_run_rolls_back_to_a_checkpoint_only_once(config, fake_step, tmp_path):
+def test_a_run_rolls_back_to_a_checkpoint_only_once(config, train, fake_step, tmp_path):
     config.stability.max_skipped = 2
     config.stability.rollback = True
     fake_step.bad = set(range(5 * 8, 100 * 8))
@@ -254,21 +262,11 @@ def test_a_run_rolls_back_to_a_checkpoint_only_once(config, fake_step, tmp_path)
     assert len(fake_step.seen) == 8 + 4
 
 
-class FakeValidator:
-    """Finds the model of step 5 the best."""
-
-    def __init__(self, *arguments, **settings):
-        del arguments, settings
-        self.scores = iter([0.5, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5])
-
-    def __call__(self, policy, reference):
-        del policy, reference
-        accuracy = next(self.scores)
-        return {"implicit_accuracy": accuracy, "winner_error": 1.0}
-
-
-def test_the_best_model_by_held_out_pairs_is_saved_and_kept(config, fake_step, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "Validator", FakeValidator)
+def test_the_best_model_by_held_out_pairs_is_saved_and_kept(config, train, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5])  # the model of step 5 is the best
+    monkeypatch.setattr(
+        Validator, "__call__", lambda *given: {"implicit_accuracy": next(accuracies), "winner_error": 1.0}
+    )
     config.validation.every, config.checkpoint.every, config.checkpoint.max_to_keep = 5, 4, 1
     config.steps = 16
     train(config, tmp_path / "run")
@@ -276,7 +274,7 @@ def test_the_best_model_by_held_out_pairs_is_saved_and_kept(config, fake_step, t
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
 
 
-def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, fake_step, tmp_path):
+def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, train, fake_step, tmp_path):
     train(config, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "12" / "extra" / "metadata").unlink()
     with pytest.raises(ValueError, match=r"checkpoints/12: damaged checkpoint"):
@@ -290,7 +288,7 @@ def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, f
 def test_pictures_are_drawn_beside_the_base_and_do_not_change_the_run(shallow_model, tiny_pairs, tmp_path):
     """The real step: two runs of three steps, one with samples, a profile and validation."""
     changes = {"steps": 3, "ema_decay": 0.9}
-    train(make_config(shallow_model, tiny_pairs, changes), tmp_path / "plain")
+    run.train(make_config(shallow_model, tiny_pairs, changes), tmp_path / "plain")
     watched = {
         "samples.every": 2,
         "samples.num_inference_steps": 2,
@@ -300,7 +298,7 @@ def test_pictures_are_drawn_beside_the_base_and_do_not_change_the_run(shallow_mo
         "profile.start": 0,
         "profile.steps": 1,
     }
-    train(make_config(shallow_model, tiny_pairs, changes | watched), tmp_path / "watched")
+    run.train(make_config(shallow_model, tiny_pairs, changes | watched), tmp_path / "watched")
     names = {path.name for path in (tmp_path / "watched" / "samples").iterdir()}
     assert names == {"step_000002.png", "step_000003.png"}
     assert any((tmp_path / "watched" / "profile").rglob("*.pb"))

@@ -11,11 +11,12 @@ from tiny_model import write_model, write_pairs
 from tiny_run import make_config
 
 from dspo_jax.conversion.model_card import make_card
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.monitoring.metrics import read_metrics
-from dspo_jax.training import loop
 from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.loop import train
+from dspo_jax.training.run import train
 from dspo_jax.training.sample_grids import first_captions
+from dspo_jax.training.step import compile_step
 
 BUCKETS = ("16x16", "8x32")
 SHAPES = {(8, 2, 4, 4, 8), (8, 2, 2, 8, 8)}
@@ -29,25 +30,22 @@ def tall(tmp_path_factory, tiny_model) -> Path:
     )
 
 
-@pytest.fixture
-def shapes(monkeypatch):
-    """The shapes of the batches that the steps were given."""
-    seen = []
-    place = loop.shard_batch
-
-    def note(batch, mesh):
-        seen.append(batch["moments"].shape)
-        return place(batch, mesh)
-
-    monkeypatch.setattr(loop, "shard_batch", note)
-    return seen
-
-
 @pytest.mark.slow
-def test_a_run_reads_all_of_its_datasets_and_image_sizes(shallow_model, tiny_pairs, tall, shapes, tmp_path):
+def test_a_run_reads_all_of_its_datasets_and_image_sizes(shallow_model, tiny_pairs, tall, tmp_path):
+    shapes = []
+
+    def make_step(state):
+        step = compile_step(state)
+
+        def note(state, reference, batch, key):
+            shapes.append(batch["moments"].shape)
+            return step(state, reference, batch, key)
+
+        return note
+
     watched = {"validation.every": 4, "validation.batch_size": 8, "validation.draws": 2}
     config = make_config(shallow_model, f"{tiny_pairs},{tall}", {**watched, "steps": 4})
-    assert train(config, tmp_path / "run") == 4
+    assert train(config, tmp_path / "run", make_step=make_step) == 4
     # 36 of the 48 examples are square.
     assert sorted(shapes) == [(8, 2, 2, 8, 8)] + 3 * [(8, 2, 4, 4, 8)]
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -63,9 +61,7 @@ def test_a_run_reads_all_of_its_datasets_and_image_sizes(shallow_model, tiny_pai
     assert f"| name | {tall.name} |" in card
 
 
-def test_compiling_for_another_image_size_is_not_training_time(
-    shallow_model, tiny_pairs, tall, tmp_path, monkeypatch
-):
+def test_compiling_for_another_image_size_is_not_training_time(shallow_model, tiny_pairs, tall, tmp_path):
     """A step that takes a second to compile, in a run whose steps take no time."""
 
     class Step:
@@ -78,16 +74,15 @@ def test_compiling_for_another_image_size_is_not_training_time(
             zero = np.float32(0)
             return dataclasses.replace(state, step=state.step + 1), {"loss": zero, "skipped_in_a_row": zero}
 
-    monkeypatch.setattr(loop, "compile_step", lambda state: Step())
-    monkeypatch.setattr(loop, "mean_flops_per_pair", lambda *given: None)
-    train(make_config(shallow_model, f"{tiny_pairs},{tall}", {"steps": 8}), tmp_path)
+    config = make_config(shallow_model, f"{tiny_pairs},{tall}", {"steps": 8})
+    train(config, tmp_path, make_step=lambda state: Step(), count_flops=lambda *given: None)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert Step.compiled == SHAPES
     assert all(record["pairs_per_second"] > 16 for record in records[1:])  # 8 pairs in less than half of it
 
 
 def test_the_first_captions_of_two_image_sizes_are_those_of_the_first(tall):
-    assert first_captions(tall, "validation", 3) == [f"validation {i}" for i in range(3)]
+    assert first_captions(read_datasets(tall), "validation", 3) == [f"validation {i}" for i in range(3)]
 
 
 def test_a_dry_run_names_the_image_sizes_and_compiles_the_largest(shallow_model, tall):

@@ -1,117 +1,195 @@
-"""The preference loss: noise for a batch of encoded pairs, both networks, the objective."""
+"""The preference loss: encoded pairs are noised, policy and reference denoise them, an objective compares."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dspo_jax.models.model import Params
-from dspo_jax.objectives import Predictions
-from dspo_jax.training.task import Batch, Metrics, Task, cast, policy_params, predict
+from dspo_jax.objectives import Objective, Predictions
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.task import Batch, Metrics, Passes, Task, cast, policy_params, predict
 
 
-def draw_noise(task: Task, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Everything random about a batch, drawn from (key, index of the example) alone.
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Distribution of everything random about a batch of pairs.
+
+    Attributes:
+      timesteps: (first, last) that are drawn, both included.
+      caption_dropout: probability of dropping the caption of a pair.
+      share_timesteps: whether the images of a pair share their timestep.
+      share_noise: whether the images of a pair share their noise.
+      positive_ratio: probability that the image drawn of a pair is the winner, for an objective of one image.
+    """
+
+    timesteps: tuple[int, int]
+    caption_dropout: float
+    share_timesteps: bool
+    share_noise: bool
+    positive_ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss:
+    """Mean of an objective over a batch of encoded pairs; a `LossFn`.
+
+    A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
+    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on.
+
+    Attributes:
+      objective: from `get_objective`.
+      draws: of timesteps, noise and dropped captions.
+    """
+
+    objective: Objective
+    draws: Draws
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with the frozen denoiser."""
+        return self.objective.needs_reference
+
+    def __call__(
+        self, params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Means of the loss and of the objective's metrics, float32 scalars.
+
+        Args:
+          params: trained parameters by component.
+          task: pipeline and precision.
+          reference: the frozen parameters.
+          batch: see the class.
+          key: of the run; an example's randomness follows from (key, index).
+        """
+        schedule = task.pipe.schedule
+        latents, noise, timesteps, drop = draw_noise(self.draws, batch, key)
+        per_image = {name: batch[name] for name in task.pipe.image_inputs}
+        (latents, noise, timesteps, per_image), preference = self.choose_images(
+            batch, key, (latents, noise, timesteps, per_image)
+        )
+        batch = task.pipe.drop_captions({**batch, **per_image}, drop)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        policy, frozen = self.forward(task, params, reference, noisy, timesteps, batch)
+        predictions = Predictions(
+            policy=policy,
+            reference=frozen,
+            target=schedule.target(latents, noise, timesteps),
+            timesteps=timesteps,
+            preference=preference,
+        )
+        losses, metrics = self.objective(predictions, schedule)
+        return losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+    def choose_images(self, batch: Batch, key: jax.Array, arrays: Any) -> tuple[Any, jax.Array]:
+        """Takes the images that the objective is trained on: all of an example, the winner, or one drawn.
+
+        The other images are then never run. The draw follows from (key, index), like the noise.
+
+        Args:
+          batch: `preference`, `loser_won` and `index` are read.
+          key: of the run.
+          arrays: pytree of arrays [B, P, ...].
+
+        Returns:
+          The arrays [B, P', ...] and the preference [B]: of drawn images, the probability that the image is
+          a liked one. A loser that won another pair is liked, as in the released code of Diffusion-KTO.
+        """
+        images, preference = batch["moments"].shape[1], batch["preference"]
+        if self.objective.images == "all" or images == 1:
+            return arrays, preference
+        if self.objective.images == "winner":
+            return jax.tree.map(lambda array: array[:, :1], arrays), preference
+
+        def draw(index: jax.Array) -> jax.Array:
+            # The four keys of `draw_noise` are numbers 0 to 3.
+            of_example = jax.random.fold_in(jax.random.fold_in(key, index), 4)
+            return jax.random.bernoulli(of_example, 1 - self.draws.positive_ratio)
+
+        drawn = jax.vmap(draw)(batch["index"]).astype(jnp.int32)
+
+        def take(array: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(array, drawn.reshape(-1, *(1,) * (array.ndim - 1)), axis=1)
+
+        liked_loser = jnp.where(batch["loser_won"], 1.0, 1 - preference)
+        return jax.tree.map(take, arrays), jnp.where(drawn == 0, preference, liked_loser)
+
+    def forward(
+        self,
+        task: Task,
+        params: Params,
+        reference: Params,
+        noisy: jax.Array,
+        timesteps: jax.Array,
+        batch: Batch,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Outputs [B, P, h, w, C] of the policy and, for an objective that needs it, of the reference."""
+
+        def run(params: Params) -> jax.Array:
+            if not self.objective.detaches_loser:
+                return predict(task, params, noisy, timesteps, batch)
+            # The loser apart and from constants, so that nothing is kept for its backward pass.
+            outputs = []
+            for i, of_image in enumerate((params, jax.lax.stop_gradient(params))):
+                image = slice(i, i + 1)
+                part = {**batch, **{name: batch[name][:, image] for name in task.pipe.image_inputs}}
+                outputs.append(predict(task, of_image, noisy[:, image], timesteps[:, image], part))
+            return jnp.concatenate(outputs, axis=1)
+
+        policy = run(policy_params(task, params, reference))
+        return policy, run(cast(task, reference)) if self.needs_reference else None
+
+    def input_shapes(
+        self, pipe: Pipeline, images: int, size: tuple[int, int]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of an example as the shards hold it, without the batch axis."""
+        height, width = (side // pipe.vae_scale_factor for side in size)
+        shape = jax.ShapeDtypeStruct
+        return {
+            "moments": shape((images, height, width, 2 * pipe.latent_channels), jnp.float16),
+            **pipe.conditioning_shapes(images),
+            "preference": shape((), jnp.float32),
+            "loser_won": shape((), jnp.bool_),
+            "index": shape((), jnp.uint32),
+        }
+
+    def passes(self, images: int) -> Passes:
+        """Passes through the denoiser for an example of `images` images."""
+        run = images if self.objective.images == "all" else 1
+        return Passes(
+            policy=run,
+            backward=1 if self.objective.detaches_loser else run,
+            reference=run if self.needs_reference else 0,
+        )
+
+    def notes(self, values_per_image: int) -> list[str]:
+        """Lines of the objective for the user before a run."""
+        return self.objective.notes(values_per_image)
+
+
+def draw_noise(
+    draws: Draws, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Draws latents, noise, timesteps and dropped captions from (key, index of the example) alone.
 
     So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C]
     (UNet units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
     """
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
-    of_noise, of_timesteps = (1 if shared else images for shared in (task.share_noise, task.share_timesteps))
-    first, last = task.timesteps
+    of_noise, of_timesteps = (
+        1 if shared else images for shared in (draws.share_noise, draws.share_timesteps)
+    )
+    first, last = draws.timesteps
 
     def draw(index: jax.Array) -> tuple[jax.Array, ...]:
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         posterior = jax.random.normal(keys[0], mean.shape[1:])
         noise = jax.random.normal(keys[1], (of_noise, *mean.shape[2:]))
         timesteps = jax.random.randint(keys[2], (of_timesteps,), first, last + 1)
-        return posterior, noise, timesteps, jax.random.bernoulli(keys[3], task.caption_dropout)
+        return posterior, noise, timesteps, jax.random.bernoulli(keys[3], draws.caption_dropout)
 
     posterior, noise, timesteps, drop = jax.vmap(draw)(batch["index"])
     latents = mean + deviation * posterior
     return latents, jnp.broadcast_to(noise, mean.shape), jnp.broadcast_to(timesteps, mean.shape[:2]), drop
-
-
-def choose_images(
-    task: Task, batch: Batch, key: jax.Array, *arrays: jax.Array
-) -> tuple[list[jax.Array], jax.Array]:
-    """What the objective is trained on of each example: all its images, the winner, or one drawn image.
-
-    What it is not trained on is then never run. The draw follows from (key, index), like the noise.
-
-    Args:
-      task: `task.objective.images` decides, and `task.positive_ratio` for one drawn image.
-      batch: `preference`, `loser_won` and `index` are read.
-      key: of the run.
-      *arrays: [B, P, ...].
-
-    Returns:
-      The arrays [B, P', ...] and the preference [B]: of drawn images, the probability that it is a liked one.
-      A loser that won another pair is liked, as in the released code of Diffusion-KTO.
-    """
-    images, preference = arrays[0].shape[1], batch["preference"]
-    if task.objective.images == "all" or images == 1:
-        return list(arrays), preference
-    if task.objective.images == "winner":
-        return [array[:, :1] for array in arrays], preference
-
-    def draw(index: jax.Array) -> jax.Array:
-        # The four keys of `draw_noise` are numbers 0 to 3.
-        return jax.random.bernoulli(
-            jax.random.fold_in(jax.random.fold_in(key, index), 4), 1 - task.positive_ratio
-        )
-
-    drawn = jax.vmap(draw)(batch["index"]).astype(jnp.int32)
-    chosen = [
-        jnp.take_along_axis(array, drawn.reshape(-1, *(1,) * (array.ndim - 1)), axis=1) for array in arrays
-    ]
-    liked_loser = jnp.where(batch["loser_won"], 1.0, 1 - preference)
-    return chosen, jnp.where(drawn == 0, preference, liked_loser)
-
-
-def forward(
-    task: Task,
-    params: Params,
-    reference: Params,
-    noisy: jax.Array,
-    timesteps: jax.Array,
-    tokens: jax.Array,
-    micro_conditioning: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-    """What the policy and, where the objective needs it, the reference say about the inputs of `predict`."""
-
-    def run(params: Params) -> jax.Array:
-        if not task.objective.detaches_loser:
-            return predict(task, params, noisy, timesteps, tokens, micro_conditioning)
-        # The loser apart and from constants, so that nothing is kept for its backward pass or spent on it.
-        outputs = []
-        for i, of_image in enumerate((params, jax.lax.stop_gradient(params))):
-            image = slice(i, i + 1)
-            inputs = (noisy[:, image], timesteps[:, image], tokens, micro_conditioning[:, image])
-            outputs.append(predict(task, of_image, *inputs))
-        return jnp.concatenate(outputs, axis=1)
-
-    policy = run(policy_params(task, params, reference))
-    return policy, run(cast(task, reference)) if task.objective.needs_reference else None
-
-
-def loss_fn(
-    params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, Metrics]:
-    """Mean of the objective over a batch, and the means of its metrics."""
-    schedule = task.pipe.schedule
-    *drawn, drop = draw_noise(task, batch, key)
-    (latents, noise, timesteps, micro_conditioning), preference = choose_images(
-        task, batch, key, *drawn, batch["micro_conditioning"]
-    )
-    tokens = jnp.where(drop[:, None, None], task.pipe.empty_tokens[None], batch["tokens"])
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    policy, frozen = forward(task, params, reference, noisy, timesteps, tokens, micro_conditioning)
-    predictions = Predictions(
-        policy=policy,
-        reference=frozen,
-        target=schedule.target(latents, noise, timesteps),
-        timesteps=timesteps,
-        preference=preference,
-    )
-    losses, metrics = task.objective(predictions, schedule)
-    return losses.mean(), {name: values.mean() for name, values in metrics.items()}

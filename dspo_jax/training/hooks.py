@@ -1,0 +1,252 @@
+"""Hooks of the training loop: log, validate, draw, save, profile."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from dspo_jax.models.model import Params
+from dspo_jax.monitoring.clock import Clock, Profiler
+from dspo_jax.monitoring.curves import draw_curves
+from dspo_jax.monitoring.devices import memory_peaks
+from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, MetricsWriter
+from dspo_jax.monitoring.progress import Progress
+from dspo_jax.parallel import processes
+from dspo_jax.training.loop import Hook, Moment, Stream
+from dspo_jax.training.sample_grids import SampleGrids
+from dspo_jax.training.step import TrainState
+from dspo_jax.training.task import Metrics, cast, policy_params
+from dspo_jax.training.validation import Validator
+from dspo_jax.weights.checkpoints import Checkpoints
+
+
+@dataclasses.dataclass
+class Speed:
+    """Measures pairs per second, FLOP/s and memory between two lines of metrics.
+
+    Attributes:
+      clock: of the run.
+      batch_size: pairs of a step.
+      step: the last step that was measured.
+      flops_per_pair: FLOPs of a pair on each device; None where they cannot be counted.
+      peak_flops: FLOP/s that a device can do in the run's dtype; None where that is not known.
+    """
+
+    clock: Clock
+    batch_size: int
+    step: int
+    flops_per_pair: float | None = None
+    peak_flops: float | None = None
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metrics of the time since the last call; call it when `step` has been computed."""
+        self.clock.tick((step - self.step) * self.batch_size)
+        self.step = step
+        pairs_per_second = self.clock.lap()
+        values = {
+            "pairs_per_second": pairs_per_second,
+            "examples_seen": step * self.batch_size,
+            "data_wait": self.clock.data_wait,
+            **memory_peaks(),
+        }
+        if self.flops_per_pair is not None:
+            flops = self.flops_per_pair * pairs_per_second
+            values["tflops_per_device"] = flops / 1e12
+            if self.peak_flops is not None:
+                values["mfu"] = flops / self.peak_flops
+        return values
+
+
+class Log:
+    """Writes the metrics of every few steps, and moves the progress bar.
+
+    The metrics of a step are read only after the next one was dispatched, so that the device never waits for
+    the host; but before another hook looks at the state, so that a checkpoint is never ahead of the metrics.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        progress: Progress,
+        speed: Speed,
+        *,
+        every: int,
+        before: Sequence[Hook] = (),
+        check: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    ):
+        """Takes where metrics go.
+
+        Args:
+          writer: gets a line of metrics.
+          progress: shows some of them.
+          speed: adds what is measured.
+          every: steps between two lines.
+          before: hooks that metrics are written before.
+          check: looks at what was written, and may raise to end the run.
+        """
+        self._writer, self._progress, self._speed = writer, progress, speed
+        self._every, self._before, self._check = every, before, check
+        self._pending: tuple[int, Metrics] | None = None
+
+    def due(self, at: Moment) -> bool:
+        """At every step that is logged, the one after it, and those where the other hooks are due."""
+        return self._pending is not None or self._is_logged(at) or self._precedes(at)
+
+    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+        """Writes the metrics that are pending, and those of this step if it cannot be put off."""
+        self._write_pending()
+        if self._is_logged(at):
+            self._pending = at.step, metrics
+        if self._precedes(at):
+            jax.block_until_ready(state)  # what still runs is training time
+            self._write_pending()
+
+    def _is_logged(self, at: Moment) -> bool:
+        return at.step > 0 and (at.last or at.step % self._every == 0)
+
+    def _precedes(self, at: Moment) -> bool:
+        return any(hook.due(at) for hook in self._before)
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items()}  # waits for the step
+        values |= self._speed.measure(step)
+        self._writer.write(step, values)
+        shown = {"pairs/s": values["pairs_per_second"]}
+        shown |= {name: values[name] for name in ("mfu", "loss", "implicit_accuracy") if name in values}
+        self._progress.update(step, shown)
+        self._check(step, values)
+
+
+class Validate:
+    """Judges the held-out pairs, writes the scalars and draws the curves.
+
+    Attributes:
+      score: (step, score) of the last validation; None before the first.
+    """
+
+    def __init__(
+        self,
+        validator: Validator,
+        reference: Params,
+        writer: MetricsWriter,
+        clock: Clock,
+        workdir: Path,
+        *,
+        every: int,
+        steps: int,
+    ):
+        """Takes what judges and where the scalars go.
+
+        Args:
+          validator: of the held-out split.
+          reference: the frozen parameters.
+          writer: gets the scalars.
+          clock: leaves out the time that this takes.
+          workdir: of the run; gets curves.png.
+          every: steps between two validations; the first and the last step of the run are validated, too.
+          steps: of the whole run.
+        """
+        self._validator, self._reference, self._writer = validator, reference, writer
+        self._clock, self._workdir, self._every, self._steps = clock, workdir, every, steps
+        self.score: tuple[int, float] | None = None
+
+    def due(self, at: Moment) -> bool:
+        """Every few steps, at the first and at the last of the run."""
+        return at.step == self._steps or at.step % self._every == 0
+
+    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+        """Validates the state."""
+        del metrics
+        task = state.task
+        with self._clock.paused():
+            policy = policy_params(task, state.result, self._reference)
+            reference = cast(task, self._reference) if task.loss.needs_reference else None
+            scores = self._validator(policy, reference)
+            self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
+            self.score = at.step, scores.get("implicit_accuracy", -scores["winner_error"])
+            if processes.is_first():
+                draw_curves(self._workdir / "metrics.jsonl", self._workdir / "curves.png")
+
+    def score_of(self, step: int) -> float | None:
+        """The score of a step; None if that step was not validated."""
+        return self.score[1] if self.score and self.score[0] == step else None
+
+
+class DrawSamples:
+    """Draws the grid of images, the model at the start beside the current one."""
+
+    def __init__(self, grids: SampleGrids, reference: Params, clock: Clock, *, every: int, steps: int):
+        """Takes what draws, the frozen parameters, a clock that leaves the time out, and when to draw."""
+        self._grids, self._reference, self._clock = grids, reference, clock
+        self._every, self._steps = every, steps
+
+    def due(self, at: Moment) -> bool:
+        """Every few steps and at the last of the run."""
+        return at.step > 0 and (at.step == self._steps or at.step % self._every == 0)
+
+    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+        """Writes workdir/samples/step_000500.png or the like."""
+        del metrics
+        with self._clock.paused():
+            self._grids.write(at.step, policy_params(state.task, state.result, self._reference))
+
+
+class Save:
+    """Saves a checkpoint: every few steps, at the last, and when the held-out pairs find the model better."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, stream: Stream, clock: Clock, *, every: int, validate: Validate | None
+    ):
+        """Takes where to save, what else belongs to the state of a run, and which scores count.
+
+        Args:
+          checkpoints: of the run.
+          stream: whose position is saved.
+          clock: whose time is saved; leaves out the time that saving takes.
+          every: steps between two checkpoints.
+          validate: the hook before this one that scores the model; None where nothing does.
+        """
+        self._checkpoints, self._stream, self._clock = checkpoints, stream, clock
+        self._every, self._validate = every, validate
+        found = checkpoints.best()
+        self._best = -math.inf if found is None else found[1]
+
+    def due(self, at: Moment) -> bool:
+        """Every few steps, at the last, and after a validation with the best score so far."""
+        score = self._score(at.step)
+        better = score is not None and score > self._best
+        return at.step > 0 and (at.last or at.step % self._every == 0 or better)
+
+    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+        """Saves the state with the stream's position and the clock."""
+        del metrics
+        score = self._score(at.step)
+        self._best = max(self._best, -math.inf if score is None else score)
+        extra = {"data": self._stream.get_state(), "clock": self._clock.state()}
+        with self._clock.paused():
+            self._checkpoints.save(at.step, state.arrays(), extra, score)
+
+    def _score(self, step: int) -> float | None:
+        return self._validate.score_of(step) if self._validate else None
+
+
+class Profile:
+    """Opens and closes the profiler's window between two steps."""
+
+    def __init__(self, profiler: Profiler):
+        """Takes the profiler, which is open for the length of the loop."""
+        self._profiler = profiler
+
+    def due(self, at: Moment) -> bool:
+        """Before every further step."""
+        return not at.last
+
+    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+        """Tells the profiler which step comes next."""
+        del metrics
+        self._profiler.before(at.step + 1, state)

@@ -1,0 +1,302 @@
+"""A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from dspo_jax.errors import UserError
+from dspo_jax.interrupts import stop_requests
+from dspo_jax.models.model import Params
+from dspo_jax.monitoring.clock import Clock, Profiler
+from dspo_jax.monitoring.devices import peak_flops
+from dspo_jax.monitoring.metrics import MetricsWriter
+from dspo_jax.monitoring.progress import Progress
+from dspo_jax.parallel import processes
+from dspo_jax.parallel.mesh import replicated
+from dspo_jax.training import hooks
+from dspo_jax.training.costs import mean_flops_per_example
+from dspo_jax.training.dry_run import describe
+from dspo_jax.training.loop import Hook, Stream, fit
+from dspo_jax.training.sample_grids import SampleGrids, first_captions
+from dspo_jax.training.settings import Settings
+from dspo_jax.training.shard_stream import ShardStream
+from dspo_jax.training.start import Experiment, make_state, prepare
+from dspo_jax.training.step import TrainState, compile_step
+from dspo_jax.training.task import Batch, Metrics, policy_params, predict
+from dspo_jax.training.validation import Validator
+from dspo_jax.training.workdir import claim_workdir
+from dspo_jax.weights.checkpoints import Checkpoints
+
+Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+class Unstable(UserError):
+    """Too many updates in a row were skipped."""
+
+
+class Updater:
+    """Compiled training steps of a run; the time that compiling takes is not training time."""
+
+    def __init__(self, step: Step, reference: Params, key: jax.Array):
+        """Takes the step from `compile_step`, the frozen parameters and the key of the run."""
+        self._step, self._reference, self._key = step, reference, key
+        self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
+        self.clock = Clock()
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Dispatches a step, which donates the state."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes in self._compiled:
+            return self._step(state, self._reference, batch, self._key)
+        self._compiled.add(shapes)
+        jax.block_until_ready(state)  # what still runs is training time
+        with self.clock.paused():
+            return self._step(state, self._reference, batch, self._key)
+
+
+class Run:
+    """A run whose state is on the devices: everything that a restart of its loop uses again."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        state: TrainState,
+        reference: Params,
+        make_step: Callable[[TrainState], Step] = compile_step,
+        count_flops: Callable[..., float | None] = mean_flops_per_example,
+    ):
+        """Compiles nothing yet, but draws the images of the model at the start, if samples are drawn.
+
+        Args:
+          experiment: from `prepare`.
+          workdir: folder of the run.
+          state: at step 0.
+          reference: the frozen parameters.
+          make_step: gives the step for states like `state`.
+          count_flops: FLOPs of an example, for metrics.
+        """
+        self._experiment, self._workdir, self._reference = experiment, workdir, reference
+        settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+        key = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=replicated(mesh))()
+        self._update = Updater(make_step(state), reference, key)
+        self._flops_per_pair = None
+        if processes.is_first():
+            flops = count_flops(task, experiment.datasets, settings.data)
+            self._flops_per_pair = None if flops is None else flops / mesh.size
+        self._validator = self._grids = None
+        if settings.validation.every:
+            self._validator = Validator(
+                partial(predict, task),
+                task.pipe.schedule,
+                mesh,
+                experiment.datasets,
+                inputs=task.pipe.conditioning_inputs,
+                split=settings.validation.split,
+                batch_size=settings.validation.batch_size,
+                draws=settings.validation.draws,
+            )
+        if settings.samples.every:
+            samples = settings.samples
+            split = settings.validation.split if settings.validation.every else settings.data.split
+            self._grids = SampleGrids(
+                task.pipe,
+                policy_params(task, state.params, reference),
+                mesh,
+                workdir,
+                prompts=samples.prompts or first_captions(experiment.datasets, split),
+                seeds=samples.seeds,
+                num_inference_steps=samples.num_inference_steps,
+                guidance_scale=samples.guidance_scale,
+                compute_dtype=settings.compute_dtype,
+            )
+
+    def fit(
+        self,
+        state: TrainState,
+        stream: Stream,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        stop_requested: Callable[[], bool],
+    ) -> int:
+        """Trains on from `state`, which is donated; returns the step at which it ended.
+
+        Args:
+          state: where to start.
+          stream: at the position that belongs to it.
+          clock: of the run so far.
+          checkpoints: of the run.
+          stop_requested: asked between steps.
+
+        Raises:
+          Unstable: more than `config.stability.max_skipped` updates in a row were skipped.
+          OSError: a checkpoint was not saved.
+        """
+        settings, mesh, start = self._experiment.settings, self._experiment.mesh, int(state.step)
+        first, vote = processes.is_first(), processes.Vote(mesh)
+        self._update.clock = clock
+        with (
+            MetricsWriter(
+                self._workdir,
+                start,
+                active=first,
+                wandb_project=settings.wandb_project,
+                config=dataclasses.asdict(settings),
+            ) as writer,
+            Progress("train", settings.steps, start, active=first) as progress,
+            Profiler(
+                self._workdir / "profile", start + 1 + settings.profile.start, settings.profile.steps, clock
+            ) as profiler,
+        ):
+            profiler.before(start + 1, state)
+            state = fit(
+                self._update,
+                state,
+                stream,
+                steps=settings.steps,
+                hooks=[
+                    *self._make_hooks(start, stream, clock, checkpoints, writer, progress),
+                    hooks.Profile(profiler),
+                ],
+                stopping=lambda: vote(stop_requested()),
+            )
+        return int(state.step)
+
+    def _make_hooks(
+        self,
+        start: int,
+        stream: Stream,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        progress: Progress,
+    ) -> list[Hook]:
+        settings, mesh = self._experiment.settings, self._experiment.mesh
+        watching: list[Hook] = []
+        validate = None
+        if self._validator is not None:
+            validate = hooks.Validate(
+                self._validator,
+                self._reference,
+                writer,
+                clock,
+                self._workdir,
+                every=settings.validation.every,
+                steps=settings.steps,
+            )
+            watching.append(validate)
+        if self._grids is not None:
+            watching.append(
+                hooks.DrawSamples(
+                    self._grids,
+                    self._reference,
+                    clock,
+                    every=settings.samples.every,
+                    steps=settings.steps,
+                )
+            )
+        watching.append(
+            hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)
+        )
+        peak = peak_flops(mesh.devices.flat[0]) if settings.compute_dtype == "bfloat16" else None
+        speed = hooks.Speed(clock, settings.batch_size, start, self._flops_per_pair, peak)
+        log = hooks.Log(
+            writer,
+            progress,
+            speed,
+            every=settings.log_every,
+            before=watching,
+            check=partial(refuse_instability, settings, checkpoints),
+        )
+        return [log, *watching]
+
+
+def refuse_instability(
+    settings: Settings, checkpoints: Checkpoints, step: int, values: Mapping[str, float]
+) -> None:
+    """Ends a run in which too many updates in a row were skipped.
+
+    Raises:
+      Unstable: more than `config.stability.max_skipped`; names the last good checkpoint.
+    """
+    allowed, newest = settings.stability.max_skipped, checkpoints.latest_step()
+    if values["skipped_in_a_row"] > allowed:
+        raise Unstable(
+            f"step {step}: {values['skipped_in_a_row']:.0f} updates in a row were skipped "
+            f"(config.stability.max_skipped = {allowed}): their losses or gradients were not finite, or the "
+            "loss a spike; the last good checkpoint is "
+            + ("none" if newest is None else f"{checkpoints.directory / str(newest)}")
+            + "; lower config.optimizer.learning_rate, or go on from there past these examples with "
+            "--config.stability.rollback=true"
+        )
+
+
+def train(config: ConfigDict, workdir: Path, **given: Any) -> int:
+    """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
+
+    Args:
+      config: the keys of configs/common.py.
+      workdir: folder of the run; a run that is there is resumed.
+      **given: `make_step` or `count_flops` of `Run`, in place of the real ones.
+    """
+    with processes.claim(workdir):
+        experiment = prepare(config)
+        claim_workdir(workdir, config)
+        return _train(experiment, workdir, given)
+
+
+def _train(experiment: Experiment, workdir: Path, given: Mapping[str, Any]) -> int:
+    """Runs the loop from the last checkpoint; where a run is to roll back, again from there."""
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+    state, reference = make_state(task, mesh, experiment.adapters)
+    if processes.is_first():
+        for line in describe(experiment, state, reference):
+            logging.info("%s", line)
+    run = Run(experiment, workdir, state, reference, **given)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
+    )
+    skip_to: str | None = None  # in the data
+    rolled_back_to: int | None = None
+    with (
+        stop_requests() as stop_requested,  # until the last checkpoint is written, too
+        Checkpoints(workdir / "checkpoints", settings.checkpoint.max_to_keep) as checkpoints,
+    ):
+        while True:
+            position, clock = skip_to, Clock()
+            if checkpoints.latest_step() is not None:
+                del state  # or both would be in memory
+                arrays, extra, _ = checkpoints.restore_newest(
+                    abstract, settings.checkpoint.fallback, processes.Vote(mesh).now
+                )
+                state = TrainState(**{"ema": None, **arrays}, task=task)
+                position, clock = skip_to or extra["data"], Clock(**extra["clock"])
+            if (step := int(state.step)) >= settings.steps:
+                logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
+                return step
+            inputs = tuple(task.loss.input_shapes(task.pipe, 1, task.pipe.image_size))
+            with closing(ShardStream(experiment.datasets, settings, mesh, inputs, clock)) as stream:
+                if position is not None:
+                    stream.set_state(position)
+                try:
+                    step = run.fit(state, stream, clock, checkpoints, stop_requested)
+                except Unstable as error:
+                    latest = checkpoints.latest_step()
+                    if not settings.stability.rollback or latest is None or latest == rolled_back_to:
+                        raise
+                    logging.error(
+                        "%s; going back to step %d, past the examples of those updates", error, latest
+                    )
+                    skip_to, rolled_back_to = stream.get_state(), latest
+                    continue
+            if step < settings.steps:
+                checkpoints.wait()
+                logging.info("asked to stop: saved step %d; the same command resumes it", step)
+            return step

@@ -1,0 +1,159 @@
+"""The keys of configs/common.py as frozen values, parsed and checked once at the start of a run.
+
+A field is a key, with its limit beside it; configs/common.py says what the keys mean.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dspo_jax import limits
+from dspo_jax.errors import UserError
+from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, Limit, choice, limited
+from dspo_jax.models.remat import POLICIES
+from dspo_jax.training.optim import OptimizerSettings
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The keys of `config.data`."""
+
+    path: str | None
+    weights: Sequence[float]
+    split: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The keys of `config.lora`."""
+
+    rank: int = limited(Limit("must be at least 1, or 0 to turn LoRA off", lambda rank: rank >= 0))
+    targets: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestepSettings:
+    """The keys of `config.timesteps`."""
+
+    first: int
+    last: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StabilitySettings:
+    """The keys of `config.stability`."""
+
+    max_skipped: int = limited(NOT_NEGATIVE)
+    loss_spike: float = limited(NOT_NEGATIVE)
+    rollback: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """The keys of `config.checkpoint`."""
+
+    every: int = limited(AT_LEAST_1)
+    max_to_keep: int = limited(AT_LEAST_1)
+    fallback: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """The keys of `config.validation`."""
+
+    split: str
+    every: int = limited(NOT_NEGATIVE)
+    draws: int = limited(AT_LEAST_1)
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """The keys of `config.samples`."""
+
+    every: int = limited(NOT_NEGATIVE)
+    prompts: Sequence[str]
+    seeds: Sequence[int] = limited(
+        Limit(
+            f"needs at least one, each from 0 to {2**32 - 1}",
+            lambda seeds: len(seeds) > 0 and all(0 <= seed < 2**32 for seed in seeds),
+        )
+    )
+    num_inference_steps: int
+    guidance_scale: float = limited(FINITE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """The keys of `config.profile`."""
+
+    start: int
+    steps: int = limited(NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A config of a training run, its ranges checked and `reference_dtype` decided."""
+
+    model: str | None
+    seed: int
+    steps: int = limited(AT_LEAST_1)
+    batch_size: int = limited(AT_LEAST_1)
+    accumulation: int = limited(AT_LEAST_1)
+    caption_dropout: float = limited(PROBABILITY)
+    share_timesteps: bool
+    share_noise: bool
+    positive_ratio: float = limited(PROBABILITY)
+    train_text_encoder: bool
+    lora: LoraSettings
+    compute_dtype: str = choice(*DTYPES)
+    param_dtype: str = choice(*DTYPES)
+    reference_dtype: str = choice(*DTYPES, optional=True)
+    remat: str = choice(*POLICIES)
+    timesteps: TimestepSettings
+    ema_decay: float = limited(DECAY)
+    log_every: int = limited(AT_LEAST_1)
+    wandb_project: str | None
+    data: DataSettings
+    objective: Mapping[str, Any]
+    optimizer: OptimizerSettings
+    mesh: Mapping[str, Any]
+    stability: StabilitySettings
+    checkpoint: CheckpointSettings
+    validation: ValidationSettings
+    samples: SampleSettings
+    profile: ProfileSettings
+
+
+def parse(config: ConfigDict) -> Settings:
+    """Parses the config of a run.
+
+    Raises:
+      UserError: a key is unknown, missing or out of range, or two do not go together.
+    """
+    settings = limits.parse(Settings, config.to_dict(), "config")
+    if settings.batch_size % settings.accumulation:
+        raise UserError(
+            f"config.accumulation = {settings.accumulation}: must divide "
+            f"config.batch_size = {settings.batch_size}"
+        )
+    # By default the lesser of parameters and computation.
+    lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
+    settings = dataclasses.replace(settings, reference_dtype=settings.reference_dtype or lesser)
+    # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
+    # otherwise, the two differ before the first update. (With LoRA they are one tree.)
+    policy_rounded, reference_rounded = (
+        "bfloat16" in (settings.compute_dtype, dtype)
+        for dtype in (settings.param_dtype, settings.reference_dtype)
+    )
+    if policy_rounded != reference_rounded and not settings.lora.rank:
+        raise UserError(
+            f"config.reference_dtype = {settings.reference_dtype!r}: policy and reference would differ from "
+            f"the start, with config.param_dtype = {settings.param_dtype!r} and config.compute_dtype = "
+            f"{settings.compute_dtype!r}; leave reference_dtype unset, or set it to {settings.param_dtype!r}"
+        )
+    return settings
