@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from model_folders import (
     TEXT_FILE,
     UNET_FILE,
@@ -18,6 +17,7 @@ from model_folders import (
     refused,
     write_config,
 )
+from tables import each_row
 
 from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
@@ -54,7 +54,7 @@ def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path
     assert again.read_bytes() == single.read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@each_row("dtype", ["float16", "bfloat16"])
 def test_trained_components_get_the_dtype_asked_for(dtype, model, tmp_path, out):
     run = make_run(tmp_path / "source" / "run", model, steps=(1, 3), change=0.25)
     assert export(run, out, step=1, dtype=dtype) == 1
@@ -125,7 +125,7 @@ def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):
     assert_nothing_written(out)
 
 
-@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+@each_row("name", ["out", "out.safetensors"])
 def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_path, out):
     run = make_run(tmp_path / "source" / "run", tiny_model, trained=("unet",), change=1e5)
     out = out.with_name(name)
@@ -134,7 +134,7 @@ def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_
     assert_nothing_written(out)
 
 
-@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+@each_row("name", ["out", "out.safetensors"])
 def test_too_small_a_disk_is_said_before_anything_is_written(name, full_run, tiny_model, out, monkeypatch):
     out = out.with_name(name)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

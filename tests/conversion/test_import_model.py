@@ -23,6 +23,7 @@ from model_folders import (
     write_config,
 )
 from safetensors.numpy import load_file, save_file
+from tables import each_row
 from tiny_model import write_model
 
 from configs import common
@@ -67,7 +68,7 @@ def test_an_imported_folder_is_read_as_the_original(published, tiny_model, out):
     assert ours.fingerprint()["latent_channels"] == 4
 
 
-@pytest.mark.parametrize("sample_size", [[6, 4], None])
+@each_row("sample_size", [[6, 4], None])
 def test_a_model_of_another_or_of_no_size_is_imported(sample_size, published, out):
     path = published / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": sample_size}))
@@ -136,8 +137,8 @@ def no_config(checker):
     save_file({"x": np.ones(1)}, checker / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["safety_checker", "image_encoder"])
-@pytest.mark.parametrize(
+@each_row("name", ["safety_checker", "image_encoder"])
+@each_row(
     ("spoil", "reason"),
     [
         (no_folder, "no such folder"),
@@ -188,7 +189,7 @@ def test_what_an_export_will_lack_is_said_before_training(model, tiny_pairs, cap
     assert f"config.model = {model}: an export will be without safety_checker ({model}/safety" in caplog.text
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("spoil", "message", "error"),
     [
         (
@@ -322,7 +323,7 @@ def test_only_what_is_needed_is_downloaded(tiny_model, monkeypatch):
     assert matches == wanted
 
 
-@pytest.mark.parametrize("name", [".", "/a/b", "a/b/c", "tests/conftest.py", "name"])
+@each_row("name", [".", "/a/b", "a/b/c", "tests/conftest.py", "name"])
 def test_a_path_is_no_hub_id(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     assert model_dir.find_model(name) == Path(name)
@@ -352,7 +353,7 @@ def export_single(tmp_path, model):
     return path
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@each_row("family", ["sd15", "sd21", "sdxl"])
 def test_the_prediction_type_goes_into_a_single_file_and_is_compared(family, tmp_path, out):
     velocity, epsilon = (
         write_model(tmp_path / "source" / kind, family=family, prediction_type=kind)
@@ -415,7 +416,7 @@ def test_the_command_imports(tiny_model, out):
     assert contents(out) == contents(tiny_model)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("arguments", "message"),
     [
         (["export"], "--run is missing: name what to export"),

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.conversion import single_file
 from dspo_jax.weights.tensors import Tensor
@@ -159,7 +160,7 @@ def test_split_is_the_inverse_of_join(single, model):
         assert_equal(read(components[component]), values)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("family", "names"),
     [
         (
@@ -264,7 +265,7 @@ def test_a_file_of_another_family_is_named(single, model):
                 single_file.split(single, single_file.make_layouts(configs), {})
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("names", "metadata", "expected"),
     [
         ([], {}, None),
@@ -281,7 +282,7 @@ def test_what_a_file_says_of_its_prediction(names, metadata, expected):
     assert single_file.find_prediction_type(names, metadata) == expected
 
 
-@pytest.mark.parametrize("name", ["ztsnr", "edm_vpred.sigma_max", "edm_mean"])
+@each_row("name", ["ztsnr", "edm_vpred.sigma_max", "edm_mean"])
 def test_ways_of_training_that_are_not_computed_are_named(name):
     with pytest.raises(ValueError, match=rf"^has the tensor {name}: it was trained [^\n]* not supported"):
         single_file.find_prediction_type(["v_pred", name], {})
@@ -295,7 +296,7 @@ def test_a_component_without_any_tensor_is_absent(single, model):
 UNET_NAME = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("spoil", "message"),
     [
         (lambda s: s.pop(UNET_NAME), rf"tensor {UNET_NAME} is missing; is --base .*\(unet\)\?"),
@@ -312,9 +313,10 @@ UNET_NAME = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     ids=["missing", "shape", "extra", "another layout"],
 )
 def test_what_does_not_fit_is_named(single, model, spoil, message):
-    spoil(single)
+    spoilt = dict(single)
+    spoil(spoilt)
     with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
-        split(single, model)
+        split(spoilt, model)
 
 
 def test_a_fused_projection_of_another_width_is_named(model, single):

@@ -2,11 +2,12 @@
 
 import pytest
 from absl import flags
+from tables import each_row
 
 from dspo_jax.parallel import processes
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("environment", "expected"),
     [
         ({}, False),
@@ -65,7 +66,7 @@ def test_in_a_cluster_jax_asks_the_launcher(parsed, monkeypatch):
     assert {given[name] for name in ("coordinator_address", "num_processes", "process_id")} == {None}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("line", "message"),
     [
         (

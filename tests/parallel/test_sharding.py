@@ -9,6 +9,7 @@ import optax
 import published
 import pytest
 from jax.sharding import PartitionSpec as P
+from tables import each_row
 
 from dspo_jax.models.model import build_model
 from dspo_jax.parallel.mesh import (
@@ -27,7 +28,7 @@ def specs(tree):
     return jax.tree.map(lambda s: s.spec, tree)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sizes", "shape"),
     [
         ({}, None),
@@ -48,7 +49,7 @@ def test_mesh_takes_all_devices_or_refuses(sizes, shape):
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("cores", "batch_size", "devices"), [(2, 0, 2), (6, 0, 4), (64, 0, 8), (8, 12, 4), (8, 1, 1), (8, 32, 8)]
 )
 def test_a_device_of_each_core_that_has_its_share_of_a_batch(monkeypatch, cores, batch_size, devices):
@@ -69,7 +70,7 @@ def test_mesh_of_chosen_devices():
     assert make_mesh({"data": -1}, devices=jax.devices()[:1]).devices.shape == (1, 1, 1)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sizes", "message"),
     [
         ({"data": 3, "fsdp": 1}, r"config\.mesh = data 3 x fsdp 1 x tensor 1: does not fit the 8 devices"),
@@ -130,7 +131,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_a_rule_for_more_axes_is_no
 
 
 # Stable Diffusion 1.5's blocks and CLIP's, and what the rules make of them.
-@pytest.mark.parametrize(
+@each_row(
     ("path", "shape", "spec"),
     [
         ("transformer_blocks.0.attn1.to_q.kernel", (320, 320), P("fsdp", "tensor")),
@@ -179,7 +180,7 @@ def test_bytes_of_a_device_and_what_is_the_same_on_all():
     assert replicated_bytes(tree) == (16, "norm.scale")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sizes", "parameters", "moments"),
     [((8, 1, 1), 1, 1), ((2, 4, 1), 4, 4), ((1, 8, 1), 8, 8), ((2, 2, 2), 2, 2), ((1, 4, 2), 4, 4)],
 )
@@ -218,7 +219,7 @@ class Device:
             self.slice_index = slice_index
 
 
-@pytest.mark.parametrize("by", ["process", "slice"])
+@each_row("by", ["process", "slice"])
 def test_slices_lie_along_the_axis_that_dcn_names(by, monkeypatch):
     devices = [
         Device(i, i // 2 if by == "slice" else i // 4, i // 4 if by == "slice" else None) for i in range(8)
@@ -237,7 +238,7 @@ def test_slices_lie_along_the_axis_that_dcn_names(by, monkeypatch):
         arrange({"fsdp": 8}, devices, {"data": 2})
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sizes", "shares"),
     [
         # Mesh of 8 devices, 4 a process: (number, of how many) for each process.
@@ -283,7 +284,7 @@ def test_batch_is_split_over_data_and_fsdp_in_order():
         assert {shard.data.shape[0] for shard in sharded[name].addressable_shards} == {2}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("batch_size", "message"),
     [
         (6, r"config\.batch_size = 6: not a multiple of 8, .*\(data 2 x fsdp 4\); nearest: 8$"),

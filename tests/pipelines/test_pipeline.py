@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tables import each_row
 from tiny_model import RESOLUTION, VAE, random_params, write_model, write_tokenizer
 
 from dspo_jax.models.model import build_model
@@ -85,7 +86,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("family", "component", "changes", "message"),
     [
         (
@@ -236,7 +237,7 @@ def test_the_fingerprint_names_what_latents_depend_on(tiny_model):
     assert fingerprint["latent_channels"] == 4
 
 
-@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@each_row("component", ["unet", "vae", "text_encoder"])
 def test_weights_are_read_as_stored_or_as_asked(component, tiny_model):
     pipe = load_pipeline(tiny_model)
     for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16")):
@@ -244,7 +245,7 @@ def test_weights_are_read_as_stored_or_as_asked(component, tiny_model):
         assert {str(leaf.dtype) for leaf in leaves} == {expected}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("sample_size", "latent_size"), [(4, (4, 4)), ([6, 4], (6, 4)), (None, (64, 64)), ("absent", (64, 64))]
 )
 def test_the_size_of_the_images_is_read_as_diffusers_reads_it(sample_size, latent_size, model, caplog):
@@ -285,7 +286,7 @@ def test_images_that_are_not_square_have_no_side(model):
         _ = load_pipeline(model).image_side
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "changes", "message"),
     [
         (
@@ -334,7 +335,7 @@ def test_a_value_of_another_type_or_size_is_refused_by_file_and_key(name, change
         load_pipeline(model)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "name",
     [
         "scheduler/scheduler_config.json",
@@ -358,14 +359,14 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
         load_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+@each_row("name", ["model_index.json", "scheduler/scheduler_config.json"])
 def test_malformed_json_is_named(name, model):
     (model / name).write_text("{")
     with pytest.raises(ValueError, match=f"^{re.escape(str(model / name))}: not valid JSON [^\n]+$"):
         load_pipeline(model)
 
 
-@pytest.mark.parametrize("class_name", ["FluxPipeline", None])
+@each_row("class_name", ["FluxPipeline", None])
 def test_another_pipeline_class_is_refused(class_name, model):
     (model / "model_index.json").write_text(json.dumps({"_class_name": class_name} if class_name else {}))
     with pytest.raises(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from example_shards import FINGERPRINT, MANIFEST, make_example, start_dataset, write_dataset
 from model_folders import make_run
+from tables import each_row
 from tiny_clip import clip_config, write_clip, write_json
 from tiny_model import (
     EXCLAMATION_MARK,
@@ -82,7 +83,7 @@ def save_today(folder):
     return folder
 
 
-@pytest.mark.parametrize(
+@each_row(
     "write",
     [write_tokenizer, write_published, write_added, lambda folder: write_tokenizer(folder, EXCLAMATION_MARK)],
     ids=["plain", "published", "added", "OpenCLIP"],
@@ -181,7 +182,7 @@ def test_a_textual_inversion_tells_the_unet_what_it_does_in_diffusers(tiny_model
     assert_close(pipe.encode_text(params, tokens).states, states.numpy(), 1e-4)
 
 
-@pytest.mark.parametrize("form", ["old", "today"])
+@each_row("form", ["old", "today"])
 def test_ids_beyond_the_embeddings_are_refused(form, model):
     folder = write_added(model / "tokenizer", ["<x>"])
     if form == "today":
@@ -209,7 +210,7 @@ def test_another_clips_tokenizer_is_refused_by_import(model, out):
     assert not list(out.parent.iterdir())
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("length", "expected"), [("absent", 77), (None, 77), (int(1e30), 77), (1e30, 77), (77, 77), (40, 40)]
 )
 def test_the_length_of_captions(length, expected, model):
@@ -226,7 +227,7 @@ def test_the_length_of_captions(length, expected, model):
     assert pipe.fingerprint()["caption_length"] == expected
 
 
-@pytest.mark.parametrize("length", [10**9, 78, 2, 0, -1, "77", 77.0, True, [77]])
+@each_row("length", [10**9, 78, 2, 0, -1, "77", 77.0, True, [77]])
 def test_lengths_that_a_text_encoder_cannot_take_are_refused(length, model, out):
     file = model / "tokenizer" / "tokenizer_config.json"
     edit_json(file, model_max_length=length)
@@ -250,7 +251,7 @@ def replace_text_encoder(model, **changes):
     write_params(model / "text_encoder", network, random_params(network, np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("length", [40, 248])
+@each_row("length", [40, 248])
 def test_shards_of_other_lengths_are_read_back(length, tmp_path):
     """248 is Long-CLIP's."""
     model = write_model(tmp_path / "model")
@@ -313,7 +314,7 @@ def test_shards_of_earlier_versions_fit_an_unchanged_tokenizer_only(model, tmp_p
     shards.check_manifest({"model": added}, added)
 
 
-@pytest.mark.parametrize("key", ["tokens_sha256", "caption_length"])
+@each_row("key", ["tokens_sha256", "caption_length"])
 def test_datasets_of_other_tokens_are_not_mixed(key, tmp_path):
     for name, value in (("one", [1]), ("two", [2])):
         model = FINGERPRINT | {"tokens_sha256": ["0"], "caption_length": 77} | {key: value}
@@ -335,7 +336,7 @@ def spoil_json(name, **changes):
     return lambda folder: edit_json(folder / name, **changes)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("spoil", "message"),
     [
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is no CLIP tokenizer ("),
@@ -399,7 +400,7 @@ def test_rewards_take_both_forms(tmp_path):
         clip_folder.read_tokenizer(folder, clip_folder.read_clip(folder))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@each_row("kind", ["sd15", "sdxl"])
 def test_an_exported_model_comes_back_from_diffusers(kind, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     base = write_model(tmp_path / "base", family=kind)

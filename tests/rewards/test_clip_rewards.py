@@ -11,6 +11,7 @@ import numpy as np
 import published
 import pytest
 from PIL import Image
+from tables import each_row
 from tiny_clip import SIDE, clip_config, pictures, write_clip, write_json
 from tiny_model import EXCLAMATION_MARK, write_tokenizer
 
@@ -90,7 +91,7 @@ def test_an_old_config_finds_the_end_of_a_prompt(tmp_path):
     assert scores.min() < 0  # not clamped
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@each_row("half", [False, True], ids=["float32", "float16"])
 def test_hps_of_an_open_clip_file(half, tmp_path):
     module = randomize(CLIP())
     state = {name: value.half() if half else value for name, value in module.state_dict().items()}

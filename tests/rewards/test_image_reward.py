@@ -8,6 +8,7 @@ import image_reward_torch as oracle
 import numpy as np
 import pytest
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.models.model import build_model
 from dspo_jax.rewards import load_reward
@@ -89,7 +90,7 @@ def test_scores_are_those_of_torch(weights, module, tokenizer, tmp_path):
     assert_close(scores, (head - 0.16717362830052426) / 1.0333394966054072, 1e-5, "scores")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "prompt",
     [
         *IDS,
@@ -121,7 +122,7 @@ def test_safetensors_of_the_same_names_give_the_same_files(weights, module, toke
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
 
 
-@pytest.mark.parametrize("size", [(512, 512), (300, 224), (225, 400), (640, 418), (100, 60)])
+@each_row("size", [(512, 512), (300, 224), (225, 400), (640, 418), (100, 60)])
 def test_pixels_are_those_of_clips_processor(size):
     image = draw_images(size)[0]
     ours = image_reward_pixels(Image.fromarray(image), 224)
@@ -129,7 +130,7 @@ def test_pixels_are_those_of_clips_processor(size):
     np.testing.assert_allclose(ours, process([image], 224)[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize(("margin", "left"), [(1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])
+@each_row(("margin", "left"), [(1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])
 def test_the_crop_is_torchvisions(margin, left):
     """It rounds half a pixel to even, where transformers rounds down."""
     columns = np.broadcast_to(np.arange(40 + margin, dtype=np.uint8)[None, :, None], (40, 40 + margin, 3))
@@ -141,7 +142,7 @@ def test_the_crop_is_torchvisions(margin, left):
 QKV = "blip.visual_encoder.blocks.1.attn.qkv.weight"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [
         (lambda state: state.pop(QKV), f"tensor {QKV} is missing"),
@@ -195,7 +196,7 @@ def test_the_vocabulary_of_tokenizer_json(weights, tokenizer, tmp_path):
         assert written == (tmp_path / "from_txt" / "vocab.txt").read_bytes()
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("content", "message"),
     [
         ("{", "not valid JSON"),
@@ -266,7 +267,7 @@ def test_folders_that_are_not_imagerewards_are_refused(weights, tokenizer, tmp_p
         load_reward("imagereward", tmp_path)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("part", "change", "message"),
     [
         (

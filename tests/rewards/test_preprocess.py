@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels, image_reward_pixels
 
@@ -34,7 +35,7 @@ def noise(width, height):
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
+@each_row("size", SIZES)
 def test_clip_is_what_transformers_does_to_the_last_bit(size):
     module = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     image = noise(*size)
@@ -44,7 +45,7 @@ def test_clip_is_what_transformers_does_to_the_last_bit(size):
     np.testing.assert_array_equal(ours, theirs.transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@each_row("size", SIZES)
 def test_hps_is_its_definition_in_torch(size):
     """torchvision's resize of a tensor is torch's interpolate; it computes the weights in float32."""
     torch = pytest.importorskip("torch")

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.rewards import REWARDS, Reward, load_reward
 from dspo_jax.rewards.scores import score_files
@@ -75,7 +76,7 @@ def test_a_function_of_ones_own_and_what_was_scored_is_not_scored_again(tmp_path
     assert versions == {reward.version, "another version"}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("scores", "message"),
     [
         (np.zeros((2, 1)), "reward r: gave scores of shape [2, 1] for 2 images; it must give [2]"),

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tables import each_row
 from tiny_clip import clip_config, write_clip, write_json
 from tiny_model import write_tokenizer
 
@@ -163,7 +164,7 @@ def test_the_command(clip, out):
         convert("pickscore", out, clip)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("reward", "options", "message"),
     [
         ("pikscore", {}, "--reward = 'pikscore': unknown; did you mean 'pickscore'"),
@@ -206,7 +207,7 @@ def infinite_tensor(clip):
     save_file(stored, clip / "model.safetensors")
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("change", "message"),
     [
         (
