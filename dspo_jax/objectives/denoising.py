@@ -2,8 +2,8 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Integer
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
@@ -34,7 +34,9 @@ class _Denoising(Objective):
                 f"leave it out, or config.objective.time_weight = {self.time_weight!r}"
             )
 
-    def _weigh(self, losses: jax.Array, timesteps: jax.Array, schedule: Schedule) -> jax.Array:
+    def _weigh(
+        self, losses: Float32[Array, "*t"], timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"]:
         if self.min_snr_gamma is not None:
             return losses * schedule.min_snr_weight(timesteps, self.min_snr_gamma)
         return losses * schedule.denoising_weight(timesteps) if self.time_weight == "paper" else losses

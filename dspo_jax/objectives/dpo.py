@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, BETWEEN_0_AND_1, INSIDE_0_AND_1, number
 from dspo_jax.objectives.implicit_reward import (
@@ -22,7 +23,7 @@ from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
-def _negative_log_sigmoid(margin: jax.Array) -> jax.Array:
+def _negative_log_sigmoid(margin: Float32[Array, " b"]) -> Float32[Array, " b"]:
     return jax.nn.softplus(-margin)
 
 
@@ -35,7 +36,7 @@ class _OfMargin(Objective):
 
     beta: float = number(5000.0, ABOVE_ZERO)
 
-    def _margin(self, predictions: Predictions, schedule: Schedule) -> jax.Array:
+    def _margin(self, predictions: Predictions, schedule: Schedule) -> Float32[Array, " b"]:
         return reward_margin(
             predictions,
             schedule,
@@ -159,7 +160,7 @@ class DMPO(_OfMargin):
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
 
-        def divergence(z: jax.Array) -> jax.Array:
+        def divergence(z: Float32[Array, " b"]) -> Float32[Array, " b"]:
             wins = jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - math.log1p(-self.alpha))
             loses = jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - math.log(self.alpha))
             return wins + loses

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import (
@@ -29,7 +30,7 @@ NEGLIGIBLE_SCORE_WEIGHT = 0.01
 RELEASED_SWITCH_AT = 0.1
 
 
-def _gate(predictions: Predictions, margin: jax.Array) -> jax.Array:
+def _gate(predictions: Predictions, margin: Float32[Array, " b"]) -> Float32[Array, " b"]:
     """G, [B]: 1 - sigmoid(z), without its cancellation at large z, less 1 - p."""
     return jax.nn.sigmoid(-margin) - label_doubt(predictions)
 
@@ -58,8 +59,12 @@ class _ScoreMatching(Objective):
         return self.lam * self.gamma if self.score_weight is None else self.score_weight
 
     def _match_score(
-        self, predictions: Predictions, schedule: Schedule, data: jax.Array, coefficient: jax.Array
-    ) -> jax.Array:
+        self,
+        predictions: Predictions,
+        schedule: Schedule,
+        data: Float32[Array, "b h w c"],
+        coefficient: Float32[Array, " b"],
+    ) -> Float32[Array, " b"]:
         """A(t) reduce[B(t) data - coefficient (e_w - r_w)]^2, [B], for `data` [B, h, w, C].
 
         The omega(t) that A(t) leaves free is Theorem 1's, 2 sigma^2 / lambda, less the constant 2 / lambda:
@@ -133,7 +138,7 @@ class DSPO(_ScoreMatching):
         return self._match_gated_score(predictions, schedule, predictions.target)
 
     def _match_gated_score(
-        self, predictions: Predictions, schedule: Schedule, data: jax.Array
+        self, predictions: Predictions, schedule: Schedule, data: Float32[Array, "b p h w c"]
     ) -> LossAndMetrics:
         """Loss and metrics where the coefficient is s G; `data` [B, P, h, w, C] takes the target's part."""
         margin = reward_margin(

@@ -3,13 +3,11 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-
-Default = TypeVar("Default", float, float | None)
 
 
 class Limit(NamedTuple):
@@ -25,35 +23,35 @@ BETWEEN_0_AND_1 = Limit("between 0 and 1", lambda value: 0 <= value <= 1)
 INSIDE_0_AND_1 = Limit("above 0 and below 1", lambda value: 0 < value < 1)
 
 
-def number(default: Default, limit: Limit = ZERO_OR_ABOVE) -> Default:
+def number(default: float | None, limit: Limit = ZERO_OR_ABOVE) -> Any:
     """A field for a finite number within a limit; it may be None where its default is None."""
     return dataclasses.field(default=default, metadata={"limit": limit})
 
 
-def choice(*allowed: str) -> str:
+def choice(*allowed: str) -> Any:
     """A field for one of a few words, the first of which is the default."""
     return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
 
 
-def check(cls: Any, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def check(fields: Iterable[dataclasses.Field[Any]], name: str, given: Mapping[str, object]) -> dict[str, Any]:
     """Returns the arguments of an objective for its class, numbers as floats.
 
     Args:
-      cls: a dataclass whose fields are a `number`, a `choice`, or True or False by default.
+      fields: of the class, each a `number`, a `choice`, or True or False by default.
       name: of the objective.
       given: name of a field -> value.
 
     Raises:
       UserError: an unknown argument, or a value that its field does not allow.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    by_name = {field.name: field for field in fields}
     for argument in given:
-        if argument not in fields:
-            raise UserError(spelling.unknown(f"argument of objective {name!r}", argument, fields))
-    return {argument: _check_value(fields[argument], value) for argument, value in given.items()}
+        if argument not in by_name:
+            raise UserError(spelling.unknown(f"argument of objective {name!r}", argument, by_name))
+    return {argument: _check_value(by_name[argument], value) for argument, value in given.items()}
 
 
-def _check_value(field: dataclasses.Field[Any], value: Any) -> Any:
+def _check_value(field: dataclasses.Field[Any], value: object) -> object:
     key = f"config.objective.{field.name}"
     if allowed := field.metadata.get("allowed"):
         if value not in allowed:
@@ -66,7 +64,9 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> Any:
     if value is None and field.default is None:
         return None
     limit: Limit = field.metadata.get("limit", ZERO_OR_ABOVE)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not limit.within(float(value)):
+    given = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        given = float(value)
+    if not math.isfinite(given) or not limit.within(given):
         raise UserError(f"{key} = {value!r}: must be a finite number, {limit.words}")
-    return float(value)
+    return given

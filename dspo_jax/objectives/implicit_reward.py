@@ -8,24 +8,24 @@ released code of both.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from dspo_jax.objectives.objective import Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
-def reduce_image(values: jax.Array, reduction: str) -> jax.Array:
+def reduce_image(values: Float32[Array, "*images h w c"], reduction: str) -> Float32[Array, "*images"]:
     """Reduces [..., h, w, C] to [...]: "mean" as in every released code base, "sum" as in the papers."""
     return values.mean((-3, -2, -1)) if reduction == "mean" else values.sum((-3, -2, -1))
 
 
-def squared_error(predictions: Predictions, reduction: str) -> jax.Array:
+def squared_error(predictions: Predictions, reduction: str) -> Float32[Array, "b p"]:
     """SE of the policy, [B, P]."""
     return reduce_image(jnp.square(predictions.policy - predictions.target), reduction)
 
 
-def error_drift(predictions: Predictions, reduction: str) -> jax.Array:
+def error_drift(predictions: Predictions, reduction: str) -> Float32[Array, "b p"]:
     """SE of the policy minus SE of the reference, [B, P].
 
     Computed as (e - r)(e + r - 2y): exactly zero where e = r however the compiler orders the two sums, and
@@ -38,7 +38,7 @@ def error_drift(predictions: Predictions, reduction: str) -> jax.Array:
 
 def reward_margin(
     predictions: Predictions, schedule: Schedule, *, scale: float, reduction: str, time_weight: str
-) -> jax.Array:
+) -> Float32[Array, " b"]:
     """The implicit reward of the winner minus that of the loser, [B]."""
     rewards = -0.5 * scale * error_drift(predictions, reduction)
     if time_weight == "paper":
@@ -46,7 +46,7 @@ def reward_margin(
     return rewards[:, 0] - rewards[:, 1]
 
 
-def label_doubt(predictions: Predictions) -> jax.Array:
+def label_doubt(predictions: Predictions) -> Float32[Array, " b"]:
     """1 - p, the probability that the label is wrong, [B]; zero for hard labels."""
     if predictions.preference is None:
         return jnp.zeros(predictions.policy.shape[0])
@@ -54,16 +54,16 @@ def label_doubt(predictions: Predictions) -> jax.Array:
 
 
 def soft_label(
-    loss: Callable[[jax.Array], jax.Array], margin: jax.Array, predictions: Predictions
-) -> jax.Array:
+    loss: Callable[[Array], Array], margin: Float32[Array, " b"], predictions: Predictions
+) -> Float32[Array, " b"]:
     """p l(z) + (1 - p) l(-z) for a loss l of the margin z, [B]; l(z) to the last bit where p = 1 or z = 0."""
     certain = loss(margin)
     return certain + label_doubt(predictions) * (loss(-margin) - certain)
 
 
 def collect_metrics(
-    predictions: Predictions, *, reduction: str, margin: jax.Array | None = None
-) -> dict[str, jax.Array]:
+    predictions: Predictions, *, reduction: str, margin: Float32[Array, " b"] | None = None
+) -> dict[str, Float32[Array, " b"]]:
     """The metrics that the data at hand allow, each [B]; a single image counts as a winner.
 
     Args:

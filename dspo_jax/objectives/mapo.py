@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, soft_label, squared_error
@@ -11,7 +12,7 @@ from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
-def _score(error: jax.Array, kappa: float) -> jax.Array:
+def _score(error: Float32[Array, "b p"], kappa: float) -> Float32[Array, "b p"]:
     """f(u) = kappa u / (exp(kappa u) - 1): from 1 at u = 0 down to 0, without overflow at large u."""
     x = kappa * error
     small = x < 1e-3

@@ -1,6 +1,7 @@
-"""What an objective is, and the predictions that it is given."""
+"""What an objective is, and the predictions that it is given.
 
-from __future__ import annotations
+Axes in the annotations of this package: `b` examples, `p` images of an example, `h w c` a latent.
+"""
 
 import abc
 import dataclasses
@@ -8,12 +9,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Integer
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives.hyperparameters import choice
 from dspo_jax.schedules.variance_preserving import Schedule
 
-LossAndMetrics = tuple[jax.Array, dict[str, jax.Array]]
+LossAndMetrics = tuple[Float32[Array, " b"], dict[str, Float32[Array, " b"]]]
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +32,11 @@ class Predictions:
         P = 1 it is the probability in [0, 1] that the image is liked, which only `kto` reads.
     """
 
-    policy: jax.Array
-    reference: jax.Array | None
-    target: jax.Array
-    timesteps: jax.Array
-    preference: jax.Array | None = None
+    policy: Float[Array, "..."]
+    reference: Float[Array, "..."] | None
+    target: Float[Array, "..."]
+    timesteps: Integer[Array, "..."]
+    preference: Float[Array, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The objectives by name."""
 
+import dataclasses
 from typing import Any
 
 from dspo_jax import spelling
@@ -41,4 +42,4 @@ def get_objective(name: str, **arguments: Any) -> Objective:
     if name not in OBJECTIVES:
         raise UserError(spelling.unknown("config.objective.name", str(name), OBJECTIVES))
     cls = OBJECTIVES[name]
-    return cls(**hyperparameters.check(cls, name, arguments))
+    return cls(**hyperparameters.check(dataclasses.fields(cls), name, arguments))

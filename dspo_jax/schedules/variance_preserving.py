@@ -3,9 +3,10 @@
 x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with abar the cumulative product of alpha = 1 - beta (DDPM, Ho
 et al. 2020, Eq. 4). A timestep is the index into these arrays, 0 <= t < T: index t is step t + 1 of the
 papers, whose steps start at 1.
-"""
 
-from __future__ import annotations
+Axes in the annotations: `steps`, the T timesteps of the process; `t`, those of a timestep argument; `image`,
+those of images, of which the axes of `t` are the first.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float, Float32, Integer
 
 from dspo_jax import schema, spelling
 from dspo_jax.errors import UserError
@@ -72,8 +74,8 @@ class Schedule:
         Ho 2022).
     """
 
-    betas: ArrayLike
-    alphas_cumprod: ArrayLike
+    betas: Float[Array, " steps"]
+    alphas_cumprod: Float[Array, " steps"]
     prediction_type: str = dataclasses.field(default="epsilon", metadata={"static": True})
 
     @classmethod
@@ -83,7 +85,7 @@ class Schedule:
         beta_end: float = 0.012,
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
-    ) -> Schedule:
+    ) -> "Schedule":
         """Stable Diffusion's schedule: sqrt(beta) runs linearly from its start to its end.
 
         Raises:
@@ -100,7 +102,7 @@ class Schedule:
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """Builds the forward process that a diffusers `scheduler_config.json` describes.
 
         Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. Absent
@@ -161,40 +163,48 @@ class Schedule:
     @property
     def num_train_timesteps(self) -> int:
         """T, the number of timesteps."""
-        return np.shape(self.alphas_cumprod)[0]
+        return self.alphas_cumprod.shape[0]
 
-    def add_noise(self, x0: Array, noise: Array, t: ArrayLike) -> jax.Array:
+    def add_noise(
+        self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
+    ) -> Float32[jax.Array, "*image"]:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, of the shape of `x0`."""
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * noise
 
-    def target(self, x0: Array, noise: Array, t: ArrayLike) -> jax.Array:
+    def target(
+        self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
+    ) -> Float32[jax.Array, "*image"]:
         """What the network should predict at `t`: the noise, or v; of the shape of `x0`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(noise, jnp.float32)
         signal, sigma = self._scales(t, x0)
         return signal * noise - sigma * x0
 
-    def to_x0(self, prediction: Array, x_t: Array, t: ArrayLike) -> jax.Array:
+    def to_x0(
+        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
+    ) -> Float32[jax.Array, "*image"]:
         """The clean image that `prediction` implies for `x_t`."""
         signal, sigma = self._scales(t, x_t)
         if self.prediction_type == "epsilon":
             return jnp.subtract(x_t, sigma * prediction) / signal
         return signal * x_t - sigma * prediction
 
-    def to_epsilon(self, prediction: Array, x_t: Array, t: ArrayLike) -> jax.Array:
+    def to_epsilon(
+        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
+    ) -> Float32[jax.Array, "*image"]:
         """The noise that `prediction` implies for `x_t`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(prediction, jnp.float32)
         signal, sigma = self._scales(t, x_t)
         return signal * prediction + sigma * x_t
 
-    def snr(self, t: ArrayLike) -> jax.Array:
+    def snr(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
         """Signal-to-noise ratio abar_t / (1 - abar_t), of the shape of `t`."""
         alpha_bar = jnp.take(self.alphas_cumprod, t)
         return alpha_bar / (1 - alpha_bar)
 
-    def min_snr_weight(self, t: ArrayLike, gamma: float) -> jax.Array:
+    def min_snr_weight(self, t: Integer[ArrayLike, "*t"], gamma: float) -> Float32[jax.Array, "*t"]:
         """Min-SNR-gamma: the weight of the squared error of the prediction, of the shape of `t`.
 
         It is min(SNR, gamma) for the error of x_0 (Hang et al. 2023, arXiv 2303.09556): what a constant
@@ -205,7 +215,7 @@ class Schedule:
         snr = self.snr(t)
         return jnp.minimum(snr, gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
 
-    def reward_weight(self, t: ArrayLike) -> jax.Array:
+    def reward_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
         """The papers' time weight of the implicit reward, of the shape of `t`.
 
         Under the posterior variance, log p(x_{t-1} | x_t) of the reverse step that leaves timestep t, taken
@@ -224,7 +234,7 @@ class Schedule:
         weight = beta / ((1 - before) * (1 - beta))
         return weight if self.prediction_type == "epsilon" else at * weight
 
-    def score_ratio(self, t: ArrayLike) -> jax.Array:
+    def score_ratio(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
         """DSPO's B(t), of the shape of `t`: the weight of the data score against the preference score.
 
         The policy-to-data score difference is -(e - y) / sqrt(1 - abar_{t-1}) (Eq. 27), the gradient of the
@@ -239,7 +249,7 @@ class Schedule:
         before, at, beta = self._step(t)
         return jnp.sqrt((1 - beta) * (1 - before) / (1 - at))
 
-    def denoising_weight(self, t: ArrayLike) -> jax.Array:
+    def denoising_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
         """DSPO's weight A(t) B(t)^2 of ||e - y||^2 where no preference acts, of the shape of `t`.
 
         A(t) is `reward_weight` and B(t) `score_ratio`; for eps the product is beta_t / (1 - abar_t).

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import Predictions, dpo, get_objective, registry
@@ -54,7 +55,8 @@ def test_missing_loser_is_one_clear_error(name, pairs):
     ],
 )
 def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
-    predictions = dataclasses.replace(pairs, **{field: jnp.zeros(shape)})
+    wrong = jnp.zeros(shape, jnp.int32 if field == "timesteps" else jnp.float32)
+    predictions = dataclasses.replace(pairs, **{field: wrong})
     with pytest.raises(ValueError, match=message):
         get_objective("dspo")(predictions, Schedule.scaled_linear())
 
@@ -263,3 +265,17 @@ def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
     assert objective.notes(64) == []
     with pytest.raises(UserError, match=r"config\.objective\.beta = 0\.0: .*above zero"):
         get_objective("hinge", beta=0.0)
+
+
+def test_a_metric_that_is_not_per_example_is_found_by_the_tests(pairs):
+    """Annotated shapes are checked while tests run (conftest.TYPECHECKED), so of a new objective too."""
+
+    class Reduced(type(get_objective("sft"))):
+        def loss_and_metrics(self, predictions, schedule):
+            loss, metrics = super().loss_and_metrics(predictions, schedule)
+            return loss, {name: value.mean() for name, value in metrics.items()}
+
+    with pytest.raises(TypeCheckError, match="return value"):
+        Reduced()(pairs, Schedule.scaled_linear())
+    with pytest.raises(TypeCheckError, match="Integer"):
+        Schedule.scaled_linear().snr(jnp.zeros(2))
