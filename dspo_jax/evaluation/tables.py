@@ -53,12 +53,12 @@ def _describe_drawing(how: Mapping[str, Any]) -> str:
     parts = [how["sampler"], steps, f"guidance {how['guidance_scale']:g}"]
     if how.get("step") is not None:
         parts.insert(0, f"checkpoint {how['step']}")
-    if how.get("eta"):
-        parts.insert(parts.index(steps), f"eta {how['eta']:g}")
     if list(how["guidance_interval"]) not in _EVERYWHERE:
         parts.append("guided at timesteps {} to {}".format(*how["guidance_interval"]))
     if how["negative_prompt"] is not None:
         parts.append(f"negative prompt {how['negative_prompt']!r}")
+    if how.get("eta"):
+        parts.append(f"eta {how['eta']:g}")
     if how["strength"] != 1:
         parts.append(f"strength {how['strength']:g}")
     if how["size"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dspo_jax import spelling
@@ -10,7 +11,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
 from dspo_jax.samplers.sampler import Sampler, Table
-from dspo_jax.samplers.spacing import check_sampler_config, check_steps
+from dspo_jax.samplers.spacing import check_steps, fill_sampler_config
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
@@ -19,24 +20,29 @@ class Entry(NamedTuple):
 
     Attributes:
       scheduler: The diffusers class.
-      table: `(schedule, config, num_inference_steps, first)` gives the rows, of which `first` is run first.
+      table: `(schedule, config, num_inference_steps, first)` gives the rows, of which `first` is run
+        first; the config has been filled.
+      defaults: What that class takes for keys that a scheduler_config.json lacks, where the classes disagree.
       karras: Whether that class knows Karras's noise levels.
       eta: Whether `table` takes eta as well, the share of a step's noise that is drawn anew.
     """
 
     scheduler: str
     table: Callable[..., Table]
+    defaults: Mapping[str, Any] = MappingProxyType({})
     karras: bool = False
     eta: bool = False
 
 
+_LINSPACE = {"timestep_spacing": "linspace"}
+
 SAMPLERS: dict[str, Entry] = {
     "ddim": Entry("DDIMScheduler", timestep_samplers.ddim, eta=True),
     "ddpm": Entry("DDPMScheduler", timestep_samplers.ddpm),
-    "dpmpp_2m": Entry("DPMSolverMultistepScheduler", sigma_samplers.dpmpp_2m, karras=True),
-    "euler": Entry("EulerDiscreteScheduler", sigma_samplers.euler, karras=True),
-    "euler_ancestral": Entry("EulerAncestralDiscreteScheduler", sigma_samplers.euler_ancestral),
-    "pndm": Entry("PNDMScheduler", timestep_samplers.pndm),
+    "dpmpp_2m": Entry("DPMSolverMultistepScheduler", sigma_samplers.dpmpp_2m, _LINSPACE, karras=True),
+    "euler": Entry("EulerDiscreteScheduler", sigma_samplers.euler, _LINSPACE, karras=True),
+    "euler_ancestral": Entry("EulerAncestralDiscreteScheduler", sigma_samplers.euler_ancestral, _LINSPACE),
+    "pndm": Entry("PNDMScheduler", timestep_samplers.pndm, {"set_alpha_to_one": False}),
 }
 
 
@@ -94,7 +100,7 @@ def make_sampler(
             able = ", ".join(other for other, entry in SAMPLERS.items() if entry.karras)
             raise UserError(f"karras = True: sampler {name!r} has no such noise levels; these have: {able}")
         config = {**config, "use_karras_sigmas": karras}
-    check_sampler_config(config)
+    config = fill_sampler_config(config, entry.defaults)
     check_steps(schedule.num_train_timesteps, num_inference_steps)
     if not 0 <= strength <= 1:
         raise UserError(f"strength = {strength}: must be between 0 and 1")

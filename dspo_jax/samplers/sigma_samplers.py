@@ -27,7 +27,7 @@ def euler(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: in
         # One level more than there are timesteps, so that the last step ends above the final sigma.
         lowest, highest = np.log(_schedule_sigmas(schedule)[[0, -1]])
         sigmas = np.exp(np.linspace(highest, lowest, num_inference_steps + 1))
-    if config.get("use_karras_sigmas"):
+    if config["use_karras_sigmas"]:
         sigmas = _karras(config, sigmas[0], sigmas[-1], num_inference_steps)
         timesteps = _timesteps_of(schedule, sigmas).astype(np.float32)
     sigmas = np.append(sigmas, _final_sigma(schedule, config))
@@ -67,9 +67,7 @@ def dpmpp_2m(schedule: Schedule, config: Mapping[str, Any], num_inference_steps:
     alpha, alpha_end = (1 / np.sqrt(1 + level**2) for level in (begin, end))
     x0_weight = alpha_end * (1 - end / begin)
     lower_order_last = (
-        end[-1] == 0
-        or config.get("euler_at_final", False)
-        or (config.get("lower_order_final", True) and num_inference_steps < 15)
+        end[-1] == 0 or config["euler_at_final"] or (config["lower_order_final"] and num_inference_steps < 15)
     )
     second = np.arange(first + 1, num_inference_steps - (1 if lower_order_last else 0))
     # 1 / (2 r) of the paper: half this step's width in log sigma over the last one's.
@@ -100,7 +98,7 @@ def _euler_table(
     input_scale = 1 / np.sqrt(1 + begin**2)
     epsilon_of_x, epsilon_of_prediction = to_epsilon(schedule, input_scale**2)
     # Where the highest timestep is called, diffusers leaves out that the image is still in it.
-    leading = config.get("timestep_spacing", "linspace") == "leading"
+    leading = config["timestep_spacing"] == "leading"
     return Table(
         timesteps,
         image_scale=np.ones_like(begin),
@@ -117,7 +115,7 @@ def _euler_levels(
     schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [N] float32, which "linspace" does not round, and their sigmas [N]."""
-    total, spacing = schedule.num_train_timesteps, spacing_of(config, default="linspace")
+    total, spacing = schedule.num_train_timesteps, spacing_of(config)
     timesteps = spaced_timesteps(total, num_inference_steps, **spacing).astype(np.float32)
     if spacing["timestep_spacing"] == "linspace":
         timesteps = np.linspace(0, total - 1, num_inference_steps, dtype=np.float32)[::-1]
@@ -133,10 +131,10 @@ def _dpm_levels(
     Karras's levels are exact, and their timesteps rounded.
     """
     sigmas = _schedule_sigmas(schedule)
-    if config.get("use_karras_sigmas"):
+    if config["use_karras_sigmas"]:
         levels = _karras(config, sigmas[-1], sigmas[0], num_inference_steps)
         return _timesteps_of(schedule, levels).round().astype(np.int32), levels
-    total, spacing = schedule.num_train_timesteps, spacing_of(config, default="linspace")
+    total, spacing = schedule.num_train_timesteps, spacing_of(config)
     if spacing["timestep_spacing"] == "trailing":
         timesteps = spaced_timesteps(total, num_inference_steps, **spacing)
     elif num_inference_steps < total:
@@ -152,7 +150,7 @@ def _dpm_levels(
 def _karras(config: Mapping[str, Any], highest: float, lowest: float, count: int) -> np.ndarray:
     """Levels [count] that are evenly spaced in sigma^(1/7) (Karras et al. 2022, Eq. 5)."""
     lowest, highest = (
-        bound if config.get(key) is None else float(config[key])
+        bound if config[key] is None else float(config[key])
         for key, bound in (("sigma_min", lowest), ("sigma_max", highest))
     )
     return np.linspace(highest ** (1 / 7), lowest ** (1 / 7), count) ** 7

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from dspo_jax import schema, spelling
 from dspo_jax.errors import UserError
@@ -15,8 +16,8 @@ from dspo_jax.schema import Key, flag, integer, number
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-# For the check of types alone: defaults are those of the sampler that is asked for. Keys of few values are
-# left to `require` and `choice`.
+# Defaults are diffusers' for all of its classes; where they disagree, `registry.SAMPLERS` has a class's own.
+# Keys that must have one value are left to `require`.
 _KEYS: dict[str, Key] = {
     "final_sigmas_type": Key("zero", str),
     "interpolation_type": Key("linear", str),
@@ -25,7 +26,7 @@ _KEYS: dict[str, Key] = {
     "set_alpha_to_one": flag(True, null=True),
     "sigma_max": number(None, low=1e-6, high=1e6, null=True),
     "sigma_min": number(None, low=1e-6, high=1e6, null=True),
-    "skip_prk_steps": flag(False, null=True),
+    "skip_prk_steps": Key(None, bool, null=True),  # None: by the class of the file, see `pndm`
     "steps_offset": integer(0, low=0, high=100_000),
     "timestep_spacing": Key("leading", str),
     "use_karras_sigmas": flag(False, null=True),
@@ -38,7 +39,7 @@ def spaced_timesteps(
     *,
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
-) -> np.ndarray:
+) -> Int32[np.ndarray, " N"]:
     """The timesteps of N steps, in the order of the calls.
 
     Args:
@@ -97,12 +98,19 @@ def check_sampler_config(config: Mapping[str, Any]) -> None:
     schema.check("scheduler config", config, _KEYS)
 
 
-def spacing_of(config: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """The keyword arguments of `spaced_timesteps` that a config fixes; `default` is its scheduler's."""
-    return {
-        "timestep_spacing": config.get("timestep_spacing", default),
-        "steps_offset": config.get("steps_offset", 0),
-    }
+def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with the defaults of the keys that it lacks; `defaults` go before the table's.
+
+    Raises:
+      ValueError: As `check_sampler_config`.
+    """
+    check_sampler_config(config)
+    return {**{key: entry.default for key, entry in _KEYS.items()}, **defaults, **config}
+
+
+def spacing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `spaced_timesteps` that a filled config fixes."""
+    return {key: config[key] for key in ("timestep_spacing", "steps_offset")}
 
 
 def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: str) -> None:
@@ -120,12 +128,12 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str:
-    """The value of a key whose default is the first of `allowed`.
+    """The value of a key of a filled config.
 
     Raises:
       ValueError: The value is none of `allowed`.
     """
-    value = config.get(key, next(iter(allowed)))
+    value = config[key]
     if value not in allowed:
         raise UserError(spelling.unknown(f"scheduler config: {key}", str(value), allowed))
     return str(value)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import Table
@@ -45,7 +46,7 @@ def ddim(
     timesteps = _timesteps(schedule, config, num_inference_steps)
     # As diffusers: a fixed stride down, which where N does not divide T is not quite the next timestep.
     ends = timesteps - schedule.num_train_timesteps // num_inference_steps
-    at, before = _alphas(schedule, timesteps, ends, config.get("set_alpha_to_one", True))
+    at, before = _alphas(schedule, timesteps, ends, config["set_alpha_to_one"])
     sigma = eta * np.sqrt((1 - before) / (1 - at) * (1 - at / before))
     x, prediction = _ddim_steps(schedule, at, before, sigma)
     noise = sigma if eta else None
@@ -84,7 +85,8 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     repetition wherever it starts: from an image noised to a later timestep, the latents lag one timestep
     behind the calls from then on. So they do here.
     """
-    if not config.get("skip_prk_steps", config.get("_class_name") != "PNDMScheduler"):
+    skipped = config["skip_prk_steps"]
+    if not (config.get("_class_name") != "PNDMScheduler" if skipped is None else skipped):
         raise UserError(
             "scheduler config: skip_prk_steps = false: not supported (Runge-Kutta steps of four calls each); "
             "set it to true"
@@ -94,7 +96,7 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     stride = schedule.num_train_timesteps // num_inference_steps
     begins = timesteps.copy()
     begins[first + 1 : first + 2] += stride
-    at, before = _alphas(schedule, begins, begins - stride, config.get("set_alpha_to_one", False))
+    at, before = _alphas(schedule, begins, begins - stride, config["set_alpha_to_one"])
     x, prediction = _ddim_steps(schedule, at, before)
     calls = np.clip(np.arange(len(timesteps)) - first, 0, len(_PLMS) - 1)
     outputs = prediction[:, None] * _PLMS[calls]
@@ -105,12 +107,14 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     return Table(timesteps, *_noising(schedule, timesteps), x, outputs)
 
 
-def schedule_alphas(schedule: Schedule) -> np.ndarray:
+def schedule_alphas(schedule: Schedule) -> Float64[np.ndarray, " T"]:
     """abar, [T] float64."""
     return np.asarray(schedule.alphas_cumprod, np.float64)
 
 
-def to_x0(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_x0(
+    schedule: Schedule, alpha_bar: Float64[np.ndarray, " n"]
+) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """a, b of x_0 = a x_t + b prediction; each of the shape of `alpha_bar`."""
     signal, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     if schedule.prediction_type == "epsilon":
@@ -118,7 +122,9 @@ def to_x0(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.nda
     return signal, -sigma
 
 
-def to_epsilon(schedule: Schedule, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_epsilon(
+    schedule: Schedule, alpha_bar: Float64[np.ndarray, " n"]
+) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """a, b of epsilon = a x_t + b prediction; each of the shape of `alpha_bar`."""
     if schedule.prediction_type == "epsilon":
         return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
@@ -152,7 +158,7 @@ def _ddim_steps(
 
 
 def _timesteps(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int) -> np.ndarray:
-    spacing = spacing_of(config, default="leading")
+    spacing = spacing_of(config)
     return spaced_timesteps(schedule.num_train_timesteps, num_inference_steps, **spacing)
 
 

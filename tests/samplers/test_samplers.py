@@ -18,6 +18,7 @@ from dspo_jax.samplers import (
     SAMPLERS,
     TIMESTEP_SPACINGS,
     Sampler,
+    State,
     make_sampler,
     own_sampler,
     spaced_timesteps,
@@ -121,21 +122,23 @@ def test_the_start_is_noise_or_a_noised_image() -> None:
     image = np.ones(SHAPE, np.float32)
     for name in ("ddim", "dpmpp_2m"):
         sampler = make_sampler(name, SCHEDULE, {"timestep_spacing": "trailing"}, 10)
-        np.testing.assert_array_equal(sampler.start(LATENTS), LATENTS)
+        np.testing.assert_array_equal(sampler.start(LATENTS).latents, LATENTS)
         np.testing.assert_allclose(
-            sampler.start(LATENTS, image), SCHEDULE.add_noise(image, LATENTS, np.array([999, 999])), rtol=1e-4
+            sampler.start(LATENTS, image).latents,
+            SCHEDULE.add_noise(image, LATENTS, np.array([999, 999])),
+            rtol=1e-4,
         )
     sigma = np.sqrt(1 / SCHEDULE.alphas_cumprod[999] - 1)
     sampler = make_sampler("euler", SCHEDULE, {"timestep_spacing": "trailing"}, 10)
-    np.testing.assert_allclose(sampler.start(LATENTS), sigma * LATENTS, rtol=1e-4)
-    np.testing.assert_allclose(sampler.start(LATENTS, image), image + sigma * LATENTS, rtol=1e-4)
+    np.testing.assert_allclose(sampler.start(LATENTS).latents, sigma * LATENTS, rtol=1e-4)
+    np.testing.assert_allclose(sampler.start(LATENTS, image).latents, image + sigma * LATENTS, rtol=1e-4)
     with pytest.raises(ValueError, match=r"strength = 0\.5: needs an image"):
         make_sampler("ddim", SCHEDULE, {}, 10, strength=0.5).start(LATENTS)
 
 
 def test_a_sampler_that_adds_noise_needs_it() -> None:
     with pytest.raises(ValueError, match="noise = None"):
-        make_sampler("ddpm", SCHEDULE, {}, 10).run(lambda x, t: x, jnp.asarray(LATENTS))
+        make_sampler("ddpm", SCHEDULE, {}, 10).run(lambda x, t: x, State(jnp.asarray(LATENTS)))
 
 
 def test_karras_can_be_asked_for_and_declined() -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, make_sampler, own_sampler
+from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, State, make_sampler, own_sampler
 from dspo_jax.schedules.variance_preserving import Schedule
 
 torch = pytest.importorskip("torch")
@@ -176,6 +176,30 @@ def test_ddim_with_eta_matches_diffusers(
         sampler = make_sampler("ddim", schedule, config, steps, eta=eta)
         theirs, _ = their_latents(scheduler, steps, eta=eta)
         assert_close(run(sampler, NOISE), theirs, f"{steps} steps, eta {eta}")
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_mean_and_deviation_of_a_ddim_step_match_diffusers(set_alpha_to_one: bool) -> None:
+    scheduler = make_scheduler("ddim", set_alpha_to_one=set_alpha_to_one, steps_offset=1)
+    config = json.loads(scheduler.to_json_string())
+    for eta in (0.0, 0.4, 1.0):
+        sampler = make_sampler("ddim", Schedule.from_config(config), config, 10, eta=eta)
+        scheduler.set_timesteps(10)
+        for i, t in enumerate(scheduler.timesteps):
+            mean, with_ones = (
+                scheduler.step(
+                    torch_network(torch.from_numpy(NOISE), t),
+                    t,
+                    torch.from_numpy(NOISE),
+                    eta=eta,
+                    variance_noise=torch.full(SHAPE, value),
+                ).prev_sample.numpy()
+                for value in (0.0, 1.0)
+            )
+            ours, deviation = sampler.transition(network, State(jnp.asarray(NOISE)), i)
+            assert_close(ours.latents, mean, f"mean of step {i}, eta {eta}")
+            np.testing.assert_allclose(deviation, np.mean(with_ones - mean), rtol=1e-4, atol=1e-7)
+            assert (deviation == 0) == (eta == 0 or (i == 9 and set_alpha_to_one))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
