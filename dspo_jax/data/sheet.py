@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -16,6 +15,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 
 WINNER_COLOUR = (44, 160, 44)
 FRAME = 5
@@ -35,24 +35,26 @@ def decode_examples(pipe: Pipeline, examples: Sequence[Mapping[str, Any]]) -> li
 
     Args:
       pipe: the model they were encoded with.
-      examples: each with `moments` [P, h, w, 2C].
+      examples: each with `caption` and `moments` [P, h, w, 2C].
 
     Returns:
-      Of each example its images [P, H, W, 3] uint8.
+      Of each example its images [P, H, W, 3] uint8; with a warning, black where they are not finite.
     """
     of_shape = defaultdict(list)
     for number, example in enumerate(examples):
         for mean in np.split(example["moments"].astype(np.float32), 2, axis=-1)[0]:
             of_shape[mean.shape].append((number, mean))
     images: list[list[np.ndarray]] = [[] for _ in examples]
-    done = 0
+    decoder, done = Decoder(pipe), 0
     with Progress("decode", sum(map(len, of_shape.values()))) as progress:
         for latents in of_shape.values():
             for start in range(0, len(latents), _DECODED_AT_ONCE):
                 part = latents[start : start + _DECODED_AT_ONCE]
                 # The last batch is filled up: one compiled program for each shape.
                 full = part + part[-1:] * (_DECODED_AT_ONCE - len(part))
-                decoded = pipe.decode_pixels(jnp.asarray(np.stack([mean for _, mean in full])))
+                decoded, finite = decoder(np.stack([mean for _, mean in full]))
+                captions = [examples[number]["caption"] for number, _ in part]
+                warn_of_non_finite(str(pipe.path), captions, finite[: len(part)])
                 for (number, _), image in zip(part, decoded, strict=False):
                     images[number].append(image)
                 done += len(part)

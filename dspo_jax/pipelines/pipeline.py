@@ -288,34 +288,12 @@ class Pipeline:
         mean, deviation = self.vae.apply(params["vae"], images, method="encode")
         return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1], float32."""
-        return self._images(self._vae_params, latents)
+    def decode(self, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
+        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1].
 
-    def decode_pixels(self, latents: jax.Array) -> np.ndarray:
-        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3] uint8; black where not finite.
-
-        Warns where finite latents give pixels that are not.
+        Pure; `params` holds "vae". `sampling.decoding.Decoder` compiles it and makes pixels of its images.
         """
-        images = np.asarray(self.decode(latents))
-        if not np.isfinite(images).all() and np.isfinite(latents).all():
-            logging.warning(
-                "%s: the VAE's pixels are not finite (NaN or infinite), thus black; are its weights damaged?",
-                self.path,
-            )
-        images = np.nan_to_num(images, nan=-1.0)
-        return (np.clip(images * 127.5 + 127.5, 0, 255)).round().astype(np.uint8)
-
-    @functools.cached_property
-    def _vae_params(self) -> Params:
-        return jax.device_put(self.read_params("vae", "float32"))
-
-    @functools.cached_property
-    def _images(self) -> Any:
-        def images(params: Params, latents: jax.Array) -> jax.Array:
-            return self.vae.apply(params, latents / self.scaling_factor, method="decode")
-
-        return jax.jit(images)
+        return self.vae.apply(params["vae"], latents / self.scaling_factor, method="decode")
 
     def fingerprint(self) -> dict[str, Any]:
         """What shards must have been encoded with to fit this model; goes into their manifest."""

@@ -1,18 +1,28 @@
-"""Latents to pixels on all devices of a process; large images in overlapping tiles."""
+"""Latents to pixels on all devices of a process; large images in overlapping tiles.
 
-from collections.abc import Callable
+A picture of which a latent or a pixel is not finite (NaN or infinite numbers) is black as a whole, and
+`Decoder` says which are. A command that keeps its pictures refuses them (`refuse_non_finite`): a black one
+must not be scored or trained on. What only shows them, the grids of a training run or a look at data, goes
+on with a warning (`warn_of_non_finite`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, UInt8
 
 from dspo_jax.errors import UserError
-from dspo_jax.models.model import Params
-from dspo_jax.parallel.mesh import batch_sharding, replicated
+from dspo_jax.models.model import Model, Params
+from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.weights.components import read_model, read_params
 
 _OVERLAP = 0.25  # of a tile's side, as diffusers' tiled VAE
@@ -23,12 +33,14 @@ _PIXELS_AT_ONCE = 1024 * 1024
 class Decoder:
     """Decodes batches with a model's VAE, or with a small one in its place; compiled once for a shape."""
 
-    def __init__(self, pipe: Pipeline, mesh: Mesh, *, tile: int = 0, preview: str | Path | None = None):
+    def __init__(
+        self, pipe: Pipeline, mesh: Mesh | None = None, *, tile: int = 0, preview: str | Path | None = None
+    ):
         """Reads the weights.
 
         Args:
           pipe: gives the VAE.
-          mesh: of the devices of this process; its `data` axis splits a batch.
+          mesh: of devices of this process; its `data` axis splits a batch. None is one device.
           tile: images with a longer side than so many pixels are decoded in tiles of that side, a quarter of
             which overlaps, in less memory and with faint differences; 0 never.
           preview: the folder of an AutoencoderTiny (TAESD) of this model's latents, which decodes faster and
@@ -39,40 +51,41 @@ class Decoder:
             these latents.
           FileNotFoundError: no such folder.
         """
-        vae, scaling_factor = pipe.vae, pipe.scaling_factor
+        scale = pipe.vae_scale_factor
+        if tile % scale:
+            raise UserError(f"--vae_tile={tile}: must be a multiple of {scale}")
         if preview is None:
             params = pipe.read_params("vae", "float32")
         else:
-            vae, params, scaling_factor = _read_preview(Path(preview), pipe)
-        if tile % pipe.vae_scale_factor:
-            raise UserError(f"--vae_tile={tile}: must be a multiple of {pipe.vae_scale_factor}")
-        self._scale, self._num_devices = pipe.vae_scale_factor, mesh.size
+            vae, params = _read_preview(Path(preview), pipe)
+            pipe = dataclasses.replace(pipe, vae=vae)
+        mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
         whole, self._split = replicated(mesh), batch_sharding(mesh)
-        self._params = jax.device_put(params, whole)
+        self._scale, self._num_devices = scale, mesh.size
+        self._params = jax.device_put({"vae": params}, whole)
 
-        def decode(params: Params, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def decode_one(part: jax.Array) -> jax.Array:
-                return vae.apply(params, part / scaling_factor, method="decode")
-
-            if tile and max(latents.shape[1:3]) * pipe.vae_scale_factor > tile:
-                images = decode_in_tiles(
-                    decode_one, latents, tile // pipe.vae_scale_factor, pipe.vae_scale_factor
-                )
+        def decode(
+            params: Mapping[str, Params], latents: Float[jax.Array, "B h w C"]
+        ) -> tuple[UInt8[jax.Array, "B H W 3"], Bool[jax.Array, " B"]]:
+            if tile and max(latents.shape[1:3]) * scale > tile:
+                images = decode_in_tiles(partial(pipe.decode, params), latents, tile // scale, scale)
             else:
-                images = decode_one(latents)
+                images = pipe.decode(params, latents)
             # Of the latents too: a tiny VAE squashes infinite ones into pixels.
             finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
-            images = jnp.nan_to_num(images, nan=-1.0)
+            images = jnp.where(finite[:, None, None, None], images, -1.0)
             return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
 
         self._decode = jax.jit(decode, in_shardings=(whole, self._split), out_shardings=self._split)
 
-    def __call__(self, latents: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, latents: Float[np.ndarray | jax.Array, "B h w C"]
+    ) -> tuple[UInt8[np.ndarray, "B H W 3"], Bool[np.ndarray, " B"]]:
         """Decodes latents [B, h, w, C] in UNet units.
 
         Returns:
-          Images [B, H, W, 3] uint8, black where they are not finite; and [B] bool, whether all latents and
-          pixels of an image are finite.
+          Images [B, H, W, 3] uint8, a picture that is not finite all black; and [B] bool, whether all latents
+          and pixels of a picture are finite.
         """
         latents = np.asarray(latents)
         pixels = latents.shape[1] * latents.shape[2] * self._scale**2
@@ -88,9 +101,50 @@ class Decoder:
         return np.concatenate(images), np.concatenate(finite)
 
 
+def refuse_non_finite(
+    model: str | Path, requests: Sequence[ImageRequest], finite: Bool[np.ndarray, " B"]
+) -> None:
+    """Refuses pictures that are not finite, before they are saved as black ones.
+
+    Args:
+      model: what the error calls the model.
+      requests: [B] what was drawn.
+      finite: [B] from `Decoder`.
+
+    Raises:
+      ValueError: by the model and the first such picture.
+    """
+    if not finite.all():
+        request = requests[int(finite.argmin())]
+        raise UserError(
+            f"{model}: the picture of {request.prompt!r} with seed {request.seed} is not finite (NaN or "
+            "infinite numbers): the weights are damaged, or of a training run that diverged; take an earlier "
+            "checkpoint, or fetch the model again"
+        )
+
+
+def warn_of_non_finite(what: str, captions: Sequence[str], finite: Bool[np.ndarray, " B"]) -> None:
+    """Warns of pictures that are black because they are not finite.
+
+    Args:
+      what: the pictures are of.
+      captions: [B] of the pictures.
+      finite: [B] from `Decoder`.
+    """
+    black = np.flatnonzero(~finite)
+    if len(black):
+        logging.warning(
+            "%s: %d of %d pictures are black, as they are not finite (NaN or infinite numbers); first %r",
+            what,
+            len(black),
+            len(finite),
+            captions[black[0]],
+        )
+
+
 def decode_in_tiles(
-    decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, scale: int
-) -> jax.Array:
+    decode: Callable[[jax.Array], jax.Array], latents: Float[jax.Array, "B h w C"], tile: int, scale: int
+) -> Float[jax.Array, "B H W 3"]:
     """Decodes tiles one after another and blends them linearly where they overlap.
 
     Args:
@@ -129,14 +183,14 @@ def _tile_starts(whole: int, side: int) -> list[int]:
     return np.linspace(0, whole - side, count).round().astype(int).tolist()
 
 
-def _ramp(length: int, overlap: int) -> np.ndarray:
+def _ramp(length: int, overlap: int) -> Float32[np.ndarray, " length"]:
     """[length] float32: rises over the overlap at the start, falls at the end; nowhere zero."""
     from_edge = np.minimum(np.arange(length), np.arange(length)[::-1])
     return np.minimum(1.0, (from_edge + 1) / (overlap + 1)).astype(np.float32)
 
 
-def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Any, Params, float]:
-    """The small VAE of a folder, its parameters and scaling factor."""
+def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Model, Params]:
+    """The small VAE of a folder, and its parameters."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--preview_vae={folder}: no config.json there; give an AutoencoderTiny's folder"
@@ -148,4 +202,4 @@ def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Any, Params, float]:
         raise UserError(
             f"--preview_vae={folder}: {vae.class_name} with {theirs}; must be an AutoencoderTiny with {ours}"
         )
-    return vae, read_params(folder, vae, "float32"), vae.settings["scaling_factor"]
+    return vae, read_params(folder, vae, "float32")

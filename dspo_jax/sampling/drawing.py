@@ -22,9 +22,9 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.sampling.decoding import Decoder
+from dspo_jax.sampling.decoding import Decoder, refuse_non_finite
 from dspo_jax.sampling.folder import claim_output, place_images, save_image, write_manifest, write_sheets
-from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise, refuse_non_finite
+from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dspo_jax import samplers
-from dspo_jax.errors import UserError
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
@@ -144,37 +142,6 @@ class ImageSampler:
                 jax.tree.map(np.asarray, inputs),
             )
         return self._draw(self._stored_params if params is None else params, *inputs)
-
-    def sample(self, requests: Sequence[ImageRequest], noise: jax.Array) -> np.ndarray:
-        """Images [B, H, W, 3] uint8, drawn with the model's own weights.
-
-        Raises:
-          ValueError: the latents are not finite.
-        """
-        latents = self.sample_latents(requests, noise)
-        finite = np.asarray(jnp.isfinite(latents).all((1, 2, 3)))
-        refuse_non_finite(self._pipe.path, requests, finite)
-        return self._pipe.decode_pixels(latents)
-
-
-def refuse_non_finite(model: str | Path, requests: Sequence[ImageRequest], finite: np.ndarray) -> None:
-    """Refuses pictures of NaN or infinite numbers, which would be saved as black ones.
-
-    Args:
-      model: what the error calls the model.
-      requests: N of them.
-      finite: [N] bool, whether all latents and pixels of a picture are.
-
-    Raises:
-      ValueError: by the model and the first such request.
-    """
-    if not finite.all():
-        request = requests[int(finite.argmin())]
-        raise UserError(
-            f"{model}: the picture of {request.prompt!r} with seed {request.seed} is not finite (NaN or "
-            "infinite numbers): the weights are damaged, or of a training run that diverged; take an earlier "
-            "checkpoint, or fetch the model again"
-        )
 
 
 def initial_noise(requests: Sequence[ImageRequest], size: tuple[int, int, int]) -> jax.Array:

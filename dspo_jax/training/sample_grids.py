@@ -1,13 +1,12 @@
 """What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from dspo_jax.data import loader
@@ -17,6 +16,7 @@ from dspo_jax.files import whole
 from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
 
@@ -103,6 +103,11 @@ class SampleGrids:
         with whole(self._folder / f"step_{step:06d}.png") as partial:
             sheet.save(partial, format="PNG")
 
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        """Only the first process has one."""
+        return Decoder(self._pipe)
+
     def _draw(self, params: Params, name: str) -> list[np.ndarray]:
         """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
 
@@ -119,15 +124,8 @@ class SampleGrids:
         )[: self._count]
         if jax.process_index() != 0:
             return []
-        black = np.flatnonzero(~np.isfinite(latents).all((1, 2, 3)))
-        if len(black):
-            logging.warning(
-                "samples of %s: %d of %d pictures are black, as the model's output is not finite (NaN or "
-                "infinite); first %r",
-                name,
-                len(black),
-                self._count,
-                self._requests[black[0]].prompt,
-            )
         # One at a time: a decoder takes more memory for an image than the UNet for its latents.
-        return [self._pipe.decode_pixels(jnp.asarray(image[None]))[0] for image in latents]
+        decoded = [self._decoder(image[None]) for image in latents]
+        prompts = [request.prompt for request in self._requests]
+        warn_of_non_finite(f"samples of {name}", prompts, np.concatenate([finite for _, finite in decoded]))
+        return [images[0] for images, _ in decoded]

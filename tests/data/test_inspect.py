@@ -327,7 +327,9 @@ def moments_of(pipe, seed: int, side: int | tuple[int, int] = 16, images: int = 
 def decoded(pipe, moments: np.ndarray) -> np.ndarray:
     """[P, H, W, 3] in 0 .. 255, an image at a time."""
     means = moments[..., : pipe.latent_channels].astype(np.float32)
-    return np.concatenate([np.clip(np.asarray(pipe.decode(m[None])) * 127.5 + 127.5, 0, 255) for m in means])
+    params = {"vae": pipe.read_params("vae", "float32")}
+    images = np.concatenate([pipe.decode(params, mean[None]) for mean in means])
+    return np.clip(images * 127.5 + 127.5, 0, 255)
 
 
 def picture_at(picture: np.ndarray, row_top: int, column: int, shape: tuple[int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.run import train
@@ -170,8 +171,9 @@ def test_the_optimizer_holds_adapters_and_the_reference_is_the_base_model(shallo
 
 def draw_ours(path):
     requests = [ImageRequest("a red heart", 0, 7)]
-    sampler = ImageSampler(load_pipeline(path), Drawing(steps=3, guidance_scale=7.5))
-    return sampler.sample(requests, initial_noise(requests, (4, 4, 4)))
+    pipe = load_pipeline(path)
+    sampler = ImageSampler(pipe, Drawing(steps=3, guidance_scale=7.5))
+    return Decoder(pipe)(sampler.sample_latents(requests, initial_noise(requests, (4, 4, 4))))[0]
 
 
 def draw_theirs(path, adapters=None):

@@ -161,13 +161,12 @@ def test_a_tiny_autoencoder_can_stand_in_for_the_vae(tiny_model, tmp_path):
     write_params(model / "vae", vae, random_params(vae, np.random.default_rng(0)))
     pipe = load_pipeline(model)
     assert (pipe.vae_scale_factor, pipe.latent_channels, pipe.scaling_factor) == (4, 4, 1.0)
-    moments = pipe.encode_moments(
-        {"vae": pipe.read_params("vae", "float32")}, np.zeros((2, RESOLUTION, RESOLUTION, 3), np.float32)
-    )
+    params = {"vae": pipe.read_params("vae", "float32")}
+    moments = pipe.encode_moments(params, np.zeros((2, RESOLUTION, RESOLUTION, 3), np.float32))
     assert moments.shape == (2, 4, 4, 8)
     assert moments[..., :4].any()
     assert not moments[..., 4:].any()
-    assert pipe.decode(moments[..., :4]).shape == (2, RESOLUTION, RESOLUTION, 3)
+    assert pipe.decode(params, moments[..., :4]).shape == (2, RESOLUTION, RESOLUTION, 3)
 
 
 def test_a_long_caption_is_cut_with_one_warning(tiny_model, caplog):
@@ -197,12 +196,13 @@ def test_moments_and_images_match_diffusers(tiny_model):
     with torch.no_grad():
         posterior = theirs.encode(to_nchw(images)).latent_dist
         decoded = theirs.decode(to_nchw(latents) / VAE["scaling_factor"]).sample
-    moments = pipe.encode_moments({"vae": pipe.read_params("vae", "float32")}, images)
+    params = {"vae": pipe.read_params("vae", "float32")}
+    moments = pipe.encode_moments(params, images)
     assert moments.shape == (2, 4, 4, 2 * pipe.latent_channels)
     assert moments.dtype == np.float32
     scaled = [VAE["scaling_factor"] * to_nhwc(part) for part in (posterior.mean, posterior.std)]
     assert_close(moments, np.concatenate(scaled, axis=-1), 1e-4)
-    assert_close(pipe.decode(latents), to_nhwc(decoded), 1e-4)
+    assert_close(pipe.decode(params, latents), to_nhwc(decoded), 1e-4)
     assert pipe.vae_scale_factor == 4
 
 

@@ -9,7 +9,9 @@ from tiny_model import random_params
 from dspo_jax.models.model import build_model
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.sampling.decoding import Decoder, decode_in_tiles
+from dspo_jax.sampling import decoding
+from dspo_jax.sampling.decoding import Decoder, decode_in_tiles, refuse_non_finite, warn_of_non_finite
+from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.weights import components
 from dspo_jax.weights.components import read_model, read_params, write_params
 
@@ -28,12 +30,20 @@ def mesh_of(devices):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_every_image_is_that_of_the_pipeline(pipe, devices, monkeypatch):
+def test_every_image_is_as_if_decoded_alone(pipe, devices, monkeypatch):
     monkeypatch.setattr("dspo_jax.sampling.decoding._PIXELS_AT_ONCE", 2 * 16 * 16)  # several calls
     images, finite = Decoder(pipe, mesh_of(devices))(latents(5))
     assert finite.tolist() == [True] * 5
     assert images.shape == (5, 16, 16, 3)
-    assert np.abs(images.astype(int) - pipe.decode_pixels(latents(5))).max() <= 1
+    alone = np.concatenate([Decoder(pipe)(latents(5)[i : i + 1])[0] for i in range(5)])
+    assert np.abs(images.astype(int) - alone).max() <= 1
+
+
+def test_pixels_are_those_of_the_vae(pipe):
+    vae, params = read_model(pipe.path / "vae"), read_params(pipe.path / "vae", pipe.vae, "float32")
+    expected = vae.apply(params, latents(2) / vae.settings["scaling_factor"], method="decode")
+    expected = np.clip(np.asarray(expected) * 127.5 + 127.5, 0, 255).round()
+    assert np.abs(Decoder(pipe)(latents(2))[0] - expected).max() <= 1
 
 
 @pytest.mark.parametrize("tile", [0, 8])
@@ -44,23 +54,40 @@ def test_what_is_not_finite_is_black_and_told(pipe, value, tile):
     images, finite = Decoder(pipe, mesh_of(1), tile=tile)(some)
     assert finite.tolist() == [True, False, True]
     assert images[0].any()
-    assert not images[1, :4, :4].any()
+    assert not images[1].any()
+    assert images[2].any()
 
 
-def test_a_vae_that_is_not_finite_is_told(pipe, preview, monkeypatch, caplog):
+def test_a_vae_that_is_not_finite_is_told(pipe, preview, monkeypatch):
     """By the model's own VAE, and by a small one, which squashes infinite latents."""
     infinite = latents(2)
     infinite[0] = np.inf
     assert Decoder(pipe, mesh_of(1), preview=preview)(infinite)[1].tolist() == [False, True]
-    monkeypatch.setattr(
-        components,
-        "read_params",
-        lambda *how, **more: jax.tree.map(lambda x: x * np.nan, read_params(*how, **more)),
-    )
+    for module in (components, decoding):
+        monkeypatch.setattr(
+            module,
+            "read_params",
+            lambda *how, **more: jax.tree.map(lambda x: x * np.nan, read_params(*how, **more)),
+        )
     for small in (None, preview):
-        assert Decoder(pipe, mesh_of(1), preview=small)(latents(2))[1].tolist() == [False, False]
-    assert not load_pipeline(pipe.path).decode_pixels(latents(1)).any()
-    assert "the VAE's pixels are not finite" in caplog.text
+        images, finite = Decoder(pipe, mesh_of(1), preview=small)(latents(2))
+        assert finite.tolist() == [False, False]
+        assert not images.any()
+
+
+def test_one_picture_that_is_not_finite_is_refused_or_warned_of(caplog):
+    requests, finite = (
+        [ImageRequest(text, i, 7) for i, text in enumerate("abc")],
+        np.array([True, False, True]),
+    )
+    with pytest.raises(ValueError, match="runs/mine: the picture of 'b' with seed 7 is not finite"):
+        refuse_non_finite("runs/mine", requests, finite)
+    refuse_non_finite("runs/mine", requests, np.full(3, True))
+    warn_of_non_finite("samples", "abc", np.full(3, True))
+    assert caplog.text == ""
+    warn_of_non_finite("samples", "abc", finite)
+    assert "samples: 1 of 3 pictures are black, as they are not finite" in caplog.text
+    assert "first 'b'" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 13), (21, 9), (30, 30)])

@@ -18,6 +18,7 @@ from dspo_jax.data import sources
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing, Rendering
@@ -81,12 +82,18 @@ def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(
         assert np.abs(draw(batch_size, devices) - whole).max() <= 1
 
 
+def _draw_from(model: Path, noise: jax.Array) -> np.ndarray:
+    """One picture [1, H, W, 3] uint8."""
+    pipe = load_pipeline(model)
+    return Decoder(pipe)(ImageSampler(pipe, DRAWING).sample_latents(_requests(1), noise))[0]
+
+
 def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     assert export(run, exported) == 2
     latents = initial_noise(_requests(1), (4, 4, 4))
-    ours = ImageSampler(load_pipeline(run), DRAWING).sample(_requests(1), latents)
+    ours = _draw_from(run, latents)
     theirs_pipe = diffusers.DiffusionPipeline.from_pretrained(exported, local_files_only=True)
     theirs_pipe.set_progress_bar_config(disable=True)
     theirs = theirs_pipe(
@@ -99,7 +106,7 @@ def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, expo
         output_type="np",
     ).images
     assert np.abs(ours / 255.0 - theirs).mean() <= 1 / 255
-    before = ImageSampler(load_pipeline(base), DRAWING).sample(_requests(1), latents)
+    before = _draw_from(base, latents)
     assert np.abs(before.astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 

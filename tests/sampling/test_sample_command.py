@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sample import read_options
 from dspo_jax.sampling import drawing
+from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.drawing import draw_batches, sample
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.prompts import Prompt
@@ -174,7 +175,8 @@ def test_any_size_format_and_noise(draw, model, tmp_path):
     changes = {"models": {"base": model}, "seeds": (3,), "size": (24, 40), "image_format": "webp"}
     draw(init_latents=noise, **changes)
     requests = [ImageRequest(prompt.text, i, 3) for i, prompt in enumerate(PROMPTS)]
-    expected = ImageSampler(load_pipeline(model), DRAWING).sample(requests, noise)
+    pipe = load_pipeline(model)
+    expected, _ = Decoder(pipe)(ImageSampler(pipe, DRAWING).sample_latents(requests, noise))
     for found, image in zip(images_of(tmp_path / "out" / "0-base").values(), expected, strict=True):
         assert found.shape == (24, 40, 3)
         assert np.abs(found.astype(int) - image).max() <= 1
@@ -208,7 +210,7 @@ def test_editing_goes_from_the_image_to_the_prompt(draw, model, tmp_path):
     pixels = np.asarray(Image.open(picture).resize((16, 16), Image.Resampling.BILINEAR))
     vae = {"vae": pipe.read_params("vae", "float32")}
     moments = pipe.encode_moments(vae, pixels[None] / np.float32(127.5) - 1)
-    decoded = pipe.decode_pixels(moments[..., :4])[0].astype(int)
+    decoded = Decoder(pipe)(moments[..., :4])[0][0].astype(int)
     distance = []
     for strength in (0.02, 0.5, 1.0):
         drawing = Drawing(steps=50, guidance_scale=1.0, strength=strength)

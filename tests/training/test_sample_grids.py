@@ -113,7 +113,7 @@ def test_every_process_has_the_latents_and_only_the_first_decodes(pipe, tmp_path
     assert len(latents.sharding.device_set) == 8
 
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(Pipeline, "decode_pixels", None)
+    monkeypatch.setattr(sample_grids, "Decoder", None)
     make_grids(pipe, params, mesh, tmp_path, num_inference_steps=1).write(1, params)
     assert list(tmp_path.iterdir()) == []
 
@@ -124,7 +124,7 @@ def test_a_model_that_diverged_draws_black(pipe, tmp_path, caplog):
     grids = make_grids(pipe, params, mesh, tmp_path, num_inference_steps=1)
     with caplog.at_level("WARNING"):
         grids.write(1, jax.tree.map(lambda leaf: leaf * np.nan, params))
-    assert "samples of step 1: 6 of 6 pictures are black, as the model's output is not finite" in caplog.text
+    assert "samples of step 1: 6 of 6 pictures are black, as they are not finite" in caplog.text
     assert (read_grid(tmp_path / "samples" / "step_000001.png")[:, 1] == 0).all()
 
 
