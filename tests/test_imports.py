@@ -43,6 +43,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.ci
 def test_every_module_and_the_shards_work_without_tensorflow_and_torch(tmp_path):
     write_dataset(tmp_path / "shards")
     result = run("-c", IMPORT_EVERYTHING_AND_READ_SHARDS, str(tmp_path / "shards"))

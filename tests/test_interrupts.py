@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tables import each_row
 from test_packaging import COMMANDS
 
 from dspo_jax.interrupts import EXIT_INTERRUPTED, interruptible, stop_requests
@@ -102,7 +103,8 @@ def interrupt_while_it_imports(module, seconds):
     return process.wait(60), *process.communicate()
 
 
-@pytest.mark.parametrize(
+@pytest.mark.ci
+@each_row(
     ("module", "seconds"), [("dspo_jax.train", 0.0), ("dspo_jax.train", 0.3), ("examples.emoji.demo", 0.1)]
 )
 def test_a_command_that_imports_ends_with_one_line(module, seconds):
@@ -124,7 +126,7 @@ def test_every_command_ends_with_one_line_whenever_it_is_interrupted(module):
     assert interrupted
 
 
-@pytest.mark.parametrize("what", ["early", "sleep", "wrap", "lose", "exit"])
+@each_row("what", ["early", "sleep", "wrap", "lose", "exit"])
 def test_an_interrupt_is_one_line_wherever_it_arrives(what, tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     process = start(tmp_path / "command.py", what)

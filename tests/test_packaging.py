@@ -14,6 +14,9 @@ from processes import ROOT
 
 import dspo_jax
 
+pytestmark = pytest.mark.ci
+
+
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "dspo_jax").rglob("*.py")

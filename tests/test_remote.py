@@ -34,6 +34,7 @@ def refuse_as_a_process(folder, command, arguments, refused):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.ci
 @each_row(
     ("command", "arguments", "refused"),
     [

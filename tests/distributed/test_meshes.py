@@ -12,6 +12,9 @@ from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.training.step import compile_step
 
+pytestmark = pytest.mark.ci
+
+
 STEPS = 20
 # Of AdamW's first updates only the signs of tiny gradients would count, and those are rounding.
 SETTINGS = {

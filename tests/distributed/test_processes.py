@@ -12,6 +12,9 @@ from tiny_run import make_config, read_reproducible, saved_steps
 from dspo_jax.cli import EXIT_STOPPED
 from dspo_jax.training.run import train
 
+pytestmark = pytest.mark.ci
+
+
 SETTINGS = {
     "objective.reward_scale": 10.0,
     "objective.score_weight": 1.0,

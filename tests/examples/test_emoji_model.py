@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 from safetensors import safe_open
+from tables import each_row
 from tiny_model import write_pairs
 
 from configs import emoji_dspo
@@ -32,7 +33,8 @@ def test_the_folder_holds_16_bit_weights_a_card_and_at_most_10_mb():
     assert (MODEL / "samples.png").is_file()
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.ci
+@each_row("compute_dtype", ["float32", "bfloat16"])
 def test_before_the_first_update_no_held_out_pair_is_decided(compute_dtype, tmp_path):
     # At this size the compiler fuses the last convolution with what reads it, which the tiny model's escapes.
     config = emoji_dspo.get_config()

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from PIL import Image
 from processes import ROOT
 
@@ -41,6 +42,7 @@ def test_the_loop_trains_on_no_name_that_it_is_evaluated_on(tmp_path):
     assert choose_prompts([Prompt(chosen[0])])[0].text != chosen[0]
 
 
+@pytest.mark.ci
 def test_what_would_stop_the_evaluation_stops_the_ablation_before_it_trains(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     flags = ["--config=configs/emoji_diffusion_dpo.py", "--betas=500", "--rewards=pickscoer"]

@@ -22,6 +22,9 @@ from torch_modules import assert_close, assert_gradients_close, compile_fast, ra
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
+pytestmark = pytest.mark.ci
+
+
 # Epsilons that differ, and are large enough to show.
 CONFIG = oracle.reduced(
     vision_config={"hidden_size": 24, "num_attention_heads": 3, "patch_size": 8, "layer_norm_eps": 0.03},

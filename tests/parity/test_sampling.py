@@ -23,7 +23,10 @@ SCHEDULERS = {
     "pndm": diffusers.PNDMScheduler,
 }
 # Of diffusers' schedulers, which make NumPy arrays of torch tensors.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 OTHER_FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "sdxl")]
 

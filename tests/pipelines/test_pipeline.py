@@ -58,6 +58,7 @@ def encode_text(model, captions):
     return jax.jit(pipe.encode_text)(params, pipe.tokenize(captions))
 
 
+@pytest.mark.ci
 def test_sdxl_text_is_what_diffusers_gives_its_unet(sdxl_model):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     from torch_modules import assert_close

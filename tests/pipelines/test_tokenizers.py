@@ -400,6 +400,7 @@ def test_rewards_take_both_forms(tmp_path):
         clip_folder.read_tokenizer(folder, clip_folder.read_clip(folder))
 
 
+@pytest.mark.ci
 @each_row("kind", ["sd15", "sdxl"])
 def test_an_exported_model_comes_back_from_diffusers(kind, tmp_path):
     diffusers = pytest.importorskip("diffusers")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
+from tables import each_row
 
 from dspo_jax.kernels.flash import kernel_flops
 from dspo_jax.parallel.mesh import make_mesh
@@ -99,7 +100,7 @@ def test_loops_and_collectives_of_a_real_program():
     assert found == {"all-reduce": {"count": 5, "bytes": 5 * 4 * 12}}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("written", "size"),
     [
         ("f32[]", 4),

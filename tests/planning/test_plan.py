@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from tables import each_row
 from test_compiled import BUFFERS, TPU_TEXT
 from tiny_run import make_config
 
@@ -100,7 +101,7 @@ def test_the_largest_batch_fills_what_the_state_leaves():
     assert largest_that_fits(100, 10, 10, 4, 1) is None
 
 
-@pytest.mark.parametrize(
+@each_row(
     "said",
     [
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
@@ -154,6 +155,7 @@ def test_a_compiler_that_ends_before_has_the_last_word():
     assert compilation.memory_facts([sys.executable, "-c", "raise SystemExit(3)"], "jit_train_step") == 3
 
 
+@pytest.mark.ci
 def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
     monkeypatch.setattr(Pipeline, "read_params", lambda *given: pytest.fail("weights were read"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -179,6 +181,7 @@ def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypat
     assert ask() == found
 
 
+@pytest.mark.ci
 def test_devices_that_split_the_parameters_send_one_another_no_image(shallow_model):
     """What is gathered are parameters; XLA by itself would rather gather images and split channels."""
     config = make_config(shallow_model, "", {"batch_size": 8})

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.errors import UserError
 from dspo_jax.samplers import (
@@ -35,7 +36,7 @@ def draw(i: jax.Array) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(jax.random.key(1), i), SHAPE)
 
 
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+@each_row("timestep_spacing", TIMESTEP_SPACINGS)
 def test_timesteps_match_diffusers(timestep_spacing: str) -> None:
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -46,7 +47,7 @@ def test_timesteps_match_diffusers(timestep_spacing: str) -> None:
         np.testing.assert_array_equal(ours, theirs.timesteps.numpy())
 
 
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
+@each_row("timestep_spacing", TIMESTEP_SPACINGS)
 def test_as_many_distinct_timesteps_as_steps(timestep_spacing: str) -> None:
     for steps in range(1, 1001):
         timesteps = spaced_timesteps(1000, steps, timestep_spacing=timestep_spacing)
@@ -56,9 +57,9 @@ def test_as_many_distinct_timesteps_as_steps(timestep_spacing: str) -> None:
         assert timesteps.max() <= 999
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+@each_row("prediction_type", ["epsilon", "v_prediction"])
+@each_row("timestep_spacing", TIMESTEP_SPACINGS)
+@each_row("name", [name for name in SAMPLERS if name != "pndm"])
 def test_a_perfect_network_recovers_the_image(name: str, timestep_spacing: str, prediction_type: str) -> None:
     schedule = Schedule.scaled_linear(prediction_type=prediction_type)
     config = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": True}
@@ -86,7 +87,7 @@ def run_perfect(sampler: Sampler, prediction_type: str) -> jax.Array:
     return sampler.run(predict, sampler.start(LATENTS, IMAGE), draw)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_row("name", SAMPLERS)
 def test_the_network_is_traced_once_and_called_with_float32_latents(name: str) -> None:
     traces, noises, calls = [], [], []
 
@@ -169,7 +170,7 @@ def test_ddim_with_eta_of_one_has_the_noise_and_the_mean_of_ddpm() -> None:
     assert make_sampler("ddim", SCHEDULE, config, 50, eta=0.0).step_noise is None
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "eta", "message"),
     [
         ("euler", 0.5, "eta = 0.5: sampler 'euler' has none; leave it out, or take one of: ddim"),
@@ -191,7 +192,7 @@ def test_a_scheduler_that_is_not_here_is_refused_by_its_class() -> None:
             own_sampler(config)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "config", "message"),
     [
         ("ddim", {"timestep_spacing": "trailin"}, "timestep_spacing = 'trailin'.*did you mean 'trailing'"),
@@ -239,7 +240,7 @@ def test_what_is_not_computed_is_refused_by_key_and_value(
         make_sampler(name, SCHEDULE, config, 10)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "key", "value"),
     [("ddim", "clip_sample", False), ("ddpm", "clip_sample", False), ("pndm", "skip_prk_steps", True)],
 )
@@ -258,7 +259,7 @@ def test_keys_of_other_schedulers_are_not_read() -> None:
     make_sampler("euler", SCHEDULE, config, 10)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "steps", "strength", "message"),
     [
         ("dpm2m", 10, 1.0, "sampler = 'dpm2m': unknown; did you mean 'dpmpp_2m'"),

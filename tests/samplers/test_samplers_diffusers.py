@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, State, make_sampler, own_sampler
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -114,9 +115,9 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, label: str) -> None:
     assert error < TOLERANCE, f"{label}: {error}"
 
 
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_row("timestep_spacing", TIMESTEP_SPACINGS)
+@each_row("prediction_type", ["epsilon", "v_prediction"])
+@each_row("name", SAMPLERS)
 def test_latents_match_diffusers(name: str, prediction_type: str, timestep_spacing: str) -> None:
     settings = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
     for steps in STEPS:
@@ -128,8 +129,8 @@ KARRAS = {"use_karras_sigmas": True}
 FINAL = {"final_sigmas_type": "sigma_min"}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
+@each_row("prediction_type", ["epsilon", "v_prediction"])
+@each_row(
     ("name", "settings"),
     [
         ("ddim", {"set_alpha_to_one": False}),
@@ -149,7 +150,6 @@ FINAL = {"final_sigmas_type": "sigma_min"}
         ("dpmpp_2m", {"lower_order_final": False}),
         ("dpmpp_2m", {**FINAL, "euler_at_final": True, "timestep_spacing": "trailing"}),
     ],
-    ids=str,
 )
 def test_what_a_config_can_choose_matches_diffusers(
     name: str, settings: dict[str, Any], prediction_type: str
@@ -158,9 +158,9 @@ def test_what_a_config_can_choose_matches_diffusers(
         assert_same(name, steps, prediction_type=prediction_type, **settings)
 
 
-@pytest.mark.parametrize("set_alpha_to_one", [True, False])
-@pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@each_row("set_alpha_to_one", [True, False])
+@each_row("timestep_spacing", TIMESTEP_SPACINGS)
+@each_row("prediction_type", ["epsilon", "v_prediction"])
 def test_ddim_with_eta_matches_diffusers(
     prediction_type: str, timestep_spacing: str, set_alpha_to_one: bool
 ) -> None:
@@ -202,7 +202,7 @@ def test_mean_and_deviation_of_a_ddim_step_match_diffusers(set_alpha_to_one: boo
             assert (deviation == 0) == (eta == 0 or (i == 9 and set_alpha_to_one))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@each_row("name", SAMPLERS)
 def test_default_spacing_and_final_step_are_the_schedulers(name: str) -> None:
     """A config without those keys, as older published ones are."""
     config = {**STABLE_DIFFUSION, "num_train_timesteps": 1000}
@@ -235,10 +235,9 @@ def pipeline(tiny_model: Path) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "settings"),
     [*((name, {}) for name in SAMPLERS), ("euler", KARRAS), ("dpmpp_2m", KARRAS)],
-    ids=str,
 )
 def test_image_to_image_matches_diffusers_pipeline(
     name: str, settings: dict[str, Any], pipeline: Any, monkeypatch: pytest.MonkeyPatch

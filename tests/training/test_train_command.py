@@ -14,6 +14,9 @@ from tiny_run import read_reproducible, saved_steps
 from dspo_jax.cli import EXIT_STOPPED
 from dspo_jax.monitoring.metrics import read_metrics
 
+pytestmark = pytest.mark.ci
+
+
 ROOT = Path(__file__).parents[2]
 STEPS = 100
 
