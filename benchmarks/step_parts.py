@@ -25,14 +25,14 @@ from dspo_jax import cli
 from dspo_jax.models.model import Params
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.monitoring.devices import count_flops, peak_bytes
-from dspo_jax.pipelines.pipeline import Pipeline, Text
+from dspo_jax.pipelines.pipeline import Conditioning, Pipeline
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.step import train_step as one_step
 from dspo_jax.training.task import Batch
 
 AS_IT_IS = "as it is"
 
-_predict_pairs, _encode_text, _jit = Pipeline.predict_pairs, Pipeline.encode_text, jax.jit
+_predict_pairs, _encode_conditioning, _jit = Pipeline.predict_pairs, Pipeline.encode_conditioning, jax.jit
 
 
 def _a_call_for_each_image(
@@ -71,9 +71,10 @@ def _text_for_each_image(
     return out.reshape(noisy.shape)
 
 
-def _states_for_each_image(pipe: Pipeline, params: Params, tokens: jax.Array, **remat: Any) -> Text:
-    text = _encode_text(pipe, params, tokens, **remat)
-    return jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), text)
+def _states_for_each_image(pipe: Pipeline, params: Params, batch: Batch, **remat: Any) -> Conditioning:
+    states, pooled, sizes = _encode_conditioning(pipe, params, batch, **remat)
+    states, pooled = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (states, pooled))
+    return Conditioning(states, pooled, sizes)
 
 
 def _jit_without_donation(f: Any, donate_argnums: Any = (), **settings: Any) -> Any:
@@ -85,7 +86,7 @@ def _jit_without_donation(f: Any, donate_argnums: Any = (), **settings: Any) -> 
 UNDOING: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "winner and loser in one call": (Pipeline, "predict_pairs", _a_call_for_each_image),
     "text encoded once for a pair": (Pipeline, "predict_pairs", _text_for_each_image),
-    "text's keys and values once for a pair": (Pipeline, "encode_text", _states_for_each_image),
+    "text's keys and values once for a pair": (Pipeline, "encode_conditioning", _states_for_each_image),
     "state donated": (jax, "jit", _jit_without_donation),
 }
 

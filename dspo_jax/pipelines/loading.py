@@ -10,6 +10,7 @@ from dspo_jax import schema
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.models.model import Params
+from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
 from dspo_jax.samplers.spacing import check_sampler_config
@@ -19,22 +20,6 @@ from dspo_jax.weights import file_kinds, saved_params
 from dspo_jax.weights.components import read_models
 from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.saved_params import read_base
-
-# Class of a pipeline -> its text encoders.
-_PIPELINES = {
-    "StableDiffusionPipeline": ("text_encoder",),
-    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
-}
-
-
-# Component -> the classes that may take its part.
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-
 
 _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
@@ -66,18 +51,18 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     index = read_json(index_file)
     schema.check(str(index_file), index, _INDEX_KEYS)
     class_name = index.get("_class_name")
-    if not isinstance(class_name, str) or class_name not in _PIPELINES:
+    if not isinstance(class_name, str) or class_name not in FAMILIES:
         raise UserError(
             f"{index_file}: _class_name = {shown(class_name)} is not supported; allowed: "
-            f"{', '.join(_PIPELINES)}"
+            f"{', '.join(FAMILIES)}"
         )
-    encoders = _PIPELINES[class_name]
+    family = FAMILIES[class_name]
     models = read_models(path)
-    for name in ("unet", "vae", *encoders):
-        if name not in models or models[name].class_name not in _CLASSES[name]:
+    for name, classes in family.classes.items():
+        if name not in models or models[name].class_name not in classes:
             found = models[name].class_name if name in models else "absent"
             raise UserError(
-                f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(_CLASSES[name])}"
+                f"{index_file}: {name} is {found}, but a {class_name} needs {' or '.join(classes)}"
             )
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(scheduler_file)
@@ -88,20 +73,22 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
         raise UserError(f"{scheduler_file}: {error}") from error
     tokenizers = tuple(
         read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
-        for name in encoders
+        for name in family.text_encoders
     )
     _check_lengths(*tokenizers)
     pipe = Pipeline(
         path=path,
-        unet=models["unet"],
+        family=family,
+        unet=models[family.denoiser],
         vae=models["vae"],
-        text_encoders={name: models[name] for name in encoders},
+        text_encoders={name: models[name] for name in family.text_encoders},
         tokenizers=tokenizers,
         empty_tokens=np.concatenate([tokenizer([""]) for tokenizer in tokenizers]),
         schedule=schedule,
         scheduler_config=scheduler_config,
         # diffusers' pipeline class has True as its default.
-        zero_empty_captions=len(encoders) > 1 and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_empty_captions=family.micro_conditioning
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
         trained=trained,
         step=step if trained else None,
     )

@@ -15,25 +15,28 @@ from absl import logging
 from dspo_jax.errors import UserError
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
+from dspo_jax.pipelines.families import Family
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
 
-# Number of text encoders -> the UNet's sample_size that a pipeline of diffusers takes where there is none.
-_DEFAULT_SAMPLE_SIZE = {1: 64, 2: 128}
 
+class Conditioning(NamedTuple):
+    """Inputs of a denoiser besides latents and timesteps, for captions of B examples and N images.
 
-class Text(NamedTuple):
-    """What the UNet is told by captions.
+    N is a multiple of B; image n belongs to example n // (N / B).
 
     Attributes:
       states: [B, S, F], S tokens, 77 but in rare models; read by cross-attention.
       pooled: [B, D], part of SDXL's time embedding; None for Stable Diffusion 1 and 2.
+      sizes: [N, 6] pixels: original height and width, top and left of the crop, target height and width
+        (SDXL, section 2.2); None for Stable Diffusion 1 and 2.
     """
 
     states: jax.Array
     pooled: jax.Array | None
+    sizes: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Pipeline:
 
     Attributes:
       path: the diffusers folder.
+      family: how the components work together.
       unet, vae: architectures.
       text_encoders: architectures by component: "text_encoder", and SDXL's "text_encoder_2".
       tokenizers: one for each text encoder, all of one length; none where only shapes are known.
@@ -56,6 +60,7 @@ class Pipeline:
     """
 
     path: Path
+    family: Family
     unet: Model
     vae: Model
     text_encoders: Mapping[str, Model]
@@ -68,9 +73,19 @@ class Pipeline:
     step: int | None = None
 
     @property
+    def denoiser(self) -> str:
+        """Name of the component that predicts noise."""
+        return self.family.denoiser
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that a prediction runs: the denoiser, then the text encoders."""
+        return (self.denoiser, *self.text_encoders)
+
+    @property
     def networks(self) -> dict[str, Model]:
         """All architectures by component."""
-        return {"unet": self.unet, "vae": self.vae, **self.text_encoders}
+        return {self.denoiser: self.unet, "vae": self.vae, **self.text_encoders}
 
     @property
     def latent_channels(self) -> int:
@@ -90,7 +105,7 @@ class Pipeline:
         """
         size = self.unet.settings["sample_size"]
         if size is None:
-            size = _DEFAULT_SAMPLE_SIZE[len(self.text_encoders)]
+            size = self.family.sample_size
             pixels = size * self.vae_scale_factor
             logging.warning(
                 "%s: no sample_size; images of %d x %d pixels are taken, as diffusers' pipelines do",
@@ -154,79 +169,6 @@ class Pipeline:
             )
         return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
 
-    def encode_text(
-        self,
-        params: Mapping[str, Params],
-        tokens: jax.Array,
-        *,
-        remat: str = "none",
-        zero_empty: bool = True,
-    ) -> Text:
-        """Encodes captions for the UNet. Pure.
-
-        Stable Diffusion 1 and 2 read the last states. SDXL reads the penultimate ones of both encoders side
-        by side and the second one's pooled state.
-
-        Args:
-          params: the text encoders by component.
-          tokens: ids [B, E, S].
-          remat: a policy of models/remat.py for the backward pass; an unknown one is a ValueError.
-          zero_empty: gives zeros for an empty caption if SDXL's model_index.json says
-            `force_zeros_for_empty_prompt`. So SDXL was trained without captions, and so dropped captions are
-            trained here; the released Diffusion-DPO trainer encodes those that it drops. diffusers' pipelines
-            encode an empty prompt and have zeros only where there is no negative prompt.
-        """
-        states = [
-            model.apply(params[name], tokens[:, i], remat=remat)
-            for i, (name, model) in enumerate(self.text_encoders.items())
-        ]
-        if len(states) == 1:
-            return Text(states[0].last, None)
-        text = Text(jnp.concatenate([each.penultimate for each in states], axis=-1), states[-1].pooled)
-        if not (zero_empty and self.zero_empty_captions):
-            return text
-        empty = (tokens == self.empty_tokens[None]).all((1, 2))
-        return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(empty, range(1, x.ndim)), 0, x), text)
-
-    def predict(
-        self,
-        params: Mapping[str, Params],
-        latents: jax.Array,
-        timesteps: jax.Array,
-        text: Text,
-        micro_conditioning: jax.Array,
-        *,
-        remat: str = "none",
-    ) -> jax.Array:
-        """The UNet's output for noisy latents. Pure; `params` holds "unet".
-
-        Args:
-          params: by component.
-          latents: [B, h, w, C] in UNet units.
-          timesteps: [B], integers, or floats between them (Euler's).
-          text: of B captions; or of fewer, each for as many images in a row.
-          micro_conditioning: [B, 6] pixels: original height and width, top and left of the crop, target
-            height and width (SDXL, section 2.2). Only SDXL reads it.
-          remat: a policy of models/remat.py for the backward pass.
-
-        Returns:
-          [B, h, w, C] in the dtype of `latents`: eps or v, as `schedule.prediction_type` says.
-
-        Raises:
-          ValueError: an unknown policy.
-        """
-        if text.pooled is None:
-            return self.unet.apply(params["unet"], latents, timesteps, text.states, remat=remat)
-        return self.unet.apply(
-            params["unet"],
-            latents,
-            timesteps,
-            text.states,
-            text_embeds=jnp.repeat(text.pooled, len(latents) // len(text.pooled), axis=0),
-            time_ids=micro_conditioning,
-            remat=remat,
-        )
-
     @property
     def conditioning_inputs(self) -> tuple[str, ...]:
         """Names of the arrays of a batch that the denoiser is conditioned on."""
@@ -240,7 +182,7 @@ class Pipeline:
     def conditioning_shapes(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
         return {
-            "tokens": jax.ShapeDtypeStruct((len(self.tokenizers), self.caption_length), jnp.int32),
+            "tokens": jax.ShapeDtypeStruct(self.empty_tokens.shape, jnp.int32),
             "micro_conditioning": jax.ShapeDtypeStruct((images, 6), jnp.int32),
         }
 
@@ -248,6 +190,93 @@ class Pipeline:
         """The batch with the empty caption in the examples where `drop` [B] is true."""
         empty = self.empty_tokens[None]
         return {**batch, "tokens": jnp.where(drop[:, None, None], empty, batch["tokens"])}
+
+    def prompt_batch(self, tokens: jax.Array, size: tuple[int, int]) -> dict[str, jax.Array]:
+        """The `conditioning_inputs` of one image for each prompt.
+
+        Args:
+          tokens: ids [B, E, S].
+          size: (height, width) of the images in pixels.
+        """
+        whole = jnp.asarray([[[*size, 0, 0, *size]]] * len(tokens))
+        return {"tokens": tokens, "micro_conditioning": whole}
+
+    def encode_conditioning(
+        self,
+        params: Mapping[str, Params],
+        batch: Mapping[str, jax.Array],
+        *,
+        remat: str = "none",
+        zero_empty: bool = True,
+    ) -> Conditioning:
+        """Encodes captions for the denoiser. Pure.
+
+        Args:
+          params: the text encoders by component.
+          batch: has `conditioning_inputs`: `tokens` [B, E, S], ids of each text encoder's tokenizer, and
+            `micro_conditioning` [B, P, 6], see `Conditioning.sizes`.
+          remat: a policy of models/remat.py for the backward pass.
+          zero_empty: gives zeros for an empty caption if SDXL's model_index.json says
+            `force_zeros_for_empty_prompt`. So SDXL was trained without captions, and so dropped captions are
+            trained here; the released Diffusion-DPO trainer encodes those that it drops. diffusers' pipelines
+            encode an empty prompt and have zeros only where there is no negative prompt.
+
+        Raises:
+          UserError: an unknown policy.
+        """
+        tokens = batch["tokens"]
+        encoded = [
+            model.apply(params[name], tokens[:, i], remat=remat)
+            for i, (name, model) in enumerate(self.text_encoders.items())
+        ]
+        if not self.family.micro_conditioning:
+            return Conditioning(encoded[0].last, None, None)
+        states = jnp.concatenate([each.penultimate for each in encoded], axis=-1)
+        sizes = batch["micro_conditioning"]
+        conditioning = Conditioning(states, encoded[-1].pooled, sizes.reshape(-1, sizes.shape[-1]))
+        if not (zero_empty and self.zero_empty_captions):
+            return conditioning
+        return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
+
+    def without_captions(self, conditioning: Conditioning, where: jax.Array) -> Conditioning:
+        """Conditioning with zeros for the captions of the examples where `where` [B] is true."""
+
+        states, pooled = jax.tree.map(
+            lambda x: jnp.where(jnp.expand_dims(where, range(1, x.ndim)), 0, x),
+            (conditioning.states, conditioning.pooled),
+        )
+        return conditioning._replace(states=states, pooled=pooled)
+
+    def predict(
+        self,
+        params: Mapping[str, Params],
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditioning: Conditioning,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """The denoiser's output for noisy latents. Pure.
+
+        Args:
+          params: by component.
+          latents: [N, h, w, C] in UNet units.
+          timesteps: [N], integers, or floats between them (Euler's).
+          conditioning: of N images.
+          remat: a policy of models/remat.py for the backward pass.
+
+        Returns:
+          [N, h, w, C] in the dtype of `latents`: eps or v, as `schedule.prediction_type` says.
+
+        Raises:
+          UserError: an unknown policy.
+        """
+        states, pooled, sizes = conditioning
+        more: dict[str, Any] = {}
+        if pooled is not None:
+            repeats = len(latents) // len(pooled)
+            more = {"text_embeds": jnp.repeat(pooled, repeats, axis=0), "time_ids": sizes}
+        return self.unet.apply(params[self.denoiser], latents, timesteps, states, **more, remat=remat)
 
     def predict_pairs(
         self,
@@ -258,13 +287,13 @@ class Pipeline:
         *,
         remat: str = "none",
     ) -> jax.Array:
-        """The UNet's output for noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
+        """The denoiser's output for noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
 
         Args:
-          params: "unet" and the text encoders.
+          params: by component.
           noisy: [B, P, h, w, C] in UNet units.
           timesteps: [B, P].
-          batch: has `conditioning_inputs`: token ids [B, E, S]; micro-conditioning [B, P, 6], see `predict`.
+          batch: has `conditioning_inputs`, see `encode_conditioning`.
           remat: a policy of models/remat.py for the backward pass.
 
         Returns:
@@ -275,9 +304,8 @@ class Pipeline:
         def fold(x: jax.Array) -> jax.Array:
             return x.reshape(-1, *x.shape[2:])
 
-        text = self.encode_text(params, batch["tokens"], remat=remat)
-        sizes = fold(batch["micro_conditioning"])
-        output = self.predict(params, fold(noisy), fold(timesteps), text, sizes, remat=remat)
+        conditioning = self.encode_conditioning(params, batch, remat=remat)
+        output = self.predict(params, fold(noisy), fold(timesteps), conditioning, remat=remat)
         return output.reshape(noisy.shape)
 
     def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import build_model
+from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -139,6 +140,7 @@ NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
 }
 MODELS = tuple(NETWORKS)
+CLASSES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 # Of the empty caption: start, end, and what a tokenizer pads with, which is 0 in SDXL's second one.
 _START, _END, _LENGTH = 49406, 49407, 77
@@ -157,6 +159,7 @@ def architecture(name: str) -> Pipeline:
     padding = (_END, 0)[: len(networks)]
     return Pipeline(
         path=Path(name),
+        family=FAMILIES[CLASSES[name]],
         unet=unet,
         vae=vae,
         text_encoders=networks,

@@ -44,7 +44,7 @@ class ImageSampler:
         Args:
           pipe: the model.
           drawing: how it draws.
-          compute_dtype: of the networks; what stands between the UNet's passes is float32.
+          compute_dtype: of the networks; what stands between the denoiser's passes is float32.
           mesh: splits the batch over these devices, over all processes, which must then all call alike; None
             is one device.
 
@@ -83,15 +83,16 @@ class ImageSampler:
 
             if guided and not zeros:
                 tokens = beside(negative, tokens)
-            text = pipe.encode_text(params, tokens, zero_empty=False)
-            if guided and zeros:
-                text = jax.tree.map(lambda states: beside(jnp.zeros_like(states), states), text)
             height, width = (side * pipe.vae_scale_factor for side in size[:2])
-            whole = jnp.asarray([[height, width, 0, 0, height, width]] * passes)
+            prompts = pipe.prompt_batch(tokens, (height, width))
+            conditioning = pipe.encode_conditioning(params, prompts, zero_empty=False)
+            if guided and zeros:
+                nothing = pipe.without_captions(conditioning, jnp.ones(count, bool))
+                conditioning = jax.tree.map(beside, nothing, conditioning)
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
                 noisy = jnp.repeat(x, passes // count, axis=0).astype(compute_dtype)
-                output = pipe.predict(params, noisy, jnp.full(passes, t), text, whole).astype(jnp.float32)
+                output = pipe.predict(params, noisy, jnp.full(passes, t), conditioning).astype(jnp.float32)
                 if not guided:
                     return output
                 uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *size), 1, 0)
@@ -109,8 +110,7 @@ class ImageSampler:
 
     @functools.cached_property
     def _stored_params(self) -> Params:
-        components = ("unet", *self._pipe.text_encoders)
-        params = {name: self._pipe.read_params(name, self._dtype) for name in components}
+        params = {name: self._pipe.read_params(name, self._dtype) for name in self._pipe.components}
         return jax.device_put(params, replicated(self._mesh) if self._mesh else None)
 
     def sample_latents(

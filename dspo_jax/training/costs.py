@@ -68,16 +68,17 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
-    params = {name: cast(pipe.networks[name].abstract_params()) for name in ("unet", *pipe.text_encoders)}
-    batch = {name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype) for name, leaf in
-             pipe.conditioning_shapes(1).items()}  # fmt: skip
-    text = jax.eval_shape(pipe.encode_text, params, batch["tokens"])
+    params = {name: cast(pipe.networks[name].abstract_params()) for name in pipe.components}
+    batch = {
+        name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+        for name, leaf in pipe.conditioning_shapes(1).items()
+    }
+    conditioning = jax.eval_shape(pipe.encode_conditioning, params, batch)
     height, width = (side // pipe.vae_scale_factor for side in size)
     latents = jax.ShapeDtypeStruct((1, height, width, pipe.latent_channels), dtype)
     timesteps = jax.ShapeDtypeStruct((1,), jnp.int32)
-    sizes = jax.ShapeDtypeStruct((1, 6), jnp.int32)
-    denoiser = count_flops(pipe.predict, params, latents, timesteps, text, sizes)
-    encoders = count_flops(pipe.encode_text, params, batch["tokens"])
+    denoiser = count_flops(pipe.predict, params, latents, timesteps, conditioning)
+    encoders = count_flops(pipe.encode_conditioning, params, batch)
     if denoiser is None or encoders is None:
         return None
     passes = task.loss.passes(images)

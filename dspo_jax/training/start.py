@@ -168,7 +168,8 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
     """
     if settings.lora.rank == 0:
         return {}
-    models = {"unet": pipe.unet, **(pipe.text_encoders if settings.train_text_encoder else {})}
+    trained = pipe.components if settings.train_text_encoder else (pipe.denoiser,)
+    models = {name: pipe.networks[name] for name in trained}
     key = jax.random.key(settings.seed)
     try:
         return {
@@ -207,8 +208,8 @@ def make_state(
         )
 
     precision = task.precision
-    networks = ("unet", *task.pipe.text_encoders)
-    trained = () if adapters else networks if task.train_text_encoder else ("unet",)
+    networks = task.pipe.components
+    trained = () if adapters else networks if task.train_text_encoder else (task.pipe.denoiser,)
     params = {name: read(name, precision.param_dtype) for name in trained}
     # What is not trained; and all of it where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]

@@ -263,12 +263,13 @@ def judge(
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
         if dataset.manifest["images_per_example"] == 1:
             raise UserError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
-    if pipes[0].unet.settings != pipes[1].unet.settings:
-        raise UserError(f"--reference={reference}: its UNet is another one than that of {model}")
+    ours, theirs = (pipe.networks[pipe.denoiser] for pipe in pipes)
+    if (ours.class_name, ours.settings) != (theirs.class_name, theirs.settings):
+        raise UserError(f"--reference={reference}: its denoiser is another one than that of {model}")
     mesh = make_mesh({"data": -1})
 
     def place(pipe: Pipeline) -> Any:
-        params = {name: pipe.read_params(name, compute_dtype) for name in ("unet", *pipe.text_encoders)}
+        params = {name: pipe.read_params(name, compute_dtype) for name in pipe.components}
         return jax.device_put(params, replicated(mesh))
 
     def predict(

@@ -30,11 +30,11 @@ def make_loss(folder, adapters):
     latents, target = draw.normal(size=(2, BATCH, 4, 4, 4)).astype(np.float32)
     timesteps = draw.integers(0, 1000, BATCH)
     tokens = pipe.tokenize(["a red heart", "a tree", "a", "b", ""])
-    pixels = np.tile(np.float32([16, 16, 0, 0, 16, 16]), (BATCH, 1))
+    batch = pipe.prompt_batch(tokens, (16, 16))
 
     def loss(params, policy):
-        text = pipe.encode_text(params, tokens, remat=policy)
-        output = pipe.predict(params, latents, timesteps, text, pixels, remat=policy)
+        conditioning = pipe.encode_conditioning(params, batch, remat=policy)
+        output = pipe.predict(params, latents, timesteps, conditioning, remat=policy)
         return jnp.square(output - target).mean()
 
     return loss, params

@@ -51,11 +51,12 @@ def test_each_text_encoder_has_its_own_tokenizer(sdxl_model):
     np.testing.assert_array_equal(pipe.empty_tokens, tokens[1])
 
 
-def encode_text(model, captions):
-    """What the UNet is told by captions."""
+def encode_captions(model, captions):
+    """Conditioning of the denoiser by captions."""
     pipe = load_pipeline(model)
     params = {name: pipe.read_params(name) for name in pipe.text_encoders}
-    return jax.jit(pipe.encode_text)(params, pipe.tokenize(captions))
+    batch = pipe.prompt_batch(pipe.tokenize(captions), (16, 16))
+    return jax.jit(pipe.encode_conditioning)(params, batch)
 
 
 @pytest.mark.ci
@@ -66,7 +67,7 @@ def test_sdxl_text_is_what_diffusers_gives_its_unet(sdxl_model):
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_model, local_files_only=True)
     with torch.no_grad():
         states, no_states, pooled, no_pooled = theirs.encode_prompt("a red heart", device="cpu")
-    text = encode_text(sdxl_model, ["a red heart", ""])
+    text = encode_captions(sdxl_model, ["a red heart", ""])
     assert text.states.shape == (2, 77, 20)
     assert text.pooled.shape == (2, 10)
     for ours, positive, negative in ((text.states, states, no_states), (text.pooled, pooled, no_pooled)):
@@ -78,7 +79,7 @@ def test_sdxl_text_is_what_diffusers_gives_its_unet(sdxl_model):
 def test_an_empty_caption_is_encoded_where_the_model_does_not_ask_for_zeros(sdxl_model, tmp_path):
     model = shutil.copytree(sdxl_model, tmp_path / "model")
     edit_json(model / "model_index.json", force_zeros_for_empty_prompt=False)
-    text = encode_text(model, ["a red heart", ""])
+    text = encode_captions(model, ["a red heart", ""])
     assert text.states[1].any()
     assert text.pooled[1].any()
 

@@ -179,7 +179,7 @@ def test_a_textual_inversion_tells_the_unet_what_it_does_in_diffusers(tiny_model
     tokens = pipe.tokenize(["a <x> on a chair"])
     assert {514, 515, 516} <= set(tokens.flat)
     params = {"text_encoder": pipe.read_params("text_encoder", "float32")}
-    assert_close(pipe.encode_text(params, tokens).states, states.numpy(), 1e-4)
+    assert_close(pipe.encode_conditioning(params, {"tokens": tokens}).states, states.numpy(), 1e-4)
 
 
 @each_row("form", ["old", "today"])

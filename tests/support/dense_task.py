@@ -19,7 +19,7 @@ from dspo_jax.training.task import Precision, Task, UpdateRule
 PAIRS, SIDE, CHANNELS, WIDTH = 8, 4, 4, 64
 
 
-def apply_network(params, latents, timesteps, text, micro_conditioning, remat):
+def apply_network(params, latents, timesteps, text, remat):
     """Three dense layers on every pixel."""
     params = params["unet"]
     hidden = (
@@ -44,8 +44,8 @@ def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameter
     """A task with an objective; `changes` are of the fields of its parts."""
     pipe = SimpleNamespace(
         schedule=Schedule.scaled_linear(),
-        encode_text=lambda params, tokens, remat: (
-            params["text_encoder"] * tokens[:, 0, :, None].astype(jnp.float32)
+        encode_conditioning=lambda params, batch, remat: (
+            params["text_encoder"] * batch["tokens"][:, 0, :, None].astype(jnp.float32)
         ),
         predict=apply_network,
         empty_tokens=np.zeros((1, 77), np.int32),

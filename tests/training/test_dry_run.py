@@ -63,15 +63,14 @@ def test_flops_of_a_pair_are_those_of_its_passes(
     task = make_task(parse(make_config(shallow_model, tiny_pairs, changes)), load_pipeline(shallow_model))
     pipe = task.pipe
     params = {name: pipe.networks[name].abstract_params() for name in ("unet", "text_encoder")}
-    tokens = jax.ShapeDtypeStruct((1, 1, 77), "int32")
-    text = jax.eval_shape(pipe.encode_text, params, tokens)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 1, 77), "int32")}
     inputs = (
         jax.ShapeDtypeStruct((1, 4, 4, 4), "float32"),
         jax.ShapeDtypeStruct((1,), "int32"),
-        text,
-        jax.ShapeDtypeStruct((1, 6), "int32"),
+        jax.eval_shape(pipe.encode_conditioning, params, batch),
     )
-    unet, encoder = count_flops(pipe.predict, params, *inputs), count_flops(pipe.encode_text, params, tokens)
+    unet = count_flops(pipe.predict, params, *inputs)
+    encoder = count_flops(pipe.encode_conditioning, params, batch)
     counted = flops_per_example(task, 2, (16, 16))
     assert counted == pytest.approx(unet_passes * unet + text_passes * encoder)
 

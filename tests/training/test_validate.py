@@ -189,5 +189,5 @@ def test_the_command_refuses_single_images_and_another_model(shallow_model, tiny
     with pytest.raises(ValueError, match=r"singles: holds single images; implicit accuracy is of pairs"):
         judge(shallow_model, shallow_model, singles, **options)
     pairs = write_pairs(tmp_path / "pairs", shallow_model, validation=2)
-    with pytest.raises(ValueError, match="its UNet is another one than that of"):
+    with pytest.raises(ValueError, match="its denoiser is another one than that of"):
         judge(shallow_model, tiny_model, pairs, **options)
