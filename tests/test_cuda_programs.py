@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from tables import each_row
 from tiny_model import FAMILIES, write_model
 from tiny_run import make_config
 
@@ -59,7 +60,7 @@ def lower_attention(query: tuple[int, ...], keys: int, mesh: jax.sharding.Mesh |
     return absent_gpu.lower(jax.jit(on_mesh(gradients, mesh)), *arrays).as_text()
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("positions", "heads", "head", "keys"),
     [
         *(((*level, keys)) for levels in LEVELS.values() for level in levels for keys in (77, level[0])),
@@ -77,7 +78,7 @@ def test_attention_is_trained_by_cudnn(positions, heads, head, keys, card):
     assert CALL.findall(text) == calls
 
 
-@pytest.mark.parametrize(("heads", "part"), [(4, "2x78x2x40"), (5, "2x78x5x40")])
+@each_row(("heads", "part"), [(4, "2x78x2x40"), (5, "2x78x5x40")])
 def test_each_device_of_a_mesh_calls_it_for_its_examples_and_heads(heads, part, card):
     text = lower_attention((8, 256, heads, 40), 77, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     assert CALL.findall(text) == ["", "Backward"]

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tables import each_row
 
 from dspo_jax.data.sources.emoji import EmojiImages
 from dspo_jax.evaluation.prompt_sets import SETS, read_prompt_set
@@ -136,7 +137,7 @@ def test_what_the_hub_does_not_have():
         read_prompt_set("parti=nobody/none", Path("unused"))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("text", "message"),
     [
         ("prati=PartiPrompts.tsv", "--prompts = 'prati': unknown; did you mean 'parti'"),

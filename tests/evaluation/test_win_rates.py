@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.evaluation.win_rates import Estimate, compare, reject
 
@@ -81,7 +82,7 @@ def test_the_interval_covers_the_truth_in_95_of_100_experiments():
     assert np.all(np.abs(covered / 1000 - 0.95) < 0.02), covered
 
 
-@pytest.mark.parametrize("draws", [1, 2, 5])
+@each_row("draws", [1, 2, 5])
 def test_rejection_against_every_subset(draws):
     draw = np.random.default_rng(draws)
     model = draw.integers(0, 4, size=(6, 2)).astype(float)  # whole numbers tie often
@@ -128,7 +129,7 @@ def test_rejection_with_a_hundred_draws_by_hand():
 GOOD, BROKEN = np.zeros((2, 3)), np.array([[0, 0, 0], [0, np.nan, 0]])
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("function", "model", "base", "message"),
     [
         (compare, BROKEN, GOOD, "scores of the model: NaN for prompt 1, image 1"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 from safetensors.numpy import load_file
+from tables import each_row
 from tiny_run import make_config
 
 from dspo_jax.conversion.export_model import ADAPTER_FORMATS, export
@@ -61,7 +62,7 @@ def run_unet(model, params):
     return np.asarray(jax.jit(model.apply)(params, latents, np.int32([5, 900]), text))
 
 
-@pytest.mark.parametrize("targets", [ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
+@each_row("targets", [ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
 def test_an_adapted_model_is_the_model_with_the_products_added(targets):
     model, params = make_unet()
     adapters = randomise(lora.init_adapters(params, targets, 2, jax.random.key(0)))
@@ -99,7 +100,7 @@ def test_patterns_match_whole_ends_of_paths():
     assert set(ranks.values()) == {3}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"lora.rank": -1}, "config.lora.rank = -1: must be at least 1, or 0 to turn LoRA off"),
@@ -211,7 +212,7 @@ def test_the_exported_model_has_the_products_in_its_kernels(run, shallow_model, 
     assert np.abs(draw_ours(shallow_model).astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 
-@pytest.mark.parametrize("style", ADAPTER_FORMATS)
+@each_row("style", ADAPTER_FORMATS)
 def test_diffusers_loads_the_adapters_and_draws_the_same(style, run, shallow_model, tmp_path):
     pytest.importorskip("peft")
     file = tmp_path / "adapters.safetensors"

@@ -10,6 +10,7 @@ import published
 import pytest
 import tiny_model as tiny
 from flax import nnx
+from tables import each_row
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models import clip, clip_vision, unet, vae
@@ -27,7 +28,7 @@ CONFIGS = {
 UNET, VAE, CLIP, PROJECTING_CLIP, TINY_VAE = CONFIGS
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("class_name", "key", "value", "message"),
     [
         (UNET, "act_fn", "gelu", "act_fn = 'gelu' is not supported; allowed: 'silu'"),
@@ -243,7 +244,7 @@ TABLES = {
 CLIP_CLASSES = (CLIP, PROJECTING_CLIP, "CLIP vision")
 
 
-@pytest.mark.parametrize("class_name", list(TABLES))
+@each_row("class_name", list(TABLES))
 def test_an_absent_key_takes_the_default_of_its_class(class_name):
     table, unread = TABLES[class_name]
     theirs = defaults_of_the_class(class_name)
@@ -265,7 +266,7 @@ def test_stable_diffusion_1_4s_autoencoder_has_the_default_groups():
     assert model.settings == build_model(VAE, published.SDXL_VAE).settings
 
 
-@pytest.mark.parametrize("key", ["addition_time_embed_dim", "projection_class_embeddings_input_dim"])
+@each_row("key", ["addition_time_embed_dim", "projection_class_embeddings_input_dim"])
 def test_a_text_and_time_embedding_without_its_size_is_refused(key):
     with pytest.raises(
         ValueError, match=f"config: {key} = None must be an integer where addition_embed_type"
@@ -273,7 +274,7 @@ def test_a_text_and_time_embedding_without_its_size_is_refused(key):
         build_model(UNET, published.SDXL_UNET | {key: None})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each_row("dtype", ["float32", "bfloat16"])
 def test_a_text_encoder_computes_in_the_dtype_of_its_parameters(dtype):
     model = build_model(CLIP, tiny.TEXT_ENCODER)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), model.abstract_params())
@@ -281,7 +282,7 @@ def test_a_text_encoder_computes_in_the_dtype_of_its_parameters(dtype):
     assert {text.last.dtype, text.pooled.dtype} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("class_name", "config", "parameters"),
     [
         (UNET, published.SD15_UNET, 859_520_964),
@@ -340,7 +341,7 @@ def test_a_text_for_two_images_in_a_row_is_that_text_twice():
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@each_row("causal", [False, True])
 def test_attention_is_softmax_of_scaled_products(causal):
     draw = np.random.default_rng(0)
     length = 6 if causal else 5
@@ -365,7 +366,7 @@ def test_attention_keeps_a_float32_softmax_in_bfloat16():
     np.testing.assert_allclose(out.astype(np.float32).item(), 1 / (1 + np.exp(-300 / 128)), atol=2**-8)
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
+@each_row("offset", [0.0, 100.0])
 def test_group_norm_matches_torch(offset):
     torch = pytest.importorskip("torch")
     draw = np.random.default_rng(0)
@@ -380,8 +381,8 @@ def test_group_norm_matches_torch(offset):
     np.testing.assert_allclose(norm(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5 * max(1.0, offset))
 
 
-@pytest.mark.parametrize("norm", [GroupNorm(8, 4, 1e-5), LayerNorm(8)], ids=["group", "layer"])
-@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0])
+@each_row("norm", [GroupNorm(8, 4, 1e-5), LayerNorm(8)], ids=["group", "layer"])
+@each_row("offset", [0.0, 1.0, 30.0])
 def test_norms_of_bfloat16_are_those_of_the_same_numbers_in_float32(norm, offset):
     """Their variance comes from a mean of squares, also where means are large and channels differ."""
     draw = np.random.default_rng(0)
@@ -394,7 +395,7 @@ def test_norms_of_bfloat16_are_those_of_the_same_numbers_in_float32(norm, offset
     np.testing.assert_array_equal(norm(flat), np.zeros_like(flat))
 
 
-@pytest.mark.parametrize("class_name", list(CONFIGS))
+@each_row("class_name", list(CONFIGS))
 def test_parameter_paths_are_the_state_dict_names(class_name):
     torch = pytest.importorskip("torch")
     config = {k: v for k, v in CONFIGS[class_name].items() if not k.startswith("_")}
@@ -414,7 +415,7 @@ def test_parameter_paths_are_the_state_dict_names(class_name):
     assert len(paths) == len(list(module.parameters()))
 
 
-@pytest.mark.parametrize("parts", [1, 7])
+@each_row("parts", [1, 7])
 def test_attention_to_what_is_visible_is_attention_without_the_rest(parts, monkeypatch):
     monkeypatch.setattr("dspo_jax.kernels.attention._AT_A_TIME", 14 * 9 // parts)
     draw = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 from flax import nnx
+from tables import each_row
 
 from dspo_jax.models import blocks, clip, lora, remat, unet
 from dspo_jax.pipelines.loading import load_pipeline
@@ -77,7 +78,7 @@ def test_gradients_of_a_model_are_the_same(folder, adapters):
         assert_close(expected, gradient(params, policy))
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["base", "adapters"])
+@each_row("adapters", [False, True], ids=["base", "adapters"])
 def test_less_is_kept(folder, adapters):
     loss, params = make_loss(folder, adapters)
     nothing, dots, inputs = (kept(lambda p, r=r: loss(p, r), params) for r in ("none", "dots", "blocks"))
@@ -115,8 +116,8 @@ def make_block(kind, adapters):
     return block, [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["base", "adapters"])
-@pytest.mark.parametrize("kind", ["resnet", "transformer"])
+@each_row("adapters", [False, True], ids=["base", "adapters"])
+@each_row("kind", ["resnet", "transformer"])
 def test_gradients_of_a_block_are_the_same(kind, adapters):
     block, inputs = make_block(kind, adapters)
     graph, state = nnx.split(block)
@@ -131,7 +132,7 @@ def test_gradients_of_a_block_are_the_same(kind, adapters):
         assert_close(expected, gradient(state, inputs, policy))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("kind", "expected"),
     [
         # The first convolution and the shift by the time; no gradient needs what the second one gives.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import objectives_numpy
 import pytest
+from tables import each_row
 
 from dspo_jax.objectives import Predictions, get_objective
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -84,7 +85,7 @@ def with_defaults(name, given, **options):
     return filled
 
 
-@pytest.mark.parametrize(("case", "reduction", "time_weight", "prediction_type"), VARIANTS)
+@each_row(("case", "reduction", "time_weight", "prediction_type"), VARIANTS)
 def test_matches_numpy_in_float64(case, reduction, time_weight, prediction_type, arrays):
     name, given = CASES[case]
     options = {"reduction": reduction, "time_weight": time_weight}
@@ -102,7 +103,7 @@ def test_matches_numpy_in_float64(case, reduction, time_weight, prediction_type,
         np.testing.assert_allclose(metrics[key], expected, rtol=2e-4, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize(("case", "reduction", "time_weight", "prediction_type"), VARIANTS)
+@each_row(("case", "reduction", "time_weight", "prediction_type"), VARIANTS)
 def test_gradient_matches_finite_differences(case, reduction, time_weight, prediction_type, arrays):
     name, given = CASES[case]
     options = {"reduction": reduction, "time_weight": time_weight}
@@ -175,7 +176,7 @@ class TestStep0:
         np.testing.assert_array_equal(loss, np.full(3, 0 if name == "dspo_ref" else LN2))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "given", "expected"),
     [
         ("sdpo", {}, [LN2, LN2, LN2]),
@@ -205,8 +206,8 @@ def test_dspo_at_the_published_lambda_is_numerically_sft(arrays):
     assert np.vdot(dspo, sft) / np.linalg.norm(dspo) / np.linalg.norm(sft) > 1 - 1e-6
 
 
-@pytest.mark.parametrize("time_weight", ["none", "paper"])
-@pytest.mark.parametrize("name", WITH_REWARD)
+@each_row("time_weight", ["none", "paper"])
+@each_row("name", WITH_REWARD)
 def test_swapping_winner_and_loser_flips_the_margin(name, time_weight, arrays):
     objective = get_objective(name, time_weight=time_weight, **STRONG[name])
     schedule = Schedule.scaled_linear()
@@ -221,7 +222,7 @@ def test_swapping_winner_and_loser_flips_the_margin(name, time_weight, arrays):
     np.testing.assert_allclose(other["deviation"], one["deviation"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@each_row("name", OBJECTIVES)
 def test_permuting_the_batch_permutes_losses_and_metrics(name, arrays):
     objective = get_objective(name, time_weight="paper", **STRONG[name])
     schedule = Schedule.scaled_linear()
@@ -249,8 +250,8 @@ def test_margin_keeps_its_precision_for_a_policy_that_has_barely_moved():
     np.testing.assert_allclose(metrics["margin"], -2500 * (drift[:, 0] - drift[:, 1]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@each_row("name", OBJECTIVES)
+@each_row("dtype", [jnp.bfloat16, jnp.float16])
 def test_computes_in_float32_whatever_the_inputs(name, dtype, arrays):
     low = as_predictions(arrays, dtype)
     objective, schedule = get_objective(name), Schedule.scaled_linear()
@@ -262,7 +263,7 @@ def test_computes_in_float32_whatever_the_inputs(name, dtype, arrays):
         np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@each_row("name", OBJECTIVES)
 def test_no_gradient_into_reference_or_target(name, arrays):
     predictions = as_predictions(arrays)
 
@@ -285,7 +286,7 @@ def test_one_timestep_per_pair_is_the_same_timestep_for_both(arrays):
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@pytest.mark.parametrize("name", WITH_REWARD)
+@each_row("name", WITH_REWARD)
 def test_no_preference_means_certainty(name, arrays):
     certain = as_predictions(arrays | {"preference": np.ones(SHAPE[0])})
     objective, schedule = get_objective(name, **STRONG[name]), Schedule.scaled_linear()
@@ -327,7 +328,7 @@ def test_single_images(arrays):
     np.testing.assert_allclose(ddpm(pairs, schedule)[0], halves, rtol=1e-6)
 
 
-@pytest.mark.parametrize("time_weight", ["none", "paper"])
+@each_row("time_weight", ["none", "paper"])
 def test_kto_on_single_images_matches_numpy(time_weight, arrays):
     """Where the preference is the probability that the image is liked."""
     single = {k: a[:, :1] if a.ndim > 1 else a for k, a in arrays.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each_row
 
 from dspo_jax.objectives import Predictions, get_objective
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -88,7 +89,7 @@ EXTREMES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "hyperparameters", "expected"), EXTREMES)
+@each_row(("name", "hyperparameters", "expected"), EXTREMES)
 def test_known_values_at_extreme_differences(name, hyperparameters, expected):
     """D = 1e4, then -1e4: one image of the pair is 100 off, the other and the reference are right."""
     target = jnp.asarray(np.random.default_rng(0).normal(size=(2, *PAIRS[1:])), jnp.float32)

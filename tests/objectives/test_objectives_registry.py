@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
+from tables import each_row
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import Predictions, dpo, get_objective, registry
@@ -29,13 +30,13 @@ def pairs():
     return Predictions(policy, reference, target, jnp.array([0, 20, 500, 999]), jnp.ones(SHAPE[0]))
 
 
-@pytest.mark.parametrize("name", WITH_REFERENCE)
+@each_row("name", WITH_REFERENCE)
 def test_missing_reference_is_one_clear_error(name, pairs):
     with pytest.raises(ValueError, match=f"'{name}' .* reference model: Predictions.reference is None"):
         get_objective(name)(dataclasses.replace(pairs, reference=None), Schedule.scaled_linear())
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@each_row("name", PAIRWISE)
 def test_missing_loser_is_one_clear_error(name, pairs):
     objective, schedule = get_objective(name), Schedule.scaled_linear()
     winners = jax.tree.map(lambda array: array[:, :1] if array.ndim == 5 else array, pairs)
@@ -43,7 +44,7 @@ def test_missing_loser_is_one_clear_error(name, pairs):
         objective(winners, schedule)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("field", "shape", "message"),
     [
         ("policy", (4, 3, 2, 2), r"Predictions.policy has shape \(4, 3, 2, 2\)"),
@@ -61,7 +62,7 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
         get_objective("dspo")(predictions, Schedule.scaled_linear())
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "given", "message"),
     [
         (
@@ -152,7 +153,7 @@ def test_equal_objectives_share_a_compiled_step(pairs):
     assert [objective.hyperparameters["beta"] for objective in traces] == [10.0, 20.0]
 
 
-@pytest.mark.parametrize("given", [{"beta": 5000.0}, {"beta": 5000 / (4 * 64 * 64), "reduction": "sum"}])
+@each_row("given", [{"beta": 5000.0}, {"beta": 5000 / (4 * 64 * 64), "reduction": "sum"}])
 def test_notes_give_beta_in_every_convention(given):
     (note,) = get_objective("diffusion_dpo", **given).notes(4 * 64 * 64)
     assert note.startswith(
@@ -162,7 +163,7 @@ def test_notes_give_beta_in_every_convention(given):
     assert "0.305176 (sum, with 1/2) = 0.152588 (sum, without 1/2)" in note
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@each_row("reduction", ["mean", "sum"])
 def test_conventions_in_the_notes_are_equivalent(reduction, pairs):
     """The same loss from the other reduction at the beta that the note names."""
     values = int(np.prod(SHAPE[2:]))
@@ -175,7 +176,7 @@ def test_conventions_in_the_notes_are_equivalent(reduction, pairs):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("given", "warned"),
     [
         ({}, True),
@@ -196,7 +197,7 @@ def test_dspo_warns_when_it_is_numerically_sft(given, warned):
     assert all("numerically SFT" in warning for warning in warnings)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "given", "warning"),
     [
         ("dspo", {"score_weight": 2.0}, "1 - s * G = 0 times that of SFT, which is zero; .* below 2"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import each_row
 
 from dspo_jax.objectives import Predictions, get_objective
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -118,8 +119,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("distance", [0.5, 0.1])  # of the policy from the reference: both sides of the switch
-@pytest.mark.parametrize(("released", "given"), CASES)
+@each_row("distance", [0.5, 0.1])  # of the policy from the reference: both sides of the switch
+@each_row(("released", "given"), CASES)
 def test_matches_torch_autograd_of_the_released_formula(released, given, distance):
     rng = np.random.default_rng(0)
     reference, target = rng.normal(size=(2, *SHAPE))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tables import each_row
 
 from dspo_jax.sampling.prompts import Prompt, read_prompts
 
@@ -15,7 +16,7 @@ def texts(path):
     return [prompt.text for prompt in read_prompts(str(path))]
 
 
-@pytest.mark.parametrize("text", [" a cat ", "a cat, from cats.json", "a .txt"])
+@each_row("text", [" a cat ", "a cat, from cats.json", "a .txt"])
 def test_a_text_is_one_prompt(text):
     assert read_prompts(text) == [Prompt(text.strip())]
 
@@ -25,7 +26,7 @@ def test_lines(tmp_path):
     assert texts(tmp_path / "prompts.txt") == ["one", "two"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "content"),
     [
         ("p.jsonl", '{"prompt": "one"}\n{"prompt": "", "id": 3}\n"three"\n'),
@@ -40,7 +41,7 @@ def test_files(tmp_path, name, content):
     assert texts(tmp_path / name) == ["one", "", "three"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "content", "message"),
     [
         ("p.csv", "prompt\na cat, sitting\n", "line 2: more fields than the first line has names; quote"),
@@ -66,7 +67,7 @@ def test_quotes_in_a_tsv_are_part_of_the_prompt(tmp_path):
     assert texts(tmp_path / "p.tsv") == ['"GO" on a sign', 'the word "STOP']
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "content"),
     [
         ("p.jsonl", '{"prompt": "one", "category": "A"}\n"two"'),
@@ -116,7 +117,7 @@ def test_images_to_start_from_are_relative_to_the_file(tmp_path):
         read_prompts(str(path))
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "content", "message"),
     [
         ("p.txt", "\n", "no prompt in it"),
@@ -145,7 +146,7 @@ def test_a_file_that_cannot_be_understood_is_refused_by_line(tmp_path, name, con
 HALF = "a fox \\ud83e"  # as JSON writes it
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("name", "content", "message"),
     [
         ("p.jsonl", f'"one"\n{{"prompt": "{HALF}"}}', "p.jsonl: line 2: .* has half a character in it"),

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from tables import each_row
 from torch.optim.adamw import adamw
 from transformers.optimization import Adafactor
 
@@ -34,7 +35,7 @@ def config(**changes):
     return parse(OptimizerSettings, {**defaults, **changes}, "config.optimizer")
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@each_row("max_grad_norm", [0.0, 1.0])
 def test_adamw_agrees_with_torch(max_grad_norm):
     random = np.random.default_rng(0)
     start = {
@@ -203,7 +204,7 @@ def held_dtypes(optimizer, params):
     return sorted(str(leaf.dtype) for leaf in jax.tree.leaves(optimizer.init(params)) if leaf.shape)
 
 
-@pytest.mark.parametrize(("name", "second"), [("adamw", ["float32"]), ("lion", [])])
+@each_row(("name", "second"), [("adamw", ["float32"]), ("lion", [])])
 def test_the_first_moment_is_stored_in_its_dtype(name, second):
     params = jnp.ones((300,))
     gradients = jnp.asarray(np.random.default_rng(0).normal(size=(20, 300)), jnp.float32)
@@ -223,7 +224,7 @@ def test_the_first_moment_is_stored_in_its_dtype(name, second):
     assert 0 < difference < 0.1
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion"])
+@each_row("name", ["adafactor", "adamw", "lion"])
 def test_a_scaled_rate_is_that_of_one_example_times_the_batch(name):
     given = {"name": name, "schedule": "cosine", "warmup_steps": 2}
     scaled = config(learning_rate=1e-3, scale_lr=True, **given)
@@ -238,7 +239,7 @@ def test_a_scaled_rate_is_that_of_one_example_times_the_batch(name):
     np.testing.assert_allclose(*steps, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("schedule", "decay"),
     [
         ("constant", lambda progress: 1.0),
@@ -253,7 +254,7 @@ def test_schedules_follow_their_formula(schedule, decay):
     np.testing.assert_allclose(rate(jnp.arange(4, 25)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("warmup_steps", "expected"),
     [
         # Updates 1 to 4 warm up; the 9th has sqrt(4 / 9) of the peak, the 16th a half.
@@ -284,7 +285,7 @@ def test_the_optimizer_uses_the_schedule_it_returns():
         np.testing.assert_allclose(updates, -rate(step) * np.ones(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         (

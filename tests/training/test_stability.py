@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from tables import each_row
 
 from dspo_jax.training import stability
 
@@ -20,7 +20,7 @@ def run(losses, *, loss_spike=0.0, grad_norms=None):
     return verdicts, after
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@each_row("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_skipped_counted_and_forgotten(bad):
     verdicts, after = run([1.0, bad, bad, 1.0, bad])
     assert verdicts == [True, False, False, True, False]
