@@ -243,8 +243,8 @@ class Profile:
         self._profiler = profiler
 
     def due(self, at: Moment) -> bool:
-        """Before every further step."""
-        return not at.last
+        """Before every step but the first of this process, of which whoever opened the profiler tells it."""
+        return at.step > 0 and not at.last
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
         """Tells the profiler which step comes next."""
