@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_model
 from fake_time import FakeTime
+from tables import each_row
 
 torch = pytest.importorskip("torch")
 
@@ -30,6 +31,9 @@ from dspo_jax.pipelines import published  # noqa: E402
 from dspo_jax.pipelines.loading import load_pipeline  # noqa: E402
 from dspo_jax.training.settings import parse  # noqa: E402
 from dspo_jax.training.start import make_state, make_task  # noqa: E402
+
+pytestmark = pytest.mark.ci
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +141,7 @@ def test_an_objective_without_a_torch_step_is_refused(trainer):
         made.step(batch)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+@each_row(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
 def test_a_published_architecture_has_no_weights(name, parameters):
     pipe = published.architecture(name)
     assert sum(leaf.size for leaf in jax.tree.leaves(pipe.unet.abstract_params())) == parameters
@@ -187,7 +191,7 @@ def test_compare_passes_on_what_the_benchmarks_understand():
     assert list(compare.arguments_for_both(given)) == ["--config", "a.py", "--steps=3", "--config.a=1"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("model", "name", "message"),
     [
         (None, None, "config.model is not set: give"),
@@ -211,7 +215,7 @@ def test_the_input_pipeline_says_how_far_ahead_it_keeps(tmp_path):
     assert not (tmp_path / "pairs").exists()
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("benchmark", "case", "forms"),
     [
         ("layers", "double 128 to", ("3 x 3 of what is doubled", "four of 2 x 2")),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import ROOT, last_step, wait_until
+from tables import each_row
 from tiny_run import read_reproducible, saved_steps
 
 from dspo_jax.cli import EXIT_STOPPED
@@ -78,14 +79,14 @@ def stubs(tmp_path):
     return Stubs(tmp_path / "stubs")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@each_row("script", SCRIPTS)
 def test_a_script_is_short_and_parses(script):
     assert len(script.read_text().splitlines()) < 60
     assert subprocess.run(["bash", "-n", script], capture_output=True).stderr == b""
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize(("tool", "files"), [("shellcheck", SCRIPTS), ("hadolint", [LAUNCH / "Dockerfile"])])
+@each_row(("tool", "files"), [("shellcheck", SCRIPTS), ("hadolint", [LAUNCH / "Dockerfile"])])
 def test_linters_find_nothing(tool, files):
     command = shutil.which(tool, path=TOOLS)
     if command is None:

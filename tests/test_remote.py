@@ -95,6 +95,7 @@ def parse(monkeypatch):
         "--out=file:///x",
         "--out=https://host/x",
         "--model=gs://bucket/x",
+        "--model=ours=gs://bucket/x",
         "--config.data.path=gs://bucket/x",
         "--config.folders=('gs://bucket/x',)",
     ],

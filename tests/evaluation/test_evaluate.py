@@ -11,6 +11,7 @@ import pytest
 from image_files import image_bytes
 from PIL import Image
 from processes import finish, log_of, start
+from tables import each_row
 
 from dspo_jax.evaluate import read_options
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
@@ -264,7 +265,7 @@ def test_edits_start_from_their_pictures(tmp_path):
     assert comparison.prompts.prompts == (Prompt("a", tmp_path / "a.png"),)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"base_images": "x"}, "--base or --base_images: give one of them"),

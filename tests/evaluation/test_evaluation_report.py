@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from image_files import image_bytes
 from rich.console import Console
+from tables import each_row
 
 from dspo_jax.evaluation.figures import draw_figures
 from dspo_jax.evaluation.image_folders import Images
@@ -122,7 +123,7 @@ def test_a_wide_margin_is_below_a_thousandth(tmp_path):
     assert "| m | 100.0 [100.0, 100.0] 60 won, 0 tied, 0 lost p < 0.001 |" in to_markdown(found)
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
+@each_row("seeds", [1, 2])
 def test_figures(tmp_path, seeds):
     evaluation = make(tmp_path, seeds=seeds, base_seeds=5, labels=("m", "a label that is much too long " * 4))
     figures = draw_figures(evaluation)

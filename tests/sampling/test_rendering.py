@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 import dspo_jax
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.rendering import Drawing, Rendering
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
@@ -26,7 +27,7 @@ def test_what_nothing_can_be_rendered_with_is_refused(changes, message):
         Rendering(**changes)
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"sampler": "dim", "eta": 0.5}, "--sampler = 'dim': unknown; did you mean 'ddim'"),
@@ -48,7 +49,7 @@ def test_latents_are_those_of_the_model_or_of_the_size(tiny_model):
         Rendering(size=(0, 40)).latent_shape(pipe)
 
 
-@pytest.mark.parametrize("room", ["sampling", "evaluation", "feedback"])
+@each_row("room", ["sampling", "evaluation", "feedback"])
 def test_no_function_has_more_than_seven_parameters_or_hands_on_a_dictionary(room):
     functions = [
         (file.name, node)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from processes import finish, log_of, start
 from safetensors.numpy import load_file, save_file
+from tables import each_row
 
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sample import read_options
@@ -277,7 +278,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("changes", "message"),
     [
         ({"prompts": "missing.txt"}, "--prompts=missing.txt: no such file"),
@@ -307,7 +308,7 @@ def test_options_that_make_no_sense_are_refused(changes, message):
 NOISE = np.random.default_rng(0).standard_normal((1, 2, 3, 4))
 
 
-@pytest.mark.parametrize(
+@each_row(
     "noise",
     [NOISE.astype(dtype) for dtype in ("<f2", ">f4", "<f8")] + [np.asfortranarray(NOISE)],
     ids=["float16", "big_endian", "float64", "fortran"],
@@ -321,7 +322,7 @@ def test_noise_of_any_layout_is_read(tmp_path, noise):
 HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 2, 4), }"
 
 
-@pytest.mark.parametrize(
+@each_row(
     ("header", "message"),
     [
         (HEADER.replace("<f4", "|O"), "not a whole .npy file of numbers (Array can't be memory-mapped"),
