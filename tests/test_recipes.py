@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tables import each_row
 
+from dspo_jax import limits
 from dspo_jax.objectives import get_objective
-from dspo_jax.training.optim import make_optimizer
+from dspo_jax.training.optim import OptimizerSettings, make_optimizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "pick_a_pic.py")
@@ -38,7 +39,8 @@ def test_recipe_is_accepted(name, variant):
     config = load(name).get_config(*([] if variant is None else [variant]))
     arguments = {key: value for key, value in config.objective.items() if value is not None}
     objective = get_objective(arguments.pop("name"), **arguments)
-    make_optimizer(config.optimizer.to_dict(), config.steps, config.batch_size)
+    settings = limits.parse(OptimizerSettings, config.optimizer.to_dict(), "config.optimizer")
+    make_optimizer(settings, config.steps, config.batch_size)
     assert config.objective.name in name or objective.name == "dspo_sdxl" or name == "emoji_base"
 
 
