@@ -196,6 +196,7 @@ def draw_theirs(path, adapters=None):
     ).images
 
 
+@pytest.mark.ci
 def test_the_exported_model_has_the_products_in_its_kernels(run, shallow_model, tmp_path):
     assert export(run, tmp_path / "merged") == 3
     merged, base = load_pipeline(tmp_path / "merged"), load_pipeline(shallow_model)
@@ -212,6 +213,7 @@ def test_the_exported_model_has_the_products_in_its_kernels(run, shallow_model, 
     assert np.abs(draw_ours(shallow_model).astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 
+@pytest.mark.ci
 @each_row("style", ADAPTER_FORMATS)
 def test_diffusers_loads_the_adapters_and_draws_the_same(style, run, shallow_model, tmp_path):
     pytest.importorskip("peft")

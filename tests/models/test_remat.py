@@ -116,6 +116,7 @@ def make_block(kind, adapters):
     return block, [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
 
 
+@pytest.mark.ci
 @each_row("adapters", [False, True], ids=["base", "adapters"])
 @each_row("kind", ["resnet", "transformer"])
 def test_gradients_of_a_block_are_the_same(kind, adapters):

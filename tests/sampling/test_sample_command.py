@@ -364,6 +364,7 @@ def test_editing_draws_three_quarters_anew_unless_told(tmp_path):
         read_options(SimpleNamespace(**OPTIONS | {"prompts": str(tmp_path / "p.jsonl")}))
 
 
+@pytest.mark.ci
 def test_two_processes_share_the_images(model, tmp_path):
     options = [f"--model={model}", "--prompts=a red heart", "--seeds=0,1,2", "--steps=2", "--batch_size=1"]
     for name, processes in (("one", 1), ("two", 2)):

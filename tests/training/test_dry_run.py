@@ -13,6 +13,7 @@ from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task, prepare
 
 
+@pytest.mark.ci
 def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     shallow_model, tiny_pairs, monkeypatch, tmp_path
 ):

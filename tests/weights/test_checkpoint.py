@@ -351,6 +351,7 @@ def save_twice_and_say(directory, wait):
         print(f"{error}; loaded step {restore_params(directory)[1]}")
 
 
+@pytest.mark.ci
 @each_row("wait", [True, False])
 def test_a_full_disk_is_said_in_plain_words(tmp_path, wait):
     # The small disk is seen by that process alone and gone with it, however it ends.
