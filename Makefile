@@ -8,11 +8,11 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 WORKERS ?= 2
 
 # XLA's temporaries come to a CPU as fresh memory in every step. In pages of 2 MiB in place of 4 KiB, which glibc asks
-# Linux for when told so before it starts, the demo's step takes an eighth less (benchmarks/README.md).
+# Linux for when told so before it starts, the demo's step takes an eighth less (docs/cpu.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci lint venv
+.PHONY: help demo test test-ci lint docs venv
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -29,11 +29,15 @@ test-ci: $(VENV)/test.stamp ## run the tests of continuous integration, on WORKE
 	@echo "test-ci: pytest on $(WORKERS) processes"
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
-lint: $(VENV)/test.stamp ## check style, format and types
+lint: $(VENV)/test.stamp docs ## check style, format, types and that the API reference builds
 	@echo "lint: ruff check, ruff format --check, mypy"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/test.stamp ## build the API reference from the docstrings, into build/docs
+	@echo "docs: pdoc into build/docs; a warning is an error"
+	@$(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs dspo_jax
 
 venv: $(VENV)/test.stamp ## make .venv with everything that development needs
 	@echo "venv: ready; activate it with: . $(BIN)/activate"

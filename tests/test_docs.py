@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,6 @@ def on_a_tiny_model(line: str) -> str:
     for there, here in (
         ("HUB_ID_OR_FOLDER", "SOURCE"),
         ("organisation/name", "SOURCE"),
-        ("pickscore,hpsv2.1", "compressibility"),
         ("pickscore", "compressibility"),
         ("parti=PartiPrompts.tsv", "prompts.txt"),
     ):
@@ -178,10 +178,9 @@ def after_the_readme(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
         for prompt, seed in itertools.product(range(2), range(5)):
             picture(folder / name / f"{prompt:05}_{seed}.png")
     (folder / "own.py").write_text("def my_reward(images, prompts):\n    return [x.mean() for x in images]\n")
-    assert run_page(ROOT / "README.md", folder, on_a_tiny_model) == 4
+    assert run_page(ROOT / "README.md", folder, on_a_tiny_model) == 5
     assert (folder / "eval" / "index.html").is_file()
     (folder / "DATA_DIR").symlink_to("data/pairs")
-    run("python -m dspo_jax.convert export --run=runs/mine --out=exported", folder)
     return folder
 
 
@@ -207,3 +206,25 @@ def test_every_page_is_run_or_says_why_not():
     for page in PAGES:
         left = [block for block, reason in blocks(page) if not reason and "python -m dspo_jax" in block]
         assert not left or page.stem in run_here, page
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_of_a_page_trains_a_model(page, shallow_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("MODEL_DIR").symlink_to(shallow_model)
+    Path("pictures").mkdir()
+    draw = np.random.default_rng(0)
+    for name in (f"{n}{which}.png" for n in range(8) for which in "ab"):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(Path("pictures") / name)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, page, "exec"), found)
+    assert int(found["state"].step) == 10
+    before = found["pipe"].read_params("unet")["conv_in"]["kernel"]
+    assert np.abs(found["state"].params["unet"]["conv_in"]["kernel"] - before).max() > 0
+    if page == "docs/python.md":
+        with Image.open("fox.png") as drawn:
+            assert drawn.size == (16, 16)
+        assert found["loss"].shape == (4,)

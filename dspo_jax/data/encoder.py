@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -25,6 +25,7 @@ VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
 
 _Batch = list[tuple[PreferencePair, Prepared]]
+_OnBadRow = Callable[[PreferencePair, BadRow], None]
 
 
 class BadRowLog:
@@ -106,7 +107,7 @@ class Encoder:
             on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
         )
 
-    def examples(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:
+    def examples(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[dict[str, Any]]:
         """Yields the examples of the good rows, those of one size in order; tells `on_bad_row` of the others.
 
         The VAE works on a batch while the images of the next are awaited.
@@ -120,7 +121,7 @@ class Encoder:
         if before is not None:
             yield from self._finish(*before, on_bad_row)
 
-    def _batches(self, rows: Iterable[PreferencePair], on_bad_row: BadRowLog) -> Iterator[_Batch]:
+    def _batches(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[_Batch]:
         """Full batches of images of one size; at the end one of each size with what is left."""
         waiting: dict[tuple[int, ...], _Batch] = {}
         for row, prepared in self._timed(prepare_rows(rows, self._framing, self._pool, self._ahead)):
@@ -153,7 +154,7 @@ class Encoder:
         padded[: len(images)] = images
         return self._moments(self._params, jax.device_put(padded, self._split))
 
-    def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: BadRowLog) -> Iterator[dict[str, Any]]:
+    def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: _OnBadRow) -> Iterator[dict[str, Any]]:
         tokens = self._pipe.tokenize([row.caption for row, _ in batch])
         per_example = len(batch[0][1].pixels)
         moments = np.asarray(encoding)[: len(batch) * per_example]

@@ -1,6 +1,6 @@
 """Layers in the forms that XLA compiles well for a CPU: the same sums as the plain ones, but for rounding.
 
-What a layer is for a program of another device is untouched. benchmarks/README.md has what each form saves.
+What a layer is for a program of another device is untouched. docs/cpu.md has what each form saves.
 """
 
 from typing import Any

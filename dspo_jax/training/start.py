@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_datasets
+from dspo_jax.data.records import Batch
 from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
 from dspo_jax.models import lora
@@ -57,11 +58,12 @@ class Experiment:
     adapters: Params
 
 
-def prepare(config: ConfigDict) -> Experiment:
+def prepare(config: ConfigDict, examples: Batch | None = None) -> Experiment:
     """Makes everything of a run that can be refused before weights are read.
 
     Args:
       config: the keys of configs/common.py.
+      examples: encoded pairs in memory (`data.in_memory.encode_pairs`), in place of those of `config.data`.
 
     Raises:
       UserError, OSError: a config, model or data that cannot be trained.
@@ -80,7 +82,11 @@ def prepare(config: ConfigDict) -> Experiment:
     objective = make_objective(settings)
     task = make_task(settings, pipe)
     adapters = make_adapters(settings, pipe)
-    datasets = open_data(settings, pipe, objective)
+    if examples is None:
+        datasets = open_data(settings, pipe, objective)
+    else:
+        datasets = ()
+        check_images(objective, examples["moments"].shape[1], "the batch in memory")
     mesh = mesh_of(settings)
     check_batch_size(
         settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
@@ -248,16 +254,7 @@ def open_data(settings: Settings, pipe: Pipeline, objective: Objective) -> Seque
     for dataset in datasets:
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
     images = datasets[0].manifest["images_per_example"]
-    if objective.needs_loser and images == 1:
-        raise UserError(
-            f"config.objective.name = {objective.name!r}: compares winner and loser, but {data.path} "
-            "holds single images; use sft or ddpm, or encode pairs"
-        )
-    if objective.images == "one" and images == 1:
-        raise UserError(
-            f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
-            f"{data.path} holds single images without such labels; use sft or ddpm, or encode pairs"
-        )
+    check_images(objective, images, data.path)
     # These raise where there are no examples. What is held out need not be so in every dataset.
     for dataset in datasets:
         count_examples([dataset], data.split, "config.data.split")
@@ -270,3 +267,26 @@ def open_data(settings: Settings, pipe: Pipeline, objective: Objective) -> Seque
             "--config.validation.every=0, or encode the data so that some are held out",
         )
     return datasets
+
+
+def check_images(objective: Objective, images: int, data: str) -> None:
+    """Refuses single images where an objective needs pairs.
+
+    Args:
+      objective: of the run.
+      images: of an example, 2 or 1.
+      data: what the error calls the examples.
+
+    Raises:
+      UserError: by the name of the objective.
+    """
+    if objective.needs_loser and images == 1:
+        raise UserError(
+            f"config.objective.name = {objective.name!r}: compares winner and loser, but {data} "
+            "holds single images; use sft or ddpm, or encode pairs"
+        )
+    if objective.images == "one" and images == 1:
+        raise UserError(
+            f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
+            f"{data} holds single images without such labels; use sft or ddpm, or encode pairs"
+        )

@@ -357,7 +357,7 @@ class _LateWrites:
     the error of the save itself arrives as an exception.
     """
 
-    shown: Callable[[sys.UnraisableHookArgs], object]
+    shown: Callable[[Any], object]
 
     def __call__(self, lost: sys.UnraisableHookArgs) -> None:
         if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):

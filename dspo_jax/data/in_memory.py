@@ -1,0 +1,60 @@
+"""Preference pairs encoded in memory, without a dataset on disk: for notebooks and tests."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dspo_jax.data.encoder import Encoder
+from dspo_jax.data.prepare import Framing
+from dspo_jax.data.records import Batch
+from dspo_jax.data.sources import PreferencePair
+from dspo_jax.errors import UserError
+from dspo_jax.images.image_files import BadRow
+from dspo_jax.pipelines.pipeline import Pipeline
+
+
+def encode_pairs(
+    pipe: Pipeline,
+    pairs: Sequence[PreferencePair],
+    *,
+    resolution: int | None = None,
+    vae_dtype: str = "float32",
+) -> Batch:
+    """Encodes pairs as `dspo_jax.encode` does, and returns the arrays of all of them as one batch.
+
+    Args:
+      pipe: gives the VAE and the tokenizers.
+      pairs: N pairs, or N single images; few enough for their pixels to fit into memory.
+      resolution: side in pixels of the square that images are resized and cropped to; None is the model's.
+      vae_dtype: compute dtype of the VAE, "float32" or "bfloat16".
+
+    Returns:
+      A batch of N examples in the order of `pairs`, as the loader gives it (`data.records.Batch`). A pair
+      without a key is named by its number.
+
+    Raises:
+      UserError: no pairs, pairs beside single images, a pair that cannot be used (by its key), or a
+        resolution that is not a multiple of the pixels per latent.
+    """
+    if not pairs:
+        raise UserError("pairs: empty; give at least one")
+    if len({pair.loser is None for pair in pairs}) > 1:
+        raise UserError("pairs: some have a loser and some have none; give pairs or single images")
+    side = pipe.image_side if resolution is None else resolution
+    if side < 1 or side % pipe.vae_scale_factor:
+        raise UserError(
+            f"resolution = {side}: must be a positive multiple of {pipe.vae_scale_factor}, the pixels per "
+            "latent of this model's VAE"
+        )
+
+    def refuse(pair: PreferencePair, problem: BadRow) -> None:
+        raise UserError(f"pair {pair.key or pair.caption!r}: {problem}")
+
+    encoder = Encoder(pipe, Framing(((side, side),)), batch_size=min(len(pairs), 16), vae_dtype=vae_dtype)
+    examples = list(encoder.examples(pairs, refuse))
+    arrays = {
+        name: np.stack([example[name] for example in examples])
+        for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won")
+    }
+    keys = [example["key"] or str(number) for number, example in enumerate(examples)]
+    return {**arrays, "caption": [example["caption"] for example in examples], "key": keys}
