@@ -3,8 +3,6 @@
 Axes in shapes: n calls, K outputs that a step uses, B images, h, w and C of the latents.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -95,7 +93,7 @@ class Sampler:
     strength: float = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_table(cls, table: Table, first: int, strength: float) -> Sampler:
+    def from_table(cls, table: Table, first: int, strength: float) -> "Sampler":
         """The rows of a table from row `first` on, in float32."""
 
         def rows(values: np.ndarray | float) -> np.ndarray:
