@@ -221,7 +221,7 @@ def _find_unknown_key(argv: Sequence[str]) -> str | None:
 
 def _explain_key(name: str, key: str, config: config_dict.ConfigDict) -> str | None:
     """Why `key` (dotted) cannot be set in `config`, or None when it can."""
-    node: Any = config
+    node: object = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
         holder = ".".join([name, *parts[:depth]])

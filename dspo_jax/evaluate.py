@@ -9,7 +9,6 @@ seeds add to it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -26,7 +25,7 @@ from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_f
 from dspo_jax.sampling.rendering import Rendering
 
 
-def read_options(settings: Any) -> tuple[Comparison, Rendering]:
+def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
     """What the command's flags compare, and how models draw.
 
     Raises:

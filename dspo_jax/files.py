@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dspo_jax import locks
 from dspo_jax.errors import UserError
@@ -72,7 +71,7 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: Any, *, sort_keys: bool = False, shared: bool = False) -> None:
+def write_json(path: Path, value: object, *, sort_keys: bool = False, shared: bool = False) -> None:
     """Writes a value as indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", shared=shared)
 

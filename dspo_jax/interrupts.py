@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
@@ -66,7 +66,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, _end)
         raise KeyboardInterrupt
 
-    def look(lost: Any) -> None:
+    def look(lost: sys.UnraisableHookArgs) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
             _end(signal.SIGINT, None)
         shown(lost)

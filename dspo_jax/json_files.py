@@ -25,7 +25,7 @@ _short.maxlevel, _short.maxlist, _short.maxtuple, _short.maxdict = 3, 12, 12, 4
 _short.maxstring = _short.maxother = 100
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The repr of a value, cut where it is long or deep, for a message of one line."""
     return _short.repr(value)
 
@@ -95,7 +95,7 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
         refuse("nested too deeply")
 
 
-def member(content: Any, key: str, kind: type | tuple[type, ...], where: object, fix: str = _FIX) -> Any:
+def member(content: object, key: str, kind: type | tuple[type, ...], where: object, fix: str = _FIX) -> Any:
     """The value under a dotted key, such as "splits.train.shards".
 
     Args:

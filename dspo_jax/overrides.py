@@ -24,7 +24,7 @@ def _or_none(parser: Any, unset: Any) -> Any:
     """A parser like the given one that takes `None` for `unset`."""
 
     class OrNone(parser):
-        def parse(self, argument: Any) -> Any:
+        def parse(self, argument: object) -> Any:
             return unset if argument == _UNSET else super().parse(argument)
 
     return OrNone
@@ -79,7 +79,7 @@ def _unset_optional(group: config_dict.ConfigDict, given: Collection[str]) -> st
     return ", ".join(f"{key} = {value!r}" for key, value in unset.items())
 
 
-def _optional_keys(group: Any) -> list[str]:
+def _optional_keys(group: object) -> list[str]:
     """The keys of a group that may be None: its placeholders."""
     if not isinstance(group, config_dict.ConfigDict):
         return []

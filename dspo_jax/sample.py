@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -64,7 +64,7 @@ class Options(NamedTuple):
     init_latents: np.ndarray | None
 
 
-def read_options(settings: Any) -> Options:
+def read_options(settings: flags.FlagValues) -> Options:
     """Reads prompts and noise, and checks the options.
 
     Raises:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Final, TypedDict, Unpack
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 
-REQUIRED: Any = object()
+REQUIRED: Final = object()
 """The default of a key that has none."""
 
 _WORDS = {
@@ -40,21 +40,21 @@ class Key:
       null: whether it may be null.
     """
 
-    default: Any
+    default: object
     kind: type | None = None
     low: float = -math.inf
     high: float = math.inf
-    allowed: tuple[Any, ...] = ()
+    allowed: tuple[object, ...] = ()
     listed: str = "never"
     length: range = range(1, 9)
     null: bool = False
 
-    def problem(self, value: Any) -> str | None:
+    def problem(self, value: object) -> str | None:
         """Says what is wrong with a value, to follow the key's name in a message; None if nothing is."""
         if value is None and self.null:
             return None
-        is_list = self.listed != "never" and isinstance(value, list | tuple)
-        entries = list(value) if is_list else [value]
+        listed = list(value) if self.listed != "never" and isinstance(value, list | tuple) else None
+        is_list, entries = listed is not None, [value] if listed is None else listed
         well_formed = len(entries) in self.length if is_list else self.listed != "always"
         if not (well_formed and all(map(self._is_of_kind, entries))):
             return f"= {shown(value)} must be {self._words()}"
@@ -66,7 +66,7 @@ class Key:
             return f"has {shown(wrong[0])}; supported: {allowed}"
         return f"= {shown(value)} is not supported; allowed: {allowed}"
 
-    def _is_of_kind(self, value: Any) -> bool:
+    def _is_of_kind(self, value: object) -> bool:
         if self.kind is str:
             return isinstance(value, str) and len(value) <= 200
         if self.kind in (None, bool, dict):
@@ -75,7 +75,7 @@ class Key:
             return False
         return self.low <= value <= self.high  # so not where it is NaN
 
-    def _is_allowed(self, value: Any) -> bool:
+    def _is_allowed(self, value: object) -> bool:
         return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.allowed)
 
     def _words(self) -> str:
@@ -94,22 +94,29 @@ class Key:
         return words + (", or null" if self.null else "")
 
 
-def integer(default: Any = REQUIRED, *, low: int = 1, high: int = 1 << 16, **more: Any) -> Key:
+class _More(TypedDict, total=False):
+    allowed: tuple[object, ...]
+    listed: str
+    length: range
+    null: bool
+
+
+def integer(default: object = REQUIRED, *, low: int = 1, high: int = 1 << 16, **more: Unpack[_More]) -> Key:
     """An integer from `low` to `high`."""
     return Key(default, int, low, high, **more)
 
 
-def number(default: Any = REQUIRED, *, low: float = 0.0, high: float = 1.0, **more: Any) -> Key:
+def number(default: object = REQUIRED, *, low: float = 0.0, high: float = 1.0, **more: Unpack[_More]) -> Key:
     """A number from `low` to `high`."""
     return Key(default, float, low, high, **more)
 
 
-def flag(default: bool, **more: Any) -> Key:
+def flag(default: bool, **more: Unpack[_More]) -> Key:
     """True or false."""
     return Key(default, bool, **more)
 
 
-def fixed(*allowed: Any) -> Key:
+def fixed(*allowed: object) -> Key:
     """One of a few values, for which the computation here is the class's; the first is the default."""
     return Key(allowed[0], allowed=allowed)
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from absl import flags
 from ml_collections import config_dict
@@ -42,7 +41,7 @@ def refuse_url(name: str, path: str) -> None:
         )
 
 
-def _walk(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def _walk(name: str, value: object) -> Iterator[tuple[str, str]]:
     """The strings in the value of a flag, each with the dotted name it is set by."""
     if isinstance(value, str):
         yield name, value

@@ -10,7 +10,6 @@ wrong with the dataset.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -21,7 +20,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_text
 
 
-def check_flags(settings: Any) -> None:
+def check_flags(settings: flags.FlagValues) -> None:
     """Refuses options that say nothing or contradict each other.
 
     Raises:

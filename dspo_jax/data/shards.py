@@ -260,13 +260,13 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
     return True
 
 
-def first_difference(theirs: Any, ours: Any) -> tuple[str, Any, Any] | None:
+def first_difference(theirs: object, ours: object) -> tuple[str, object, object] | None:
     """(dotted key, value in theirs, value in ours) where two JSON trees first differ, or None."""
     # Through JSON, as a tuple read back is a list.
     return next(_differences(theirs, json.loads(json.dumps(ours))), None)
 
 
-def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(a: object, b: object, key: str = "") -> Iterator[tuple[str, object, object]]:
     """Yields (dotted key, value in a, value in b) wherever two JSON trees differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in sorted(a.keys() | b.keys()):

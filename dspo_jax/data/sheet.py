@@ -109,7 +109,7 @@ def _fit(pixels: np.ndarray) -> Image.Image:
     return image
 
 
-def _wrap(text: str, font: Any) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """Lines no wider than the column; a word that is, as in writing without spaces, is broken."""
     lines = [""]
     for word in text.split():

@@ -3,13 +3,14 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from dspo_jax.parallel.mesh import BATCH_SPEC, MESH_AXES
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -27,14 +28,14 @@ class Target(NamedTuple):
     capability: tuple[int, int] = (0, 0)
 
 
-def on_mesh(f: Callable[..., Result], mesh: Mesh) -> Callable[..., Result]:
+def on_mesh(f: Callable[Arguments, Result], mesh: Mesh) -> Callable[Arguments, Result]:
     """`f`, traced for the devices of a mesh, which need not be there: `target` and `split_over_heads` see it.
 
     What it computes is the same. Outside of `jax.jit` it makes no difference.
     """
 
     @functools.wraps(f)
-    def traced(*args: Any, **kwargs: Any) -> Result:
+    def traced(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return f(*args, **kwargs)
 

@@ -32,7 +32,7 @@ def read_config(
     return schema.fill(f"{class_name} config", config, keys, {*_IGNORED, *ignored})
 
 
-def per_level(class_name: str, key: str, value: Any, levels: int) -> list[Any]:
+def per_level(class_name: str, key: str, value: object, levels: int) -> list[Any]:
     """`value` for each resolution level: a scalar is repeated, a list must have one entry a level."""
     if isinstance(value, list | tuple):
         if len(value) != levels:

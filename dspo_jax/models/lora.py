@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dspo_jax.errors import UserError
 
@@ -24,21 +25,23 @@ _A, _B = ".lora_A.kernel", ".lora_B.kernel"
 
 
 class _LoRALinear(nnx.Linear):
-    def __init__(self, base: nnx.Linear, rank: int, rngs: Any):
+    def __init__(self, base: nnx.Linear, rank: int, rngs: nnx.Rngs):
         inputs, outputs = base.in_features, base.out_features
-        product: Any = {"dot_general": base.dot_general}
-        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **product)
-        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, rngs=rngs, **product)
-        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, rngs=rngs, **product)
+        dot = base.dot_general
+        super().__init__(inputs, outputs, use_bias=base.use_bias, dot_general=dot, rngs=rngs)
+        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, dot_general=dot, rngs=rngs)
+        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, dot_general=dot, rngs=rngs)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
+    ) -> jax.Array:
         return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
 
 
 class LoRAConv(nnx.Conv):
     """A convolution with an adapter."""
 
-    def __init__(self, base: nnx.Conv, rank: int, rngs: Any):
+    def __init__(self, base: nnx.Conv, rank: int, rngs: nnx.Rngs):
         window: Any = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
         form: Any = {"conv_general_dilated": base.conv_general_dilated}
         inputs, outputs = base.in_features, base.out_features
@@ -50,11 +53,13 @@ class LoRAConv(nnx.Conv):
         """What the adapter adds."""
         return self.lora_B(self.lora_A(inputs))
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
+    ) -> jax.Array:
         return super().__call__(inputs, out_sharding) + self.adapt(inputs)
 
 
-def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: Any) -> None:
+def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: nnx.Rngs) -> None:
     """Puts layers with adapters in the place of those at the dotted paths `ranks`."""
     for path, rank in ranks.items():
         *parents, last = path.split(".")

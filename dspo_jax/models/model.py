@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
@@ -52,11 +53,11 @@ class _SameKey:
         return self._key
 
 
-def _string_keys(tree: Any) -> Any:
+def _string_keys(tree: PyTree) -> PyTree:
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _nnx_keys(tree: Any) -> Any:
+def _nnx_keys(tree: PyTree) -> PyTree:
     """Undo `_string_keys`: NNX numbers the entries of its lists with integers."""
     if not isinstance(tree, dict):
         return tree
@@ -97,7 +98,7 @@ class Model:
         module = build(self.settings, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
-    def apply(self, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> Any:
         """Call `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
         graph, shapes = self._variant(lora.find_ranks(params))
         state = jax.tree.map(lambda leaf: leaf, shapes)
@@ -106,8 +107,8 @@ class Model:
 
     def _variant(self, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
         def build() -> nnx.Module:
-            module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
-            lora.attach(module, ranks, rngs=_SameKey())
+            module = _CLASSES[self.class_name][1](self.settings, rngs=cast(nnx.Rngs, _SameKey()))
+            lora.attach(module, ranks, rngs=cast(nnx.Rngs, _SameKey()))
             return module
 
         key = tuple(sorted(ranks.items()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.extend.core import primitives
+from jax.extend.core import Primitive, primitives
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -48,7 +48,7 @@ def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
     return jax.checkpoint(run, policy=saveable)(state, *inputs)
 
 
-def _is_layer_output(primitive: Any, *args: Any, **params: Any) -> Any:
+def _is_layer_output(primitive: Primitive, *args: object, **params: object) -> bool:
     # Attention's products have batch dimensions, linear layers have none.
     is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return primitive is primitives.conv_general_dilated_p or is_linear(primitive, *args, **params)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 
 class Clock:
@@ -100,7 +101,7 @@ class Profiler:
         self._first, self._end = first, first + steps
         self._tracing = False
 
-    def before(self, step: int, state: Any) -> None:
+    def before(self, step: int, state: PyTree) -> None:
         """Opens the window before its first step and closes it before the step that follows its last.
 
         Args:

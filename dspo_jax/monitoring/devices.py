@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 # Peak bfloat16 FLOP/s without sparsity of one JAX device, by a regular expression that its whole
 # `device_kind` must match: a variant that is not listed (NVL, a MIG slice) is another device. NVIDIA's data
@@ -72,12 +73,12 @@ CHIPS = {
 }
 
 
-def find_chip(device: Any) -> Chip | None:
+def find_chip(device: jax.Device) -> Chip | None:
     """What is known of a TPU; None for other devices."""
     return next((chip for kind, chip in CHIPS.items() if re.fullmatch(kind, device.device_kind)), None)
 
 
-def count_flops(f: Callable[..., Any], *abstract_args: Any) -> float | None:
+def count_flops(f: Callable[..., Any], *abstract_args: PyTree) -> float | None:
     """FLOPs of one call of `f`, counted in the program before XLA optimizes or partitions it.
 
     So they are those of all devices together, and those of the model: nothing that a compiler adds. What the

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, TextIO
 
 from dspo_jax.errors import UserError
@@ -119,7 +120,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_number(value: Any, kind: Any) -> bool:
+def _is_number(value: object, kind: type | UnionType) -> bool:
     """Whether it is an int or float, no bool, and no int that a float could not hold."""
     return (
         isinstance(value, kind)

@@ -1,7 +1,6 @@
 """The objectives by name."""
 
 import dataclasses
-from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -33,7 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def get_objective(name: str, **arguments: Any) -> Objective:
+def get_objective(name: str, **arguments: object) -> Objective:
     """The objective called `name`, with the given hyperparameters and its own defaults for the others.
 
     Raises:

@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 Rule = tuple[str, PartitionSpec]
 
@@ -28,7 +30,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def make_shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> PyTree:
     """Chooses a sharding for every array of a tree by its path; the first rule that matches decides.
 
     An axis that a rule would split unevenly stays whole. An array that no rule matches, or that has fewer
@@ -50,7 +52,7 @@ def make_shardings(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
 
 
 def _choose(
-    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]
+    path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]
 ) -> PartitionSpec:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     for pattern, spec in rules:
@@ -59,7 +61,7 @@ def _choose(
     return _split_largest_axis(shape, mesh)
 
 
-def gather(params: Any) -> Any:
+def gather(params: PyTree) -> PyTree:
     """Parameters as layers use them: whole along `fsdp`, in the program that is being traced for a mesh.
 
     Left to itself, XLA rather gathers the images of all devices before a convolution whose kernel is split.
@@ -69,7 +71,7 @@ def gather(params: Any) -> Any:
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
         return params
 
-    def use(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+    def use(path: KeyPath, array: jax.Array) -> jax.Array:
         split = _choose(path, array.shape, mesh, RULES)
         if "fsdp" not in split:
             return array
@@ -85,20 +87,20 @@ def gather(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(use, params)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Host arrays as global arrays: each device is given its part, and none ever holds more.
 
     With several processes each has the same whole arrays on the host.
     """
 
-    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    def put(array: ArrayLike, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, shardings)
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: PyTree) -> int:
     """What one device holds of a tree of arrays, or of `jax.ShapeDtypeStruct` with a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -106,7 +108,7 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def replicated_bytes(tree: Any) -> tuple[int, str]:
+def replicated_bytes(tree: PyTree) -> tuple[int, str]:
     """Of the same, what every device holds whole: its bytes, and the path of the largest such array."""
     whole = [
         (leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path, simple=True, separator="."))

@@ -37,7 +37,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of XLA's compilers
 
 
-def kept_facts(lowered: jax.stages.Lowered, device: Any, topology: str | None = None) -> dict[str, Any]:
+def kept_facts(
+    lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None
+) -> dict[str, Any]:
     """`compile_facts`, which are kept for the next time: by the program's text, and what else decides them.
 
     Args:

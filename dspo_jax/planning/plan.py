@@ -84,7 +84,7 @@ class Plan:
     largest_pairs_per_device: int | None = None
 
 
-def find_devices(topology: str | None) -> Sequence[Any]:
+def find_devices(topology: str | None) -> Sequence[jax.Device]:
     """The devices of a TPU topology such as "v5p:4x4x4", or those that are here.
 
     Raises:
@@ -102,7 +102,7 @@ def find_devices(topology: str | None) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")  # what is here is not used
     try:
-        devices: Sequence[Any] = topologies.get_topology_desc(topology, "tpu").devices
+        devices: Sequence[jax.Device] = topologies.get_topology_desc(topology, "tpu").devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -134,7 +134,7 @@ def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tu
 def plan(
     config: ConfigDict,
     pipe: Pipeline,
-    devices: Sequence[Any],
+    devices: Sequence[jax.Device],
     *,
     size: tuple[int, int],
     pairs_per_device: int,
@@ -183,7 +183,7 @@ def plan(
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 
-def _judge(facts: Mapping[str, Any], device: Any, pairs: int, flops: float | None) -> dict[str, Any]:
+def _judge(facts: Mapping[str, Any], device: jax.Device, pairs: int, flops: float | None) -> dict[str, Any]:
     """The fields of a `Plan` that follow from what compilation told, of one device."""
     chip, peak_rate = find_chip(device), peak_flops(device)
     hbm = facts["hbm_bytes"]

@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from PIL import Image
 
 from dspo_jax.models.model import Params
@@ -19,10 +19,10 @@ class Scorer:
 
     def __init__(
         self,
-        network: Callable[[Params, jax.Array, Any], jax.Array],
+        network: Callable[[Params, jax.Array, PyTree], jax.Array],
         params: Params,
         prepare: Callable[[Image.Image], np.ndarray],
-        tokenize: Callable[[Sequence[str]], Any],
+        tokenize: Callable[[Sequence[str]], PyTree],
         *,
         batch_size: int,
     ):
@@ -41,7 +41,7 @@ class Scorer:
         self._placement = batch_sharding(mesh)
         self._params = jax.device_put(params, replicated(mesh))
 
-        def in_float32(params: Params, pixels: jax.Array, tokens: Any) -> jax.Array:
+        def in_float32(params: Params, pixels: jax.Array, tokens: PyTree) -> jax.Array:
             # Otherwise an accelerator multiplies in fewer bits (TF32, bfloat16) and scores depend on it.
             with jax.default_matmul_precision("highest"):
                 return network(params, pixels, tokens)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -39,7 +38,9 @@ def define_drawing_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")
 
 
-def read_drawing_flags(settings: Any, prompts: Sequence[Prompt]) -> tuple[list[Prompt], Rendering]:
+def read_drawing_flags(
+    settings: flags.FlagValues, prompts: Sequence[Prompt]
+) -> tuple[list[Prompt], Rendering]:
     """Reads the prompts, now with the image to start from, and how they are rendered.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ class ImageSampler:
         first, last = drawing.guidance_interval
 
         def draw(
-            params: Any,
+            params: Mapping[str, Params],
             tokens: jax.Array,
             noise: jax.Array,
             seeds: jax.Array,

@@ -1,7 +1,5 @@
 """Adafactor's second moments, factored as in the released trainers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +20,7 @@ def scale_by_released_factored_rms() -> optax.GradientTransformation:
     arXiv 1804.04235), as in both. Kernels are [height, width, in, out]; the state is optax's.
     """
 
-    def init(params: Any) -> optax.FactoredState:
+    def init(params: optax.Params) -> optax.FactoredState:
         leaves, tree = jax.tree.flatten(params)
         moments = zip(*map(_zero_moments, leaves), strict=True) if leaves else ((), (), ())
         return optax.FactoredState(
@@ -30,8 +28,8 @@ def scale_by_released_factored_rms() -> optax.GradientTransformation:
         )
 
     def update(
-        gradients: Any, state: optax.FactoredState, params: Any = None
-    ) -> tuple[Any, optax.FactoredState]:
+        gradients: optax.Updates, state: optax.FactoredState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.FactoredState]:
         del params
         count = state.count + 1
         decay = 1 - count.astype(jnp.float32) ** -_DECAY_RATE

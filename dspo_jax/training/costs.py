@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from dspo_jax.data.datasets import Dataset, bucket_size, mixing_weights
 from dspo_jax.models.model import Params
@@ -65,7 +66,7 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     """
     pipe, dtype = task.pipe, jnp.dtype(task.precision.compute_dtype)
 
-    def cast(tree: Any) -> Any:
+    def cast(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
     params = {name: cast(pipe.networks[name].abstract_params()) for name in pipe.components}

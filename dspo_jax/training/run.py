@@ -238,7 +238,7 @@ def refuse_instability(
         )
 
 
-def train(config: ConfigDict, workdir: Path, **given: Any) -> int:
+def train(config: ConfigDict, workdir: Path, **given: Callable[..., Any]) -> int:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
 
     Args:
@@ -252,7 +252,7 @@ def train(config: ConfigDict, workdir: Path, **given: Any) -> int:
         return _train(experiment, workdir, given)
 
 
-def _train(experiment: Experiment, workdir: Path, given: Mapping[str, Any]) -> int:
+def _train(experiment: Experiment, workdir: Path, given: Mapping[str, Callable[..., Any]]) -> int:
     """Runs the loop from the last checkpoint; where a run is to roll back, again from there."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_datasets
@@ -103,7 +103,7 @@ def prepare(config: ConfigDict, examples: Batch | None = None) -> Experiment:
     return Experiment(settings, task, mesh, datasets, adapters)
 
 
-def mesh_of(settings: Settings, devices: Sequence[Any] | None = None) -> Mesh:
+def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` asks for, over all devices or the given ones."""
     sizes = dict(settings.mesh)
     dcn_sizes = sizes.pop("dcn")
@@ -230,8 +230,8 @@ def make_state(
     return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=shardings)(params), reference
 
 
-def _abstract(tree: Any, shardings: Any, dtype: str | None = None) -> Any:
-    def leaf(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _abstract(tree: PyTree, shardings: PyTree, dtype: str | None = None) -> PyTree:
+    def leaf(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding)
 
     return jax.tree.map(leaf, tree, shardings)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from dspo_jax.kernels.targets import on_mesh
 from dspo_jax.models.model import Params
@@ -33,7 +34,7 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    opt_state: Any
+    opt_state: optax.OptState
     ema: Params | None
     health: stability.Health
     task: Task = dataclasses.field(metadata={"static": True})
@@ -96,7 +97,7 @@ def train_step(
         decay = rule.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
 
-    def keep(new: Any, old: Any) -> Any:
+    def keep(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
     metrics |= {

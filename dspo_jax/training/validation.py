@@ -19,6 +19,7 @@ from dspo_jax.data import loader, shards
 from dspo_jax.data.datasets import Dataset, count_examples, read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.models.model import Params
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
@@ -56,7 +57,7 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
 
 # (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], what the denoiser is conditioned on by name)
 # -> the denoiser's output [B, P, h, w, C].
-Predict = Callable[[Any, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Array]
+Predict = Callable[[Params, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Array]
 
 
 _SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
@@ -135,7 +136,7 @@ class Validator:
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
     def __call__(
-        self, policy: Any, reference: Any, report: Callable[[int], None] = lambda judged: None
+        self, policy: Params, reference: Params | None, report: Callable[[int], None] = lambda judged: None
     ) -> dict[str, float]:
         """Scalars of the whole split.
 
@@ -166,7 +167,7 @@ class Validator:
         batches.close()
 
     def _judge_examples(
-        self, policy: Any, reference: Any, examples: Mapping[str, Any], timestep: int
+        self, policy: Params, reference: Params | None, examples: Mapping[str, Any], timestep: int
     ) -> np.ndarray:
         """[2 or 1 (no reference), B, P] on the host; a short last batch is filled with its first example."""
         count = len(examples["index"])
@@ -268,12 +269,12 @@ def judge(
         raise UserError(f"--reference={reference}: its denoiser is another one than that of {model}")
     mesh = make_mesh({"data": -1})
 
-    def place(pipe: Pipeline) -> Any:
+    def place(pipe: Pipeline) -> Params:
         params = {name: pipe.read_params(name, compute_dtype) for name in pipe.components}
         return jax.device_put(params, replicated(mesh))
 
     def predict(
-        params: Any, noisy: jax.Array, timesteps: jax.Array, batch: Mapping[str, jax.Array]
+        params: Params, noisy: jax.Array, timesteps: jax.Array, batch: Mapping[str, jax.Array]
     ) -> jax.Array:
         return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), timesteps, batch)
 

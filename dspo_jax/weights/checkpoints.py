@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from dspo_jax.errors import UserError
@@ -81,7 +82,7 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, state: Any, extra: dict[str, Any], score: float | None = None, wait: bool = False
+        self, step: int, state: PyTree, extra: dict[str, Any], score: float | None = None, wait: bool = False
     ) -> None:
         """Saves `state` and `extra` as step `step`; does nothing when that step is saved already.
 
@@ -135,8 +136,8 @@ class Checkpoints:
         return None if score == _UNKNOWN else (step, score)
 
     def restore_newest(
-        self, abstract_state: Any, fallback: bool, agree: Callable[[bool], bool] = bool
-    ) -> tuple[Any, dict[str, Any], int]:
+        self, abstract_state: PyTree, fallback: bool, agree: Callable[[bool], bool] = bool
+    ) -> tuple[PyTree, dict[str, Any], int]:
         """`restore` of the newest checkpoint, or with `fallback` of the newest that is not damaged.
 
         A damaged one is reported and renamed, so that the run can save that step again.
@@ -166,7 +167,7 @@ class Checkpoints:
             processes.wait_for_all("damaged checkpoint set aside")
             self._manager.reload()
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
+    def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int]:
         """Reads a checkpoint back into the structure, dtypes and shardings of `abstract_state`.
 
         The mesh may differ from the one that saved it.
@@ -249,7 +250,7 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def is_array_metadata(node: Any) -> bool:
+def is_array_metadata(node: object) -> bool:
     return hasattr(node, "shape") and hasattr(node, "dtype")
 
 
@@ -277,10 +278,10 @@ def choose_step(directory: Path, steps: list[int], step: int | None) -> int:
     return step
 
 
-def _refuse_different_state(path: Path, saved: Any, wanted: Any) -> None:
+def _refuse_different_state(path: Path, saved: PyTree, wanted: PyTree) -> None:
     """Compares names, shapes and dtypes, without reading arrays; Orbax would cast a dtype silently."""
 
-    def by_name(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def by_name(tree: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_array_metadata)
         return {
             jax.tree_util.keystr(key, simple=True, separator="."): (tuple(leaf.shape), np.dtype(leaf.dtype))

@@ -52,7 +52,7 @@ def unflatten(leaves: Mapping[str, Any]) -> Params:
 def leaf_tensors(params: Params) -> dict[str, Tensor]:
     """The leaves of a tree in memory, by path."""
 
-    def tensor(leaf: Any) -> Tensor:
+    def tensor(leaf: np.ndarray | jax.Array) -> Tensor:
         return Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
     return {path: tensor(leaf) for path, leaf in flatten(params).items()}

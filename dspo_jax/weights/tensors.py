@@ -95,7 +95,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return safe_open(path, "np", backend="pread").metadata() or {}
 
 
-def _reader(path: Path, file: Any, name: str) -> Callable[[], np.ndarray]:
+def _reader(path: Path, file: safe_open, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:
             return file.get_tensor(name)

@@ -7,12 +7,15 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dspo_jax.errors import UserError
 from dspo_jax.weights.tensors import DTYPES, Tensor, open_file
+
+if TYPE_CHECKING:
+    import torch
 
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 # The errors that torch's readers of damaged files end with.
@@ -76,11 +79,11 @@ def _find_reason(error: Exception) -> str:
     return "".join(filter(str.isprintable, lines[0])) if lines else type(error).__name__
 
 
-def _dtype(tensor: Any) -> str:
+def _dtype(tensor: "torch.Tensor") -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _find_fault(tensor: Any) -> str | None:
+def _find_fault(tensor: "torch.Tensor") -> str | None:
     """Why a tensor cannot be read as an array; None if it can."""
     if tensor.device.type != "cpu":
         return f"has no values (device {tensor.device})"
@@ -94,7 +97,7 @@ def _find_fault(tensor: Any) -> str | None:
     return None
 
 
-def _open(tensor: Any) -> Tensor:
+def _open(tensor: "torch.Tensor") -> Tensor:
     dtype = _DTYPES[_dtype(tensor)]
 
     def read() -> np.ndarray:

@@ -62,7 +62,7 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
-def get_source(name: str, **arguments: Any) -> Source:
+def get_source(name: str, **arguments: object) -> Source:
     """Builds the source called `name`.
 
     Raises:

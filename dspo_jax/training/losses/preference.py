@@ -1,10 +1,10 @@
 """The preference loss: encoded pairs are noised, policy and reference denoise them, an objective compares."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
@@ -82,7 +82,7 @@ class PreferenceLoss:
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
-    def choose_images(self, batch: Batch, key: jax.Array, arrays: Any) -> tuple[Any, jax.Array]:
+    def choose_images(self, batch: Batch, key: jax.Array, arrays: PyTree) -> tuple[PyTree, jax.Array]:
         """Takes the images that the objective is trained on: all of an example, the winner, or one drawn.
 
         The other images are then never run. The draw follows from (key, index), like the noise.
