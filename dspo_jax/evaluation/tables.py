@@ -14,6 +14,8 @@ import pyarrow as pa
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
 from dspo_jax.evaluation.win_rates import Estimate, WinRate
 
+# Columns of how images were drawn.
+_DRAWING = ("sampler", "steps", "guidance_scale", "eta", "strength")
 # The widest guidance interval, which is none, as commands and as code write it.
 _EVERYWHERE = ([0, 1000], [0, 10**6])
 NOTE = (
@@ -198,7 +200,7 @@ def to_csv(evaluation: Evaluation) -> str:
                 "num_prompts": len(evaluation.prompts.prompts),
                 "prompts_sha256": evaluation.prompts.sha256,
                 "source": images.source,
-                **{key: images.how.get(key) for key in ("sampler", "steps", "guidance_scale", "strength")},
+                **{key: images.how.get(key) for key in _DRAWING},
                 **{f"win_rate_seed_{seed}": share for seed, share in enumerate(found.per_seed)},
             }
             rows.append(row)

@@ -22,7 +22,7 @@ from dspo_jax.evaluation.tables import to_csv, to_markdown, to_tex
 from dspo_jax.sampling.prompts import Prompt
 
 HOW = {"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "negative_prompt": None, "strength": 1.0}
-HOW |= {"guidance_interval": (0, 1000), "size": None, "step": None}
+HOW |= {"eta": 0.5, "guidance_interval": (0, 1000), "size": None, "step": None}
 
 
 def make(out, *, prompts=30, seeds=2, base_seeds=2, image=None, labels=("a & <b>",), rewards=("r_1", "q|2")):
@@ -110,6 +110,8 @@ def test_the_tables_say_what_they_are_of(tmp_path):
     assert [row["reward"] for row in rows] == ["r_1", "q|2"]
     assert rows[0]["model"] == "a & <b>"
     assert (rows[0]["win_rate_seed_1"], rows[0]["prompts_won"], rows[0]["sampler"]) == ("0.5", "15", "ddim")
+    drawn = ("steps", "guidance_scale", "eta", "strength")
+    assert [rows[0][name] for name in drawn] == ["50", "7.5", "0.5", "1.0"]
 
 
 def test_a_wide_margin_is_below_a_thousandth(tmp_path):
