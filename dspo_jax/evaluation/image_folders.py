@@ -11,7 +11,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ImagePaths
 from dspo_jax.json_files import read_object
 from dspo_jax.sampling.folder import MANIFEST, SETTINGS
-from dspo_jax.sampling.prompts import ALLOW_OUTSIDE, Prompt
+from dspo_jax.sampling.prompts import COMMAND_ALLOWS_OUTSIDE, Prompt
 
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _FIX = "draw the images again, or move them to a folder of their own, where nothing is known of them"
@@ -56,7 +56,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
       ValueError: an image too many, a link out of the folder, or images of other prompts.
     """
     path, settings = _locate(folder.path)
-    paths = ImagePaths(path, ALLOW_OUTSIDE, folder.allow_outside)
+    paths = ImagePaths(path, COMMAND_ALLOWS_OUTSIDE, folder.allow_outside)
     files: dict[tuple[int, int], Path] = {}
     wanted = f"{len(prompts):,} prompts with seeds 0 to {seeds - 1}"
     for file in sorted(path.iterdir()):

@@ -25,7 +25,7 @@ _KINDS = {
 }
 
 
-ALLOW_OUTSIDE = "--config.source.allow_outside=True"
+SOURCE_ALLOWS_OUTSIDE = "--config.source.allow_outside=True"
 """The key of the sources that allows images outside their folder, as their messages name it."""
 
 

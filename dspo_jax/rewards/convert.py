@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     out = Path(values.out)
     with reserve(out):
-        job = prepare(
+        wanted = prepare(
             values.reward, out, weights=values.weights, tokenizer=values.tokenizer, head=values.head
         )
-        RECIPES[job.reward].write(job)
-    print(f"{out}: the reward {job.reward} of {job.source}")
+        RECIPES[wanted.reward].write(wanted)
+    print(f"{out}: the reward {wanted.reward} of {wanted.source}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ PUBLISHED_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Publication:
     """What is to be written.
 
     Attributes:
@@ -60,18 +60,18 @@ class Recipe:
     """
 
     source: str
-    write: Callable[[Job], None]
+    write: Callable[[Publication], None]
     file: str | None = None
     tokenizer: str | None = None
     tokenizer_files: tuple[str, ...] = tokenizers.FILES
     head: bool = False
 
 
-def write_clip(job: Job, *, features: int, activation: str) -> None:
+def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
     """Writes the folder of a CLIP reward.
 
     Args:
-      job: its weights are a transformers folder of a `CLIPModel`, or a file with open_clip's names.
+      wanted: its weights are a transformers folder of a `CLIPModel`, or a file with open_clip's names.
       features: of the embeddings; CLIPs of another size are refused.
       activation: of the layers, which a file does not tell.
 
@@ -80,32 +80,34 @@ def write_clip(job: Job, *, features: int, activation: str) -> None:
       ValueError: weights, tokenizer or head are of something else, or damaged.
       OSError: the disk is full.
     """
-    model, stored, files = _open_clip(job.weights, activation)
+    model, stored, files = _open_clip(wanted.weights, activation)
     found = model.settings["text"]["projection_dim"]
     if found != features:
         raise UserError(
-            f"{job.weights}: embeds into {found} features, but the CLIP of {job.reward} into {features}; is "
-            "it another one?"
+            f"{wanted.weights}: embeds into {found} features, but the CLIP of {wanted.reward} into "
+            f"{features}; is it another one?"
         )
-    about: dict[str, Any] = {"name": job.reward, "source": job.source, "sha256": _digest(files)}
+    about: dict[str, Any] = {"name": wanted.reward, "source": wanted.source, "sha256": _digest(files)}
     written = {"model.safetensors": stored}
-    if job.head:
-        head = aesthetic.check_head(job.head, open_weights(job.head), features)
-        about["head"] = {"source": job.head.name, "sha256": _digest([job.head])}
+    if wanted.head:
+        head = aesthetic.check_head(wanted.head, open_weights(wanted.head), features)
+        about["head"] = {"source": wanted.head.name, "sha256": _digest([wanted.head])}
         written[aesthetic.HEAD] = head
-    if job.tokenizer:
-        read_tokenizer(job.tokenizer, model)
-    model_dir.require_space(job.out, sum(each.nbytes for part in written.values() for each in part.values()))
-    with appear(job.out) as partial:
+    if wanted.tokenizer:
+        read_tokenizer(wanted.tokenizer, model)
+    model_dir.require_space(
+        wanted.out, sum(each.nbytes for part in written.values() for each in part.values())
+    )
+    with appear(wanted.out) as partial:
         for name, content in (("config.json", model.config), ("reward.json", about)):
             text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
             write_text(partial / name, text + "\n")
-        if job.tokenizer:
-            there = [Path(name) for name in tokenizers.FILES if (job.tokenizer / name).is_file()]
-            model_dir.copy_files(job.tokenizer, there, partial)
+        if wanted.tokenizer:
+            there = [Path(name) for name in tokenizers.FILES if (wanted.tokenizer / name).is_file()]
+            model_dir.copy_files(wanted.tokenizer, there, partial)
         for name, part in written.items():
             # Every value passes through here once, so that a damaged one is found now.
-            finite = {key: cast(key, each, each.dtype, job.weights) for key, each in part.items()}
+            finite = {key: cast(key, each, each.dtype, wanted.weights) for key, each in part.items()}
             tensors.write_tensors(partial / name, finite)
 
 
@@ -155,7 +157,9 @@ RECIPES: dict[str, Recipe] = {
     "aesthetic": Recipe(_OPENAI_L, _write_l, head=True),
     "imagereward": Recipe(
         "THUDM/ImageReward",
-        lambda job: image_reward.write_weights(job.weights, job.out, job.tokenizer, job.source),
+        lambda wanted: image_reward.write_weights(
+            wanted.weights, wanted.out, wanted.tokenizer, wanted.source
+        ),
         file="ImageReward.pt",
         tokenizer="google-bert/bert-base-uncased",
         tokenizer_files=("vocab.txt", "tokenizer.json"),
@@ -180,7 +184,9 @@ def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
 
 
-def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | None, head: str | None) -> Job:
+def prepare(
+    reward: str, out: Path, *, weights: str | None, tokenizer: str | None, head: str | None
+) -> Publication:
     """Finds, or downloads, what the reward is made of.
 
     Args:
@@ -214,7 +220,7 @@ def prepare(reward: str, out: Path, *, weights: str | None, tokenizer: str | Non
         brought = tokenizers.is_tokenizer(found)
         folder = found if brought and tokenizer is None else _find_tokenizer(tokenizer, recipe)
     name = source if model_dir.is_hub_id(source) else Path(source).resolve().name
-    return Job(reward, name, found, folder, Path(head) if head else None, out)
+    return Publication(reward, name, found, folder, Path(head) if head else None, out)
 
 
 def _find_tokenizer(tokenizer: str | None, recipe: Recipe) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ImagePaths
 
-ALLOW_OUTSIDE = "--allow_outside"
+COMMAND_ALLOWS_OUTSIDE = "--allow_outside"
 """The option of the commands that allows images outside their folder, as messages name it."""
 
 _TEXT_KEYS = ("prompt", "caption", "text")
@@ -68,7 +68,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     if not path.is_file():
         raise FileNotFoundError(f"--prompts={path}: no such file")
     try:
-        paths = ImagePaths(path.parent, ALLOW_OUTSIDE, allow_outside)
+        paths = ImagePaths(path.parent, COMMAND_ALLOWS_OUTSIDE, allow_outside)
         prompts = [_parse(row, path, where, paths) for where, row in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
@@ -77,7 +77,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     return prompts
 
 
-def _parse(row: Any, path: Path, where: str, paths: ImagePaths) -> Prompt:
+def _parse(row: object, path: Path, where: str, paths: ImagePaths) -> Prompt:
     where = f"{path}: {where}"
     if isinstance(row, str):
         return Prompt(check_text(row.strip(), where))
@@ -142,7 +142,7 @@ def _decode(text: str, path: Path, where: str) -> Any:
 
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    quoting: Any = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = "\t" if path.suffix == ".tsv" else ","
         reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)

@@ -8,18 +8,5 @@ changes. `registry.SOURCES` names them all. A source hands over images as it fin
 
 from dspo_jax.data.sources.pairs import PreferencePair, decode_pair
 from dspo_jax.data.sources.registry import SOURCES, Source, get_source
-from dspo_jax.images.decode import MAX_PIXELS, decode_image
-from dspo_jax.images.image_files import BadRow, ImagePaths, read_image_file
 
-__all__ = [
-    "MAX_PIXELS",
-    "SOURCES",
-    "BadRow",
-    "ImagePaths",
-    "PreferencePair",
-    "Source",
-    "decode_image",
-    "decode_pair",
-    "get_source",
-    "read_image_file",
-]
+__all__ = ["SOURCES", "PreferencePair", "Source", "decode_pair", "get_source"]

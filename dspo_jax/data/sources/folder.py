@@ -17,7 +17,7 @@ from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
 from dspo_jax.errors import UserError
-from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
+from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
 _NAMES = ("pairs.jsonl", "pairs.csv")
 _TEXT = ("caption", "winner", "loser", "split")
@@ -80,7 +80,7 @@ class Folder(Selection):
                 )
 
     def _paths(self) -> ImagePaths:
-        return ImagePaths(_find(self.path).parent, ALLOW_OUTSIDE, self.allow_outside)
+        return ImagePaths(_find(self.path).parent, SOURCE_ALLOWS_OUTSIDE, self.allow_outside)
 
 
 def _find(path: str) -> Path:

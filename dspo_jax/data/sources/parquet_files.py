@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from absl import logging
 from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
 from dspo_jax.errors import UserError
-from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
+from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # As the hub names files, "train-00000-of-00645.parquet", and as people do: "val.parquet", "test_2.parquet".
@@ -103,7 +103,7 @@ def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
 def image_paths(path: str, allow_outside: bool) -> ImagePaths:
     """Returns the check of image paths in a source's files: inside its folder, or anywhere where allowed."""
     root = Path(path)
-    return ImagePaths(root if root.is_dir() else root.parent, ALLOW_OUTSIDE, allow_outside)
+    return ImagePaths(root if root.is_dir() else root.parent, SOURCE_ALLOWS_OUTSIDE, allow_outside)
 
 
 def _list_hub(repository: str) -> list[str]:
@@ -127,11 +127,11 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _open(file: ParquetFile, **options: Any) -> Iterator[pq.ParquetFile]:
+def _open(file: ParquetFile, *, pre_buffer: bool, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """Opens a file; what pyarrow and the hub raise while it is open names it."""
     errors: tuple[type[Exception], ...] = (pa.ArrowException, OSError)
     with contextlib.ExitStack() as stack:
-        source: Any = file.location
+        source: str | IO[bytes] = file.location
         try:
             if file.on_hub:
                 import huggingface_hub
@@ -141,7 +141,7 @@ def _open(file: ParquetFile, **options: Any) -> Iterator[pq.ParquetFile]:
                 # pyarrow knows what it needs: reading ahead would fetch images that nobody asked for.
                 remote = huggingface_hub.HfFileSystem().open(file.location, "rb", cache_type="none")
                 source = stack.enter_context(remote)
-            yield stack.enter_context(pq.ParquetFile(source, **options))
+            yield stack.enter_context(pq.ParquetFile(source, pre_buffer=pre_buffer, buffer_size=buffer_size))
         except errors as error:
             fix = "" if file.on_hub else "; fetch it again"
             raise OSError(

@@ -16,7 +16,7 @@ from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
-from dspo_jax.images.image_files import ALLOW_OUTSIDE, ImagePaths
+from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
 _COMPARISONS = ("all", "best")
 
@@ -27,7 +27,7 @@ class RankedList(NamedTuple):
     caption: str
     images: Sequence[str]
     ranks: Sequence[float]
-    name: Any
+    name: int | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Ranked(Selection):
 
     def _paths(self) -> ImagePaths:
         folder = Path(self.images) if self.images else self.folder()
-        return ImagePaths(folder, ALLOW_OUTSIDE, self.allow_outside)
+        return ImagePaths(folder, SOURCE_ALLOWS_OUTSIDE, self.allow_outside)
 
 
 @functools.cache
