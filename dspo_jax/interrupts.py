@@ -66,7 +66,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, _end)
         raise KeyboardInterrupt
 
-    def look(lost: sys.UnraisableHookArgs) -> None:
+    def look(lost: "sys.UnraisableHookArgs") -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
             _end(signal.SIGINT, None)
         shown(lost)
