@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import logging
@@ -238,28 +237,39 @@ def refuse_instability(
         )
 
 
-def train(config: ConfigDict, workdir: Path, **given: Callable[..., Any]) -> int:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    make_step: Callable[[TrainState], Step] = compile_step,
+    count_flops: Callable[..., float | None] = mean_flops_per_example,
+) -> int:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
 
     Args:
       config: the keys of configs/common.py.
       workdir: folder of the run; a run that is there is resumed.
-      **given: `make_step` or `count_flops` of `Run`, in place of the real ones.
+      make_step, count_flops: see `Run`.
     """
     with processes.claim(workdir):
         experiment = prepare(config)
         claim_workdir(workdir, config)
-        return _train(experiment, workdir, given)
+        return _train(experiment, workdir, make_step, count_flops)
 
 
-def _train(experiment: Experiment, workdir: Path, given: Mapping[str, Callable[..., Any]]) -> int:
+def _train(
+    experiment: Experiment,
+    workdir: Path,
+    make_step: Callable[[TrainState], Step],
+    count_flops: Callable[..., float | None],
+) -> int:
     """Runs the loop from the last checkpoint; where a run is to roll back, again from there."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)
     if processes.is_first():
         for line in describe(experiment, state, reference):
             logging.info("%s", line)
-    run = Run(experiment, workdir, state, reference, **given)
+    run = Run(experiment, workdir, state, reference, make_step, count_flops)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
     )

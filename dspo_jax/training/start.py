@@ -29,10 +29,9 @@ from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.samplers.spacing import check_steps
-from dspo_jax.training import settings as settings_module
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.optim import make_optimizer
-from dspo_jax.training.settings import Settings
+from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import Precision, Task, UpdateRule
 from dspo_jax.weights import model_dir
@@ -75,7 +74,7 @@ def prepare(config: ConfigDict, examples: Batch | None = None) -> Experiment:
             f"config.model = {config.model!r}: a training workdir; write its model out, and name that: "
             f"python -m dspo_jax.convert export --run={config.model} --out=DIR"
         )
-    settings = settings_module.parse(config)
+    settings = parse(config)
     pipe = load_pipeline(config.model)
     for line in model_dir.foresee_export(pipe.path):
         logging.warning("config.model = %s: %s", config.model, line)
