@@ -44,6 +44,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert names(tmp_path) == ["settings.json"]
 
 
+def test_a_text_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_no_space_is_said_in_plain_words_with_the_files_name(tmp_path):
     path = tmp_path / "a" / "table.csv"
 

@@ -33,6 +33,8 @@ def test_the_shortest_side_is_resized_and_the_centre_kept():
     assert abs(int(pixels[0, -1, 0]) - 63) <= 2
     assert int(pixels[-1, 0, 1]) >= 29
     assert prepare_image(gradient(32, 97), (16, 16))[1].tolist() == [97, 32, 16, 0, 16, 16]
+    # 15 high, not 16: the sides are rounded down, as in released code.
+    assert prepare_image(gradient(30, 47), (10, 10))[1].tolist() == [47, 30, 2, 0, 10, 10]
 
 
 def test_an_image_too_narrow_to_be_resized_is_a_bad_row():

@@ -121,7 +121,7 @@ def test_first_matching_rule_wins_and_moments_follow_their_parameters():
 
 def test_an_axis_that_does_not_divide_stays_whole_and_a_rule_for_more_axes_is_not_used():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    rules = [("kernel", P("fsdp", "tensor"))]
+    rules = [("factored", P("tensor", "fsdp")), ("kernel", P("fsdp", "tensor"))]
     tree = {"kernel": jnp.zeros((3, 8)), "odd_kernel": jnp.zeros((3, 5)), "factored_kernel": jnp.zeros((8,))}
     assert specs(make_shardings(tree, mesh, rules)) == {
         "kernel": P(None, "tensor"),
