@@ -60,7 +60,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
     """So many of one host's `h100` or `a100`.
 
     Raises:
-      ValueError: another card, or the CUDA plugin is not installed.
+      UserError: another card, or the CUDA plugin is not installed.
     """
     if card not in _CARDS:
         raise UserError(spelling.unknown("--topology", card, tuple(_CARDS)))
@@ -82,7 +82,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
 def as_if_here(device: Any) -> Iterator[None]:
     """Within it, what is asked of the GPU that is here, while a program is traced, is told of `device`.
 
-    `targets.target_of` and JAX's attention ask for the capability, and JAX for cuDNN's version too.
+    `device_kind.device_kind_of` and JAX's attention ask for the capability, and JAX for cuDNN's version too.
     """
 
     def at_least(capability: str) -> bool:

@@ -20,7 +20,7 @@ from dspo_jax import cli
 from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
 from dspo_jax.kernels.attention import choose, plain_attention
-from dspo_jax.kernels.targets import target_of
+from dspo_jax.kernels.device_kind import device_kind_of
 from dspo_jax.monitoring.devices import find_chip, peak_flops
 from dspo_jax.planning.plan import find_devices
 
@@ -55,7 +55,7 @@ def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Ca
         queries, keys, heads, size = case
         name, kernel = KERNELS[device.platform]
         shape = (images, queries, heads, size)
-        if choose(target_of(device), shape, keys, jnp.bfloat16, wanted=name) == name:
+        if choose(device_kind_of(device), shape, keys, jnp.bfloat16, wanted=name) == name:
             backends["kernel"] = kernel
     return backends
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         for backend, attend in backends_of(device, case, values.images).items():
             function = programs.forward_and_backward(without_heads(attend, heads))
             program = programs.compile_for(device, function, arrays)
-            line = f"{name:<18}{backend:<7}{programs.describe(program, device)}"
+            line = f"{name:<18}{backend:<7}{programs.describe_program(program, device)}"
             if values.topology is not None and backend == "kernel":
                 line += f" + {kernel_milliseconds(device, case, values.images):.3f} ms of products"
             print(line, flush=True)

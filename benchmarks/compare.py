@@ -77,7 +77,7 @@ def options_of(way: str, ours: measuring.Result) -> list[str]:
     """Flags for torch's step in that way, on a device like ours.
 
     Raises:
-      ValueError: torch cannot use as many as we did.
+      UserError: torch cannot use as many as we did.
     """
     if ours["platform"] != "cpu" and ours["devices"] > 1:
         raise UserError(

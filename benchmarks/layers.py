@@ -17,7 +17,7 @@ from flax import nnx
 
 from benchmarks import programs
 from dspo_jax import cli
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.planning.plan import find_devices
@@ -106,8 +106,8 @@ def main(argv: Sequence[str]) -> None:
             whole = programs.compile_for(
                 device, programs.forward_and_backward(function), (gradient, *arguments)
             )
-            print(f"{name:<22}{form:<26}{programs.describe(whole, device)}", flush=True)
-            print(f"{'':<22}{'  forward alone':<26}{programs.describe(forward, device)}", flush=True)
+            print(f"{name:<22}{form:<26}{programs.describe_program(whole, device)}", flush=True)
+            print(f"{'':<22}{'  forward alone':<26}{programs.describe_program(forward, device)}", flush=True)
 
 
 if __name__ == "__main__":

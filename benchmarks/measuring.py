@@ -67,7 +67,7 @@ def check_model(config: ConfigDict) -> None:
         )
 
 
-def describe(config: ConfigDict, resolution: int) -> str:
+def describe_recipe(config: ConfigDict, resolution: int) -> str:
     """What is measured, in a few words: the same for both implementations."""
     trained = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
     model = f"{flags.FLAGS.published}, random weights" if flags.FLAGS.published else config.model
@@ -134,7 +134,7 @@ def torch_device(platform: str) -> Any:
     """torch's device of a JAX platform ("cpu" or "gpu"), with TF32 where XLA takes it for float32 too.
 
     Raises:
-      ValueError: torch sees no such device.
+      UserError: torch sees no such device.
     """
     import torch  # which this project's own step is measured without
 

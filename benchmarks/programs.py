@@ -39,7 +39,7 @@ def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> An
     return jax.jit(function).lower(*placed).compile()
 
 
-def describe(program: Any, device: Any) -> str:
+def describe_program(program: Any, device: Any) -> str:
     """Its temporaries, and its time: measured if the device is here, else as the TPU's compiler estimates."""
     line = f"temporaries {program.memory_analysis().temp_size_in_bytes / 1e6:6.0f} MB, "
     if flags.FLAGS.topology is None:

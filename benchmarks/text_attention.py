@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks import absent_gpu
 from dspo_jax import cli
 from dspo_jax.kernels import attention
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
 from dspo_jax.parallel.mesh import make_mesh, replicated
 
@@ -60,8 +60,8 @@ def lower_layer(device: Any, case: tuple[int, int, int, int], images: int) -> ja
         return absent_gpu.lower(jax.jit(on_mesh(both, mesh)), params, image, text, image)
 
 
-def describe(text: str) -> str:
-    """A compiled program in a line."""
+def describe_instructions(text: str) -> str:
+    """Counts the instructions and bytes of a compiled program, in a line."""
     found = absent_gpu.traffic(text)
 
     def several(words: Sequence[str]) -> tuple[int, float]:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
             os.environ[attention.VARIABLE] = backend
             program = absent_gpu.compile_lowered(lower_layer(device, case, values.images))
             memory: Any = program.memory_analysis()
-            line = describe(program.as_text() or "")
+            line = describe_instructions(program.as_text() or "")
             print(
                 f"{name:<12}{backend:<6} {line}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB",
                 flush=True,

@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> None:
     batch = trainer.make_batch(config.batch_size, resolution)
     on_gpu = device.type == "cuda"
     kind = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads, cpu"
-    print(f"{measuring.describe(config, resolution)}; {kind}", flush=True)
+    print(f"{measuring.describe_recipe(config, resolution)}; {kind}", flush=True)
 
     def wait(loss: torch.Tensor) -> None:
         loss.item()
@@ -252,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
     first = time.perf_counter() - started  # torch.compile compiles here
     seconds = measuring.time_steps(lambda: trainer.step(batch), wait, values.steps)
     result = measuring.make_result(
-        measuring.describe(config, resolution),
+        measuring.describe_recipe(config, resolution),
         " + ".join(("torch", *values.options)),
         pairs=config.batch_size,
         seconds=seconds,

@@ -85,14 +85,15 @@ def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str
     check_batch_size(config.batch_size // config.accumulation, mesh)
     resolution = values.resolution or pipe.image_side
     print(
-        f"{measuring.describe(config, resolution)}; {mesh.size} {mesh.devices.flat[0].device_kind} device(s)",
+        f"{measuring.describe_recipe(config, resolution)}; "
+        f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s)",
         flush=True,
     )
 
     state, reference = (random_state if values.published else make_state)(task, mesh, adapters)
     batch = make_batch(task, resolution, config.batch_size, mesh)
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
-    return measuring.describe(config, resolution), mesh, state, reference, batch, key
+    return measuring.describe_recipe(config, resolution), mesh, state, reference, batch, key
 
 
 def main(argv: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
     """ "1/4" -> (1, 4).
 
     Raises:
-      ValueError: it is none of the shares.
+      UserError: it is none of the shares.
     """
     if text is None:
         return None

@@ -29,7 +29,7 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
     """What the command's flags compare, and how models draw.
 
     Raises:
-      ValueError: a flag that is refused.
+      UserError: a flag that is refused.
       OSError: a file that is missing.
     """
     if bool(settings.base) == bool(settings.base_images):

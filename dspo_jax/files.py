@@ -77,7 +77,7 @@ def write_json(path: Path, value: object, *, sort_keys: bool = False, shared: bo
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises ValueError where `out` is taken."""
+    """Raises UserError where `out` is taken."""
     if out.exists():
         raise UserError(f"--out={out}: exists already; choose another name or delete it")
 
@@ -87,7 +87,7 @@ def appear(out: Path) -> Iterator[Path]:
     """A hidden path beside `out` to write a new file or folder to; it gets its name when all went well.
 
     Raises:
-      ValueError: `out` exists, or another process is writing it.
+      UserError: `out` exists, or another process is writing it.
     """
     with locks.reserve(out):
         refuse_existing(out)

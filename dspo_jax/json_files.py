@@ -39,7 +39,7 @@ def read_object(path: Path, fix: str = _FIX) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no regular file, larger than 64 MiB, empty, not UTF-8, not JSON, nested too deeply,
+      UserError: it is no regular file, larger than 64 MiB, empty, not UTF-8, not JSON, nested too deeply,
         gives a key twice with different values, or holds something else than an object.
     """
     content = read_json(path, fix)
@@ -73,7 +73,7 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
     NaN and infinities are accepted, as Python's own reader does: diffusers writes `-Infinity`.
 
     Raises:
-      ValueError: as `read_object`.
+      UserError: as `read_object`.
     """
 
     def refuse(problem: str) -> NoReturn:
@@ -106,7 +106,7 @@ def member(content: object, key: str, kind: type | tuple[type, ...], where: obje
       fix: the end of the message.
 
     Raises:
-      ValueError: it is not there, or of another kind.
+      UserError: it is not there, or of another kind.
     """
     value = content
     for part in key.split("."):

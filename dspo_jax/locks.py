@@ -40,7 +40,7 @@ def claim(folder: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
       share: (i, n): the i-th of n processes that share the folder, each with a number of its own.
 
     Raises:
-      ValueError: another process has it; the message says which, on which host, since when.
+      UserError: another process has it; the message says which, on which host, since when.
       OSError: the folder cannot be made, or the lock in it belongs to another user.
     """
     if folder.exists() and not folder.is_dir():

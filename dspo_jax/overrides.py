@@ -43,7 +43,7 @@ def settle(values: flags.FlagValues) -> list[str]:
       What was dropped, a line for each changed name.
 
     Raises:
-      ValueError: an override unsets a key that needs a value.
+      UserError: an override unsets a key that needs a value.
     """
     lines = []
     for flag_name in values:

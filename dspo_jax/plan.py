@@ -25,7 +25,7 @@ from dspo_jax.files import write_json
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.planning import compilation
-from dspo_jax.planning.plan import describe, find_devices, image_size, plan
+from dspo_jax.planning.plan import describe_plan, find_devices, image_size, plan
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     found = plan(
         config, pipe, devices, size=size, pairs_per_device=pairs, topology=values.topology, facts=facts
     )
-    for line in describe(found):
+    for line in describe_plan(found):
         print(line)
     if values.json:
         write_json(Path(values.json), dataclasses.asdict(found), shared=True)

@@ -68,7 +68,7 @@ def read_options(settings: flags.FlagValues) -> Options:
     """Reads prompts and noise, and checks the options.
 
     Raises:
-      ValueError: an option that is refused.
+      UserError: an option that is refused.
       FileNotFoundError: a file that is missing.
     """
     seeds = _parse_seeds(settings.seeds)

@@ -141,7 +141,7 @@ def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None
       keys: the table.
 
     Raises:
-      ValueError: `WHAT: KEY = VALUE must be ...`.
+      UserError: `WHAT: KEY = VALUE must be ...`.
     """
     missing = [key for key, entry in keys.items() if entry.default is REQUIRED and key not in config]
     if missing:
@@ -163,7 +163,7 @@ def fill(
       ignored: keys that may hold anything, as may those that begin with an underscore.
 
     Raises:
-      ValueError: as `check`; an unknown key that is not switched off (null, false or 0).
+      UserError: as `check`; an unknown key that is not switched off (null, false or 0).
     """
     check(what, config, keys)
     for key, value in config.items():

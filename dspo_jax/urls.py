@@ -23,7 +23,7 @@ def refuse_urls(values: flags.FlagValues) -> None:
       values: the parsed flags.
 
     Raises:
-      ValueError: names the flag and the URL.
+      UserError: names the flag and the URL.
     """
     for name in values:
         for key, path in _walk(name, values[name].value):
@@ -33,7 +33,7 @@ def refuse_urls(values: flags.FlagValues) -> None:
 
 
 def refuse_url(name: str, path: str) -> None:
-    """Raises ValueError where the value of `name` is a URL, or NAME=URL."""
+    """Raises UserError where the value of `name` is a URL, or NAME=URL."""
     if match := _URL.fullmatch(path):
         raise UserError(
             f"{name}={match[1]}: a URL; only local paths are read and written: mount the bucket or copy it "

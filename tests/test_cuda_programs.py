@@ -14,9 +14,9 @@ from tiny_run import make_config
 
 from benchmarks import absent_gpu, text_attention
 from benchmarks.gpu_step import lower_step
-from dspo_jax.kernels import targets
+from dspo_jax.kernels import device_kind
 from dspo_jax.kernels.attention import attention
-from dspo_jax.kernels.targets import Target, on_mesh
+from dspo_jax.kernels.device_kind import DeviceKind, on_mesh
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
@@ -41,8 +41,8 @@ def card(request, monkeypatch):
     """The name of a card that is not here, for which all programs are traced."""
     capability = CAPABILITIES[request.param]
     major, minor = capability.split(".")
-    target = Target("gpu", f"NVIDIA {request.param}", (int(major), int(minor)))
-    monkeypatch.setattr(targets, "target_of", lambda device: target)
+    kind = DeviceKind("gpu", f"NVIDIA {request.param}", (int(major), int(minor)))
+    monkeypatch.setattr(device_kind, "device_kind_of", lambda device: kind)
     with absent_gpu.as_if_here(SimpleNamespace(compute_capability=capability)):
         yield request.param
 

@@ -57,7 +57,7 @@ def export(
     Raises:
       FileNotFoundError: no such run, checkpoint or base.
       OSError: the disk is too small.
-      ValueError: `out` exists, the base is another model, a weight is not finite or does not fit `dtype`, or
+      UserError: `out` exists, the base is another model, a weight is not finite or does not fit `dtype`, or
         there are no adapters.
     """
     refuse_existing(out)
@@ -139,7 +139,7 @@ def _write_single(
 
     Raises:
       OSError: the disk is too small.
-      ValueError: a component that such a file cannot hold.
+      UserError: a component that such a file cannot hold.
     """
     components = {name: open_component(base / name, model) for name, model in models.items()} | dict(replaced)
     try:

@@ -34,7 +34,7 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
     Raises:
       FileNotFoundError: a file of the model is missing, or there as a pickle only.
       OSError: the hub cannot be reached, or the disk is too small.
-      ValueError: a tensor is missing, left over or of another shape; a config of another class; a
+      UserError: a tensor is missing, left over or of another shape; a config of another class; a
         truncated file.
     """
     refuse_existing(out)

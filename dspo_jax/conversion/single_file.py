@@ -92,7 +92,7 @@ class Layout:
         """Where the tensor `name` of the component stands.
 
         Raises:
-          ValueError: nowhere; the layout has no such part.
+          UserError: nowhere; the layout has no such part.
         """
         if name in self.tensors:
             place = self.tensors[name]
@@ -112,7 +112,7 @@ def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
       configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2", with all keys.
 
     Raises:
-      ValueError: a VAE that no such file can hold.
+      UserError: a VAE that no such file can hold.
     """
     vae_class = configs["vae"].get("_class_name")
     if vae_class != "AutoencoderKL":
@@ -232,7 +232,7 @@ def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> 
       metadata: from its header.
 
     Raises:
-      ValueError: it was trained in a way that is not supported.
+      UserError: it was trained in a way that is not supported.
     """
     for name, way in _NOT_COMPUTED.items():
         if name in names:
@@ -290,7 +290,7 @@ def split(
       shapes: component -> name -> shape of every tensor that it needs.
 
     Raises:
-      ValueError: a tensor that is missing, belongs nowhere, or has another shape.
+      UserError: a tensor that is missing, belongs nowhere, or has another shape.
     """
     single = _usual_names(single, layouts)
     found, wanted = _find_family(single), _name_family(layouts)

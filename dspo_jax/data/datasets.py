@@ -96,7 +96,7 @@ def count_examples(
       fix: what the user can do without one, which the message ends with.
 
     Raises:
-      ValueError: none of them has the split, or it is empty in all that have it.
+      UserError: none of them has the split, or it is empty in all that have it.
     """
     names = {name for dataset in datasets for name in dataset.manifest["splits"]}
     where = ", ".join(str(dataset.folder) for dataset in datasets)
@@ -116,7 +116,7 @@ def check_weights(weights: Sequence[float], datasets: Sequence[Dataset]) -> None
     """Refuses `config.data.weights` unless there is none, or a positive one for each dataset.
 
     Raises:
-      ValueError: names the key, its value and the fix.
+      UserError: names the key, its value and the fix.
     """
     if not weights:
         return

@@ -16,7 +16,7 @@ from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -45,7 +45,7 @@ class BadRowLog:
         """Records a row.
 
         Raises:
-          ValueError: more than `max_skipped` of the split's rows are unusable.
+          UserError: more than `max_skipped` of the split's rows are unusable.
         """
         self.reasons[problem.reason] += 1
         message = f"split {self._split!r}, row {row.key!r}: {problem}"

@@ -39,7 +39,7 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
       Whether the dataset is complete; False if shards of other shares are missing.
 
     Raises:
-      ValueError: a config value, the source's data or the content of `out` is refused, or another process
+      UserError: a config value, the source's data or the content of `out` is refused, or another process
         encodes into it.
       FileNotFoundError: the model or a file of the source is missing.
       OSError: a shard cannot be written, or a process that decodes was ended.

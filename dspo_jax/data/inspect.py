@@ -24,7 +24,7 @@ def check_flags(settings: flags.FlagValues) -> None:
     """Refuses options that say nothing or contradict each other.
 
     Raises:
-      ValueError: names the option.
+      UserError: names the option.
     """
     if settings.pairs < 1:
         raise UserError(f"--pairs={settings.pairs}: must be at least 1")

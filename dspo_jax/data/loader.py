@@ -54,7 +54,7 @@ class BatchIterator:
         process's share.
 
         Raises:
-          FileNotFoundError, ValueError: a shard has vanished or was cut short meanwhile, by name.
+          FileNotFoundError, UserError: a shard has vanished or was cut short meanwhile, by name.
           OSError: one cannot be read for another reason.
         """
         try:
@@ -74,7 +74,7 @@ class BatchIterator:
         """Continues where `get_state` was called: with the first batch that had not been returned then.
 
         Raises:
-          ValueError: the state is of other data, weights, seed or batch size, so that continuing would repeat
+          UserError: the state is of other data, weights, seed or batch size, so that continuing would repeat
             or miss examples.
         """
         saved = json.loads(state)

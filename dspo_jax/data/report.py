@@ -71,7 +71,7 @@ def check_keys(report: Mapping[str, Any]) -> None:
     """Refuses a dataset in which a key occurs twice in a split.
 
     Raises:
-      ValueError: names the splits and the first such keys.
+      UserError: names the splits and the first such keys.
     """
     found = []
     for name, content in report["splits"].items():

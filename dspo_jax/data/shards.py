@@ -108,7 +108,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is damaged, or of another format version.
+      UserError: it is damaged, or of another format version.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
@@ -164,7 +164,7 @@ def check_manifest(
       path: the manifest's file or folder, for the message.
 
     Raises:
-      ValueError: names the file, the key, both values and the fix.
+      UserError: names the file, the key, both values and the fix.
     """
     made_with, needed = comparable(manifest["model"], fingerprint)
     for key in sorted((made_with.keys() | needed.keys()) - {"model"}):
@@ -207,7 +207,7 @@ def verify_shards(
 
     Raises:
       FileNotFoundError: a shard is missing.
-      ValueError: a shard is truncated or altered. Both name the file and the fix.
+      UserError: a shard is truncated or altered. Both name the file and the fix.
     """
     manifest = read_manifest(directory) if manifest is None else manifest
     for split in manifest["splits"].values():
@@ -233,7 +233,7 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
       splits: the splits that would be written.
 
     Raises:
-      ValueError: `out` holds anything else: another dataset (the message says which key differs), a damaged
+      UserError: `out` holds anything else: another dataset (the message says which key differs), a damaged
         one, other files, or it is not a folder. It is never overwritten.
     """
     out = Path(out)

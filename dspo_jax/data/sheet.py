@@ -132,7 +132,7 @@ def choose_examples(
     """Random examples of the splits, all examples being as likely, with the names of their splits, in order.
 
     Raises:
-      ValueError: there is none, or a split does not fit the manifest.
+      UserError: there is none, or a split does not fit the manifest.
       OSError: a shard cannot be read.
     """
     manifest = shards.read_manifest(directory)
@@ -158,7 +158,7 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[
       chosen: names of splits, and examples with `moments`.
 
     Raises:
-      ValueError: the dataset was encoded with another model, or the model is damaged.
+      UserError: the dataset was encoded with another model, or the model is damaged.
       FileNotFoundError: no such model.
     """
     pipe = load_pipeline(model)

@@ -28,7 +28,7 @@ class Examples:
         """Opens the shards.
 
         Raises:
-          ValueError: they do not hold as many examples as the manifest says.
+          UserError: they do not hold as many examples as the manifest says.
           OSError: they cannot be opened.
         """
         content = manifest["splits"][split]
@@ -72,11 +72,11 @@ class Examples:
         return OSError(f"{self._where}: a shard cannot be read: {reason}; --verify says which one")
 
 
-def describe(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a manifest says about the making of the dataset, and of each split: its size, the rows left out.
+def describe_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Reads from a manifest how the dataset was made, and the size and the rows left out of each split.
 
     Raises:
-      ValueError: a key is missing or holds something else.
+      UserError: a key is missing or holds something else.
     """
     try:
         model, source = manifest["model"], manifest["source"]
@@ -194,19 +194,19 @@ def summarize_dataset(
       checksums: also compare the SHA-256 sums of all shards, which reads every byte.
 
     Returns:
-      JSON-able: what `describe` returns, with what `summarize_examples` returns added to each split that is
-      not empty; and to others than "train" `captions_in_train`, how many `examples` have a caption that
+      JSON-able: what `describe_manifest` returns, with what `summarize_examples` returns added to each split
+      that is not empty; and to others than "train" `captions_in_train`, how many `examples` have a caption that
       "train" has too, as far as it was read; and `directory`, `checksums_verified`.
 
     Raises:
       FileNotFoundError: no dataset there, or a shard is missing.
-      ValueError: an unknown split, a damaged manifest, a truncated shard or wrong checksum.
+      UserError: an unknown split, a damaged manifest, a truncated shard or wrong checksum.
       OSError: a shard cannot be read.
     """
     if max_examples < 1:
         raise UserError(f"--max_examples={max_examples}: must be at least 1")
     manifest = shards.read_manifest(directory)
-    report = {"directory": str(directory), **describe(manifest, directory / shards.MANIFEST)}
+    report = {"directory": str(directory), **describe_manifest(manifest, directory / shards.MANIFEST)}
     splits = report["splits"]
     if split is not None and split not in splits:
         raise UserError(spelling.unknown("--split", split, splits))

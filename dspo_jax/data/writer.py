@@ -54,7 +54,7 @@ class DatasetWriter:
             Empty: one size.
 
         Raises:
-          ValueError: an unfinished dataset of other settings is there.
+          UserError: an unfinished dataset of other settings is there.
         """
         self._out, self._unfinished = out, out / shards.UNFINISHED
         self._id = uuid.uuid4().hex  # processes of several hosts may have the same number

@@ -53,7 +53,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
 
     Raises:
       FileNotFoundError: no such folder, or an image is missing.
-      ValueError: an image too many, a link out of the folder, or images of other prompts.
+      UserError: an image too many, a link out of the folder, or images of other prompts.
     """
     path, settings = _locate(folder.path)
     paths = ImagePaths(path, COMMAND_ALLOWS_OUTSIDE, folder.allow_outside)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 
 from dspo_jax.evaluation.result import BASE, Evaluation
-from dspo_jax.evaluation.tables import NOTE, Table, describe, make_tables
+from dspo_jax.evaluation.tables import NOTE, Table, describe_evaluation, make_tables
 
 _PAIRS = 24
 
@@ -46,7 +46,7 @@ def make_page(evaluation: Evaluation, out: Path, figures: Sequence[str]) -> str:
         f"<style>{_STYLE}</style></head>",
         "<body>",
         "<h1>Win rates over the base</h1>",
-        _table(Table("", [], describe(evaluation))),
+        _table(Table("", [], describe_evaluation(evaluation))),
     ]
     for table in make_tables(evaluation):
         parts += [f"<h2>{escape(table.title[0].upper() + table.title[1:])}</h2>", _table(table)]

@@ -100,7 +100,7 @@ def read_prompt_set(text: str, images: Path, *, allow_outside: bool = False) -> 
       allow_outside: see `read_prompts`.
 
     Raises:
-      ValueError: an unknown name; another number of prompts, or other prompts, than the set has.
+      UserError: an unknown name; another number of prompts, or other prompts, than the set has.
       OSError: a file is missing, or the hub did not give the set.
     """
     name, equals, where = text.partition("=")

@@ -12,7 +12,7 @@ from dspo_jax.evaluation.page import make_page
 from dspo_jax.evaluation.result import Evaluation
 from dspo_jax.evaluation.tables import (
     NOTE,
-    describe,
+    describe_evaluation,
     list_scores,
     make_tables,
     rejection_to_csv,
@@ -49,7 +49,7 @@ def write_report(evaluation: Evaluation, out: Path) -> None:
 
 def print_report(evaluation: Evaluation, console: Console) -> None:
     """Prints what was compared, the win rates and the mean rewards."""
-    for name, value in describe(evaluation):
+    for name, value in describe_evaluation(evaluation):
         console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     for table in make_tables(evaluation)[:2]:
         console.print(f"\n{table.title}", highlight=False, markup=False)

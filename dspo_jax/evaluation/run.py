@@ -51,7 +51,7 @@ class Comparison:
         """Refuses labels and numbers of seeds that no evaluation can have.
 
         Raises:
-          ValueError: by the flag of the command.
+          UserError: by the flag of the command.
         """
         if self.seeds < 1:
             raise UserError(f"--seeds={self.seeds}: must be at least 1")
@@ -92,7 +92,7 @@ def evaluate(
       overwrite: whether images of other settings that are in `out` may be deleted.
 
     Raises:
-      ValueError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
+      UserError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
         known by then.
       OSError: a model, an image or the weights of a reward are missing.
     """
@@ -138,7 +138,7 @@ def check_out(out: Path) -> None:
     """Refuses a folder with other things in it than an evaluation.
 
     Raises:
-      ValueError: it is not empty, and no evaluation wrote it.
+      UserError: it is not empty, and no evaluation wrote it.
     """
     marks = (f"{_IMAGES}/*/{SETTINGS}", f"{_SCORES}/*.jsonl", f"{PROMPT_IMAGES}/*")
     ours = any(any(out.glob(mark)) for mark in marks)

@@ -32,7 +32,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def describe(evaluation: Evaluation) -> list[tuple[str, str]]:
+def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
     """What all numbers of an evaluation are of: (name, value)."""
     prompts, seeds = evaluation.prompts, evaluation.seeds
     lines = [
@@ -131,7 +131,7 @@ def _estimate(mean: Estimate) -> str:
 
 def to_markdown(evaluation: Evaluation) -> str:
     """All tables, below what they are of."""
-    about = Table("", ["", ""], describe(evaluation))
+    about = Table("", ["", ""], describe_evaluation(evaluation))
     sections = ["# Win rates", _markdown(about)]
     for table in make_tables(evaluation):
         sections += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown(table)]
@@ -157,7 +157,7 @@ _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 def to_tex(evaluation: Evaluation) -> str:
     """The tables of win rates and of mean rewards, for a document with booktabs."""
-    about = "; ".join(f"{name}: {value}" for name, value in describe(evaluation))
+    about = "; ".join(f"{name}: {value}" for name, value in describe_evaluation(evaluation))
     tables = []
     for table in make_tables(evaluation)[:2]:
         lines = [

@@ -76,7 +76,7 @@ def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, see
       seed: of the bootstrap.
 
     Raises:
-      ValueError: scores of different shapes, of no prompt, or NaN.
+      UserError: scores of different shapes, of no prompt, or NaN.
     """
     _check(model, base)
     if model.shape != base.shape:
@@ -117,7 +117,7 @@ def reject(model: np.ndarray, base: np.ndarray) -> Rejection:
       base: scores [prompts, D] of the draws.
 
     Raises:
-      ValueError: scores of different prompts, of no prompt, or NaN.
+      UserError: scores of different prompts, of no prompt, or NaN.
     """
     _check(model, base)
     if len(model) != len(base):

@@ -81,7 +81,7 @@ class Pairing:
         """Refuses what gives no pair.
 
         Raises:
-          ValueError: by the flag of the command.
+          UserError: by the flag of the command.
         """
         if self.images_per_prompt < 2:
             raise UserError(f"--images={self.images_per_prompt}: a pair needs at least 2 images of a prompt")
@@ -117,7 +117,7 @@ def label(
       and losers, the mean score of the images that won and that lost.
 
     Raises:
-      ValueError: a setting that is refused, or no two images of a prompt with different scores.
+      UserError: a setting that is refused, or no two images of a prompt with different scores.
     """
     name, images, path = str(model), out / "images", out / "pairs.jsonl"
     if path.exists() and not (images / SETTINGS).is_file():

@@ -87,7 +87,7 @@ class ImagePaths:
           folder: the folder that the name is relative to; None is the root.
 
         Raises:
-          ValueError: it leads out of the root.
+          UserError: it leads out of the root.
         """
         path = (self._root if folder is None else folder) / name
         if self._allow_outside or "\0" in name:  # of which there is no file
@@ -104,7 +104,7 @@ class ImagePaths:
         """Refuses names that leave the root; looks at the disk only for absolute ones and those with `..`.
 
         Raises:
-          ValueError: one leads out of the root.
+          UserError: one leads out of the root.
         """
         for name in names:
             if os.path.isabs(name) or ".." in Path(name).parts:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.kernels import flash
-from dspo_jax.kernels.targets import Target, split_over_heads, target
+from dspo_jax.kernels.device_kind import DeviceKind, current_device_kind, split_over_heads
 
 BACKENDS = ("plain", "cudnn", "flash")
 VARIABLE = "DSPO_ATTENTION"
@@ -51,10 +51,10 @@ def attention(
       [B, T, H, D] in the dtype of `value`.
 
     Raises:
-      ValueError: DSPO_ATTENTION names no backend, or one that the program's device does not have.
+      UserError: DSPO_ATTENTION names no backend, or one that the program's device does not have.
     """
     backend = choose(
-        target(query.shape[0]),
+        current_device_kind(query.shape[0]),
         query.shape,
         key.shape[1],
         jnp.result_type(query, key, value),
@@ -70,7 +70,7 @@ def attention(
 
 
 def choose(
-    target: Target | None,
+    kind: DeviceKind | None,
     query: tuple[int, ...],
     keys: int,
     dtype: jax.typing.DTypeLike,
@@ -82,7 +82,7 @@ def choose(
     """Which of `BACKENDS` computes a call.
 
     Args:
-      target: what the program is for, or None where no kernel can be called.
+      kind: what the program is for, or None where no kernel can be called.
       query: shape of the queries, [B, T, H, D].
       keys: their number S.
       dtype: of all three.
@@ -90,21 +90,21 @@ def choose(
       wanted: the backend of every call that it can compute; None leaves the choice to the rule.
 
     Raises:
-      ValueError: `wanted` is unknown, or no kernel of the target.
+      UserError: `wanted` is unknown, or no kernel of the device.
     """
     if wanted is not None and wanted not in BACKENDS:
         raise UserError(spelling.unknown(VARIABLE, wanted, BACKENDS))
-    if target is None:
+    if kind is None:
         return "plain"
-    kernel = _kernel_of(target)
+    kernel = _kernel_of(kind)
     if wanted not in (None, "plain", kernel):
         instead = " or ".join(filter(None, ("plain", kernel)))
         raise UserError(
-            f"{VARIABLE}={wanted}: is no kernel for {target.kind} ({target.platform}); set it to {instead}, "
+            f"{VARIABLE}={wanted}: is no kernel for {kind.kind} ({kind.platform}); set it to {instead}, "
             "or unset it"
         )
     # Masks are for text, whose 77 tokens are no work for a kernel.
-    if kernel is None or wanted == "plain" or causal or masked or not _takes(kernel, target, query[3], dtype):
+    if kernel is None or wanted == "plain" or causal or masked or not _takes(kernel, kind, query[3], dtype):
         return "plain"
     # Nothing of the kind was measured for cuDNN, which rearranges nothing.
     if wanted is None and kernel == "flash" and min(query[1], keys) < _FEWEST_ON_TPU:
@@ -112,19 +112,19 @@ def choose(
     return kernel
 
 
-def _kernel_of(target: Target) -> str | None:
+def _kernel_of(kind: DeviceKind) -> str | None:
     """The kernel that a device has; cuDNN's needs Ampere or later, and AMD's GPUs have no such number."""
-    if target.platform == "tpu":
+    if kind.platform == "tpu":
         return "flash"
-    return "cudnn" if target.capability >= (8, 0) else None
+    return "cudnn" if kind.capability >= (8, 0) else None
 
 
-def _takes(kernel: str, target: Target, head: int, dtype: jax.typing.DTypeLike) -> bool:
+def _takes(kernel: str, kind: DeviceKind, head: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether it computes such heads. What is in float32 (the rewards) must not depend on the device."""
     if kernel == "flash":
         return dtype == jnp.bfloat16 and head <= 256
     # By cuDNN's table of what its backward pass supports. JAX lets 256 pass after Hopper too.
-    hopper = (9, 0) <= target.capability < (10, 0)
+    hopper = (9, 0) <= kind.capability < (10, 0)
     return dtype in (jnp.bfloat16, jnp.float16) and head <= (256 if hopper else 128)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspo_jax.kernels.targets import target
+from dspo_jax.kernels.device_kind import current_device_kind
 
 
 def is_target(batch: int) -> bool:
     """Whether the program that is being traced, over so many examples, is for a CPU."""
-    device = target(batch)
+    device = current_device_kind(batch)
     return device is not None and device.platform == "cpu"
 
 

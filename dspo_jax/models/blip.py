@@ -42,7 +42,7 @@ def read_image_reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Its keys: `vision_config`, `text_config`, and `head_features`, the widths of the head's hidden layers.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config(_NAME, config, _KEYS)
     for part, keys in _PARTS.items():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dspo_jax.kernels import cpu
 from dspo_jax.kernels.attention import attention
-from dspo_jax.kernels.targets import target
+from dspo_jax.kernels.device_kind import current_device_kind
 from dspo_jax.models.lora import LoRAConv
 from dspo_jax.models.remat import run_block
 
@@ -235,7 +235,7 @@ _FEWEST_CHANNELS_ON_TPU = 256
 
 def _merges_rows(batch: int, channels: int) -> bool:
     """Whether `convolve_doubled` takes less time on the device that the program being traced is for."""
-    device = target(batch)
+    device = current_device_kind(batch)
     if device is None:
         return False
     return device.platform == "cpu" or (device.platform == "tpu" and channels >= _FEWEST_CHANNELS_ON_TPU)

@@ -126,7 +126,7 @@ def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check the config.json of a transformers `CLIPTextModel`.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     return read_tower_config("CLIPTextModel", config, TEXT_KEYS, PROJECTION)
 
@@ -135,7 +135,7 @@ def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check the config.json of a transformers `CLIPTextModelWithProjection`.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     return read_tower_config("CLIPTextModelWithProjection", config, TEXT_KEYS | PROJECTION)
 
@@ -146,7 +146,7 @@ def read_tower_config(
     """`config.read_config` of a tower, text or image, whose features are a multiple of its heads.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config(class_name, config, keys, {*UNREAD, *ignored})
     heads = cfg["num_attention_heads"]

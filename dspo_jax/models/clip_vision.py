@@ -54,7 +54,7 @@ def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
       {"text": settings of `CLIPTextModelWithProjection`, "vision": those of the image tower}.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config("CLIPModel", config, _KEYS, {*UNREAD, *_UNREAD, "logit_scale_init_value"})
     text, vision = (_read_tower(key, cfg[key] or {}, cfg[f"{key}_dict"]) for key in _TOWERS)

@@ -27,7 +27,7 @@ def read_config(
       ignored: keys of the class that the computation does not depend on.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     return schema.fill(f"{class_name} config", config, keys, {*_IGNORED, *ignored})
 
@@ -44,6 +44,6 @@ def per_level(class_name: str, key: str, value: object, levels: int) -> list[Any
 
 
 def check_multiple(class_name: str, key: str, value: int, divisor_key: str, divisor: int) -> None:
-    """Raises ValueError where the features `value` of `key` do not split into `divisor` parts."""
+    """Raises UserError where the features `value` of `key` do not split into `divisor` parts."""
     if value % divisor:
         raise UserError(f"{class_name} config: {key} = {value} is no multiple of {divisor_key} = {divisor}")

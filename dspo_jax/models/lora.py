@@ -93,7 +93,7 @@ def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Ar
       A tree of adapters only.
 
     Raises:
-      ValueError: no layer matches.
+      UserError: no layer matches.
     """
     pattern = re.compile(rf"(?:.*\.)?(?:{'|'.join(targets)})")
     layers = {

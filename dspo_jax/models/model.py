@@ -125,7 +125,7 @@ def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
       config: the parsed config.json.
 
     Raises:
-      ValueError: an unknown class or a config value that is not implemented, by name.
+      UserError: an unknown class or a config value that is not implemented, by name.
     """
     if not isinstance(class_name, str) or class_name not in _CLASSES:
         raise UserError(f"model class {shown(class_name)} is not supported; supported: {', '.join(_CLASSES)}")

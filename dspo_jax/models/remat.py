@@ -21,7 +21,7 @@ POLICIES = ("none", "blocks", "dots")
 
 
 def check_policy(policy: str) -> None:
-    """Refuses a name that is not in `POLICIES` by a ValueError; for before a trace, which would add to it."""
+    """Refuses a name that is not in `POLICIES` by a UserError; for before a trace, which would add to it."""
     if policy not in POLICIES:
         raise UserError(spelling.unknown("config.remat", policy, POLICIES))
 
@@ -30,7 +30,7 @@ def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
     """`block(*inputs)`, rematerialised as `policy` says; "none" adds nothing to the program.
 
     Raises:
-      ValueError: an unknown policy.
+      UserError: an unknown policy.
     """
     check_policy(policy)
     if policy == "none":

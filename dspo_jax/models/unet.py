@@ -104,7 +104,7 @@ def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check a diffusers `unet/config.json` and fill in defaults; what may differ by level becomes a list.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config(_NAME, config, _KEYS)
     channels = cfg["block_out_channels"]
@@ -249,7 +249,7 @@ class UNet2DCondition(nnx.Module):
           [B, h, w, out_channels] in the dtype of `sample`.
 
         Raises:
-          ValueError: SDXL's conditions missing or unexpected; an unknown policy.
+          UserError: SDXL's conditions missing or unexpected; an unknown policy.
         """
         dtype = sample.dtype
         wants = hasattr(self, "add_embedding")

@@ -152,7 +152,7 @@ def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check the config.json of a diffusers `AutoencoderKL` and fill in defaults.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config(_NAME, config, _KEYS, _UNREAD)
     channels = cfg["block_out_channels"]
@@ -275,7 +275,7 @@ def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Check the config.json of a diffusers `AutoencoderTiny` and fill in defaults.
 
     Raises:
-      ValueError: names the key and value of what is not supported.
+      UserError: names the key and value of what is not supported.
     """
     cfg = read_config(_TINY_NAME, config, _TINY_KEYS, _TINY_UNREAD)
     levels = len(cfg["num_encoder_blocks"])

@@ -76,7 +76,7 @@ def draw_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
 
     Raises:
       FileNotFoundError: there is no such metrics file.
-      ValueError: it holds nothing to draw, or a damaged line.
+      UserError: it holds nothing to draw, or a damaged line.
     """
     path, png = Path(metrics_jsonl), Path(png)
     figure = make_figure(read_metrics(path), path.parent.name)

@@ -44,7 +44,7 @@ class MetricsWriter:
           config: shown with the W&B run.
 
         Raises:
-          ValueError: a `wandb_project` without the package wandb.
+          UserError: a `wandb_project` without the package wandb.
         """
         self._active, self._wandb = active, None
         if not active:
@@ -99,7 +99,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: another line than the last is damaged, or one is not of this kind.
+      UserError: another line than the last is damaged, or one is not of this kind.
     """
     lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
     records = []
@@ -160,7 +160,7 @@ def import_wandb(project: str) -> Any:
     """The package wandb, which the config asks for by naming a project.
 
     Raises:
-      ValueError: it is not installed.
+      UserError: it is not installed.
     """
     try:
         return importlib.import_module("wandb")  # as a statement, mypy would want it installed

@@ -58,7 +58,7 @@ def make_mesh(
         or None: the devices are taken as one slice.
 
     Raises:
-      ValueError: an unknown axis, a size that is no positive integer, or sizes whose product is not the
+      UserError: an unknown axis, a size that is no positive integer, or sizes whose product is not the
         number of devices or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
@@ -119,7 +119,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str = "config.batch_size"
     """Refuses a global batch that the mesh cannot split evenly.
 
     Raises:
-      ValueError: names `key`, its value and the nearest values that fit.
+      UserError: names `key`, its value and the nearest values that fit.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size < 1 or batch_size % ways:
@@ -137,7 +137,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices differ along `tensor` alone read the same part.
 
     Raises:
-      ValueError: the devices of a process do not lie together along the batch.
+      UserError: the devices of a process do not lie together along the batch.
     """
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])  # one for each part of the batch
     parts: dict[int, list[int]] = {}

@@ -41,7 +41,7 @@ def initialize_from_flags() -> None:
     """Joins the other processes of the run, if it has several; call it before anything asks for a device.
 
     Raises:
-      ValueError: some of the flags are given and others not, or do not fit together.
+      UserError: some of the flags are given and others not, or do not fit together.
       OSError: the other processes were not reached.
     """
     values = flags.FLAGS
@@ -103,7 +103,7 @@ def claim(out: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
     The first process holds the lock for all. Where it is refused, all processes end.
 
     Raises:
-      ValueError, OSError: as `locks.claim`, in every process.
+      UserError, OSError: as `locks.claim`, in every process.
     """
     if not jax.distributed.is_initialized():  # and no device is asked for
         with locks.claim(out, share):

@@ -33,7 +33,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
-      ValueError: a pipeline, component or config value that is not supported.
+      UserError: a pipeline, component or config value that is not supported.
     """
     path = find_model(path)
     trained: Mapping[str, Params] = {}

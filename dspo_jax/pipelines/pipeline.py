@@ -127,7 +127,7 @@ class Pipeline:
         """Pixels along a side of the square images that the model was made for.
 
         Raises:
-          ValueError: they are not square.
+          UserError: they are not square.
         """
         height, width = self.image_size
         if height != width:

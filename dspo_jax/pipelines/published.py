@@ -150,7 +150,7 @@ def architecture(name: str) -> Pipeline:
     """Makes a pipeline of one of `MODELS` whose shapes are known, but neither weights nor a vocabulary.
 
     Raises:
-      ValueError: an unknown name.
+      UserError: an unknown name.
     """
     if name not in NETWORKS:
         raise UserError(spelling.unknown("published model", name, MODELS))

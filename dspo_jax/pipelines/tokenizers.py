@@ -111,7 +111,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
 
     Raises:
       FileNotFoundError: the folder has neither.
-      ValueError: they are damaged, of another kind of tokenizer, or have tokens beyond `vocab_size`.
+      UserError: they are damaged, of another kind of tokenizer, or have tokens beyond `vocab_size`.
     """
     if not is_tokenizer(folder):
         missing = next(name for name in _VOCABULARY if not (folder / name).is_file())
@@ -151,7 +151,7 @@ def read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> CaptionToken
     """The tokenizer of the text encoder with `text_config`.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_tokenizer`; a `model_max_length` that the encoder cannot take.
+      FileNotFoundError, UserError: as `open_tokenizer`; a `model_max_length` that the encoder cannot take.
     """
     tokenizer = open_tokenizer(folder, text_config["vocab_size"])
     length, positions = tokenizer.model_max_length, text_config["max_position_embeddings"]

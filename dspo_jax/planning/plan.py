@@ -88,7 +88,7 @@ def find_devices(topology: str | None) -> Sequence[jax.Device]:
     """The devices of a TPU topology such as "v5p:4x4x4", or those that are here.
 
     Raises:
-      ValueError: no such topology, or the TPU's compiler is not installed.
+      UserError: no such topology, or the TPU's compiler is not installed.
     """
     if topology is None:
         return jax.devices()
@@ -153,7 +153,7 @@ def plan(
       facts: of its compilation, where they are known; by default the step is compiled.
 
     Raises:
-      ValueError: a config that cannot be trained, or a batch that the mesh cannot split.
+      UserError: a config that cannot be trained, or a batch that the mesh cannot split.
     """
     config = config.copy_and_resolve_references()
     config.batch_size = pairs_per_device * len(devices)
@@ -238,7 +238,7 @@ def largest_that_fits(hbm: int | None, peak: int, fixed: int, pairs: int, step: 
     return max(0, int((hbm - fixed) / ((peak - fixed) / pairs))) // step * step
 
 
-def describe(found: Plan) -> Iterator[str]:
+def describe_plan(found: Plan) -> Iterator[str]:
     """The plan in lines."""
     axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     yield f"{found.devices} {found.device_kind} device(s) ({found.topology}), mesh {axes}"

@@ -28,7 +28,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: as `clip_folder.open_reward` and `check_head`.
+      UserError: as `clip_folder.open_reward` and `check_head`.
     """
     clip, params = clip_folder.open_reward(folder, "aesthetic")
     head = read_head(folder / HEAD, clip.model.settings["text"]["projection_dim"])
@@ -62,7 +62,7 @@ def check_head(file: Path, stored: Mapping[str, Tensor], features: int) -> dict[
       features: of the image embedding.
 
     Raises:
-      ValueError: they are not of such a head.
+      UserError: they are not of such a head.
     """
     head = {}
     for layer, outputs in _LAYERS.items():
@@ -83,7 +83,7 @@ def read_head(file: Path, features: int) -> Params:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: as `check_head`.
+      UserError: as `check_head`.
     """
     stored = check_head(file, open_weights(file), features)
     values = {name: tensor.read().astype(np.float32) for name, tensor in stored.items()}

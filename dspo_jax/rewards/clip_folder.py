@@ -63,7 +63,7 @@ class ClipReward:
         """The reward that `network` gives of pixels and token ids; `clean` is applied to prompts first.
 
         Raises:
-          FileNotFoundError, ValueError: as `read_tokenizer`.
+          FileNotFoundError, UserError: as `read_tokenizer`.
         """
         read = read_tokenizer(self.folder, self.model)
 
@@ -84,7 +84,7 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: it is the folder of another reward, or its files do not fit each other.
+      UserError: it is the folder of another reward, or its files do not fit each other.
     """
     file = folder / "reward.json"
     fix = f"make the folder with python -m dspo_jax.rewards.convert --reward={name}"
@@ -94,11 +94,11 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
     if about.get("name") != name:
         raise UserError(f"{file}: is of the reward {shown(about.get('name'))}, not {name}; {fix}")
 
-    def describe(part: str) -> str:
+    def describe_part(part: str) -> str:
         source, digest = (member(about, part + key, str, file, fix) for key in ("source", "sha256"))
         return f"{source} {digest[:8]}"
 
-    version = ", ".join(map(describe, ["", *(["head."] if "head" in about else [])]))
+    version = ", ".join(map(describe_part, ["", *(["head."] if "head" in about else [])]))
     model = read_clip(folder)
     return ClipReward(name, version, folder, model), read_params(folder, model, "float32")
 
@@ -108,7 +108,7 @@ def read_clip(folder: Path) -> Model:
 
     Raises:
       FileNotFoundError: it has no config.json.
-      ValueError: it is something else.
+      UserError: it is something else.
     """
     if (folder / "model_index.json").is_file():
         raise UserError(
@@ -132,7 +132,7 @@ def read_tokenizer(folder: Path, model: Model) -> Callable[[Sequence[str]], np.n
 
     Raises:
       FileNotFoundError: its files are missing.
-      ValueError: they are damaged, or of another model.
+      UserError: they are damaged, or of another model.
     """
     settings = model.settings["text"]
     tokenizer = open_tokenizer(folder, settings["vocab_size"])

@@ -19,7 +19,7 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
     (preprocess.py), which for square images is nearly the same as CLIP's own, used here.
 
     Raises:
-      FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
+      FileNotFoundError, UserError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
     clip, params = clip_folder.open_reward(folder, name)
 

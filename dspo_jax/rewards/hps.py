@@ -17,7 +17,7 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
     command prints 100 times as much.
 
     Raises:
-      FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
+      FileNotFoundError, UserError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
     clip, params = clip_folder.open_reward(folder, name)
     return clip.make(clip.cosine, params, hps_pixels, batch_size, clean_prompt)

@@ -55,7 +55,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
     Raises:
       FileNotFoundError: one of the files is missing.
-      ValueError: they are of another reward or do not fit each other.
+      UserError: they are of another reward or do not fit each other.
     """
     file, fix = folder / "reward.json", "convert the weights again"
     about = model_dir.read_json(file, fix)
@@ -93,7 +93,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
 
     Raises:
       FileNotFoundError: no such weights or vocabulary.
-      ValueError: a tensor is missing, is not part of ImageReward, or has another shape; the vocabulary is
+      UserError: a tensor is missing, is not part of ImageReward, or has another shape; the vocabulary is
         another one.
       OSError: the disk is full.
     """

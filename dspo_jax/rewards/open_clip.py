@@ -56,7 +56,7 @@ def translate(
       activation: "gelu" or "quick_gelu" (OpenAI's), which no weight tells.
 
     Raises:
-      ValueError: a tensor is missing, not part of such a model, or of another shape.
+      UserError: a tensor is missing, not part of such a model, or of another shape.
     """
     translated: dict[str, Tensor] = {}
     origin = {}

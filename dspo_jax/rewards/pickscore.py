@@ -18,7 +18,7 @@ def load(folder: Path, batch_size: int) -> Reward:
     leaves the factor out, which is the same for every image.
 
     Raises:
-      FileNotFoundError, ValueError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
+      FileNotFoundError, UserError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
     clip, params = clip_folder.open_reward(folder, "pickscore")
 

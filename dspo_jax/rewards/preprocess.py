@@ -69,7 +69,7 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
       [S, S, 3] float32, normalised by the mean and deviation of CLIP's training images.
 
     Raises:
-      ValueError: the picture is so narrow that nothing of it is left.
+      UserError: the picture is so narrow that nothing of it is left.
     """
     image = image.convert("RGB")
     scale = size / max(image.size)

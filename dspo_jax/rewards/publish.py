@@ -77,7 +77,7 @@ def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: weights, tokenizer or head are of something else, or damaged.
+      UserError: weights, tokenizer or head are of something else, or damaged.
       OSError: the disk is full.
     """
     model, stored, files = _open_clip(wanted.weights, activation)
@@ -197,7 +197,7 @@ def prepare(
       head: the file of the aesthetic head.
 
     Raises:
-      ValueError: an unknown reward, or an option that it does not take or lacks.
+      UserError: an unknown reward, or an option that it does not take or lacks.
       OSError: a path that is not there, or a hub id that cannot be downloaded.
     """
     if reward not in RECIPES:

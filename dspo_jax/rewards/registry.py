@@ -35,7 +35,7 @@ def load_reward(name: str, folder: str | Path | None = None, *, batch_size: int 
       batch_size: images in one call of a network, over the devices of this process.
 
     Raises:
-      ValueError: an unknown name, a file that does not define the function, weights that do not fit.
+      UserError: an unknown name, a file that does not define the function, weights that do not fit.
       FileNotFoundError: the file, or the weights.
     """
     path, colon, function = name.rpartition(":")

@@ -32,7 +32,7 @@ class Reward:
         """Scores [N] float32 of N images [H, W, 3] uint8 under their prompts; or [H, W, 4] if `reads_alpha`.
 
         Raises:
-          ValueError: the function gave another number of scores, or one that is not finite.
+          UserError: the function gave another number of scores, or one that is not finite.
         """
         scores = np.asarray(self.function(images, prompts))
         if scores.shape != (len(images),):

@@ -35,7 +35,7 @@ def score_files(
         reward or of its treatment of transparency, is scored anew.
 
     Raises:
-      ValueError: an image that cannot be read, or scores that are refused.
+      UserError: an image that cannot be read, or scores that are refused.
     """
     cache.mkdir(parents=True, exist_ok=True)
     names = [_identify(file) for file in files]
@@ -72,7 +72,7 @@ def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
     """The picture [H, W, 3] uint8, transparency over white; or [H, W, 4] where it has one that is to be kept.
 
     Raises:
-      ValueError: it cannot be read.
+      UserError: it cannot be read.
     """
     try:
         return np.asarray(decode_image(file, keep_alpha=keep_alpha))

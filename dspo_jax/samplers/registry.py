@@ -50,7 +50,7 @@ def own_sampler(config: Mapping[str, Any]) -> str:
     """The name of the sampler that a scheduler_config.json asks for by its `_class_name`.
 
     Raises:
-      ValueError: It names no class or one that is not computed here.
+      UserError: It names no class or one that is not computed here.
     """
     for name, entry in SAMPLERS.items():
         if entry.scheduler == config.get("_class_name"):
@@ -87,7 +87,7 @@ def make_sampler(
       eta: Of "ddim", from 0 (deterministic) to 1 (as much new noise in every step as "ddpm").
 
     Raises:
-      ValueError: An unknown name, a number of steps or an offset that the schedule does not have, a strength
+      UserError: An unknown name, a number of steps or an offset that the schedule does not have, a strength
         that leaves no step, an eta that the sampler does not have, or something in the config that is not
         computed; the message names it.
     """
@@ -119,7 +119,7 @@ def check_eta(name: str, eta: float) -> None:
     """Refuses an eta that a sampler, one of `SAMPLERS`, does not have.
 
     Raises:
-      ValueError: It is not between 0 and 1, or not 0 for a sampler that has none.
+      UserError: It is not between 0 and 1, or not 0 for a sampler that has none.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta = {eta}: must be between 0 and 1")

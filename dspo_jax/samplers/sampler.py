@@ -130,7 +130,7 @@ class Sampler:
           gives, which keeps a trace of the image even at strength 1.
 
         Raises:
-          ValueError: There is no image and the strength is below 1.
+          UserError: There is no image and the strength is below 1.
         """
         noise = jnp.asarray(noise, jnp.float32)
         if image_latents is not None:
@@ -188,7 +188,7 @@ class Sampler:
           Clean latents, in UNet units; bit for bit the last ones of `rollout`.
 
         Raises:
-          ValueError: The sampler adds noise and there is none.
+          UserError: The sampler adds noise and there is none.
         """
         step = self._step(predict, noise)
         state, _ = jax.lax.scan(lambda state, i: (step(state, i), None), state, self._calls)
@@ -202,7 +202,7 @@ class Sampler:
           ones. `jax.tree.map(lambda leaf: leaf[i], states)` is the state before call i.
 
         Raises:
-          ValueError: The sampler adds noise and there is none.
+          UserError: The sampler adds noise and there is none.
         """
         step = self._step(predict, noise)
 

@@ -52,7 +52,7 @@ def spaced_timesteps(
       [N] int32, decreasing.
 
     Raises:
-      ValueError: Unknown spacing, N out of range, or an offset that leaves the schedule.
+      UserError: Unknown spacing, N out of range, or an offset that leaves the schedule.
     """
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise UserError(spelling.unknown("timestep_spacing", str(timestep_spacing), TIMESTEP_SPACINGS))
@@ -80,7 +80,7 @@ def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
     """Refuses a number of steps that a schedule does not have.
 
     Raises:
-      ValueError: It is not between 1 and T.
+      UserError: It is not between 1 and T.
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise UserError(
@@ -93,7 +93,7 @@ def check_sampler_config(config: Mapping[str, Any]) -> None:
     """Refuses a scheduler_config.json in which a key that a sampler reads is of another type.
 
     Raises:
-      ValueError: names the key and its value.
+      UserError: names the key and its value.
     """
     schema.check("scheduler config", config, _KEYS)
 
@@ -102,7 +102,7 @@ def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) 
     """A scheduler_config.json with the defaults of the keys that it lacks; `defaults` go before the table's.
 
     Raises:
-      ValueError: As `check_sampler_config`.
+      UserError: As `check_sampler_config`.
     """
     check_sampler_config(config)
     return {**{key: entry.default for key, entry in _KEYS.items()}, **defaults, **config}
@@ -117,7 +117,7 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
     """Refuses a config that asks for what is not computed.
 
     Raises:
-      ValueError: `config[key]` is there and is none of `allowed`; the message gives `why` and the first of
+      UserError: `config[key]` is there and is none of `allowed`; the message gives `why` and the first of
         `allowed` as the fix.
     """
     if key in config and config[key] not in allowed:
@@ -131,7 +131,7 @@ def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str
     """The value of a key of a filled config.
 
     Raises:
-      ValueError: The value is none of `allowed`.
+      UserError: The value is none of `allowed`.
     """
     value = config[key]
     if value not in allowed:

@@ -47,7 +47,7 @@ class Decoder:
             with less detail.
 
         Raises:
-          ValueError: `tile` is no multiple of the pixels per latent, or `preview` is no AutoencoderTiny for
+          UserError: `tile` is no multiple of the pixels per latent, or `preview` is no AutoencoderTiny for
             these latents.
           FileNotFoundError: no such folder.
         """
@@ -112,7 +112,7 @@ def refuse_non_finite(
       finite: [B] from `Decoder`.
 
     Raises:
-      ValueError: by the model and the first such picture.
+      UserError: by the model and the first such picture.
     """
     if not finite.all():
         request = requests[int(finite.argmin())]

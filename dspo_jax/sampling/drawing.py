@@ -55,7 +55,7 @@ def sample(
       The (first) contact sheet's path; None in other processes than the first.
 
     Raises:
-      ValueError: a setting, or the content of `out`, is refused; a model draws what is not finite.
+      UserError: a setting, or the content of `out`, is refused; a model draws what is not finite.
       FileNotFoundError: a model is missing.
     """
     if init_latents is not None and len(seeds) > 1:
@@ -168,7 +168,7 @@ def draw_batches(
       model: what an error calls the model; None is the folder that its networks come from.
 
     Raises:
-      ValueError: a picture is not finite (NaN or infinite numbers), or a setting is refused.
+      UserError: a picture is not finite (NaN or infinite numbers), or a setting is refused.
     """
     devices = jax.local_devices()
     mesh = make_mesh({"data": len(devices)}, devices)

@@ -44,7 +44,7 @@ def read_drawing_flags(
     """Reads the prompts, now with the image to start from, and how they are rendered.
 
     Raises:
-      ValueError: a flag that is refused.
+      UserError: a flag that is refused.
       FileNotFoundError: the image is missing.
     """
     if (settings.height is None) != (settings.width is None):

@@ -33,7 +33,7 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     """Notes in `out` how its images are drawn, or refuses images that were drawn otherwise.
 
     Raises:
-      ValueError: `out` holds images of other settings and may not be overwritten, or other files.
+      UserError: `out` holds images of other settings and may not be overwritten, or other files.
     """
     path = out / SETTINGS
     ours = json.loads(json.dumps(settings))

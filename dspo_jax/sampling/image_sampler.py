@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dspo_jax import samplers
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -49,7 +49,7 @@ class ImageSampler:
             is one device.
 
         Raises:
-          ValueError: a sampler that is unknown, or does not do what the model's scheduler config asks for.
+          UserError: a sampler that is unknown, or does not do what the model's scheduler config asks for.
         """
         self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
         sampler = samplers.make_sampler(

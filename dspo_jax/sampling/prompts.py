@@ -49,7 +49,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
 
     Raises:
       FileNotFoundError: it ends like a file and there is none, or an image is missing.
-      ValueError: no prompt, a file that cannot be understood, by line, or an image outside the folder.
+      UserError: no prompt, a file that cannot be understood, by line, or an image outside the folder.
     """
     path = Path(text_or_file)
     readers = {
@@ -108,7 +108,7 @@ def check_text(text: str, where: str) -> str:
     """The text, if it is one.
 
     Raises:
-      ValueError: it holds half a character or a null character; the message begins with `where`.
+      UserError: it holds half a character or a null character; the message begins with `where`.
     """
     fault = spelling.fault_of_text(text)
     if fault:

@@ -44,7 +44,7 @@ class Drawing:
         """Refuses what no model can draw with.
 
         Raises:
-          ValueError: by the flag of the commands.
+          UserError: by the flag of the commands.
         """
         if self.sampler not in samplers.SAMPLERS:
             raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
@@ -82,7 +82,7 @@ class Rendering:
         """Refuses what no model can render with.
 
         Raises:
-          ValueError: by the flag of the commands.
+          UserError: by the flag of the commands.
         """
         if self.batch_size < 1:
             raise UserError(f"--batch_size={self.batch_size}: must be at least 1")
@@ -103,7 +103,7 @@ class Rendering:
         """Shape [h, w, C] of the latents of one image of a model.
 
         Raises:
-          ValueError: the VAE cannot make images of this size.
+          UserError: the VAE cannot make images of this size.
         """
         if self.size is None:
             return *pipe.latent_size, pipe.latent_channels

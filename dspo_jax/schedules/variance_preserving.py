@@ -89,7 +89,7 @@ class Schedule:
         """Stable Diffusion's schedule: sqrt(beta) runs linearly from its start to its end.
 
         Raises:
-          ValueError: A value is out of range; the message names it.
+          UserError: A value is out of range; the message names it.
         """
         return cls.from_config(
             {
@@ -112,7 +112,7 @@ class Schedule:
           config: The parsed file.
 
         Raises:
-          ValueError: A key is missing and the class is not known, or a value is not supported; the message
+          UserError: A key is missing and the class is not known, or a value is not supported; the message
             names the key and value.
         """
         class_name = config.get("_class_name")

@@ -34,7 +34,7 @@ def held(state: TrainState, reference: Params) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def describe(experiment: Experiment, state: TrainState, reference: Params) -> Iterator[str]:
+def describe_run(experiment: Experiment, state: TrainState, reference: Params) -> Iterator[str]:
     """Lines that a user should see before the first step.
 
     Args:
@@ -118,7 +118,7 @@ def dry_run(config: ConfigDict) -> str:
     largest = max(map(bucket_size, buckets), key=math.prod)
     images = experiment.datasets[0].manifest["images_per_example"]
     batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
-    lines = list(describe(experiment, state, reference))
+    lines = list(describe_run(experiment, state, reference))
     lines += [f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items()]
     flops = mean_flops_per_example(task, experiment.datasets, settings.data)
     if flops is not None:

@@ -21,7 +21,7 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
-from dspo_jax.training.dry_run import describe
+from dspo_jax.training.dry_run import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
@@ -267,7 +267,7 @@ def _train(
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)
     if processes.is_first():
-        for line in describe(experiment, state, reference):
+        for line in describe_run(experiment, state, reference):
             logging.info("%s", line)
     run = Run(experiment, workdir, state, reference, make_step, count_flops)
     abstract = jax.tree.map(

@@ -33,7 +33,7 @@ def first_captions(datasets: Sequence[Dataset], split: str, count: int = 4) -> l
       count: fewer come where the split, or its first bucket, has fewer.
 
     Raises:
-      ValueError: the split does not exist or is empty.
+      UserError: the split does not exist or is empty.
     """
     with closing(loader.eval_batches(datasets, batch_size=count, split=split)) as batches:
         return next(batches)["caption"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.training import stability
 from dspo_jax.training.task import Batch, Metrics, Task

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dspo_jax.data import loader, shards
 from dspo_jax.data.datasets import Dataset, count_examples, read_datasets
 from dspo_jax.errors import UserError
-from dspo_jax.kernels.targets import on_mesh
+from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.objectives import Predictions
@@ -43,7 +43,7 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
       n: number of independent trials; 0 gives (0, 1).
 
     Raises:
-      ValueError: `successes` is not between 0 and `n`.
+      UserError: `successes` is not between 0 and `n`.
     """
     if not 0 <= successes <= n:
         raise UserError(f"successes = {successes}: must lie between 0 and n = {n}")
@@ -248,7 +248,7 @@ def judge(
       compute_dtype: of the networks.
 
     Raises:
-      ValueError: no reference, data of another model or of single images, or what `Validator` refuses.
+      UserError: no reference, data of another model or of single images, or what `Validator` refuses.
       FileNotFoundError: a folder is missing.
     """
     if reference is None:

@@ -30,7 +30,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Write config.json into a fresh workdir, or check that it is the one this run was started with.
 
     Raises:
-      ValueError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
+      UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
     """
     may_differ = [*MAY_DIFFER, *(("steps",) if config.optimizer.schedule in ENDLESS_SCHEDULES else ())]
     path = workdir / "config.json"

@@ -59,7 +59,7 @@ class Checkpoints:
             score is kept besides. An old one is deleted only after the new one is complete.
 
         Raises:
-          ValueError: `directory` holds other files than checkpoints.
+          UserError: `directory` holds other files than checkpoints.
           NotADirectoryError: `directory` is a file.
         """
         hush_orbax()
@@ -182,7 +182,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no such checkpoint.
           DamagedCheckpoint: it cannot be read.
-          ValueError: its arrays differ from `abstract_state` in name, shape or dtype.
+          UserError: its arrays differ from `abstract_state` in name, shape or dtype.
         """
         self.wait()
         step = choose_step(self.directory, self._manager.all_steps(), step)

@@ -102,7 +102,7 @@ def open_stored(folder: Path, class_name: str) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: there is no safetensors file; a pickle is not read.
-      ValueError: a damaged or truncated file.
+      UserError: a damaged or truncated file.
     """
     chosen = _choose(folder, class_name)
     if not chosen:

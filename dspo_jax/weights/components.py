@@ -54,7 +54,7 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: no safetensors file (pickled `.bin` files are never read).
-      ValueError: a truncated file, a missing or extra tensor, a shape that does not fit.
+      UserError: a truncated file, a missing or extra tensor, a shape that does not fit.
     """
     path = weights_file(folder, model.class_name)
     stored = open_stored(folder, model.class_name)
@@ -87,7 +87,7 @@ def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) ->
       leaves: the adapters' leaves by path.
 
     Raises:
-      ValueError: an adapter of a layer that the component has not, or has in another shape.
+      UserError: an adapter of a layer that the component has not, or has in another shape.
     """
 
     def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -122,7 +122,7 @@ def read_params(
       adapters: a tree of adapters to add.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_component`; or the adapters are of another model.
+      FileNotFoundError, UserError: as `open_component`; or the adapters are of another model.
     """
     stored = open_component(folder, model)
     try:
@@ -151,7 +151,7 @@ def write_params(
 
     Raises:
       OSError: the disk is full.
-      ValueError: a value that is not finite or overflows `dtype`.
+      UserError: a value that is not finite or overflows `dtype`.
     """
 
     file = weights_file(folder, model.class_name)
@@ -170,7 +170,7 @@ def read_models(folder: Path) -> dict[str, Model]:
     """The architectures of a diffusers folder's networks, by component.
 
     Raises:
-      ValueError: a config.json that is not supported, or of another class than model_index.json says.
+      UserError: a config.json that is not supported, or of another class than model_index.json says.
     """
     components = model_dir.list_components(read_json(folder / "model_index.json"))
     networks = {name: kind for name, kind in components.items() if name in _NETWORKS}

@@ -105,7 +105,7 @@ def explain(path: Path) -> str:
     """Ends the refusal of a path that is neither a model's folder nor a run: "; it is ...", or nothing.
 
     Raises:
-      ValueError: a damaged file.
+      UserError: a damaged file.
     """
     if path.is_file() and path.suffix == ".safetensors":
         kind = find_kind(open_file(path))

@@ -38,7 +38,7 @@ _LINK = (
 def read_json(path: Path, fix: str = "fetch the model again") -> dict[str, Any]:
     """Parse one JSON file of a model directory; a missing or malformed one is an error that names it.
 
-    `fix` ends the message. Raises FileNotFoundError and ValueError, as `json_files.read_object`.
+    `fix` ends the message. Raises FileNotFoundError and UserError, as `json_files.read_object`.
     """
     if path.name == "model_index.json" and not path.exists():
         raise FileNotFoundError(
@@ -92,7 +92,7 @@ def list_components(index: Mapping[str, Any]) -> dict[str, str]:
     """Folder -> class of the components that a parsed model_index.json names.
 
     Raises:
-      ValueError: one would lie outside the model directory.
+      UserError: one would lie outside the model directory.
     """
     components = {
         name: value[1]
@@ -194,7 +194,7 @@ def copy_files(folder: Path, files: Collection[Path], out: Path) -> None:
     """Copy `files` (relative to `folder`) to the same places under `out`, byte for byte.
 
     Raises:
-      ValueError: one is a link to a file elsewhere, which might be anything of this machine.
+      UserError: one is a link to a file elsewhere, which might be anything of this machine.
     """
     for link in find_links(folder, files):
         raise UserError(_LINK.format(folder / link))

@@ -57,7 +57,7 @@ class SavedParams:
         """One array. Cheap in the order of `arrays`: a few of those that follow are read with it and kept.
 
         Raises:
-          ValueError: the checkpoint is damaged.
+          UserError: the checkpoint is damaged.
         """
         if name not in self._ahead:
             names = list(self.arrays)
@@ -116,7 +116,7 @@ def restore_params(
 
     Raises:
       FileNotFoundError: there is no such directory or no such checkpoint.
-      ValueError: `directory` holds something else, the checkpoint is damaged, or the state has no such
+      UserError: `directory` holds something else, the checkpoint is damaged, or the state has no such
         subtree.
     """
     with SavedParams(directory, step, subtree) as saved:
@@ -135,7 +135,7 @@ def read_run_config(run: Path, *texts: str) -> dict[str, Any]:
       texts: dotted keys that must be there and hold a string.
 
     Raises:
-      FileNotFoundError, ValueError: the file is missing or damaged, or lacks such a key.
+      FileNotFoundError, UserError: the file is missing or damaged, or lacks such a key.
     """
     path, fix = run / "config.json", "put back the config that the run was started with"
     config = json_files.read_object(path, fix)

@@ -66,7 +66,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is damaged, truncated, no safetensors file, or has a dtype that is not supported.
+      UserError: it is damaged, truncated, no safetensors file, or has a dtype that is not supported.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; fetch the model again")
@@ -114,7 +114,7 @@ def list_files(path: Path) -> list[Path]:
     """The files that hold what `path` opens: a safetensors file alone; an index and its shards in order.
 
     Raises:
-      ValueError: the index is malformed.
+      UserError: the index is malformed.
     """
     if path.suffix == ".json":
         return [path, *(path.with_name(name) for name in sorted(set(_weight_map(path).values())))]
@@ -125,7 +125,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of the shards of which `path` is the index.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_file`; or shards and index disagree.
+      FileNotFoundError, UserError: as `open_file`; or shards and index disagree.
     """
     if path.suffix != ".json":
         return open_file(path)

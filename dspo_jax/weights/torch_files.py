@@ -43,7 +43,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not such a file, one that asks for more than tensors, or torch is not installed.
+      UserError: not such a file, one that asks for more than tensors, or torch is not installed.
     """
     if path.suffix == ".safetensors":
         return open_file(path)

@@ -20,16 +20,22 @@ from tables import each_row
 from dspo_jax.kernels import attention as module
 from dspo_jax.kernels import flash
 from dspo_jax.kernels.attention import attention, choose, plain_attention
-from dspo_jax.kernels.targets import Target, on_mesh, split_over_heads, target, target_of
+from dspo_jax.kernels.device_kind import (
+    DeviceKind,
+    current_device_kind,
+    device_kind_of,
+    on_mesh,
+    split_over_heads,
+)
 from dspo_jax.models import remat
 from dspo_jax.parallel.mesh import MESH_AXES, make_mesh
 
-V5P = Target("tpu", "TPU v5")
-H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
-A100 = Target("gpu", "NVIDIA A100-SXM4-40GB", (8, 0))
-B200 = Target("gpu", "NVIDIA B200", (10, 0))
-V100 = Target("gpu", "Tesla V100-SXM2-16GB", (7, 0))
-CPU = Target("cpu", "cpu")
+V5P = DeviceKind("tpu", "TPU v5")
+H100 = DeviceKind("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+A100 = DeviceKind("gpu", "NVIDIA A100-SXM4-40GB", (8, 0))
+B200 = DeviceKind("gpu", "NVIDIA B200", (10, 0))
+V100 = DeviceKind("gpu", "Tesla V100-SXM2-16GB", (7, 0))
+CPU = DeviceKind("cpu", "cpu")
 
 interpreted = functools.partial(flash.splash_attention, interpret=True)
 
@@ -110,7 +116,7 @@ def test_each_device_of_a_mesh_computes_its_examples_and_heads(heads, spec, smal
 
 
 @each_row(
-    ("what", "target", "query", "keys", "dtype", "expected"),
+    ("what", "kind", "query", "keys", "dtype", "expected"),
     [
         ("SD1.5, 64x64", V5P, (8, 4096, 8, 40), 4096, "bfloat16", "flash"),
         ("SD1.5, 32x32", V5P, (8, 1024, 8, 80), 1024, "bfloat16", "flash"),
@@ -133,10 +139,10 @@ def test_each_device_of_a_mesh_computes_its_examples_and_heads(heads, spec, smal
         ("nobody knows", None, (8, 4096, 8, 64), 4096, "bfloat16", "plain"),
     ],
 )
-def test_the_backend_follows_from_device_and_shape(what, target, query, keys, dtype, expected):
-    assert choose(target, query, keys, jnp.dtype(dtype)) == expected, what
+def test_the_backend_follows_from_device_and_shape(what, kind, query, keys, dtype, expected):
+    assert choose(kind, query, keys, jnp.dtype(dtype)) == expected, what
     for words in ({"causal": True}, {"masked": True}, {"wanted": "plain"}):
-        assert choose(target, query, keys, jnp.dtype(dtype), **words) == "plain"
+        assert choose(kind, query, keys, jnp.dtype(dtype), **words) == "plain"
 
 
 def test_a_wanted_kernel_takes_what_it_can():
@@ -148,7 +154,7 @@ def test_a_wanted_kernel_takes_what_it_can():
 
 
 @each_row(
-    ("target", "wanted", "message"),
+    ("kind", "wanted", "message"),
     [
         (
             None,
@@ -172,9 +178,9 @@ def test_a_wanted_kernel_takes_what_it_can():
         ),
     ],
 )
-def test_a_wanted_kernel_that_cannot_be_is_refused(target, wanted, message):
+def test_a_wanted_kernel_that_cannot_be_is_refused(kind, wanted, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
-        choose(target, (8, 4096, 8, 40), 4096, jnp.bfloat16, wanted=wanted)
+        choose(kind, (8, 4096, 8, 40), 4096, jnp.bfloat16, wanted=wanted)
 
 
 def test_the_environment_variable_is_obeyed(monkeypatch):
@@ -192,18 +198,18 @@ def test_a_program_is_for_the_devices_of_its_mesh(monkeypatch):
     seen = []
 
     def see(x):
-        seen.extend(target(batch) for batch in (8, 6))
+        seen.extend(current_device_kind(batch) for batch in (8, 6))
         return x
 
     jax.jit(on_mesh(see, mesh))(1.0)
     assert seen == [CPU, None]  # four devices split a batch of 8, and not one of 6
     with jax.sharding.use_abstract_mesh(AbstractMesh((8,), ("x",), (AxisType.Auto,))):
-        assert target(8) is None  # nor any batch of somebody else's
-    assert target(8) is None  # of several devices none in particular
+        assert current_device_kind(8) is None  # nor any batch of somebody else's
+    assert current_device_kind(8) is None  # of several devices none in particular
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert target(8) == CPU
+    assert current_device_kind(8) == CPU
     with jax.default_device(jax.devices()[1]):
-        assert target(8) is None
+        assert current_device_kind(8) is None
 
 
 @each_row(
@@ -273,7 +279,9 @@ def test_cudnn_is_given_what_it_takes(queries, keys, head, given, monkeypatch):
 
 def check_cudnn(queries, keys, head):
     """For a process that sees a GPU, as this one does not; says which backend computes such heads there."""
-    backend = choose(target_of(jax.devices()[0]), (2, queries, 2, head), keys, jnp.bfloat16, wanted="cudnn")
+    backend = choose(
+        device_kind_of(jax.devices()[0]), (2, queries, 2, head), keys, jnp.bfloat16, wanted="cudnn"
+    )
     print(backend)
     if backend == "plain":
         return

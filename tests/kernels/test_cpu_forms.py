@@ -12,21 +12,21 @@ from flax import nnx
 from tables import each_row
 
 from dspo_jax.kernels import cpu
-from dspo_jax.kernels.targets import Target, on_mesh
+from dspo_jax.kernels.device_kind import DeviceKind, on_mesh
 from dspo_jax.models import blocks, lora
 from dspo_jax.parallel.mesh import make_mesh
 
-CPU, GPU = Target("cpu", "cpu"), Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
-TPU = Target("tpu", "TPU v5")
+CPU, GPU = DeviceKind("cpu", "cpu"), DeviceKind("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+TPU = DeviceKind("tpu", "TPU v5")
 
 
 @pytest.fixture
 def trace_for(monkeypatch):
     """Traces what follows for a kind of device."""
 
-    def trace_for(device: Target | None) -> None:
+    def trace_for(device: DeviceKind | None) -> None:
         for module in (cpu, blocks):
-            monkeypatch.setattr(module, "target", lambda batch: device)
+            monkeypatch.setattr(module, "current_device_kind", lambda batch: device)
 
     return trace_for
 

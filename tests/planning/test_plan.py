@@ -26,7 +26,7 @@ from dspo_jax.planning.plan import (
     KERNEL_EFFICIENCY,
     Plan,
     _judge,
-    describe,
+    describe_plan,
     find_devices,
     image_size,
     largest_that_fits,
@@ -173,7 +173,7 @@ def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypat
     assert found.peak_bytes >= found.argument_bytes + found.temporary_bytes
     assert found.collectives["all-reduce"]["bytes"] > 4 * 12_364
     assert (found.fits, found.estimated_seconds) == (None, None)
-    said = "\n".join(describe(found))
+    said = "\n".join(describe_plan(found))
     assert "2 pairs on each, 16 a step" in said
     assert "all-reduce: " in said
 

@@ -8,7 +8,7 @@ from dspo_jax.monitoring.devices import count_flops
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import flops_per_example
-from dspo_jax.training.dry_run import describe, dry_run
+from dspo_jax.training.dry_run import describe_run, dry_run
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task, prepare
 
@@ -43,7 +43,7 @@ def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
     config = make_config(shallow_model, tiny_pairs, {"batch_size": 32})
     experiment = prepare(config)
     state, reference = make_state(experiment.task, experiment.mesh, abstract=True)
-    said = "\n".join(describe(experiment, state, reference))
+    said = "\n".join(describe_run(experiment, state, reference))
     assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
 
 

@@ -101,7 +101,7 @@ def choose_columns(path: str, schema: pa.Schema, columns: Mapping[str, Column]) 
     """Chooses the columns that a file has.
 
     Raises:
-      ValueError: one that is needed is missing, or one holds something else; the message names file, column
+      UserError: one that is needed is missing, or one holds something else; the message names file, column
         and type.
     """
     chosen = {}
@@ -132,7 +132,7 @@ def convert(path: str, array: pa.ChunkedArray, column: Column) -> pa.ChunkedArra
     """The values in the type of the column's kind: text as large strings, numbers as float64, flags as bool.
 
     Raises:
-      ValueError: text that is not UTF-8, by its row.
+      UserError: text that is not UTF-8, by its row.
     """
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)

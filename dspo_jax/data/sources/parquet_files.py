@@ -162,7 +162,7 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
       in it.
 
     Raises:
-      ValueError: a column is missing or holds something else; the message names the file and what it has.
+      UserError: a column is missing or holds something else; the message names the file and what it has.
       OSError: a file is damaged.
     """
 
@@ -213,7 +213,7 @@ def read_rows(
       The row's key, "{key of the file}/{row number}", and its values by those names (images: bytes or paths).
 
     Raises:
-      ValueError: an image of a row lies where it may not.
+      UserError: an image of a row lies where it may not.
     """
     file_of, rows = index["file"].to_numpy(), index["row"].to_numpy()
     for number in np.unique(file_of):
@@ -253,7 +253,7 @@ def _image(file: ParquetFile, row: int, value: Any, paths: ImagePaths) -> bytes 
     """An image's bytes, or its path where there are none, or b"" (a bad row) where there is neither.
 
     Raises:
-      ValueError: a path of a file on the hub, or one that leads out of the folder.
+      UserError: a path of a file on the hub, or one that leads out of the folder.
     """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if isinstance(data, str):

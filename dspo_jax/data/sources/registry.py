@@ -66,7 +66,7 @@ def get_source(name: str, **arguments: object) -> Source:
     """Builds the source called `name`.
 
     Raises:
-      ValueError: unknown name or argument; the message gives the nearest valid one.
+      UserError: unknown name or argument; the message gives the nearest valid one.
     """
     if name not in SOURCES:
         raise UserError(spelling.unknown("config.source.name", name, SOURCES))

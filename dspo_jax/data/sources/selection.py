@@ -34,7 +34,7 @@ def require(argument: str, value: str) -> str:
     """Returns an argument that has no default.
 
     Raises:
-      ValueError: it is empty; the message says how to set it.
+      UserError: it is empty; the message says how to set it.
     """
     if not value:
         raise UserError(f"config.source.{argument} is not set: give --config.source.{argument}=...")
@@ -129,7 +129,7 @@ class Selection(abc.ABC):
         """The rows of a split, read once in a process.
 
         Raises:
-          ValueError: there is no such split.
+          UserError: there is no such split.
         """
         if split not in self.splits:
             raise UserError(spelling.unknown("split", split, self.splits))

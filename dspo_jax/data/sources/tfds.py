@@ -109,7 +109,7 @@ def _builder(source: Tfds) -> Any:
 
     Raises:
       FileNotFoundError: it is not there, or not prepared.
-      ValueError: its files or features are of another kind.
+      UserError: its files or features are of another kind.
     """
     import tensorflow_datasets as tfds  # slow to import, and needed by this source only
     from tensorflow_datasets.core.file_adapters import FileFormat

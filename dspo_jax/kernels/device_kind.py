@@ -14,7 +14,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Target(NamedTuple):
+class DeviceKind(NamedTuple):
     """The kind of device that a program is compiled for.
 
     Attributes:
@@ -29,9 +29,10 @@ class Target(NamedTuple):
 
 
 def on_mesh(f: Callable[Arguments, Result], mesh: Mesh) -> Callable[Arguments, Result]:
-    """`f`, traced for the devices of a mesh, which need not be there: `target` and `split_over_heads` see it.
+    """Wraps `f` so that it is traced for the devices of a mesh, which need not be there.
 
-    What it computes is the same. Outside of `jax.jit` it makes no difference.
+    `current_device_kind` and `split_over_heads` see that mesh. The result is the same; outside of `jax.jit`
+    nothing changes.
     """
 
     @functools.wraps(f)
@@ -42,8 +43,8 @@ def on_mesh(f: Callable[Arguments, Result], mesh: Mesh) -> Callable[Arguments, R
     return traced
 
 
-def target(batch: int) -> Target | None:
-    """What the program that is being traced is for: a device of the mesh of `on_mesh`, else the only one.
+def current_device_kind(batch: int) -> DeviceKind | None:
+    """Returns the kind of device that the program being traced is for: of `on_mesh`'s mesh, else the only one.
 
     None where no kernel can be called for a batch of that size: the mesh does not split it evenly or is none
     of `make_mesh`, several devices are there and no mesh is in use, or `jax.default_device` says that the
@@ -60,21 +61,21 @@ def target(batch: int) -> Target | None:
         if settings.jax_default_device is not None or jax.device_count() > 1:
             return None
         device = jax.devices()[0]
-    return target_of(device)
+    return device_kind_of(device)
 
 
-def target_of(device: Any) -> Target:
-    """A device as a `Target`; a mesh's `abstract_device` too."""
+def device_kind_of(device: Any) -> DeviceKind:
+    """Returns the kind of a device, or of a mesh's `abstract_device`."""
     capability = (0, 0)
     if device.platform == "gpu":
         # A mesh in use does not tell it, and GPUs that are not there are not compiled for.
         found = re.fullmatch(r"(\d+)\.(\d+)", jax.local_devices(backend="gpu")[0].compute_capability)
         capability = (int(found[1]), int(found[2])) if found else capability
-    return Target(device.platform, device.device_kind, capability)
+    return DeviceKind(device.platform, device.device_kind, capability)
 
 
 def split_over_heads(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`f(*arrays)`, each device of the mesh in use on its part; for kernels, which XLA does not partition.
+    """Computes `f(*arrays)`, each device of the mesh on its part; for kernels, which XLA does not partition.
 
     Args:
       f: of arrays [B, T, H, D], treats each example and head on its own, and returns such an array.
