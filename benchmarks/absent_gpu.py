@@ -100,17 +100,17 @@ def as_if_here(device: Any) -> Iterator[None]:
 
 
 def lower(function: Any, *arguments: Any) -> jax.stages.Lowered:
-    """A jitted function, traced and lowered for CUDA; within `as_if_here`."""
+    """Returns a jitted function, traced and lowered for CUDA; within `as_if_here`."""
     return function.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program of `lower`, whose arguments name a device of `find_devices` in their sharding."""
+    """Returns the program of `lower`, whose arguments name a device of `find_devices` in their sharding."""
     return lowered.compile(compiler_options=_WITHOUT_TIMING)
 
 
 def traffic(text: str) -> dict[str, tuple[int, int]]:
-    """The instructions of a compiled program by kind: (count, bytes that they read and write).
+    """Returns the instructions of a compiled program by kind: (count, bytes that they read and write).
 
     A fusion is called by what it does, as XLA named it, a custom call by its target. Only the entry
     computation counts, so that a loop's body does not; workspaces of libraries do not count either.

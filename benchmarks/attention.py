@@ -49,7 +49,7 @@ def without_heads(attend: Callable[..., jax.Array], heads: int) -> Callable[...,
 
 
 def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Callable[..., jax.Array]]:
-    """The plain backend, and the device's kernel if it has one that takes such heads."""
+    """Returns the plain backend, and the device's kernel if it has one that takes such heads."""
     backends: dict[str, Callable[..., jax.Array]] = {"plain": plain_attention}
     if device.platform in KERNELS:
         queries, keys, heads, size = case
@@ -61,7 +61,7 @@ def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Ca
 
 
 def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> float:
-    """What the products of the TPU's kernel take at the peak rate, forward and backward."""
+    """Returns what the products of the TPU's kernel take at the peak rate, forward and backward."""
     queries, keys, heads, size = case
     tiling = flash.Tiling.of(queries, keys, size)
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]

@@ -51,7 +51,7 @@ def run(module: str, arguments: Sequence[str]) -> measuring.Result | None:
 
 
 def combine(rounds: Sequence[measuring.Result]) -> measuring.Result:
-    """The same measurement of several rounds as one: the median of speeds, the most memory."""
+    """Returns the same measurement of several rounds as one: the median of speeds, the most memory."""
     combined = dict(rounds[0])
     for key in ("seconds", "pairs_per_second", "tflops_per_device", "mfu"):
         values = [each[key] for each in rounds if each.get(key) is not None]
@@ -62,7 +62,7 @@ def combine(rounds: Sequence[measuring.Result]) -> measuring.Result:
 
 
 def summarise(found: Mapping[str, Sequence[measuring.Result]]) -> list[measuring.Result]:
-    """A result for each way that has any, ours first, with the ratio of our speed to its."""
+    """Returns a result for each way that has any, ours first, with the ratio of our speed to its."""
     results = [combine(rounds) for rounds in found.values() if rounds]
     ours = results[0]
     for result in results:

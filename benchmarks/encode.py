@@ -36,7 +36,7 @@ ROWS_PER_FILE, ROWS_PER_GROUP = 1000, 100
 
 
 def picture(emoji: Emoji, side: int, rng: np.random.Generator) -> bytes:
-    """An emoji on a noisy gradient, as the bytes of a JPEG file of side x side pixels."""
+    """Returns an emoji on a noisy gradient, as the bytes of a JPEG file of side x side pixels."""
     ramp = np.linspace(0, 120, side)[:, None, None] + rng.integers(0, 100, 3)
     background = Image.fromarray((ramp + rng.integers(0, 35, (side, side, 3))).astype(np.uint8))
     with Image.open(emoji.path) as image:
@@ -79,7 +79,7 @@ def write_parquet(folder: Path, num_rows: int, side: int) -> None:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """Returns a process and its descendants."""
     pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():

@@ -28,7 +28,7 @@ from dspo_jax.training.step import compile_step
 
 
 def lower_step(config: ConfigDict, pipe: Pipeline, size: int, mesh: Mesh) -> jax.stages.Lowered:
-    """The step that `train` compiles, lowered for CUDA; within `absent_gpu.as_if_here`.
+    """Returns the step that `train` compiles, lowered for CUDA; within `absent_gpu.as_if_here`.
 
     Args:
       config: of the run.

@@ -57,7 +57,7 @@ def make_pairs(count: int) -> Iterator[dict[str, Any]]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long `work` takes."""
+    """Returns how long `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

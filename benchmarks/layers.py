@@ -39,7 +39,7 @@ Form = tuple[str, Callable[..., jax.Array], Sequence[Any]]  # its name, function
 
 
 def two_passes(norm: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """A norm with its variance about the mean, as of float32."""
+    """Returns a norm with its variance about the mean, as of float32."""
     return lambda x: norm(x.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -68,7 +68,7 @@ def check_model(config: ConfigDict) -> None:
 
 
 def describe_recipe(config: ConfigDict, resolution: int) -> str:
-    """What is measured, in a few words: the same for both implementations."""
+    """Returns what is measured, in a few words: the same for both implementations."""
     trained = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
     model = f"{flags.FLAGS.published}, random weights" if flags.FLAGS.published else config.model
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
@@ -105,7 +105,7 @@ def time_steps(
 def make_result(
     what: str, implementation: str, *, pairs: int, seconds: Sequence[float], **measured: Any
 ) -> Result:
-    """A result: what, where, when and by which command, beside what was measured.
+    """Returns a result: what, where, when and by which command, beside what was measured.
 
     Args:
       what: in words.

@@ -27,7 +27,7 @@ PROMPT = "smiling face with sunglasses"
 
 
 def ours(model: str, requests: Sequence[ImageRequest], rendering: Rendering) -> tuple:
-    """Images [N, H, W, 3], and the seconds that each batch took."""
+    """Returns images [N, H, W, 3], and the seconds that each batch took."""
     pipe = load_pipeline(model)
     seconds, images = [], []
     started = time.perf_counter()
@@ -39,7 +39,7 @@ def ours(model: str, requests: Sequence[ImageRequest], rendering: Rendering) -> 
 
 
 def theirs(model: str, requests: Sequence[ImageRequest], rendering: Rendering) -> tuple:
-    """The same by diffusers, on a device of the same kind."""
+    """Returns the same by diffusers, on a device of the same kind."""
     device = measuring.torch_device(jax.default_backend())
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, local_files_only=True

@@ -94,7 +94,7 @@ UNDOING: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 def trace(
     part: str, state: TrainState, reference: Params, batch: Batch, key: jax.Array
 ) -> tuple[Any, float | None]:
-    """The compiled step of a state without a part, and the FLOPs of its program."""
+    """Returns the compiled step of a state without a part, and the FLOPs of its program."""
     undoing = mock.patch.object(*UNDOING[part]) if part in UNDOING else contextlib.nullcontext()
     with undoing:
         step = compile_step(state).lower(state, reference, batch, key).compile()

@@ -57,7 +57,7 @@ def load_networks(config: ConfigDict) -> dict[str, Any]:
 
 
 def pair_loss(config: ConfigDict, policy: torch.Tensor, frozen: torch.Tensor, target: torch.Tensor) -> Any:
-    """The objective of predictions [2B, C, h, w], winners before losers, in float32."""
+    """Returns the objective of predictions [2B, C, h, w], winners before losers, in float32."""
     objective = config.objective
     (win, lose), (win_frozen, lose_frozen), (win_target, lose_target) = (
         tensor.float().chunk(2) for tensor in (policy, frozen, target)
@@ -139,7 +139,7 @@ class Trainer:
         return 2 ** (len(self._settings["vae"].block_out_channels) - 1)
 
     def make_batch(self, pairs: int, resolution: int) -> dict[str, torch.Tensor]:
-        """Random images or latents [B, 2, C, h, w], winners first, and captions of random tokens."""
+        """Returns random images or latents [B, 2, C, h, w], winners first, and captions of random tokens."""
         vae = self._settings["vae"]
         side = resolution // self._pixels_per_latent
         encoders = [name for name in self._networks if name.startswith("text_encoder")]
@@ -195,7 +195,7 @@ class Trainer:
         return latents.contiguous(memory_format=self._layout)
 
     def _inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the UNet is told by the captions, encoded once for a pair."""
+        """Returns what the UNet is told by the captions, encoded once for a pair."""
         tokens = batch["tokens"]
         first = self._networks["text_encoder"]
         if "text_encoder_2" not in self._networks:

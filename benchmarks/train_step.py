@@ -56,7 +56,7 @@ def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, 
 
 
 def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Random latents, with captions of random tokens."""
+    """Returns random latents, with captions of random tokens."""
     draw = np.random.default_rng(0)
     shapes = abstract_batch(task, 2, (resolution, resolution), batch_size, mesh)
     values: dict[str, np.ndarray] = {

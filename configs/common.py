@@ -23,7 +23,7 @@ _OBJECTIVE_ARGUMENTS = {
 
 
 def get_config() -> ConfigDict:
-    """The schema; a recipe sets at least `model` and `data.path`."""
+    """Returns the schema; a recipe sets at least `model` and `data.path`."""
     config = ConfigDict()
 
     # The model to align, and the frozen reference: a diffusers folder.

@@ -183,7 +183,7 @@ def _locate_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _config_flag_names() -> list[str]:
-    """The names of the flags that hold an ml_collections config file."""
+    """Returns the names of the flags that hold an ml_collections config file."""
     return [name for name in flags.FLAGS if hasattr(type(flags.FLAGS[name]), "config_filename")]
 
 

@@ -26,7 +26,7 @@ from dspo_jax.sampling.rendering import Rendering
 
 
 def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
-    """What the command's flags compare, and how models draw.
+    """Reads the models that the flags compare, and how they draw.
 
     Raises:
       UserError: a flag that is refused.

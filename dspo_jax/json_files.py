@@ -26,7 +26,7 @@ _short.maxstring = _short.maxother = 100
 
 
 def shown(value: object) -> str:
-    """The repr of a value, cut where it is long or deep, for a message of one line."""
+    """Returns the repr of a value, cut where it is long or deep, for a message of one line."""
     return _short.repr(value)
 
 
@@ -68,7 +68,7 @@ def read_json(path: Path, fix: str = _FIX) -> Any:
 
 
 def parse(text: str, where: str, fix: str = _FIX) -> Any:
-    """The content of a JSON text; `where` it stands opens every message, `fix` ends it.
+    """Returns the content of a JSON text; `where` it stands opens every message, `fix` ends it.
 
     NaN and infinities are accepted, as Python's own reader does: diffusers writes `-Infinity`.
 
@@ -96,7 +96,7 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
 
 
 def member(content: object, key: str, kind: type | tuple[type, ...], where: object, fix: str = _FIX) -> Any:
-    """The value under a dotted key, such as "splits.train.shards".
+    """Returns the value under a dotted key, such as "splits.train.shards".
 
     Args:
       content: an object that was read.

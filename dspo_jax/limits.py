@@ -27,12 +27,12 @@ DECAY = Limit("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def limited(limit: Limit) -> Any:
-    """A dataclass field whose value must hold a limit."""
+    """Returns a dataclass field whose value must hold a limit."""
     return dataclasses.field(metadata={"limit": limit})
 
 
 def choice(*allowed: str, optional: bool = False) -> Any:
-    """A dataclass field whose value is one of a few names, or None where that is allowed."""
+    """Returns a dataclass field whose value is one of a few names, or None where that is allowed."""
     return dataclasses.field(metadata={"allowed": (*allowed, None) if optional else allowed})
 
 

@@ -62,7 +62,7 @@ def reserve(path: Path) -> Iterator[None]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing lies in a folder but locks, or there is no such folder."""
+    """Returns whether nothing lies in a folder but locks, or there is no such folder."""
     return not folder.is_dir() or all(file.name.startswith(_NAME) for file in folder.iterdir())
 
 
@@ -93,7 +93,7 @@ def _hold(file: Path, output: Path) -> Iterator[None]:
 
 
 def _acquire(file: Path, output: Path) -> filelock.BaseFileLock | None:
-    """The lock, or None where there can be none."""
+    """Returns the lock, or None where there can be none."""
     lock = filelock.FileLock(file, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=_SECONDS_TO_WAIT)

@@ -21,7 +21,7 @@ def accept_none() -> None:
 
 
 def _or_none(parser: Any, unset: Any) -> Any:
-    """A parser like the given one that takes `None` for `unset`."""
+    """Returns a parser like the given one that takes `None` for `unset`."""
 
     class OrNone(parser):
         def parse(self, argument: object) -> Any:
@@ -80,7 +80,7 @@ def _unset_optional(group: config_dict.ConfigDict, given: Collection[str]) -> st
 
 
 def _optional_keys(group: object) -> list[str]:
-    """The keys of a group that may be None: its placeholders."""
+    """Returns the keys of a group that may be None: its placeholders."""
     if not isinstance(group, config_dict.ConfigDict):
         return []
     items = group.items(preserve_field_references=True)

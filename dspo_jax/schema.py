@@ -102,17 +102,17 @@ class _More(TypedDict, total=False):
 
 
 def integer(default: object = REQUIRED, *, low: int = 1, high: int = 1 << 16, **more: Unpack[_More]) -> Key:
-    """An integer from `low` to `high`."""
+    """Makes a key for an integer from `low` to `high`."""
     return Key(default, int, low, high, **more)
 
 
 def number(default: object = REQUIRED, *, low: float = 0.0, high: float = 1.0, **more: Unpack[_More]) -> Key:
-    """A number from `low` to `high`."""
+    """Makes a key for a number from `low` to `high`."""
     return Key(default, float, low, high, **more)
 
 
 def flag(default: bool, **more: Unpack[_More]) -> Key:
-    """True or false."""
+    """Makes a key for true or false."""
     return Key(default, bool, **more)
 
 
@@ -122,7 +122,7 @@ def fixed(*allowed: object) -> Key:
 
 
 def off(default: bool | None = None) -> Key:
-    """A part of the class that is not implemented here, and must be switched off."""
+    """Returns a part of the class that is not implemented here, and must be switched off."""
     return Key(default, allowed=(None, False))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name that `value` most resembles, or None when nothing is close."""
+    """Returns the allowed name that `value` most resembles, or None when nothing is close."""
 
     def closeness(name: str) -> tuple[float, bool]:
         # Of two that are equally close, the one that begins alike: 'dpso' is dspo rather than sdpo.

@@ -8,7 +8,7 @@ from dspo_jax.data.sources import get_source
 
 
 def get_config() -> ConfigDict:
-    """The schema; a recipe sets `source`."""
+    """Returns the schema; a recipe sets `source`."""
     config = ConfigDict()
 
     # The model whose VAE and tokenizers encode the data: a diffusers folder, a hub id or a training workdir.

@@ -90,7 +90,7 @@ def _trained_tensors(
     out: Path,
     dtype: str | None,
 ) -> dict[str, Tensor]:
-    """A component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
+    """Returns a component of a checkpoint under torch's names, in `dtype` or as `folder` stores it."""
     fix = "name the model that the run started from with --base"
     if component not in models:
         raise UserError(f"{saved.path}: holds {component}, which is absent in {folder.parent}; {fix}")
@@ -116,7 +116,7 @@ def _trained_tensors(
 
 
 def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:
-    """A component's leaves in a checkpoint, by path."""
+    """Returns a component's leaves in a checkpoint, by path."""
 
     def leaf_tensor(path: str, array: jax.ShapeDtypeStruct) -> Tensor:
         return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: saved.read(path))
@@ -166,7 +166,7 @@ def _write_file(out: Path, tensors: Mapping[str, Tensor]) -> None:
 def _adapter_tensors(
     saved: SavedParams, components: Sequence[str], style: str, dtype: str | None, file: Path
 ) -> dict[str, Tensor]:
-    """The adapters of a checkpoint as `style` names them; `file` is for messages."""
+    """Returns the adapters of a checkpoint as `style` names them; `file` is for messages."""
     leaves = {component: _saved_leaves(saved, component) for component in components}
     if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
         raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
@@ -175,7 +175,7 @@ def _adapter_tensors(
 
 
 def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -> dict[str, Tensor]:
-    """The tensors of an adapter file.
+    """Returns the tensors of an adapter file.
 
     Args:
       components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in] and

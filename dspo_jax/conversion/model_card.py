@@ -18,7 +18,7 @@ _UNINTERESTING = ("model", "log_every", "mesh", "checkpoint", "validation", "dat
 
 
 def make_card(run: Path, base: str, folder: Path, step: int) -> str:
-    """The card of a run as a Markdown text that the model hub understands.
+    """Returns the card of a run as a Markdown text that the model hub understands.
 
     Args:
       run: the workdir, whose config.json and metrics.jsonl are read, and the manifest of its data where it is
@@ -85,7 +85,7 @@ def _describe_data(directory: Path) -> dict[str, Any]:
 
 
 def _last_metrics(path: Path, step: int) -> dict[str, str]:
-    """The newest value of every metric that had been written when `step` was saved."""
+    """Returns the newest value of every metric that had been written when `step` was saved."""
     records = [record for record in read_metrics(path) if record["step"] <= step] if path.is_file() else []
     newest: dict[str, str] = {}
     for record in records:
@@ -96,7 +96,7 @@ def _last_metrics(path: Path, step: int) -> dict[str, str]:
 
 
 def _base_licence(folder: Path) -> str:
-    """What the base model's own card declares in its first lines."""
+    """Returns what the base model's own card declares in its first lines."""
     card = folder / "README.md"
     header = (
         re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None

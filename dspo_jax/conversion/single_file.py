@@ -89,7 +89,7 @@ class Layout:
     passed_over: str = r"(?!)"
 
     def place(self, name: str) -> Place:
-        """Where the tensor `name` of the component stands.
+        """Returns where the tensor `name` of the component stands.
 
         Raises:
           UserError: nowhere; the layout has no such part.
@@ -106,7 +106,7 @@ class Layout:
 
 
 def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
-    """The layout of every component.
+    """Returns the layout of every component.
 
     Args:
       configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2", with all keys.
@@ -225,7 +225,7 @@ def _open_clip_layout(root: str, config: Mapping[str, Any]) -> Layout:
 
 
 def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> str | None:
-    """The prediction type that a single file says its model has; None where it says nothing.
+    """Returns the prediction type that a single file says its model has; None where it says nothing.
 
     Args:
       names: of its tensors.
@@ -282,7 +282,7 @@ def split(
     layouts: Mapping[str, Layout],
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
 ) -> dict[str, dict[str, Tensor]]:
-    """The components of a single file under torch's names; one of which it has no tensor is absent.
+    """Returns the components of a single file under torch's names; one of which it has no tensor is absent.
 
     Args:
       single: its tensors.
@@ -335,7 +335,7 @@ def split(
 
 
 def _stored_shapes(shape: tuple[int, ...], place: Place) -> list[tuple[int, ...]]:
-    """The shapes under which a tensor may stand in the single file; the first is the usual one."""
+    """Returns the shapes under which a tensor may stand in the single file; the first is the usual one."""
     match place.kind:
         case "1x1":
             return [(*shape, 1, 1), (*shape, 1), shape]
@@ -359,7 +359,7 @@ def _take(stored: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], 
 
 
 def join(components: Mapping[str, Mapping[str, Tensor]], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """The inverse of `split`."""
+    """Returns the inverse of `split`."""
     single = {}
     stacked: dict[str, list[Tensor]] = {}  # the thirds, in order
     for component, tensors in components.items():

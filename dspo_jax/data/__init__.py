@@ -1,1 +1,1 @@
-"""Encoded preference pairs: written once, read in an order that can be taken up again."""
+"""Encoded preference pairs: sources, encoding, shards, and a loader that resumes at any batch."""

@@ -1,4 +1,4 @@
-"""What a run reads: one encoded dataset or several, each of images of one size or of several (buckets)."""
+"""Encoded datasets of a run: one or several, with images of one size or of several (buckets)."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ class Dataset:
         return {bucket: count for bucket, count in counts.items() if count}
 
     def files(self, split: str, bucket: str) -> list[str]:
-        """The files that hold a bucket, as array_record takes them: each followed by [0:EXAMPLES]."""
+        """Returns the files that hold a bucket, as array_record takes them: each followed by [0:EXAMPLES]."""
         return [
             f"{self.folder / shard['file']}[0:{shard['num_examples']}]"
             for of_bucket, shard in self._shards(split)
@@ -79,7 +79,7 @@ def read_datasets(path: str | Path) -> list[Dataset]:
 
 
 def _shared(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """What one run cannot have two of: the image size, pairs or single images, and what made the latents."""
+    """Facts that all datasets of a run must share: image size, images of an example, model."""
     made_with = {f"model.{key}": value for key, value in model.items() if key != "model"}
     return {key: manifest[key] for key in ("resolution", "images_per_example")} | made_with
 
@@ -87,7 +87,7 @@ def _shared(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, 
 def count_examples(
     datasets: Sequence[Dataset], split: str, option: str = "split", fix: str = ""
 ) -> dict[str, int]:
-    """The number of examples of each bucket that a split has in any of the datasets.
+    """Returns the number of examples of each bucket that a split has in any of the datasets.
 
     Args:
       datasets: what is read.
@@ -130,7 +130,7 @@ def check_weights(weights: Sequence[float], datasets: Sequence[Dataset]) -> None
 def mixing_weights(
     datasets: Sequence[Dataset], split: str, weights: Sequence[float] = ()
 ) -> dict[str, list[float]]:
-    """How often an example is drawn from each bucket of each dataset, up to a common factor.
+    """Returns how often an example is drawn from each bucket of each dataset, up to a common factor.
 
     Args:
       datasets: what is mixed.
@@ -152,6 +152,6 @@ def mixing_weights(
 
 
 def bucket_size(bucket: str) -> tuple[int, int]:
-    """(height, width) in pixels of a bucket's images."""
+    """Parses the name of a bucket: (height, width) of its images in pixels."""
     height, width = bucket.split("x")
     return int(height), int(width)

@@ -32,11 +32,11 @@ class BadRowLog:
     """Counts unusable rows by reason and stops the run when a split has too many.
 
     Attributes:
-      reasons: those met by this log.
+      reasons: count by reason of the bad rows that this log has met.
     """
 
     def __init__(self, split: str, num_rows: int, max_skipped: float, before: Mapping[str, int]):
-        """Args: split, and its number of rows; max_skipped: allowed share; before: those known already."""
+        """Takes the split, its number of rows, the share that may be skipped, and bad rows known already."""
         self.reasons: Counter[str] = Counter()
         self._split, self._num_rows, self._max_skipped = split, num_rows, max_skipped
         self._before = Counter(before)
@@ -53,7 +53,7 @@ class BadRowLog:
         logging.warning("skipped %s", message)
 
     def check(self, detail: str = "") -> None:
-        """Raises the same for what is counted so far."""
+        """Raises if too many rows have been counted as bad."""
         known = self._before + self.reasons
         if known.total() > self._max_skipped * self._num_rows:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in known.most_common())
@@ -102,13 +102,13 @@ class Encoder:
         def moments(params: Mapping[str, Params], images: jax.Array) -> jax.Array:
             return pipe.encode_moments(params, (images.astype(jnp.float32) / 127.5 - 1.0).astype(vae_dtype))
 
-        # Without the mesh, what it computes would depend on how many other processes there are.
+        # Without the mesh, the program would depend on the number of processes.
         self._moments = jax.jit(
             on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
         )
 
     def examples(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[dict[str, Any]]:
-        """Yields the examples of the good rows, those of one size in order; tells `on_bad_row` of the others.
+        """Yields examples of good rows, in order within an image size, and hands bad rows to `on_bad_row`.
 
         The VAE works on a batch while the images of the next are awaited.
         """
@@ -145,7 +145,7 @@ class Encoder:
             yield following
 
     def _encode(self, pixels: Sequence[np.ndarray]) -> jax.Array:
-        """[P, H, W, 3] uint8 of up to a batch of examples -> moments [N, h, w, 2C], still being computed."""
+        """Starts to encode pixels [P, H, W, 3] uint8 of up to a batch of examples: moments [N, h, w, 2C]."""
         images = np.concatenate(pixels)
         # The VAE always sees a full batch, so that it is compiled once for each size.
         full = self._batch_size * len(pixels[0])

@@ -22,12 +22,12 @@ from dspo_jax.parallel.mesh import cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 
-# Between two looks at what all processes have finished.
+# Seconds between two looks at the shards that all processes have finished.
 _SECONDS_BETWEEN_LOOKS = 3.0
 
 
 def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) -> bool:
-    """Encodes what `config` names into a dataset at `out`: all of it that is not there yet.
+    """Encodes the source that `config` names into a dataset at `out`, or the part of it that is missing.
 
     Args:
       config: see configs/encode/common.py.
@@ -60,7 +60,7 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
         "resolution": resolution,
         "source": {
             "name": config.source.name,
-            # Where images may lie is a matter of trust; it does not decide which there are.
+            # Where images may lie is a matter of trust; it does not change the rows.
             "arguments": {key: value for key, value in _arguments(config).items() if key != "allow_outside"},
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
@@ -85,7 +85,7 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
     workers = cpu_cores() if config.num_workers is None else config.num_workers
-    # What this module imports, which takes long; each worker imports the module itself.
+    # Imports of this module, which take long; each worker imports the module itself.
     with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
         encoder = Encoder(
             pipe,
@@ -122,12 +122,12 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
                 )
         writer.commit({split: source.left_out(split) for split in splits})
     except FileNotFoundError:
-        if not (out / shards.MANIFEST).is_file():  # else another share has just finished the dataset
+        if not (out / shards.MANIFEST).is_file():  # else another process has just finished the dataset
             raise
     return True
 
 
-# What of the config decides the content of the shards, besides the model and the source.
+# Keys of the config that decide the content of the shards, besides the model and the source.
 _ENCODING = (
     "flip",
     "seed",
@@ -155,7 +155,7 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _arguments(config: ConfigDict) -> dict[str, Any]:
-    """The source's own."""
+    """Returns the source's own."""
     return {
         key: value for key, value in config.source.to_dict().items() if key not in ("name", "max_skipped")
     }
@@ -192,7 +192,7 @@ def _frame(config: ConfigDict, resolution: int, pipe: Pipeline) -> Framing:
 
 
 def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
-    """Whether the dataset is finished or, in the process that finishes it, can be."""
+    """Returns whether the dataset is finished or, in the first process, can now be finished."""
     if (out / shards.MANIFEST).is_file():
         return True
     return processes.is_first() and len(writer.finished()) == num_shards
@@ -204,7 +204,7 @@ class _Progress:
     def __init__(
         self, writer: DatasetWriter, encoder: Encoder, rows_of: Mapping[tuple[str, int], int], images: int
     ):
-        """Args: rows_of: rows of every shard; images: of a row."""
+        """Takes the rows of every shard, and the number of images of a row."""
         self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images
         self._started = self._looked = time.perf_counter()
         self._before = self._finished_rows()

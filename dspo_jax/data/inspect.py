@@ -1,4 +1,4 @@
-"""What is in an encoded dataset, to look at before training: numbers, and with --model a contact sheet.
+"""Prints statistics of an encoded dataset, and with --model draws a contact sheet of it.
 
     python -m dspo_jax.data.inspect DIR --model MODEL_DIR
 

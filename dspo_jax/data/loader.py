@@ -67,7 +67,7 @@ class BatchIterator:
             raise OSError(f"{folders}: a shard cannot be read: {reason}; encode the data again") from error
 
     def get_state(self) -> str:
-        """The position as a JSON string: the same in every process, and for any number of them."""
+        """Returns the position as a JSON string: the same in every process, and for any number of them."""
         return json.dumps({**self._identity, "next_batch": self._iterator.get_state()["next_index"]})
 
     def set_state(self, state: str) -> None:

@@ -26,7 +26,7 @@ FLIPS = ("none", "random", "independent", "both")
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """What becomes of an image.
+    """Size and mirroring of images.
 
     Attributes:
       sizes: (height, width) in pixels of what comes out; with several, the winner's shape decides for both
@@ -52,7 +52,7 @@ class Prepared:
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
-    """(height, width) of aspect-ratio buckets, the square first.
+    """Lists (height, width) of aspect-ratio buckets, the square first.
 
     Both sides are multiples of `step`, the area is as large as it can be without exceeding that of the square
     (SDXL, section 2.3 and appendix I: multiples of 64 of about 1024 x 1024), and the longer side is at most
@@ -67,7 +67,7 @@ def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[t
 
 
 def prepare_row(row: PreferencePair, framing: Framing) -> list[Prepared]:
-    """The examples of a row: one, or two where each is also mirrored.
+    """Returns the examples of a row: one, or two where each is also mirrored.
 
     Raises:
       BadRow: see `sources.decode_pair`.

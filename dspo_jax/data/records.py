@@ -24,7 +24,7 @@ _MOMENTS, _SIZED_MOMENTS, _SIZE = "moments", "moments/value", "moments/shape"
 
 
 def to_record(example: Mapping[str, Any], *, sized: bool) -> bytes:
-    """The bytes of an example, the same at every call.
+    """Returns the bytes of an example, the same at every call.
 
     Args:
       example: as `shards.feature_spec` says, arrays in its dtypes.
@@ -66,7 +66,7 @@ class Records:
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
     def read(self, numbers: Sequence[int]) -> Batch:
-        """The examples of these numbers as a batch, in this order.
+        """Returns the examples of these numbers as a batch, in this order.
 
         Raises:
           OSError, RuntimeError, ValueError: a file cannot be read, or not understood.

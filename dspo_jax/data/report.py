@@ -1,4 +1,4 @@
-"""The summary of a dataset as text."""
+"""Formats the summary of a dataset as text."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from dspo_jax.errors import UserError
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report of `summarize_dataset` as text."""
+    """Returns the report of `summarize_dataset` as text."""
     model = {key: value for key, value in report["model"].items() if "sha256" not in key}
     name, source = model.pop("model"), report["source"]
     kind = "pairs" if report["images_per_example"] == 2 else "single images"

@@ -54,7 +54,7 @@ _SHARD_KEYS = {
 def feature_spec(
     moments_shape: Sequence[int | None], num_text_encoders: int, caption_length: int = _OLD_CAPTION_LENGTH
 ) -> tfds.features.FeaturesDict:
-    """The TFDS schema of an example.
+    """Returns the TFDS schema of an example.
 
     Args:
       moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images; h and w are None
@@ -86,7 +86,7 @@ def feature_spec(
 
 
 def tfds_split(split: str, bucket: str | None = None) -> str:
-    """What TFDS calls the examples of a split; images of several sizes have a split for each."""
+    """Names the TFDS split of a split's examples; images of several sizes have a split for each size."""
     return f"{split}_{bucket}" if bucket else split
 
 
@@ -261,7 +261,7 @@ def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[s
 
 
 def first_difference(theirs: object, ours: object) -> tuple[str, object, object] | None:
-    """(dotted key, value in theirs, value in ours) where two JSON trees first differ, or None."""
+    """Finds where two JSON trees first differ: (dotted key, value in theirs, value in ours), or None."""
     # Through JSON, as a tuple read back is a list.
     return next(_differences(theirs, json.loads(json.dumps(ours))), None)
 
@@ -276,6 +276,6 @@ def _differences(a: object, b: object, key: str = "") -> Iterator[tuple[str, obj
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 sum of a file's content, in hexadecimal."""
+    """Returns the SHA-256 sum of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

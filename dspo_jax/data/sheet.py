@@ -1,4 +1,4 @@
-"""Encoded examples as one picture: captions, and what the VAE makes of the stored latents."""
+"""Contact sheets of encoded examples: captions, and images decoded from the stored latents."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,7 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
 
 
 def _fit(pixels: np.ndarray) -> Image.Image:
-    """Into the square: small images by a whole factor, so that their pixels stay visible as they are."""
+    """Fits an image into the square, a small one by a whole factor so that its pixels stay visible."""
     image = Image.fromarray(pixels)
     factor = PICTURE_SIDE // max(image.size)
     if factor:
@@ -110,7 +110,7 @@ def _fit(pixels: np.ndarray) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines no wider than the column; a word that is, as in writing without spaces, is broken."""
+    """Returns lines no wider than the column; a word that is, as in writing without spaces, is broken."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

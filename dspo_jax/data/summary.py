@@ -1,4 +1,4 @@
-"""What is in an encoded dataset, as numbers; reads it without TensorFlow and without the model."""
+"""Statistics of an encoded dataset, read without TensorFlow and without the model."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from dspo_jax.monitoring.progress import Progress
 
 _ALL_BUT_MOMENTS = ("tokens", "micro_conditioning", "preference", "loser_won", "caption", "key")
 _READ_AT_ONCE = 64
-_SHOWN = 5  # of what is repeated
+_SHOWN = 5  # repeated captions that are listed
 
 
 class Examples:
@@ -195,8 +195,8 @@ def summarize_dataset(
 
     Returns:
       JSON-able: what `describe_manifest` returns, with what `summarize_examples` returns added to each split
-      that is not empty; and to others than "train" `captions_in_train`, how many `examples` have a caption that
-      "train" has too, as far as it was read; and `directory`, `checksums_verified`.
+      that is not empty; and to others than "train" `captions_in_train`, how many `examples` have a caption
+      that "train" has too, as far as it was read; and `directory`, `checksums_verified`.
 
     Raises:
       FileNotFoundError: no dataset there, or a shard is missing.

@@ -1,4 +1,4 @@
-"""Shards in: any number of processes fill one dataset, stop anywhere, and go on where they were."""
+"""Writes shards: any number of processes fill one dataset, stop anywhere, and go on where they were."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ class DatasetWriter:
         self._replace(path, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
 
     def finished(self) -> set[tuple[str, int]]:
-        """(split, number) of the shards that any process has finished."""
+        """Lists (split, number) of the shards that any process has finished."""
         there = set(os.listdir(self._unfinished)) if self._unfinished.is_dir() else set()
         return {
             (split, number)

@@ -17,7 +17,7 @@ _BASE_COLOUR = "lightgray"
 
 
 def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
-    """Name of the file, without suffix -> figure, in the order in which they are looked at."""
+    """Draws all figures of an evaluation: name of the file without suffix -> figure, in reading order."""
     figures = {"win_rates": _draw_win_rates(evaluation)}
     if evaluation.seeds > 1:
         figures["wins_by_prompt"] = _draw_wins_by_prompt(evaluation)
@@ -37,7 +37,7 @@ def _wrap(label: str) -> str:
 
 
 def _draw_win_rates(evaluation: Evaluation) -> Figure:
-    """A group of bars for each reward, a bar for each model, whose pale end is the half of the ties.
+    """Returns a group of bars for each reward, a bar for each model, whose pale end is the half of the ties.
 
     Fig. 2 of DSPO's paper, with intervals and ties.
     """
@@ -62,7 +62,7 @@ def _draw_win_rates(evaluation: Evaluation) -> Figure:
             left=solid,
             color=colours[label],
             alpha=0.45,
-            xerr=np.maximum(np.diff(values, axis=0), 0),  # rounding may put a bound past the mean
+            xerr=np.maximum(np.diff(values, axis=0), 0),  # rounding may put a bound beyond the mean
             error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "0.25"},
         )
         for place, (_, value, high), each in zip(places, values.T, found, strict=True):
@@ -129,7 +129,7 @@ def _draw_boxes(
 
 
 def _draw_panels(evaluation: Evaluation, draw: Callable[[Axes, str], None], boxes: int, title: str) -> Figure:
-    """A panel for each reward."""
+    """Returns a panel for each reward."""
     names = list(evaluation.rewards)
     columns = min(_COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)

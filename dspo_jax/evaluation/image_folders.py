@@ -1,4 +1,4 @@
-"""Images that were made before: which file is of which prompt and seed."""
+"""Folders of images drawn earlier or elsewhere: the file of each prompt and seed."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _NAME = re.compile(r"(\d+)_(\d+)")
 class ImageFolder:
     """A folder with one image for each prompt and seed, `00012_3.png` of prompt 12 (from 0) and seed 3.
 
-    Or the output of `sample` for one model, of which the folder and how it was drawn are then known.
+    It may be the output of `sample` for one model, whose manifest says how the images were drawn.
 
     Attributes:
       path: the folder.
@@ -39,7 +39,7 @@ class Images:
 
     Attributes:
       source: the model or folder as the user named it.
-      how: settings they were drawn with, as far as they are known.
+      how: settings that the images were drawn with, as far as they are known.
       files: by prompt and seed.
     """
 
@@ -82,7 +82,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder with the images, and what `sample` noted of how they were drawn."""
+    """Returns the folder with the images, and what `sample` noted of how they were drawn."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder of images")
     if (path / SETTINGS).is_file():

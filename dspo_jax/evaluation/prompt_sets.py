@@ -1,4 +1,4 @@
-"""The prompt sets of the papers by name, checked for being whole; or the prompts of any file."""
+"""The prompt sets of the papers by name, checked for completeness; or the prompts of any file."""
 
 import dataclasses
 import functools
@@ -53,11 +53,11 @@ class _File:
 
 @dataclasses.dataclass(frozen=True)
 class _Published:
-    """What a set must be.
+    """Files and digest of a published prompt set.
 
     Attributes:
-      files: all that belong to it.
-      where: whence it can be had.
+      files: every file of the set.
+      where: places to get the set from.
       sha256: as in `PromptSet`; None where this project has not seen the files.
     """
 
@@ -157,9 +157,9 @@ def _find(name: str, where: str) -> list[list[Path]]:
 
 
 def _download(name: str, repository: str) -> Path:
-    """The folder in the hub's cache with the files of the set."""
+    """Returns the folder in the hub's cache with the files of the set."""
     import huggingface_hub  # slow to import, and needed for the hub only
-    from huggingface_hub.errors import HTTPError  # of no connection, which is not an OSError
+    from huggingface_hub.errors import HTTPError  # raised where there is no connection; not an OSError
 
     patterns = [f"{folder}{file.pattern}" for file in SETS[name].files for folder in ("", "*/")]
     try:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder, and what it says at the end."""
+"""The report of an evaluation: files in its folder, and tables in the terminal."""
 
 from pathlib import Path
 

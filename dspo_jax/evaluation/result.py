@@ -1,4 +1,4 @@
-"""Scores of a base and of models, and what they say: the numbers of all tables and figures."""
+"""The result of an evaluation: scores of a base and of models, and the statistics computed from them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ BASE = "base"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Models against their base.
+    """Scores of models and their base, with win rates.
 
     Attributes:
       prompts: what was drawn.
@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def models(self) -> list[str]:
-        """Labels of what is compared with the base."""
+        """Labels of the models that are compared with the base."""
         return [label for label in self.images if label != BASE]
 
 

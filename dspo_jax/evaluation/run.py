@@ -1,4 +1,4 @@
-"""Draws and scores what an evaluation lacks, compares the models, and writes the report."""
+"""Runs an evaluation: draws and scores missing images, compares the models, and writes the report."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from dspo_jax.sampling.folder import SETTINGS, place_images
 from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.sampling.rendering import Rendering
 
-# What is kept in the output folder: images drawn, their scores, the pictures that edits start from.
+# Folders in the output: images drawn, their scores, the pictures that edits start from.
 _IMAGES, _SCORES, PROMPT_IMAGES = "images", "scores", "prompt_images"
 
 
@@ -34,7 +34,7 @@ class Comparison:
     """Models, their base, and the images that they are judged by.
 
     Attributes:
-      base: what the models are compared with.
+      base: the model or folder that the models are compared with.
       models: label -> model.
       prompts: those with an image are edited.
       seeds: images of each prompt, with seeds from 0.
@@ -66,7 +66,7 @@ class Comparison:
                 raise UserError(f"--model: {label!r} cannot be a folder's name; name it: --model=NAME=DIR")
 
     def count_seeds(self, label: str) -> int:
-        """Images of each prompt by the base or a model."""
+        """Returns images of each prompt by the base or a model."""
         return self.base_seeds if label == BASE and self.base_seeds is not None else self.seeds
 
 
@@ -147,7 +147,7 @@ def check_out(out: Path) -> None:
 
 
 def check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str]:
-    """The version of each reward by the name that tables use; refuses what `load_reward` refuses."""
+    """Returns the version of each reward by the name that tables use; refuses what `load_reward` refuses."""
     versions: dict[str, str] = {}
     for name in names:
         called, version = _load_version(name, reward_dir)
@@ -160,7 +160,7 @@ def check_rewards(names: Sequence[str], reward_dir: str | Path) -> dict[str, str
 
 
 def _load_version(name: str, reward_dir: str | Path) -> tuple[str, str]:
-    """A reward's name and version; when this returns, its weights are no longer in memory."""
+    """Returns a reward's name and version; when this returns, its weights are no longer in memory."""
     reward = load_reward(name, reward_dir)
     return reward.name, reward.version
 
@@ -168,7 +168,7 @@ def _load_version(name: str, reward_dir: str | Path) -> tuple[str, str]:
 def _score(
     name: str, reward_dir: str | Path, images: Mapping[str, Images], prompts: PromptSet, cache: Path
 ) -> dict[str, np.ndarray]:
-    """Label -> scores [prompts, seeds]."""
+    """Scores the images of every label: label -> scores [prompts, seeds]."""
     reward = load_reward(name, reward_dir)
     files = [file for of in images.values() for row in of.files for file in row]
     texts = [prompts.prompts[i].text for of in images.values() for i, row in enumerate(of.files) for _ in row]

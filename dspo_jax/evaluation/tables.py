@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """What all numbers of an evaluation are of: (name, value)."""
+    """Lists the conditions of an evaluation, such as prompts, seeds and settings: (name, value)."""
     prompts, seeds = evaluation.prompts, evaluation.seeds
     lines = [
         ("prompts", f"{prompts.name}: {len(prompts.prompts):,}, sha256 {prompts.sha256}"),
@@ -48,7 +48,7 @@ def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _describe_drawing(how: Mapping[str, Any]) -> str:
-    """How images were drawn: what always matters, and what is not as usual."""
+    """Lists the settings that images were drawn with: the main ones, and others that are not the defaults."""
     if not how:
         return ", images made elsewhere"
     steps = f"{how['steps']} step{'s' * (how['steps'] > 1)}"
@@ -69,7 +69,7 @@ def _describe_drawing(how: Mapping[str, Any]) -> str:
 
 
 def make_tables(evaluation: Evaluation) -> list[Table]:
-    """Win rates and mean rewards, models by rewards; and by category, and of rejection sampling, if any."""
+    """Makes the tables: win rates, mean rewards, and if there are any, categories and rejection sampling."""
     names, win_rates = list(evaluation.rewards), evaluation.win_rates
     count, seeds = len(evaluation.prompts.prompts), evaluation.seeds
     size = f"{count:,} prompt{'s' * (count > 1)}, {seeds} seed{'s' * (seeds > 1)}"
@@ -130,7 +130,7 @@ def _estimate(mean: Estimate) -> str:
 
 
 def to_markdown(evaluation: Evaluation) -> str:
-    """All tables, below what they are of."""
+    """Formats all tables as Markdown, below the conditions of the evaluation."""
     about = Table("", ["", ""], describe_evaluation(evaluation))
     sections = ["# Win rates", _markdown(about)]
     for table in make_tables(evaluation):
@@ -156,7 +156,7 @@ _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def to_tex(evaluation: Evaluation) -> str:
-    """The tables of win rates and of mean rewards, for a document with booktabs."""
+    """Returns the tables of win rates and of mean rewards, for a document with booktabs."""
     about = "; ".join(f"{name}: {value}" for name, value in describe_evaluation(evaluation))
     tables = []
     for table in make_tables(evaluation)[:2]:
@@ -181,7 +181,7 @@ def _tex(text: str) -> str:
 
 
 def to_csv(evaluation: Evaluation) -> str:
-    """A line for each model and reward, with all it is of."""
+    """Formats a CSV line for each model and reward, with the conditions of the evaluation."""
     rows = []
     for label, of_model in evaluation.win_rates.items():
         images = evaluation.images[label]
@@ -216,7 +216,7 @@ def _flatten(name: str, found: Estimate) -> dict[str, float]:
 
 
 def to_json(evaluation: Evaluation) -> str:
-    """Every number, the seeds' own and those of categories too."""
+    """Formats every number as JSON, with those of each seed and of each category."""
     content = {
         "prompts": {
             "name": evaluation.prompts.name,
@@ -241,7 +241,7 @@ def _plain(value: Any) -> Any:
 
 
 def rejection_to_csv(evaluation: Evaluation) -> str:
-    """The win rate of the best of n draws of the base against one image of the model, for each n."""
+    """Returns the win rate of the best of n draws of the base against one image of the model, for each n."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "reward", "draws", "win_rate"])
@@ -252,7 +252,7 @@ def rejection_to_csv(evaluation: Evaluation) -> str:
 
 
 def list_scores(evaluation: Evaluation, out: Path) -> pa.Table:
-    """A row for each image, with a column for each reward; files are relative to `out`."""
+    """Returns a row for each image, with a column for each reward; files are relative to `out`."""
     rows = [
         (label, number, seed, prompt.text, prompt.category, os.path.relpath(file, out))
         for label, images in evaluation.images.items()

@@ -1,4 +1,4 @@
-"""Win rates of a model over its base with what they are worth, and what more draws of the base are worth."""
+"""Win rates of a model over its base, with intervals and a sign test; rejection sampling of the base."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ class WinRate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rejection:
-    """How far the best of several draws of the base goes against one draw of the model.
+    """Rejection sampling: the best of several draws of the base against one draw of the model.
 
     Attributes:
       win_rate: [D] of the best of 1, 2, ... D draws; ties count one half.
@@ -71,7 +71,7 @@ def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, see
 
     Args:
       model: scores [prompts, seeds]; higher is better.
-      base: the same of the base.
+      base: scores [prompts, seeds] of the base.
       resamples: of the bootstrap.
       seed: of the bootstrap.
 
@@ -105,10 +105,10 @@ def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, see
 
 
 def reject(model: np.ndarray, base: np.ndarray) -> Rejection:
-    """What drawing several images of the base and keeping the best is worth against one image of the model.
+    """Computes how often the best of several draws of the base beats one image of the model.
 
-    All is expectation over which draws are taken, without replacement, computed from how many draws score
-    below, the same as and above the model's. A draw suffices if it scores higher.
+    Every value is an expectation over which draws are taken, without replacement, computed from how many
+    draws score below, the same as and above the model's. A draw suffices if it scores higher.
 
     Source: Wallace et al. 2024, supplement S9 and Fig. S5.
 
@@ -159,7 +159,7 @@ def _bootstrap(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)  # to draw takes longer than the means, and every reward has the same prompts
 def _draw_counts(count: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `count` rows is in each resample: [resamples, count]."""
+    """Returns how often each of `count` rows is in each resample: [resamples, count]."""
     draw = np.random.default_rng(seed)
     counts = np.empty((resamples, count), np.uint16)
     for row in counts:

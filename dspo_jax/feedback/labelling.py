@@ -30,7 +30,7 @@ _FIRST_SEED = 1000
 
 
 class Choice(NamedTuple):
-    """One comparison: by number the prompt, its image that won, and the one that lost."""
+    """One comparison: number of the prompt, of the image that won and of the image that lost."""
 
     prompt: int
     winner: int
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 def choose_pairs(
     scores: np.ndarray, pairs: str = "best_worst", temperature: float = 0.0, seed: int = 0
 ) -> list[Choice]:
-    """Which images are compared, and which of them win; images with equal scores are never compared.
+    """Chooses the comparisons and their winners; images with equal scores are never compared.
 
     Args:
       scores: [prompts, images of each].
@@ -66,7 +66,7 @@ def choose_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """Which images of a prompt are drawn and compared, and which of two wins.
+    """Settings of labelling: images drawn of each prompt, comparisons among them, and who wins.
 
     Attributes:
       images_per_prompt: their seeds begin at 1000; those of evaluations at 0.
@@ -105,8 +105,8 @@ def label(
 
     Args:
       model: draws the images.
-      prompts: what of.
-      reward: what orders them.
+      prompts: to draw.
+      reward: orders the images of a prompt.
       out: gets images/, scores/ and pairs.jsonl.
       rendering: how the images are drawn.
       pairing: which images are compared.

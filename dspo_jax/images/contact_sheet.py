@@ -12,7 +12,7 @@ _MARGIN = 4
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[tuple[str, int]], scale: int = 1
 ) -> Image.Image:
-    """Images in a grid, each row under its prompt, below headings.
+    """Returns images in a grid, each row under its prompt, below headings.
 
     Args:
       rows: (prompt, images [H, W, 3] uint8) with the same number of images in each.

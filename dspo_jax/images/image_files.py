@@ -80,7 +80,7 @@ class ImagePaths:
         self._inside = (self._real, *([str(cached / "blobs")] if cached else []))
 
     def find(self, name: str, folder: Path | None = None) -> Path:
-        """The path of an image.
+        """Returns the path of an image.
 
         Args:
           name: the path as the data give it.

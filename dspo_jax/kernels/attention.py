@@ -79,7 +79,7 @@ def choose(
     masked: bool = False,
     wanted: str | None = None,
 ) -> str:
-    """Which of `BACKENDS` computes a call.
+    """Chooses which of `BACKENDS` computes a call.
 
     Args:
       kind: what the program is for, or None where no kernel can be called.

@@ -12,7 +12,7 @@ from dspo_jax.kernels.device_kind import current_device_kind
 
 
 def is_target(batch: int) -> bool:
-    """Whether the program that is being traced, over so many examples, is for a CPU."""
+    """Returns whether the program that is being traced, over so many examples, is for a CPU."""
     device = current_device_kind(batch)
     return device is not None and device.platform == "cpu"
 

@@ -44,7 +44,7 @@ def on_mesh(f: Callable[Arguments, Result], mesh: Mesh) -> Callable[Arguments, R
 
 
 def current_device_kind(batch: int) -> DeviceKind | None:
-    """Returns the kind of device that the program being traced is for: of `on_mesh`'s mesh, else the only one.
+    """Returns the kind of device that the program being traced is for: of the mesh, else the only device.
 
     None where no kernel can be called for a batch of that size: the mesh does not split it evenly or is none
     of `make_mesh`, several devices are there and no mesh is in use, or `jax.default_device` says that the

@@ -97,7 +97,7 @@ def splash_attention(
 
 
 def kernel_flops(name: str, operands: Sequence[Sequence[int]], lanes: int) -> float:
-    """FLOPs of one call of a kernel of `splash_attention`, which XLA's analysis does not count.
+    """Returns FLOPs of one call of a kernel of `splash_attention`, which XLA's analysis does not count.
 
     Args:
       name: of the call in the compiled program.
@@ -118,7 +118,7 @@ def kernel_flops(name: str, operands: Sequence[Sequence[int]], lanes: int) -> fl
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How `splash_attention` cuts its work up.
+    """Block sizes of `splash_attention`.
 
     Attributes:
       queries: T or more, in blocks of `query_block`.
@@ -139,7 +139,7 @@ class Tiling:
         return cls(_round_up(queries, query_block), _round_up(keys, key_block), head, query_block, key_block)
 
     def blocks(self) -> splash.BlockSizes:
-        """What the kernel is told. Its backward pass computes all gradients at once."""
+        """Makes the kernel's own block sizes; its backward pass computes all gradients at once."""
         return splash.BlockSizes(
             block_q=self.query_block,
             block_kv=self._loaded(_KEYS_FORWARD),
@@ -151,14 +151,14 @@ class Tiling:
         )
 
     def _loaded(self, numbers: int) -> int:
-        """The most keys that divide theirs evenly and are no more than so many numbers."""
+        """Returns the most keys that divide theirs evenly and are no more than so many numbers."""
         blocks = self.keys // self.key_block
         most = max(1, numbers // _round_up(self.head, _LANES) // self.key_block)
         return self.key_block * max(n for n in range(1, most + 1) if blocks % n == 0)
 
 
 def _block(length: int) -> int:
-    """The largest block of those that pad a length the least."""
+    """Returns the largest block of those that pad a length the least."""
     if length <= _SMALLEST_BLOCK:
         return _SMALLEST_BLOCK
     return min(_BLOCKS, key=lambda block: (_round_up(length, block), -block))

@@ -23,7 +23,7 @@ def conv2d(
     bias: bool = True,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution with torch's symmetric padding (default: "same" for an odd kernel)."""
+    """Returns a square convolution with torch's symmetric padding (default: "same" for an odd kernel)."""
     pad = size // 2 if padding is None else padding
     window = (size, size)
     return nnx.Conv(
@@ -39,7 +39,7 @@ def conv2d(
 
 
 def linear(in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer over the last axis."""
+    """Returns a linear layer over the last axis."""
     return nnx.Linear(in_features, out_features, use_bias=bias, dot_general=cpu.dot_general, rngs=rngs)
 
 
@@ -194,7 +194,7 @@ def double(x: jax.Array) -> jax.Array:
 
 
 def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3 x 3 convolution of `double(x)` with padding 1, from `x` itself: 4/9 of the arithmetic.
+    """Returns a 3 x 3 convolution of `double(x)` with padding 1, from `x` itself: 4/9 of the arithmetic.
 
     Two of the three rows that an output looks at are the same row of `x`, and so with columns. Their weights
     are added, and the four outputs at a pixel of `x` have each a kernel of 2 x 2.
@@ -209,7 +209,7 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
 
     def merge(kernel: jax.Array, second: int) -> jax.Array:
-        """The weights of the two rows that the first or second of doubled rows sees; rows lead."""
+        """Returns the weights of the two rows that the first or second of doubled rows sees; rows lead."""
         above, middle, below = kernel
         return jnp.stack([above + middle, below] if second else [above, middle + below])
 

@@ -177,7 +177,7 @@ class CLIPTextModel(nnx.Module):
         self.text_model = _TextModel(cfg, rngs=rngs)
 
     def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
-        """The states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing.
+        """Returns the states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing.
 
         `remat` is a policy of models/remat.py, by which each layer is a block.
         """

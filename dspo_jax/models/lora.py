@@ -50,7 +50,7 @@ class LoRAConv(nnx.Conv):
         self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs, **form)
 
     def adapt(self, inputs: jax.Array) -> jax.Array:
-        """What the adapter adds."""
+        """Returns what the adapter adds."""
         return self.lora_B(self.lora_A(inputs))
 
     def __call__(
@@ -75,7 +75,7 @@ def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: nnx.Rngs) -> None
 
 
 def find_ranks(params: Params) -> dict[str, int]:
-    """Path of each layer that has an adapter in `params` -> its rank."""
+    """Returns path of each layer that has an adapter in `params` -> its rank."""
     leaves = flatten_dict(params, sep=".")
     return {path.removesuffix(_A): leaf.shape[-1] for path, leaf in leaves.items() if path.endswith(_A)}
 
@@ -125,6 +125,6 @@ def combine(base: Params, other: Params) -> Params:
 
 
 def product(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
-    """What an adapter adds to its layer's kernel, float32, in the kernel's shape."""
+    """Returns what an adapter adds to its layer's kernel, float32, in the kernel's shape."""
     a, b = (np.asarray(matrix, np.float32) for matrix in (lora_A, lora_B))
     return (a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])).reshape(*a.shape[:-1], b.shape[-1])

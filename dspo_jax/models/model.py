@@ -85,11 +85,11 @@ class Model:
     )
 
     def complete_config(self) -> dict[str, Any]:
-        """The config with the keys that it leaves out, and lists for each level, as in `settings`."""
+        """Returns the config with the keys that it leaves out, and lists for each level, as in `settings`."""
         return {**self.config, **self.settings}
 
     def abstract_params(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
+        """Returns the parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
         return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
 
     def init(self, key: jax.Array) -> Params:
@@ -118,7 +118,7 @@ class Model:
 
 
 def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
-    """The model that a config.json describes.
+    """Returns the model that a config.json describes.
 
     Args:
       class_name: `_class_name` of a diffusers config, or `architectures[0]` of a transformers one.

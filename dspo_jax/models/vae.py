@@ -301,5 +301,5 @@ class AutoencoderTiny(nnx.Module):
         return latents, jnp.zeros_like(latents)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] -> images [B, H, W, 3], about [-1, 1]."""
+        """Returns latents [B, h, w, C] -> images [B, H, W, 3], about [-1, 1]."""
         return self.decoder(3 * jnp.tanh(latents / 3)) * 2 - 1

@@ -164,7 +164,7 @@ def _draw_timesteps(axes: Axes, profiles: Mapping[int, Mapping[int, float]], tit
 
 
 def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that have a metric, and its values, infinities as NaN."""
+    """Returns the steps that have a metric, and its values, infinities as NaN."""
     points = [(record["step"], record[name]) for record in records if name in record]
     steps, values = np.asarray(points, float).reshape(-1, 2).T
     return steps, np.where(np.isfinite(values), values, np.nan)

@@ -74,12 +74,12 @@ CHIPS = {
 
 
 def find_chip(device: jax.Device) -> Chip | None:
-    """What is known of a TPU; None for other devices."""
+    """Looks a TPU up in the table of chips; None for other devices."""
     return next((chip for kind, chip in CHIPS.items() if re.fullmatch(kind, device.device_kind)), None)
 
 
 def count_flops(f: Callable[..., Any], *abstract_args: PyTree) -> float | None:
-    """FLOPs of one call of `f`, counted in the program before XLA optimizes or partitions it.
+    """Returns FLOPs of one call of `f`, counted in the program before XLA optimizes or partitions it.
 
     So they are those of all devices together, and those of the model: nothing that a compiler adds. What the
     program itself computes twice (`jax.checkpoint`) counts twice. A multiplication and an addition are two;
@@ -106,7 +106,7 @@ def count_flops(f: Callable[..., Any], *abstract_args: PyTree) -> float | None:
 
 
 def memory_peaks() -> dict[str, float]:
-    """The most memory that was in use at a time since the process started, in GiB.
+    """Returns the most memory that was in use at a time since the process started, in GiB.
 
     `device_memory_peak_gib` is that of the fullest local device, and absent where the backend does not count
     it (CPU); `host_memory_peak_gib` is the process's.
@@ -121,13 +121,13 @@ def memory_peaks() -> dict[str, float]:
 
 
 def host_memory_peak() -> float:
-    """The most memory that the process ever held, in GiB; JAX's devices are not asked for."""
+    """Returns the most memory that the process ever held, in GiB; JAX's devices are not asked for."""
     unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def peak_bytes(memory: Any) -> int:
-    """What a program needs of a device's memory, by its `memory_analysis`."""
+    """Returns what a program needs of a device's memory, by its `memory_analysis`."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + results + own

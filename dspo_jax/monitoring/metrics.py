@@ -93,7 +93,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` in order, without a last one that was cut short.
+    """Returns the lines of a `metrics.jsonl` in order, without a last one that was cut short.
 
     Each has `step`, a whole number, and finite or infinite floats or NaN.
 
@@ -121,7 +121,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: object, kind: type | UnionType) -> bool:
-    """Whether it is an int or float, no bool, and no int that a float could not hold."""
+    """Returns whether a value is an int or float, no bool, and no int that a float could not hold."""
     return (
         isinstance(value, kind)
         and not isinstance(value, bool)
@@ -130,7 +130,7 @@ def _is_number(value: object, kind: type | UnionType) -> bool:
 
 
 def read_validations(path: str | Path) -> dict[int, dict[str, float]]:
-    """The validation scalars in a `metrics.jsonl` by step, in order, without their prefix."""
+    """Returns the validation scalars in a `metrics.jsonl` by step, in order, without their prefix."""
     found = {}
     for record in read_metrics(path):
         scores = {
@@ -157,7 +157,7 @@ def _import_summary_writer() -> Any:
 
 
 def import_wandb(project: str) -> Any:
-    """The package wandb, which the config asks for by naming a project.
+    """Returns the package wandb, which the config asks for by naming a project.
 
     Raises:
       UserError: it is not installed.

@@ -24,12 +24,12 @@ INSIDE_0_AND_1 = Limit("above 0 and below 1", lambda value: 0 < value < 1)
 
 
 def number(default: float | None, limit: Limit = ZERO_OR_ABOVE) -> Any:
-    """A field for a finite number within a limit; it may be None where its default is None."""
+    """Returns a field for a finite number within a limit; it may be None where its default is None."""
     return dataclasses.field(default=default, metadata={"limit": limit})
 
 
 def choice(*allowed: str) -> Any:
-    """A field for one of a few words, the first of which is the default."""
+    """Returns a field for one of a few words, the first of which is the default."""
     return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
 
 

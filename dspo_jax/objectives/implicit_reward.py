@@ -39,7 +39,7 @@ def error_drift(predictions: Predictions, reduction: str) -> Float32[Array, "b p
 def reward_margin(
     predictions: Predictions, schedule: Schedule, *, scale: float, reduction: str, time_weight: str
 ) -> Float32[Array, " b"]:
-    """The implicit reward of the winner minus that of the loser, [B]."""
+    """Returns the implicit reward of the winner minus that of the loser, [B]."""
     rewards = -0.5 * scale * error_drift(predictions, reduction)
     if time_weight == "paper":
         rewards *= schedule.reward_weight(predictions.timesteps)
@@ -47,7 +47,7 @@ def reward_margin(
 
 
 def label_doubt(predictions: Predictions) -> Float32[Array, " b"]:
-    """1 - p, the probability that the label is wrong, [B]; zero for hard labels."""
+    """Returns 1 - p, the probability that the label is wrong, [B]; zero for hard labels."""
     if predictions.preference is None:
         return jnp.zeros(predictions.policy.shape[0])
     return 1 - predictions.preference
@@ -64,7 +64,7 @@ def soft_label(
 def collect_metrics(
     predictions: Predictions, *, reduction: str, margin: Float32[Array, " b"] | None = None
 ) -> dict[str, Float32[Array, " b"]]:
-    """The metrics that the data at hand allow, each [B]; a single image counts as a winner.
+    """Returns the metrics that the data at hand allow, each [B]; a single image counts as a winner.
 
     Args:
       predictions: as `Objective` prepares them.
@@ -98,7 +98,7 @@ def collect_metrics(
 def describe_scale(
     name: str, argument: str, value: float, reduction: str, values_per_image: int, *, half: bool = True
 ) -> str:
-    """A reward scale in the four conventions in use, mean or sum with or without 1/2, as one line.
+    """Returns a reward scale in the four conventions in use, mean or sum with or without 1/2, as one line.
 
     Args:
       name: of the objective.

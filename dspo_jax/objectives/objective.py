@@ -1,4 +1,4 @@
-"""What an objective is, and the predictions that it is given.
+"""The base class of objectives, and the predictions that an objective compares.
 
 Axes in the annotations of this package: `b` examples, `p` images of an example, `h w c` a latent.
 """
@@ -26,7 +26,7 @@ class Predictions:
     Attributes:
       policy: [B, P, h, w, C], the trained network's output. P = 1, or 2: the winner, the loser.
       reference: the frozen network's output for the same inputs, or None for an objective that needs none.
-      target: [B, P, h, w, C], what a perfect network would say (`Schedule.target`).
+      target: [B, P, h, w, C], the output of a perfect network (`Schedule.target`).
       timesteps: [B] or [B, P] int, when the images of a pair are noised to different levels.
       preference: [B], the probability in [0.5, 1] that the winner is the better image; None means 1. Where
         P = 1 it is the probability in [0, 1] that the image is liked, which only `kto` reads.
@@ -50,8 +50,8 @@ class Objective(abc.ABC):
       name: `objective.name` of a config.
       needs_reference: whether `Predictions.reference` must be given.
       needs_loser: whether P must be 2.
-      images: what it is trained on of a pair, and so what the step runs: "all", the "winner" alone, or "one"
-        image that the step draws. Given more, it computes metrics from them.
+      images: images of a pair that are trained on, and so that the step runs: "all", the "winner" alone, or
+        "one" image that the step draws. Given more, it computes metrics from them.
       reduction: "mean" (released code) or "sum" (papers) over an image.
       time_weight: "none" (released code), or "paper" for the weights that the papers derive.
     """
@@ -79,7 +79,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
-        """The loss [B] and the metrics, each [B].
+        """Returns the loss [B] and the metrics, each [B].
 
         Args:
           predictions: checked, float32, with timesteps [B, P].
@@ -87,7 +87,7 @@ class Objective(abc.ABC):
         """
 
     def notes(self, values_per_image: int) -> list[str]:
-        """What a user should be told before a run with these hyperparameters, a line each.
+        """Lists advice and warnings for a run with these hyperparameters, a line each.
 
         Args:
           values_per_image: h * w * C of a latent. Converts a scale between mean and sum.

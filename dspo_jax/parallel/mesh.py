@@ -23,7 +23,7 @@ BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 
 def cpu_cores() -> int:
-    """How many cores this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,7 +72,7 @@ def make_mesh(
 def arrange(
     sizes: Mapping[str, int], devices: Sequence[jax.Device], dcn_sizes: Mapping[str, int]
 ) -> np.ndarray:
-    """The devices of several slices as an array with the axes of `MESH_AXES`; see `make_mesh`."""
+    """Returns the devices of several slices as an array with the axes of `MESH_AXES`; see `make_mesh`."""
     slices = {getattr(device, "slice_index", None) for device in devices}
     by_process = len(slices) == 1
     count = len({device.process_index for device in devices} if by_process else slices)
@@ -84,7 +84,7 @@ def arrange(
 
 
 def _fill(sizes: Mapping[str, int], available: int, key: str, of_what: str) -> list[int]:
-    """The sizes in the order of `MESH_AXES`, with -1 replaced, which must multiply to `available`."""
+    """Returns the sizes in the order of `MESH_AXES`, with -1 replaced, which must multiply to `available`."""
     for axis, size in sizes.items():
         if axis not in MESH_AXES:
             raise UserError(spelling.unknown(key, axis, MESH_AXES))
@@ -106,7 +106,7 @@ def _fill(sizes: Mapping[str, int], available: int, key: str, of_what: str) -> l
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -132,7 +132,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str = "config.batch_size"
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of every batch this process reads: (its number, of how many).
+    """Returns which part of every batch this process reads: (its number, of how many).
 
     Processes whose devices differ along `tensor` alone read the same part.
 

@@ -69,7 +69,7 @@ def initialize_from_flags() -> None:
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX can ask has started this process as one of several.
+    """Returns whether a launcher that JAX can ask has started this process as one of several.
 
     SLURM by srun, Open MPI's mpirun, or a TPU virtual machine, which may be one of a pod.
     """
@@ -86,7 +86,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes what only one may write."""
+    """Returns whether this process writes what only one may write."""
     return jax.process_index() == 0
 
 
@@ -145,7 +145,7 @@ class Vote:
         return before is not None and bool(before)
 
     def now(self, mine: bool) -> bool:
-        """The same, but waits for the answer."""
+        """Returns the same, but waits for the answer."""
         return bool(self._ask(mine)) if jax.process_count() > 1 else mine
 
     def _ask(self, mine: bool) -> jax.Array:

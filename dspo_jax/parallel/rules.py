@@ -101,7 +101,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def bytes_per_device(tree: PyTree) -> int:
-    """What one device holds of a tree of arrays, or of `jax.ShapeDtypeStruct` with a sharding."""
+    """Counts the bytes that one device holds of a tree of arrays or sharded `jax.ShapeDtypeStruct`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -109,7 +109,7 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def replicated_bytes(tree: PyTree) -> tuple[int, str]:
-    """Of the same, what every device holds whole: its bytes, and the path of the largest such array."""
+    """Counts the bytes of arrays that every device holds whole, with the path of the largest such array."""
     whole = [
         (leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path, simple=True, separator="."))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,1 +1,1 @@
-"""A text-to-image model as one value."""
+"""Text-to-image models: a diffusers folder as one value, families of models, loading, tokenizers."""

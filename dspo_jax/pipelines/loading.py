@@ -25,7 +25,7 @@ _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
 def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
-    """Read a model directory: a diffusers folder, or a training workdir (its base with trained weights).
+    """Reads a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
     Args:
       path: the folder, or the hub id of one.

@@ -101,7 +101,7 @@ class Pipeline:
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents of the images that the model was made for.
 
-        Where the UNet's config does not say, those of the pipeline's class in diffusers, with a warning.
+        Where the denoiser's config names no size, that of the pipeline's class in diffusers, with a warning.
         """
         size = self.unet.settings["sample_size"]
         if size is None:
@@ -159,7 +159,8 @@ class Pipeline:
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids [N, E, S] int32 of N captions; longer ones are cut at S tokens, with a warning."""
-        too_long = self.tokenizers[0].find_long(captions)  # the others differ in what they pad with
+        # The other tokenizers differ in the padding token alone.
+        too_long = self.tokenizers[0].find_long(captions)
         if too_long:
             logging.warning(
                 "%d caption(s) longer than %d tokens were cut, first %r",
@@ -180,19 +181,19 @@ class Pipeline:
         return ("micro_conditioning",)
 
     def conditioning_shapes(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
+        """Returns shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
         return {
             "tokens": jax.ShapeDtypeStruct(self.empty_tokens.shape, jnp.int32),
             "micro_conditioning": jax.ShapeDtypeStruct((images, 6), jnp.int32),
         }
 
     def drop_captions(self, batch: Mapping[str, jax.Array], drop: jax.Array) -> dict[str, jax.Array]:
-        """The batch with the empty caption in the examples where `drop` [B] is true."""
+        """Returns the batch with the empty caption in the examples where `drop` [B] is true."""
         empty = self.empty_tokens[None]
         return {**batch, "tokens": jnp.where(drop[:, None, None], empty, batch["tokens"])}
 
     def prompt_batch(self, tokens: jax.Array, size: tuple[int, int]) -> dict[str, jax.Array]:
-        """The `conditioning_inputs` of one image for each prompt.
+        """Returns the `conditioning_inputs` of one image for each prompt.
 
         Args:
           tokens: ids [B, E, S].
@@ -239,7 +240,7 @@ class Pipeline:
         return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
 
     def without_captions(self, conditioning: Conditioning, where: jax.Array) -> Conditioning:
-        """Conditioning with zeros for the captions of the examples where `where` [B] is true."""
+        """Zeroes the conditioning by the captions of the examples where `where` [B] is true."""
 
         states, pooled = jax.tree.map(
             lambda x: jnp.where(jnp.expand_dims(where, range(1, x.ndim)), 0, x),
@@ -256,7 +257,7 @@ class Pipeline:
         *,
         remat: str = "none",
     ) -> jax.Array:
-        """The denoiser's output for noisy latents. Pure.
+        """Returns the denoiser's output for noisy latents. Pure.
 
         Args:
           params: by component.
@@ -309,7 +310,7 @@ class Pipeline:
         return output.reshape(noisy.shape)
 
     def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:
-        """Images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
+        """Returns images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
 
         Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
         """
@@ -317,14 +318,14 @@ class Pipeline:
         return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
 
     def decode(self, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
-        """Latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1].
+        """Returns latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1].
 
         Pure; `params` holds "vae". `sampling.decoding.Decoder` compiles it and makes pixels of its images.
         """
         return self.vae.apply(params["vae"], latents / self.scaling_factor, method="decode")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What shards must have been encoded with to fit this model; goes into their manifest."""
+        """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
         return {
             "model": self.path.name,
             "vae_sha256": _sha256(*find_weights(self.path / "vae", self.vae.class_name)),
@@ -333,15 +334,17 @@ class Pipeline:
             "latent_channels": self.latent_channels,
             "caption_length": self.caption_length,
             "tokens_sha256": [tokenizer.digest() for tokenizer in self.tokenizers],
-            # All that earlier versions wrote of the tokens, so that their shards can be matched.
+            # The only digest of tokens in shards of earlier versions; kept so that these can be matched.
             "tokenizer_sha256": [tokenizer.digest_files() for tokenizer in self.tokenizers],
-            # Stable Diffusion 2 and SDXL's second encoder pad with another token.
+            # Stable Diffusion 2 and SDXL's second encoder have another padding token.
             "pad_token_id": [tokenizer.tokenizer.pad_token_id for tokenizer in self.tokenizers],
         }
 
     def weights_digest(self) -> str:
-        """Changes when any network's weights do: of the start of each trained array, and of each file's size
-        and 4 KiB at 256 places, for files of gigabytes are not to be read for it.
+        """Returns a digest that changes when the weights of any network do.
+
+        It covers the start of each trained array, and of each file the size and 4 KiB at 256 places, as files
+        of gigabytes would take too long to read.
         """
         digest = hashlib.sha256()
         for component, model in self.networks.items():

@@ -1,4 +1,4 @@
-"""The published models as architectures without weights: what a plan or a benchmark of full size needs.
+"""Published models as architectures without weights, for plans and benchmarks at full size.
 
 The config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, without the
 keys that repeat the classes' defaults.

@@ -1,4 +1,4 @@
-"""CLIP's tokenizers: the files of one, captions to token ids, and the digest by which shards are matched."""
+"""CLIP's tokenizers: their files, captions to token ids, and the digest by which shards are matched."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ FILES = (
 """The files that transformers reads a tokenizer from, of which a folder has some."""
 _VOCABULARY = ("vocab.json", "merges.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What transformers runs into; tokenizers, written in Rust, raises Exception itself.
+# Errors of transformers at damaged files; tokenizers, written in Rust, raises Exception itself.
 _OF_DAMAGED_FILES = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _SHORTEST = 3  # start, one token, end
 
@@ -42,13 +42,13 @@ class CaptionTokenizer:
     length: int
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids [N, length] int32 of N captions; longer ones are cut."""
+        """Returns token ids [N, length] int32 of N captions; longer ones are cut."""
         texts = [self._write_out(caption) for caption in captions]
         encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
         return np.asarray(encoded["input_ids"], np.int32)
 
     def find_long(self, captions: Sequence[str]) -> list[str]:
-        """The captions that are cut."""
+        """Returns the captions that are cut."""
         if not captions:
             return []
         texts = [self._write_out(caption) for caption in captions]
@@ -67,7 +67,7 @@ class CaptionTokenizer:
         return vectors
 
     def _write_out(self, caption: str) -> str:
-        """A caption in which textual inversions stand with all their vectors.
+        """Returns a caption in which textual inversions stand with all their vectors.
 
         Source: diffusers' TextualInversionLoaderMixin.maybe_convert_prompt.
         """
@@ -98,7 +98,7 @@ class CaptionTokenizer:
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """Whether the files of a CLIP tokenizer are there, in either form."""
+    """Returns whether the files of a CLIP tokenizer are there, in either form."""
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in _VOCABULARY)
 
 
@@ -148,7 +148,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
 
 
 def read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> CaptionTokenizer:
-    """The tokenizer of the text encoder with `text_config`.
+    """Returns the tokenizer of the text encoder with `text_config`.
 
     Raises:
       FileNotFoundError, UserError: as `open_tokenizer`; a `model_max_length` that the encoder cannot take.

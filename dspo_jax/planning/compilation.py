@@ -66,7 +66,7 @@ def kept_facts(
 
 
 def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
-    """What compiling a program tells of it, and nothing that is concluded from that.
+    """Returns what compiling a program tells of it, and nothing that is concluded from that.
 
     Of a program that is too large only peak_bytes, as far as its compiler had counted, and hbm_bytes, which
     is None of all others.
@@ -104,7 +104,7 @@ def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 
 def memory_facts(command: Sequence[str], module: str) -> dict[str, Any] | int:
-    """The memory and the collectives of a program that a command compiles, which is then ended.
+    """Returns the memory and the collectives of a program that a command compiles, which is then ended.
 
     XLA notes them in a folder while it compiles. The command is a process of its own because the compiler
     lets no other thread run, and cannot be stopped.
@@ -145,7 +145,7 @@ def memory_facts(command: Sequence[str], module: str) -> dict[str, Any] | int:
 
 
 def expected_seconds(costs: Mapping[str, float], text: str) -> float | None:
-    """The compiler's estimate of a program, or None where there is none.
+    """Returns the compiler's estimate of a program, or None where there is none.
 
     Args:
       costs: its cost analysis.

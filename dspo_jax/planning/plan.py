@@ -85,7 +85,7 @@ class Plan:
 
 
 def find_devices(topology: str | None) -> Sequence[jax.Device]:
-    """The devices of a TPU topology such as "v5p:4x4x4", or those that are here.
+    """Returns the devices of a TPU topology such as "v5p:4x4x4", or those that are here.
 
     Raises:
       UserError: no such topology, or the TPU's compiler is not installed.
@@ -184,7 +184,7 @@ def plan(
 
 
 def _judge(facts: Mapping[str, Any], device: jax.Device, pairs: int, flops: float | None) -> dict[str, Any]:
-    """The fields of a `Plan` that follow from what compilation told, of one device."""
+    """Returns the fields of a `Plan` that follow from what compilation told, of one device."""
     chip, peak_rate = find_chip(device), peak_flops(device)
     hbm = facts["hbm_bytes"]
     if hbm is None:
@@ -215,7 +215,7 @@ def _judge(facts: Mapping[str, Any], device: jax.Device, pairs: int, flops: floa
 def _cost_of_kernels(
     calls: Iterable[tuple[str, Sequence[Sequence[int]], int, int]], chip: Chip, peak_rate: float
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """The padded FLOPs of the attention kernels by name, and the seconds of all."""
+    """Returns the padded FLOPs of the attention kernels by name, and the seconds of all."""
     found: dict[str, dict[str, float]] = {}
     seconds = 0.0
     for name, operands, size, times in calls:

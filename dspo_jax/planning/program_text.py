@@ -77,7 +77,7 @@ def read_instructions(text: str) -> Iterator[Instruction]:
 
 
 def entry_instructions(text: str) -> Sequence[Instruction]:
-    """The instructions of the entry computation alone, in the order in which they run."""
+    """Returns the instructions of the entry computation alone, in the order in which they run."""
     computations, entry = _read_computations(text)
     return computations[entry]
 
@@ -125,7 +125,7 @@ def _trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction)
 
 
 def array_bytes(type_: str) -> int:
-    """Bytes of a type as the text writes it: one array or a tuple of them."""
+    """Returns bytes of a type as the text writes it: one array or a tuple of them."""
     total = 0
     for dtype, shape in _ARRAY.findall(type_):
         bits = 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])  # type: ignore[index]
@@ -166,7 +166,7 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]
 
 
 def _elements(type_: str) -> list[str]:
-    """The types in a tuple, which may be tuples themselves."""
+    """Returns the types in a tuple, which may be tuples themselves."""
     found, depth = [""], 0
     for letter in type_[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")

@@ -16,12 +16,12 @@ from dspo_jax.weights.tensors import Tensor
 from dspo_jax.weights.torch_files import open_weights
 
 HEAD = "head.safetensors"
-# Layer of the released head -> the features that it gives; between them lies only what trains, dropout.
+# Layer of the released head -> its output features; the layers between them are dropout.
 _LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 
 
 def load(folder: Path, batch_size: int) -> Reward:
-    """Five linear maps of the image embedding at length one, 768 -> 1024 -> 128 -> 64 -> 16 -> 1.
+    """Loads five linear maps of the image embedding at length one, 768 -> 1024 -> 128 -> 64 -> 16 -> 1.
 
     Source: christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`, which has no
     activation between its layers, on CLIP ViT-L/14 of OpenAI.
@@ -54,7 +54,7 @@ def apply_head(head: Params, images: jax.Array) -> jax.Array:
 
 
 def check_head(file: Path, stored: Mapping[str, Tensor], features: int) -> dict[str, Tensor]:
-    """The head's tensors out of those that a file holds under the released names.
+    """Returns the head's tensors out of those that a file holds under the released names.
 
     Args:
       file: for messages.

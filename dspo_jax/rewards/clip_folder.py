@@ -29,11 +29,11 @@ Transform = Callable[[Image.Image, int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ClipReward:
-    """What `open_reward` read, but for the weights: a network that refers to it must not keep those.
+    """The parts of a CLIP reward without the weights, which a network that refers to it must not keep.
 
     Attributes:
-      name, version: the reward's.
-      folder: it came from.
+      name, version: of the reward.
+      folder: that the reward was read from.
       model: a `CLIPModel`.
     """
 
@@ -75,7 +75,7 @@ class ClipReward:
 
 
 def normalize(vectors: jax.Array) -> jax.Array:
-    """[B, D] -> the same directions at length one."""
+    """Scales vectors [B, D] to length one."""
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
@@ -104,7 +104,7 @@ def open_reward(folder: Path, name: str) -> tuple[ClipReward, Params]:
 
 
 def read_clip(folder: Path) -> Model:
-    """The architecture of a transformers folder of a `CLIPModel`.
+    """Returns the architecture of a transformers folder of a `CLIPModel`.
 
     Raises:
       FileNotFoundError: it has no config.json.

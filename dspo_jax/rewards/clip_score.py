@@ -11,7 +11,7 @@ from dspo_jax.rewards.reward import Reward
 
 
 def load(folder: Path, batch_size: int, *, name: str) -> Reward:
-    """100 times the cosine of image and prompt; negative where they point apart.
+    """Loads CLIP score: 100 times the cosine of image and prompt; negative where they point apart.
 
     CLIPScore as Hessel et al. 2021 (arXiv:2104.08718) define it puts negative cosines at zero and has the
     factor 2.5. The released scripts do neither: Diffusion-DPO's and ImageReward's report the cosine itself.

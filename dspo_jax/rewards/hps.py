@@ -11,7 +11,7 @@ _QUOTES = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f"
 
 
 def load(folder: Path, batch_size: int, *, name: str) -> Reward:
-    """The cosine of image and prompt, with no factor and no clamp.
+    """Loads HPS v2: the cosine of image and prompt, with no factor and no clamp.
 
     Source: Wu et al. 2023 (arXiv:2306.09341), and `score` of the package hpsv2 1.2.0. The package's benchmark
     command prints 100 times as much.

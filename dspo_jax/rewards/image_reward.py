@@ -32,12 +32,12 @@ from dspo_jax.weights.torch_files import open_weights
 _NAME = "imagereward"
 _CLASS = "ImageReward"
 
-# By which the released code standardises what the head gives.
+# Mean and deviation by which the released code standardises the output of the head.
 _MEAN, _DEVIATION = 0.16717362830052426, 1.0333394966054072
 
 _TOKENS = 35
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# What BLIP adds to BERT's vocabulary; a prompt has one only where it spells it out.
+# Tokens that BLIP adds to BERT's vocabulary; a prompt has one only where it spells the token out.
 _ADDED = ["[DEC]", "[ENC]"]
 
 _HEAD_WIDTH = 64  # of an attention head in ViT-L/16 and BERT-base alike; the weights do not tell
@@ -47,7 +47,7 @@ _UNUSED = re.compile(r"blip\.((vision|text)_proj\.(weight|bias)|text_encoder\.em
 
 
 def load(folder: Path, batch_size: int) -> Reward:
-    """The reward of the weights that `write_weights` put into `folder`.
+    """Returns the reward of the weights that `write_weights` put into `folder`.
 
     Args:
       folder: holds config.json, model.safetensors, vocab.txt and reward.json.
@@ -83,7 +83,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
 
 def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str) -> None:
-    """Write the folder that the reward is loaded from.
+    """Writes the folder that the reward is loaded from.
 
     Args:
       weights: the published ImageReward.pt, or a safetensors file of the same names.
@@ -124,7 +124,7 @@ def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str)
 
 
 def _check(file: Path, stored: Mapping[str, Tensor]) -> Model:
-    """The architecture whose tensors `stored` are."""
+    """Returns the architecture whose tensors `stored` are."""
     model = build_model(_CLASS, _find_config(file, stored))
     wanted = torch_shapes(model)
     _require(file, stored, *wanted)
@@ -146,7 +146,7 @@ def _require(file: Path, stored: Mapping[str, Tensor], *names: str) -> None:
 
 
 def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json of weights, from the shapes of some."""
+    """Returns the config.json of weights, from the shapes of some."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         _require(file, stored, name)
@@ -189,7 +189,7 @@ def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _read_vocabulary(file: Path) -> list[str]:
-    """The tokens, in the order of their ids, of BERT's vocab.txt or tokenizer.json."""
+    """Returns the tokens, in the order of their ids, of BERT's vocab.txt or tokenizer.json."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; it is vocab.txt of bert-base-uncased")
     if file.suffix == ".json":

@@ -1,4 +1,4 @@
-"""CLIP as open_clip and OpenAI name and store it -> as transformers does."""
+"""Translates CLIP weights from the names and layout of open_clip and OpenAI to those of transformers."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from dspo_jax.models.model import build_model
 from dspo_jax.weights.layout import torch_shapes
 from dspo_jax.weights.tensors import Tensor
 
-# How names begin there -> here.
+# Prefix of a name in open_clip -> in transformers.
 _BEGINNINGS = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
@@ -41,14 +41,14 @@ _TRANSPOSED = ("visual.proj", "text_projection")
 
 
 def is_open_clip(stored: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors of a CLIP with open_clip's names."""
+    """Returns whether these are the tensors of a CLIP with open_clip's names."""
     return "visual.conv1.weight" in stored
 
 
 def translate(
     file: Path, stored: Mapping[str, Tensor], activation: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config.json of transformers' `CLIPModel` and its tensors.
+    """Returns the config.json of transformers' `CLIPModel` and its tensors.
 
     Args:
       file: where `stored` comes from, for messages.
@@ -80,7 +80,7 @@ def translate(
 
 
 def _translate(file: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor under its new name, or under three."""
+    """Renames one tensor; the stacked queries, keys and values become three."""
     beginning = next((old for old in _BEGINNINGS if name.startswith(old)), None)
     if beginning is None:
         raise UserError(f"{file}: tensor {name} is not part of an open_clip ViT")
@@ -139,7 +139,7 @@ def _find_config(file: Path, translated: Mapping[str, Tensor], activation: str) 
 
 
 def _count_heads(file: Path, width: int) -> int:
-    """No weight tells: a head is 64 wide; in the image tower of ViT-H/14, which is 1280 wide, 80."""
+    """Counts the heads of a tower: a head is 64 wide, but 80 in the image tower of ViT-H/14 (1280 wide)."""
     heads, rest = divmod(width, 80 if width == 1280 else 64)
     if rest or not heads:
         raise UserError(f"{file}: a tower is {width} wide, no multiple of 64; is it an open_clip ViT?")

@@ -1,4 +1,4 @@
-"""PickScore: which of two images people picked for a prompt."""
+"""PickScore: the preference of people between two images for a prompt."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dspo_jax.rewards.reward import Reward
 
 
 def load(folder: Path, batch_size: int) -> Reward:
-    """exp(logit_scale) times the cosine of image and prompt.
+    """Loads PickScore: exp(logit_scale) times the cosine of image and prompt.
 
     Source: Kirstain et al. 2023 (arXiv:2305.01569), section 4, and its released code. Diffusion-DPO's script
     leaves the factor out, which is the same for every image.

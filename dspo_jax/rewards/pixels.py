@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def compressibility(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-    """Minus the size in kB (1,000 bytes) of each image as a JPEG of quality 95.
+    """Measures compressibility: minus the size in kB (1,000 bytes) of each image as a JPEG of quality 95.
 
     Source: the reward of DDPO (Black et al. 2023, arXiv:2305.13301, section 5.1), which is minus the size
     too; the quality is its released code's.
@@ -24,7 +24,7 @@ def _jpeg_bytes(image: np.ndarray) -> int:
 
 
 def colourfulness(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-    """How colourful each image looks: about 0 for greys, 109 for what people called extremely colourful.
+    """Measures colourfulness: about 0 for greys, 109 for images that people called extremely colourful.
 
     Source: Hasler and Süsstrunk, "Measuring colourfulness in natural images", 2003: M3 = sqrt(var(rg) +
     var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) with rg = R - G and yb = (R + G) / 2 - B.

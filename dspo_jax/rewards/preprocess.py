@@ -5,13 +5,13 @@ from PIL import Image
 
 from dspo_jax.errors import UserError
 
-# Of CLIP's training images (Radford et al. 2021, released code).
+# Mean and deviation of CLIP's training images (Radford et al. 2021, released code).
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """The shorter edge resized to `size` (bicubic, 8 bits a channel), then the middle square.
+    """Resizes the shorter edge to `size` (bicubic, 8 bits a channel) and takes the middle square.
 
     Source: transformers' CLIP image processor, which the released code of PickScore, and Diffusion-DPO's
     for the aesthetic score, calls. OpenAI's own transform differs where an odd number of pixels is cropped:
@@ -35,7 +35,7 @@ def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """As `clip_pixels`, but for which square is the middle one where an odd number of pixels is cropped.
+    """Does as `clip_pixels`, but rounds the middle differently where an odd number of pixels is cropped.
 
     Source: the package image-reward 1.5, which calls torchvision's Resize, CenterCrop and Normalize;
     torchvision rounds half to even. Transparency is dropped after the resize, for which PIL multiplies the
@@ -50,7 +50,7 @@ def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """The longer edge resized to `size` (bicubic, in floating point), then black around to a square.
+    """Resizes the longer edge to `size` (bicubic, in floating point) and pads with black to a square.
 
     Source: the package hpsv2 1.2.0, which brings open_clip 2.16.0 with a transform of its own and turns the
     picture into a float tensor before it resizes. Three things follow that "resize the longest side and pad"

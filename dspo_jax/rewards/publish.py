@@ -27,10 +27,10 @@ PUBLISHED_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
 @dataclasses.dataclass(frozen=True)
 class Publication:
-    """What is to be written.
+    """Arguments of the conversion of a reward's published weights.
 
     Attributes:
-      reward: its name.
+      reward: name of the reward.
       source: what the user calls the weights.
       weights: a file or folder.
       tokenizer: a folder; None for a reward that reads no prompt.
@@ -48,7 +48,7 @@ class Publication:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a reward is published.
+    """Where the weights of a reward are published, and the function that converts them.
 
     Attributes:
       source: the hub id of its weights.
@@ -112,7 +112,7 @@ def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
 
 
 def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor], list[Path]]:
-    """The architecture, its tensors under transformers' names, and the files that they are in."""
+    """Returns the architecture, its tensors under transformers' names, and the files that they are in."""
     if weights.is_dir():
         model = read_clip(weights)
         stored = open_component(weights, model)
@@ -127,7 +127,7 @@ def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor]
 
 
 def _digest(files: Sequence[Path]) -> str:
-    """The sha256 of files, one after the other."""
+    """Returns the sha256 of files, one after the other."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -171,7 +171,7 @@ _MODEL_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "mode
 
 
 def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
-    """A path as it is; of a hub id the download of a file, or a folder of what fits `patterns`."""
+    """Returns a path as it is; of a hub id the download of a file, or a folder of what fits `patterns`."""
     if not model_dir.is_hub_id(source):
         if not Path(source).exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
@@ -187,7 +187,7 @@ def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
 def prepare(
     reward: str, out: Path, *, weights: str | None, tokenizer: str | None, head: str | None
 ) -> Publication:
-    """Finds, or downloads, what the reward is made of.
+    """Finds or downloads the published files of a reward.
 
     Args:
       reward: its name.

@@ -11,7 +11,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.rewards import aesthetic, clip_score, hps, image_reward, pickscore, pixels
 from dspo_jax.rewards.reward import Reward
 
-# A reward that needs no weights, or what makes one of (the folder of its weights, images in one call).
+# A reward that needs no weights, or a function that loads one: (folder of its weights, images in one call).
 REWARDS: dict[str, Reward | Callable[[Path, int], Reward]] = {
     "compressibility": Reward("compressibility", "JPEG quality 95", pixels.compressibility),
     "colourfulness": Reward("colourfulness", "Hasler & Süsstrunk 2003", pixels.colourfulness),
@@ -26,7 +26,7 @@ REWARDS: dict[str, Reward | Callable[[Path, int], Reward]] = {
 
 
 def load_reward(name: str, folder: str | Path | None = None, *, batch_size: int = 32) -> Reward:
-    """The reward `name`, or a function of the user's.
+    """Returns the reward `name`, or a function of the user's.
 
     Args:
       name: one of `REWARDS`, or `FILE.py:FUNCTION`, a function (images, prompts) -> scores as `Score`

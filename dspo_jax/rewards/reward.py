@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""A reward: scores of images under their prompts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

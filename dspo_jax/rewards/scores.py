@@ -91,7 +91,7 @@ def _identify(file: Path) -> str:
 
 
 def _read(cache: Path, reward: Reward) -> dict[tuple[str, str], float]:
-    """(file, prompt) -> score; a line that was cut short, or is none of ours, is passed over."""
+    """Reads kept scores: (file, prompt) -> score; lines that were cut short or are not scores are skipped."""
     known = {}
     for part in sorted(cache.glob(f"{reward.name}.*.jsonl")):
         for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):

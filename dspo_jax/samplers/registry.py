@@ -47,7 +47,7 @@ SAMPLERS: dict[str, Entry] = {
 
 
 def own_sampler(config: Mapping[str, Any]) -> str:
-    """The name of the sampler that a scheduler_config.json asks for by its `_class_name`.
+    """Returns the name of the sampler that a scheduler_config.json asks for by its `_class_name`.
 
     Raises:
       UserError: It names no class or one that is not computed here.
@@ -71,7 +71,7 @@ def make_sampler(
     karras: bool | None = None,
     eta: float = 0.0,
 ) -> Sampler:
-    """A sampler, equal to `Scheduler.from_config(config)` of diffusers with `set_timesteps(N)`.
+    """Returns a sampler, equal to `Scheduler.from_config(config)` of diffusers with `set_timesteps(N)`.
 
     Keys that the config lacks take the defaults of the scheduler whose sampler is asked for; keys that this
     scheduler does not read are not looked at.

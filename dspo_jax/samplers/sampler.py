@@ -94,7 +94,7 @@ class Sampler:
 
     @classmethod
     def from_table(cls, table: Table, first: int, strength: float) -> "Sampler":
-        """The rows of a table from row `first` on, in float32."""
+        """Returns the rows of a table from row `first` on, in float32."""
 
         def rows(values: np.ndarray | float) -> np.ndarray:
             whole = np.broadcast_to(values, (len(table.timesteps), *np.shape(values)[1:]))
@@ -119,7 +119,7 @@ class Sampler:
         noise: Float[Array | np.ndarray, "B h w C"],
         image_latents: Float[Array | np.ndarray, "B h w C"] | None = None,
     ) -> State:
-        """The state before the first call.
+        """Returns the state before the first call.
 
         Args:
           noise: [B, h, w, C], standard normal.
@@ -145,7 +145,7 @@ class Sampler:
     def transition(
         self, predict: Predict, state: State, i: Int[ArrayLike, "*calls"]
     ) -> tuple[State, Float32[Array, "*calls"]]:
-        """Mean and standard deviation of the state after call i, given the state before it.
+        """Returns mean and standard deviation of the state after call i, given the state before it.
 
         The latents after the call are Gaussian, x_{i+1} = mean.latents + deviation z_i; the outputs kept
         after it are `mean.outputs`, whatever z_i is. `run`, `rollout`, log-probabilities and gradients are

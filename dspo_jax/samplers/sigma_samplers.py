@@ -157,7 +157,7 @@ def _karras(config: Mapping[str, Any], highest: float, lowest: float, count: int
 
 
 def _timesteps_of(schedule: Schedule, sigmas: np.ndarray) -> np.ndarray:
-    """Where on the schedule the levels are, linearly in log sigma; [n] float64."""
+    """Interpolates the timesteps of noise levels, linearly in log sigma; [n] float64."""
     levels = np.log(_schedule_sigmas(schedule))
     return np.interp(np.log(sigmas), levels, np.arange(len(levels)))
 
@@ -169,7 +169,7 @@ def _schedule_sigmas(schedule: Schedule) -> np.ndarray:
 
 
 def _final_sigma(schedule: Schedule, config: Mapping[str, Any]) -> float:
-    """The level that the last step ends at."""
+    """Returns the level that the last step ends at."""
     if choice(config, "final_sigmas_type", ("zero", "sigma_min")) == "zero":
         return 0.0
     return float(_schedule_sigmas(schedule)[0])

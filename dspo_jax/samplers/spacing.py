@@ -1,4 +1,4 @@
-"""Where on the schedule a sampler calls the network, and the reading of a scheduler_config.json."""
+"""Spacing of a sampler's timesteps on the schedule, and the reading of a scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def spaced_timesteps(
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
 ) -> Int32[np.ndarray, " N"]:
-    """The timesteps of N steps, in the order of the calls.
+    """Returns the timesteps of N steps, in the order of the calls.
 
     Args:
       num_train_timesteps: T of the schedule.
@@ -109,12 +109,12 @@ def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) 
 
 
 def spacing_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `spaced_timesteps` that a filled config fixes."""
+    """Returns the keyword arguments of `spaced_timesteps` that a filled config fixes."""
     return {key: config[key] for key in ("timestep_spacing", "steps_offset")}
 
 
 def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: str) -> None:
-    """Refuses a config that asks for what is not computed.
+    """Refuses a config with a value that is not computed here.
 
     Raises:
       UserError: `config[key]` is there and is none of `allowed`; the message gives `why` and the first of
@@ -128,7 +128,7 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
 
 
 def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str:
-    """The value of a key of a filled config.
+    """Returns the value of a key of a filled config.
 
     Raises:
       UserError: The value is none of `allowed`.

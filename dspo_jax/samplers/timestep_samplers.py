@@ -108,14 +108,14 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
 
 
 def schedule_alphas(schedule: Schedule) -> Float64[np.ndarray, " T"]:
-    """abar, [T] float64."""
+    """Computes abar of a schedule, [T] float64."""
     return np.asarray(schedule.alphas_cumprod, np.float64)
 
 
 def to_x0(
     schedule: Schedule, alpha_bar: Float64[np.ndarray, " n"]
 ) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """a, b of x_0 = a x_t + b prediction; each of the shape of `alpha_bar`."""
+    """Returns a, b of x_0 = a x_t + b prediction, each of the shape of `alpha_bar`."""
     signal, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     if schedule.prediction_type == "epsilon":
         return 1 / signal, -sigma / signal
@@ -125,7 +125,7 @@ def to_x0(
 def to_epsilon(
     schedule: Schedule, alpha_bar: Float64[np.ndarray, " n"]
 ) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """a, b of epsilon = a x_t + b prediction; each of the shape of `alpha_bar`."""
+    """Returns a, b of epsilon = a x_t + b prediction, each of the shape of `alpha_bar`."""
     if schedule.prediction_type == "epsilon":
         return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
     return np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar)
@@ -163,7 +163,7 @@ def _timesteps(schedule: Schedule, config: Mapping[str, Any], num_inference_step
 
 
 def _noising(schedule: Schedule, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scales of image and noise at timesteps [n]."""
+    """Returns the scales of image and noise at timesteps [n]."""
     alpha_bar = schedule_alphas(schedule)[timesteps]
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 

@@ -190,7 +190,7 @@ def _ramp(length: int, overlap: int) -> Float32[np.ndarray, " length"]:
 
 
 def _read_preview(folder: Path, pipe: Pipeline) -> tuple[Model, Params]:
-    """The small VAE of a folder, and its parameters."""
+    """Returns the small VAE of a folder, and its parameters."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--preview_vae={folder}: no config.json there; give an AutoencoderTiny's folder"

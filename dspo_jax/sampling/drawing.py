@@ -39,13 +39,13 @@ def sample(
     init_latents: np.ndarray | None = None,
     overwrite: bool = False,
 ) -> Path | None:
-    """Draws every prompt with every seed from every model: what is not there yet.
+    """Draws every prompt with every seed from every model, except images that are there already.
 
     Args:
       models: heading of its columns -> model directory.
       prompts: rows of the contact sheet; those with an image are edited.
       out: gets a folder of images for each model, manifest.jsonl and contact_sheet.png.
-      rendering: how.
+      rendering: how images are drawn and written.
       seeds: each a column under each model.
       init_latents: standard normal [prompts, h, w, C] to start from in place of noise of the seed; an error
         names the file of a `np.memmap`.
@@ -110,7 +110,7 @@ def sample(
 
 
 def _read_latents(latents: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
-    """The noise to start from in float32, if it has the shape that each model needs and is finite."""
+    """Returns the noise to start from in float32, if it has the shape that each model needs and is finite."""
     where = f"--init_latents={latents.filename}" if isinstance(latents, np.memmap) else "--init_latents"
     for label, shape in shapes.items():
         if latents.shape != shape:
@@ -129,7 +129,7 @@ def _settings(
     rendering: Rendering,
     init_latents: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The content of settings.json: images whose settings differ in a key are not of this run."""
+    """Returns the content of settings.json: images whose settings differ in a key are not of this run."""
     return {
         "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],
         "weights_sha256": [pipe.weights_digest() for pipe in pipes.values()],
@@ -195,13 +195,13 @@ def draw_batches(
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of prompts and input images, the latter by path and size."""
+    """Returns SHA-256 of prompts and input images, the latter by path and size."""
     rows = [(p.text, p.image and [str(p.image), p.image.stat().st_size]) for p in prompts]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _read_image(path: Path | None, shape: tuple[int, int, int], scale: int) -> np.ndarray:
-    """The picture to start from, covering the size and cropped to it: [H, W, 3] in [-1, 1]."""
+    """Returns the picture to start from, covering the size and cropped to it: [H, W, 3] in [-1, 1]."""
     assert path is not None
     try:
         image = decode_image(path)

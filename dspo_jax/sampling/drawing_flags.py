@@ -1,4 +1,4 @@
-"""The flags that say how images are drawn, which several commands have."""
+"""Flags of how images are drawn, shared by several commands."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from dspo_jax.sampling.rendering import DTYPES, FORMATS, Drawing, Rendering
 
 
 def define_drawing_flags() -> None:
-    """Defines them; a command calls this once."""
+    """Defines the drawing flags; a command calls this once."""
     flags.DEFINE_enum("sampler", "ddim", [*samplers.SAMPLERS], "How noise becomes an image.")
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
     flags.DEFINE_float("eta", 0.0, "Of ddim: from 0, no noise in its steps, to 1, as much as ddpm adds.")

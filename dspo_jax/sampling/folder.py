@@ -1,4 +1,4 @@
-"""What `sample` leaves in a folder: settings, images, a manifest, contact sheets."""
+"""The folder that `sample` writes: settings, images, a manifest, contact sheets."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     ours = json.loads(json.dumps(settings))
     if path.is_file():
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
-        theirs = {"eta": 0.0, **read_object(path, fix)}  # an older folder knew no other
+        theirs = {"eta": 0.0, **read_object(path, fix)}  # folders of earlier versions were all drawn so
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
@@ -60,7 +60,7 @@ def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
 def place_images(
     out: Path, labels: Sequence[str], requests: Sequence[ImageRequest], image_format: str
 ) -> Files:
-    """Where each requested image goes: a folder for each model, files named by prompt and seed."""
+    """Returns where each requested image goes: a folder for each model, files named by prompt and seed."""
     return {
         label: {
             request: out

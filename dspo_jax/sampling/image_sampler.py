@@ -145,7 +145,7 @@ class ImageSampler:
 
 
 def initial_noise(requests: Sequence[ImageRequest], size: tuple[int, int, int]) -> jax.Array:
-    """Standard normal noise [B, h, w, C] that depends on a request's seed and prompt number only."""
+    """Returns standard normal noise [B, h, w, C] that depends on a request's seed and prompt number only."""
     return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, None))(
         jnp.asarray([request.seed for request in requests], jnp.uint32),
         jnp.asarray([request.prompt_index for request in requests], jnp.uint32),

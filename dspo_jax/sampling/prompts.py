@@ -22,7 +22,7 @@ _TEXT_KEYS = ("prompt", "caption", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What to draw.
+    """A prompt, perhaps with an image to start from.
 
     Attributes:
       text: may be empty.
@@ -36,7 +36,7 @@ class Prompt:
 
 
 def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prompt]:
-    """The prompts of a file, in its order; or one prompt, if the argument ends in none of these.
+    """Returns the prompts of a file, in its order; or one prompt, if the argument ends in none of these.
 
     `.txt`: one a line, empty lines are passed over. `.jsonl`: objects with `prompt` (or `caption`, `text`)
     and perhaps `image`, a file to start from, relative to this one, and `category`; or strings. `.json`: a
@@ -105,7 +105,7 @@ def _parse(row: object, path: Path, where: str, paths: ImagePaths) -> Prompt:
 
 
 def check_text(text: str, where: str) -> str:
-    """The text, if it is one.
+    """Returns the text, if it is one.
 
     Raises:
       UserError: it holds half a character or a null character; the message begins with `where`.

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """From noise to latents.
+    """Settings of sampling, from noise to latents.
 
     Attributes:
       sampler: one of `samplers.SAMPLERS`.
@@ -58,7 +58,7 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """From prompts to image files: everything but the models, the prompts and the seeds.
+    """Settings of rendering, from prompts to image files, without the models, prompts and seeds.
 
     Attributes:
       drawing: from noise to latents.
@@ -94,13 +94,13 @@ class Rendering:
             raise UserError(spelling.unknown("--compute_dtype", self.compute_dtype, DTYPES))
 
     def choose_dtype(self) -> str:
-        """The compute dtype on the devices that are here."""
+        """Returns the compute dtype on the devices that are here."""
         if self.compute_dtype:
             return self.compute_dtype
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def latent_shape(self, pipe: Pipeline) -> tuple[int, int, int]:
-        """Shape [h, w, C] of the latents of one image of a model.
+        """Returns shape [h, w, C] of the latents of one image of a model.
 
         Raises:
           UserError: the VAE cannot make images of this size.

@@ -175,7 +175,7 @@ class Schedule:
     def target(
         self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
     ) -> Float32[jax.Array, "*image"]:
-        """What the network should predict at `t`: the noise, or v; of the shape of `x0`."""
+        """Returns the regression target of the network at `t`: the noise, or v; of the shape of `x0`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(noise, jnp.float32)
         signal, sigma = self._scales(t, x0)
@@ -184,7 +184,7 @@ class Schedule:
     def to_x0(
         self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
     ) -> Float32[jax.Array, "*image"]:
-        """The clean image that `prediction` implies for `x_t`."""
+        """Returns the clean image that `prediction` implies for `x_t`."""
         signal, sigma = self._scales(t, x_t)
         if self.prediction_type == "epsilon":
             return jnp.subtract(x_t, sigma * prediction) / signal
@@ -193,7 +193,7 @@ class Schedule:
     def to_epsilon(
         self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
     ) -> Float32[jax.Array, "*image"]:
-        """The noise that `prediction` implies for `x_t`."""
+        """Returns the noise that `prediction` implies for `x_t`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(prediction, jnp.float32)
         signal, sigma = self._scales(t, x_t)
@@ -216,7 +216,7 @@ class Schedule:
         return jnp.minimum(snr, gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
 
     def reward_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """The papers' time weight of the implicit reward, of the shape of `t`.
+        """Returns the papers' time weight of the implicit reward, of the shape of `t`.
 
         Under the posterior variance, log p(x_{t-1} | x_t) of the reverse step that leaves timestep t, taken
         at the mean of q(x_{t-1} | x_t, x_0), is -1/2 w(t) ||eps_theta - eps||^2 + const with

@@ -1,1 +1,1 @@
-"""The training step, its start, its loop and what watches it."""
+"""The training step, the start of a run, the loop, and the hooks that watch it."""

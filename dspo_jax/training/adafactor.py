@@ -43,7 +43,7 @@ def scale_by_released_factored_rms() -> optax.GradientTransformation:
 
 
 def _factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The two axes that a parameter's moment is factored over, or None where it is kept whole."""
+    """Returns the two axes that a parameter's moment is factored over, or None where it is kept whole."""
     if len(shape) < 2:
         return None
     axes = (0, 1) if len(shape) == 4 else (len(shape) - 2, len(shape) - 1)
@@ -51,7 +51,7 @@ def _factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def _zero_moments(param: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row, column and whole moment; an unused one has a single number, as in optax."""
+    """Makes row, column and whole moments of zero; an unused one has a single number, as in optax."""
     unused, axes = jnp.zeros((1,), param.dtype), _factored_axes(param.shape)
     if axes is None:
         return unused, unused, jnp.zeros_like(param)

@@ -20,7 +20,7 @@ from dspo_jax.training.task import Task
 def abstract_batch(
     task: Task, images: int, size: tuple[int, int], batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch, with their sharding.
+    """Returns shapes of a training batch, with their sharding.
 
     Args:
       task: its loss says what a batch holds.
@@ -89,7 +89,7 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
 
 
 def mean_flops_per_example(task: Task, datasets: Sequence[Dataset], data: DataSettings) -> float | None:
-    """Mean of `flops_per_example` over the image sizes that a run draws."""
+    """Returns mean of `flops_per_example` over the image sizes that a run draws."""
     rows = mixing_weights(datasets, data.split, data.weights)
     images = datasets[0].manifest["images_per_example"]
     total, drawn = 0.0, sum(map(sum, rows.values()))

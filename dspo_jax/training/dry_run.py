@@ -1,4 +1,4 @@
-"""What a run takes, before its first step: devices, batches, parameters, memory, FLOPs."""
+"""Devices, batches, parameters, memory and FLOPs of a run, before its first step."""
 
 import math
 import time
@@ -142,7 +142,7 @@ def dry_run(config: ConfigDict) -> str:
 
 
 def in_units(size: int) -> str:
-    """Bytes as people read them."""
+    """Returns bytes as people read them."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{size / 2 ** (10 * step):.3g} {units[step]}"

@@ -91,7 +91,7 @@ class Log:
         self._pending: tuple[int, Metrics] | None = None
 
     def due(self, at: Moment) -> bool:
-        """At every step that is logged, the one after it, and those where the other hooks are due."""
+        """Returns True at steps that are logged, one step later, and where the other hooks are due."""
         return self._pending is not None or self._is_logged(at) or self._precedes(at)
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
@@ -100,7 +100,7 @@ class Log:
         if self._is_logged(at):
             self._pending = at.step, metrics
         if self._precedes(at):
-            jax.block_until_ready(state)  # what still runs is training time
+            jax.block_until_ready(state)  # steps that still run are training time
             self._write_pending()
 
     def _is_logged(self, at: Moment) -> bool:
@@ -140,7 +140,7 @@ class Validate:
         every: int,
         steps: int,
     ):
-        """Takes what judges and where the scalars go.
+        """Takes the validator and where its scalars go.
 
         Args:
           validator: of the held-out split.
@@ -156,7 +156,7 @@ class Validate:
         self.score: tuple[int, float] | None = None
 
     def due(self, at: Moment) -> bool:
-        """Every few steps, at the first and at the last of the run."""
+        """Returns every few steps, at the first and at the last of the run."""
         return at.step == self._steps or at.step % self._every == 0
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
@@ -173,20 +173,20 @@ class Validate:
                 draw_curves(self._workdir / "metrics.jsonl", self._workdir / "curves.png")
 
     def score_of(self, step: int) -> float | None:
-        """The score of a step; None if that step was not validated."""
+        """Returns the score of a step; None if that step was not validated."""
         return self.score[1] if self.score and self.score[0] == step else None
 
 
 class DrawSamples:
-    """Draws the grid of images, the model at the start beside the current one."""
+    """Draws a grid of images, those of the model at the start beside those of the current model."""
 
     def __init__(self, grids: SampleGrids, reference: Params, clock: Clock, *, every: int, steps: int):
-        """Takes what draws, the frozen parameters, a clock that leaves the time out, and when to draw."""
+        """Takes the grids, the frozen parameters, a clock that stops for the drawing, and when to draw."""
         self._grids, self._reference, self._clock = grids, reference, clock
         self._every, self._steps = every, steps
 
     def due(self, at: Moment) -> bool:
-        """Every few steps and at the last of the run."""
+        """Returns every few steps and at the last of the run."""
         return at.step > 0 and (at.step == self._steps or at.step % self._every == 0)
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
@@ -202,7 +202,7 @@ class Save:
     def __init__(
         self, checkpoints: Checkpoints, stream: Stream, clock: Clock, *, every: int, validate: Validate | None
     ):
-        """Takes where to save, what else belongs to the state of a run, and which scores count.
+        """Takes where to save, the rest of the state of a run, and the hook whose scores count.
 
         Args:
           checkpoints: of the run.
@@ -217,7 +217,7 @@ class Save:
         self._best = -math.inf if found is None else found[1]
 
     def due(self, at: Moment) -> bool:
-        """Every few steps, at the last, and after a validation with the best score so far."""
+        """Returns every few steps, at the last, and after a validation with the best score so far."""
         score = self._score(at.step)
         better = score is not None and score > self._best
         return at.step > 0 and (at.last or at.step % self._every == 0 or better)
@@ -239,7 +239,7 @@ class Profile:
     """Opens and closes the profiler's window between two steps."""
 
     def __init__(self, profiler: Profiler):
-        """Takes the profiler, which is open for the length of the loop."""
+        """Takes the profiler, which must be open while the loop runs."""
         self._profiler = profiler
 
     def due(self, at: Moment) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop, and what it is given: an update, a stream of batches, hooks that watch."""
+"""The training loop, and the protocols of its arguments: stream of batches, hooks."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -17,7 +17,7 @@ class Stream(Protocol):
         """The next batch, on the devices; `policy` is for streams that sample from the trained parameters."""
 
     def get_state(self) -> str:
-        """The position behind the last batch; the same in every process."""
+        """Returns the position behind the last batch; the same in every process."""
 
     def set_state(self, state: str) -> None:
         """Continues behind the batch after which `get_state` was called."""
@@ -39,10 +39,10 @@ class Moment(NamedTuple):
 
 
 class Hook(Protocol):
-    """Something that is done after some of the steps."""
+    """An action after some of the steps: logging, validation, drawing, saving."""
 
     def due(self, at: Moment) -> bool:
-        """Whether to call the hook at this moment."""
+        """Returns whether to call the hook at this moment."""
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
         """Looks at the state, and at the metrics of the step just made, which may still be computed."""

@@ -49,7 +49,7 @@ class MemoryStream:
         return np.random.default_rng((self._seed, epoch)).permutation(self._count)
 
     def get_state(self) -> str:
-        """The position behind the last batch, as a JSON string."""
+        """Returns the position behind the last batch, as a JSON string."""
         return json.dumps({"next_batch": self._next_batch})
 
     def set_state(self, state: str) -> None:

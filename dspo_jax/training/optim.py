@@ -40,7 +40,7 @@ class OptimizerSettings:
     max_grad_norm: float = limited(FINITE_NOT_NEGATIVE)
 
     def peak_rate(self, batch_size: int) -> float:
-        """The learning rate after warm-up.
+        """Returns the learning rate after warm-up.
 
         With `scale_lr` the rate is one example's and is multiplied by the batch, as the released trainers'
         --scale_lr multiplies by the batch of a process, the accumulated batches and the processes.
@@ -131,7 +131,7 @@ def _check_bfloat16(settings: OptimizerSettings) -> None:
 
 
 def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
-    """The learning rate as a function of the number of updates done.
+    """Returns the learning rate as a function of the number of updates done.
 
     It rises linearly over `warmup_steps` updates, the first of which already has 1/warmup_steps of the full
     rate (diffusers' schedulers, and so the released trainers, are one update behind, with a first one at rate

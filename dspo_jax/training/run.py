@@ -55,13 +55,13 @@ class Updater:
         if shapes in self._compiled:
             return self._step(state, self._reference, batch, self._key)
         self._compiled.add(shapes)
-        jax.block_until_ready(state)  # what still runs is training time
+        jax.block_until_ready(state)  # steps that still run are training time
         with self.clock.paused():
             return self._step(state, self._reference, batch, self._key)
 
 
 class Run:
-    """A run whose state is on the devices: everything that a restart of its loop uses again."""
+    """A run with its state on the devices: what stays when its loop starts again after a rollback."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ def _train(
     make_step: Callable[[TrainState], Step],
     count_flops: Callable[..., float | None],
 ) -> int:
-    """Runs the loop from the last checkpoint; where a run is to roll back, again from there."""
+    """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)
     if processes.is_first():
@@ -273,16 +273,16 @@ def _train(
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
     )
-    skip_to: str | None = None  # in the data
+    skip_to: str | None = None  # position in the data after a rollback
     rolled_back_to: int | None = None
     with (
-        stop_requests() as stop_requested,  # until the last checkpoint is written, too
+        stop_requests() as stop_requested,  # also while the last checkpoint is written
         Checkpoints(workdir / "checkpoints", settings.checkpoint.max_to_keep) as checkpoints,
     ):
         while True:
             position, clock = skip_to, Clock()
             if checkpoints.latest_step() is not None:
-                del state  # or both would be in memory
+                del state  # else two states would be in memory
                 arrays, extra, _ = checkpoints.restore_newest(
                     abstract, settings.checkpoint.fallback, processes.Vote(mesh).now
                 )

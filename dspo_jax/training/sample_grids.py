@@ -1,4 +1,4 @@
-"""What a run does to the images: the same prompts and noise, drawn at the start and again as it trains."""
+"""Grids of images during training: the same prompts and noise, drawn at the start and later."""
 
 import functools
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
 
-# In one call; few, as most of the memory belongs to the training.
+# Images in one call; few, as most of the memory is taken by training.
 _IMAGES_PER_DEVICE = 4
 
 
 def first_captions(datasets: Sequence[Dataset], split: str, count: int = 4) -> list[str]:
-    """The captions of the first `count` examples of a split, for a run that names no prompts.
+    """Returns the captions of the first `count` examples of a split, for a run that names no prompts.
 
     Args:
       datasets: from `read_datasets`.
@@ -109,7 +109,7 @@ class SampleGrids:
         return Decoder(self._pipe)
 
     def _draw(self, params: Params, name: str) -> list[np.ndarray]:
-        """An image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
+        """Returns an image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
 
         Warns of those that are not finite, which are black: the training goes on.
         """

@@ -141,7 +141,7 @@ def parse(config: ConfigDict) -> Settings:
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
         )
-    # By default the lesser of parameters and computation.
+    # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
     settings = dataclasses.replace(settings, reference_dtype=settings.reference_dtype or lesser)
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded

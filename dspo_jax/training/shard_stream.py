@@ -50,7 +50,7 @@ class ShardStream:
         self._mesh, self._inputs, self._clock = mesh, inputs, clock
 
     def next(self, policy: Params) -> Batch:
-        """The next batch; `policy` is not looked at."""
+        """Returns the next batch; `policy` is not looked at."""
         del policy
         with self._clock.waiting():
             batch = next(self._batches)
@@ -59,7 +59,7 @@ class ShardStream:
         return shard_batch(arrays, self._mesh)
 
     def get_state(self) -> str:
-        """The position behind the last batch."""
+        """Returns the position behind the last batch."""
         return self._batches.get_state()
 
     def set_state(self, state: str) -> None:

@@ -1,22 +1,22 @@
-"""Which updates are made: none from numbers that are not finite, and none from a sudden spike of the loss."""
+"""Updates that are skipped: those with numbers that are not finite, and those at a spike of the loss."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_DECAY = 0.99  # of the running loss: about the last hundred updates
+_DECAY = 0.99  # decay of the running mean of the loss: about the last hundred updates
 _WARMUP = 50  # updates before a spike can be told from noise
 
 
 class Health(NamedTuple):
-    """What is remembered of a run to judge its next update; scalars.
+    """Counts and running statistics of a run by which its next update is judged; scalars.
 
     Attributes:
       skipped: updates that were not made, since the start.
-      skipped_in_a_row: of these, since the last one that was made.
-      updates: that were made.
-      loss_mean, loss_variance: of the losses of those, exponentially weighted.
+      skipped_in_a_row: updates skipped since the last one that was made.
+      updates: updates that were made.
+      loss_mean, loss_variance: of the losses of the updates that were made, exponentially weighted.
     """
 
     skipped: jax.Array
@@ -27,14 +27,14 @@ class Health(NamedTuple):
 
 
 def start() -> Health:
-    """The health of a run that has not begun."""
+    """Returns the health of a run that has not begun."""
     return Health(*(jnp.zeros((), jnp.int32) for _ in range(3)), *(jnp.zeros(()) for _ in range(2)))
 
 
 def judge(
     health: Health, loss: jax.Array, grad_norm: jax.Array, loss_spike: float
 ) -> tuple[jax.Array, Health]:
-    """Whether to make an update, and the health after it.
+    """Returns whether to make an update, and the health after it.
 
     Args:
       health: before it.

@@ -103,14 +103,14 @@ def prepare(config: ConfigDict, examples: Batch | None = None) -> Experiment:
 
 
 def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `config.mesh` asks for, over all devices or the given ones."""
+    """Returns the mesh that `config.mesh` asks for, over all devices or the given ones."""
     sizes = dict(settings.mesh)
     dcn_sizes = sizes.pop("dcn")
     return make_mesh(sizes, devices, dcn_sizes)
 
 
 def make_objective(settings: Settings) -> Objective:
-    """The objective that `config.objective` names, with the hyperparameters that are set there.
+    """Returns the objective that `config.objective` names, with the hyperparameters that are set there.
 
     Raises:
       UserError: an unknown name or hyperparameter, or a value out of range, by key.
@@ -120,7 +120,7 @@ def make_objective(settings: Settings) -> Objective:
 
 
 def make_task(settings: Settings, pipe: Pipeline) -> Task:
-    """The static configuration of the step that a config asks for.
+    """Returns the static configuration of the step that a config asks for.
 
     Raises:
       UserError: settings that do not fit the model or each other, by key.
@@ -166,7 +166,7 @@ def _timesteps(settings: Settings, pipe: Pipeline) -> tuple[int, int]:
 
 
 def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
-    """LoRA's adapters of the trained networks at their start, or {} where LoRA is off.
+    """Makes LoRA's adapters of the trained networks at their start, or {} where LoRA is off.
 
     Raises:
       UserError: a pattern of `config.lora.targets` is no regular expression, or a network has no match.
@@ -188,7 +188,7 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
 def make_state(
     task: Task, mesh: Mesh, adapters: Params | None = None, *, abstract: bool = False
 ) -> tuple[TrainState, Params]:
-    """The state at step 0 and the frozen reference, read from the model; every array is born sharded.
+    """Returns the state at step 0 and the frozen reference, read from the model; every array is born sharded.
 
     With adapters these are what is trained. The reference has them too, as they start: they add nothing, and
     policy and reference remain one program.
@@ -216,7 +216,7 @@ def make_state(
     networks = task.pipe.components
     trained = () if adapters else networks if task.train_text_encoder else (task.pipe.denoiser,)
     params = {name: read(name, precision.param_dtype) for name in trained}
-    # What is not trained; and all of it where the loss looks at the reference.
+    # Networks that are not trained; and every network where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]
     reference = {name: read(name, precision.reference_dtype) for name in frozen}
     if adapters:
@@ -254,7 +254,7 @@ def open_data(settings: Settings, pipe: Pipeline, objective: Objective) -> Seque
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
     images = datasets[0].manifest["images_per_example"]
     check_images(objective, images, data.path)
-    # These raise where there are no examples. What is held out need not be so in every dataset.
+    # These raise where a split has no examples. Not every dataset needs held-out ones.
     for dataset in datasets:
         count_examples([dataset], data.split, "config.data.split")
     if validation.every:

@@ -1,6 +1,6 @@
 """The training step: the gradient of a loss over a batch, and one optimizer update.
 
-`train_step(state, reference, batch, key) -> (state, metrics)` is all of it; the loop around it is loop.py.
+`train_step(state, reference, batch, key) -> (state, metrics)` is the whole step; the loop is in loop.py.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from dspo_jax.training.task import Batch, Metrics, Task
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes from step to step, and all that a checkpoint holds.
+    """State of a training run: everything that changes from step to step, which is what a checkpoint holds.
 
     Attributes:
       step: updates done, skipped ones included, int32 scalar.
@@ -40,7 +40,7 @@ class TrainState:
     task: Task = dataclasses.field(metadata={"static": True})
 
     def arrays(self) -> dict[str, Any]:
-        """The state without its task: what is saved."""
+        """Returns the state without its task: what is saved."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in arrays.items() if name != "task" and value is not None}
 
@@ -51,7 +51,7 @@ class TrainState:
 
 
 def init_state(task: Task, params: Params) -> TrainState:
-    """The state at step 0; jit it, or its parts share memory."""
+    """Returns the state at step 0; jit it, or its parts share memory."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -63,14 +63,14 @@ def init_state(task: Task, params: Params) -> TrainState:
 
 
 def _float32(params: Params) -> Params:
-    """What the optimizer sees: it works in float32, however the parameters are kept."""
+    """Casts to float32, in which the optimizer works however the parameters are kept."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def train_step(
     state: TrainState, reference: Params, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update.
+    """Makes one optimizer update.
 
     Args:
       state: may be donated.
@@ -135,14 +135,14 @@ def mean_gradient(
 
 
 def compile_step(state: TrainState) -> Any:
-    """`train_step`, jitted for the mesh of `state`; the new state is laid out like it, and it is donated."""
+    """Jits `train_step` for the mesh of `state`, which is donated; the new state has the same layout."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     sharding: Any = state.step.sharding
     mesh = sharding.mesh
     for_cpu: dict[str, str | int] = {
         # By default XLA orders the program for concurrency, at up to twice the temporaries.
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        # And takes half of what AVX-512 offers.
+        # By default XLA also uses half of the width that AVX-512 offers.
         "xla_cpu_prefer_vector_width": 512,
     }
     return jax.jit(

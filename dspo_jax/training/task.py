@@ -21,7 +21,7 @@ class Passes(NamedTuple):
 
     Attributes:
       policy: forward passes of the trained network.
-      backward: of these, the ones that gradients flow through.
+      backward: forward passes of the trained network that gradients flow through.
       reference: forward passes of the frozen network.
     """
 
@@ -31,7 +31,7 @@ class Passes(NamedTuple):
 
 
 class LossFn(Protocol):
-    """A loss of a batch, and what start-up and cost estimates ask it."""
+    """A loss of a batch, with the facts that start-up and cost estimates need."""
 
     @property
     def needs_reference(self) -> bool:
@@ -40,7 +40,7 @@ class LossFn(Protocol):
     def __call__(
         self, params: Params, task: "Task", reference: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Scalar loss, and scalar metrics, in float32."""
+        """Returns scalar loss, and scalar metrics, in float32."""
 
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
@@ -48,10 +48,10 @@ class LossFn(Protocol):
         """Arrays of one example that the loss reads, by name: `images` images of (height, width) pixels."""
 
     def passes(self, images: int) -> Passes:
-        """What the loss runs for an example of `images` images."""
+        """Returns the passes of the loss for an example of `images` images."""
 
     def notes(self, values_per_image: int) -> list[str]:
-        """Lines for the user before a run; `values_per_image` is h * w * C of a latent."""
+        """Returns lines for the user before a run; `values_per_image` is h * w * C of a latent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Task:
 
 
 def predict(task: Task, params: Params, noisy: jax.Array, timesteps: jax.Array, batch: Batch) -> jax.Array:
-    """The denoiser's output for noisy latents [B, P, h, w, C] in the task's compute dtype.
+    """Returns the denoiser's output for noisy latents [B, P, h, w, C] in the task's compute dtype.
 
     Args:
       task: pipeline and precision are read.
@@ -134,5 +134,5 @@ def policy_params(task: Task, params: Params, reference: Params) -> Params:
 
 
 def cast(task: Task, params: Params) -> Params:
-    """Parameters in the compute dtype, which `predict` takes."""
+    """Returns parameters in the compute dtype, which `predict` takes."""
     return jax.tree.map(lambda leaf: leaf.astype(task.precision.compute_dtype), params)

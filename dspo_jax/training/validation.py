@@ -1,4 +1,4 @@
-"""Held-out pairs: does the model rank them as people did? Implicit accuracy, margins and errors by timestep.
+"""Validation on held-out pairs: implicit accuracy, margins and errors by timestep.
 
 The implicit reward of an image is the decrease of its denoising error against the reference, averaged over
 draws of timestep and noise (Diffusion-DPO, S4.1, where it serves as a reward model in Table S2).
@@ -34,7 +34,7 @@ _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
 
 
 def binomial_interval(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a share; unlike the normal one it stays in [0, 1] and holds for small n.
+    """Computes Wilson's 95 % interval for a share, which stays in [0, 1] and holds for small n.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
 
@@ -60,7 +60,7 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
 Predict = Callable[[Params, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Array]
 
 
-_SEED = 20_241  # of the noise, fixed for ever: changing it moves every validation curve
+_SEED = 20_241  # seed of the noise: changing it moves every validation curve
 
 
 class Validator:
@@ -138,7 +138,7 @@ class Validator:
     def __call__(
         self, policy: Params, reference: Params | None, report: Callable[[int], None] = lambda judged: None
     ) -> dict[str, float]:
-        """Scalars of the whole split.
+        """Returns scalars of the whole split.
 
         Both are what `predict` takes, in the same dtype; `reference` is None for a run without one. `report`
         is told how many examples have been judged.
@@ -188,7 +188,7 @@ class Validator:
 
 
 def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
-    """The scalars that `Validator` reports.
+    """Returns the scalars that `Validator` reports.
 
     Args:
       values: [S, D, N, P]: S = 2 (error, drift) or 1 (error) x draw x example x image (winner, loser).
@@ -223,7 +223,7 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
 
 
 def _correct(margins: np.ndarray) -> np.ndarray:
-    """1 for a margin above 0, 1/2 for none at all, 0 for one below and for one that is not a number."""
+    """Scores margins: 1 above 0, 1/2 at 0, 0 below and where the margin is not a number."""
     return np.where(np.isnan(margins), 0.0, 0.5 + 0.5 * np.sign(margins))
 
 
@@ -237,11 +237,11 @@ def judge(
     batch_size: int,
     compute_dtype: str,
 ) -> dict[str, float]:
-    """What `Validator` says of a model against its reference, on all devices.
+    """Validates a model against its reference on all devices, with the scalars of `Validator`.
 
     Args:
       model: a training workdir or a diffusers folder.
-      reference: what it was trained from; None is what a workdir's config says.
+      reference: the model that it was trained from; None takes the one in the workdir's config.
       data: a dataset of pairs written by `dspo_jax.encode`, or several separated by commas.
       split, draws: see `Validator`.
       batch_size: pairs in one call, filled up to a multiple of the devices.

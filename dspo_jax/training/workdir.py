@@ -12,8 +12,8 @@ from dspo_jax.files import write_json
 from dspo_jax.parallel import processes
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
-# What a run may be resumed with differently, beside `steps` where the learning rate is constant: it decides
-# how the run is worked through and watched, not what comes out of it.
+# Keys that may differ when a run is resumed, beside `steps` where the learning rate does not end with the
+# run: they decide how the run is computed and watched, not its result.
 MAY_DIFFER = (
     "checkpoint",
     "log_every",

@@ -124,7 +124,7 @@ class Checkpoints:
         self._saving = None
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None; waits for a save under way."""
+        """Returns the newest complete checkpoint, or None; waits for a save under way."""
         self.wait()
         return self._manager.latest_step()
 
@@ -325,7 +325,7 @@ def name_restore_errors(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, or plain words for a disk that is full."""
+    """Returns the first line of an error, or plain words for a disk that is full."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "no space left on the disk"

@@ -61,7 +61,7 @@ _REMEDIES = (
 
 
 def weights_file(folder: Path, class_name: str) -> Path:
-    """The safetensors file of a component; shards are named after it."""
+    """Returns the safetensors file of a component; shards are named after it."""
     name = "diffusion_pytorch_model" if _is_of_diffusers(class_name) else "model"
     return folder / f"{name}.safetensors"
 
@@ -98,7 +98,7 @@ def find_weights(folder: Path, class_name: str) -> list[Path]:
 
 
 def open_stored(folder: Path, class_name: str) -> dict[str, Tensor]:
-    """A component's tensors under the names that its files have for them.
+    """Returns a component's tensors under the names that its files have for them.
 
     Raises:
       FileNotFoundError: there is no safetensors file; a pickle is not read.
@@ -151,7 +151,7 @@ def _list_hub_files(repository: str, component: str) -> list[str]:
 
 
 def stored_name(name: str, stored: Collection[str]) -> str:
-    """The name under which a file with the tensors `stored` has the tensor `name`."""
+    """Returns the name under which a file with the tensors `stored` has the tensor `name`."""
     old = name
     for today, before in _OLD_ATTENTION.items():
         old = old.replace(today, before)

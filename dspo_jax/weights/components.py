@@ -46,7 +46,7 @@ def read_model(folder: Path, default_class: str = "none named") -> Model:
 
 
 def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
-    """A component's tensors under torch's names, whole or in shards, checked but not read.
+    """Returns a component's tensors under torch's names, whole or in shards, checked but not read.
 
     Args:
       folder: holds the safetensors file or files.
@@ -167,7 +167,7 @@ def write_params(
 
 
 def read_models(folder: Path) -> dict[str, Model]:
-    """The architectures of a diffusers folder's networks, by component.
+    """Returns the architectures of a diffusers folder's networks, by component.
 
     Raises:
       UserError: a config.json that is not supported, or of another class than model_index.json says.

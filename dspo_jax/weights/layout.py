@@ -40,17 +40,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """A nested tree as {"a.b.c": leaf}."""
+    """Returns a nested tree as {"a.b.c": leaf}."""
     return traverse_util.flatten_dict(params, sep=".")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`."""
+    """Returns the inverse of `flatten`."""
     return traverse_util.unflatten_dict(leaves, sep=".")
 
 
 def leaf_tensors(params: Params) -> dict[str, Tensor]:
-    """The leaves of a tree in memory, by path."""
+    """Returns the leaves of a tree in memory, by path."""
 
     def tensor(leaf: np.ndarray | jax.Array) -> Tensor:
         return Tensor(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))

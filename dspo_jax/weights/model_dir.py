@@ -48,7 +48,7 @@ def read_json(path: Path, fix: str = "fetch the model again") -> dict[str, Any]:
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether `model` is written like `organisation/name` and no such path is here."""
+    """Returns whether `model` is written like `organisation/name` and no such path is here."""
     return bool(_HUB_ID.fullmatch(str(model))) and not Path(model).exists()
 
 

@@ -74,7 +74,7 @@ class SavedParams:
         return self._ahead.pop(name)
 
     def read_all(self) -> dict[str, Any]:
-        """The whole subtree as nested dicts with the keys it was saved with."""
+        """Returns the whole subtree as nested dicts with the keys it was saved with."""
         return self._restore(list(self._saved))
 
     def _restore(self, keys: list[tuple[str, ...]]) -> dict[str, Any]:

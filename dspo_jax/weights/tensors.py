@@ -62,7 +62,7 @@ class Tensor:
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, whose header alone is read.
+    """Returns the tensors of one safetensors file, whose header alone is read.
 
     Raises:
       FileNotFoundError: no such file.
@@ -91,7 +91,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in the header of a safetensors file, such as `modelspec.prediction_type`."""
+    """Returns the metadata in the header of a safetensors file, such as `modelspec.prediction_type`."""
     return safe_open(path, "np", backend="pread").metadata() or {}
 
 
@@ -106,7 +106,7 @@ def _reader(path: Path, file: safe_open, name: str) -> Callable[[], np.ndarray]:
 
 
 def index_path(path: Path) -> Path:
-    """The index of the shards that stand in for the safetensors file `path`."""
+    """Returns the index of the shards that stand in for the safetensors file `path`."""
     return path.with_name(path.name + ".index.json")
 
 
@@ -122,7 +122,7 @@ def list_files(path: Path) -> list[Path]:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of the shards of which `path` is the index.
+    """Returns the tensors of a safetensors file, or of the shards of which `path` is the index.
 
     Raises:
       FileNotFoundError, UserError: as `open_file`; or shards and index disagree.

@@ -108,7 +108,7 @@ MODEL_INDEX = {
 
 
 def load_images() -> np.ndarray:
-    """Every distinct emoji picture, [N, 64, 64, 3] uint8."""
+    """Returns every distinct emoji picture, [N, 64, 64, 3] uint8."""
     pictures = {pair.key.split("/")[0]: pair.winner for pair in get_source("emoji_images").pairs("train")}
     size = (RESOLUTION, RESOLUTION)
     return np.stack([np.asarray(decode_image(data).resize(size, 2)) for data in pictures.values()])
@@ -158,7 +158,7 @@ def train_vae(
 
 
 def measure_vae(model: Model, params: Params, images: np.ndarray) -> tuple[float, float]:
-    """Standard deviation of the latents; mean absolute reconstruction error in 8-bit grey levels."""
+    """Returns standard deviation of the latents; mean absolute reconstruction error in 8-bit grey levels."""
 
     @jax.jit
     def reconstruct(batch: jax.Array) -> tuple[jax.Array, jax.Array]:

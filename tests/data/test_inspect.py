@@ -456,7 +456,7 @@ def test_the_shipped_model_gives_the_encoded_picture_back(tmp_path):
     pixels = np.asarray(disc)
     vae = {"vae": pipe.read_params("vae", "float32")}
     moments = np.asarray(pipe.encode_moments(vae, pixels[None] / np.float32(127.5) - 1)).astype(np.float16)
-    ((image,),) = sheet.decode_examples(pipe, [{"moments": moments}])
+    ((image,),) = sheet.decode_examples(pipe, [{"moments": moments, "caption": "disc"}])
     assert np.abs(image.astype(int) - pixels).mean() < 8
 
 

@@ -1,4 +1,4 @@
-"""Where preference pairs come from.
+"""Sources of preference pairs.
 
 A source is a small frozen dataclass: its fields are the arguments a config may set (`config.source.FIELD`),
 its docstring is the schema of its rows, and `pairs(split)` yields `PreferencePair`s in an order that never

@@ -84,7 +84,7 @@ class Folder(Selection):
 
 
 def _find(path: str) -> Path:
-    """The file of pairs that `path` is, or is the folder of."""
+    """Returns the file of pairs that `path` is, or is the folder of."""
     given = Path(path)
     if given.is_dir():
         found = [given / name for name in _NAMES if (given / name).is_file()]
@@ -104,7 +104,7 @@ def _find(path: str) -> Path:
 
 @functools.cache
 def _read(path: str) -> pa.Table:
-    """All rows: caption, winner, loser (unless single images), preference, key and split."""
+    """Returns all rows: caption, winner, loser (unless single images), preference, key and split."""
     file = _find(path)
     columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, "preference", "key")}
     lines = []
@@ -184,7 +184,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
-    """A row's values under their own names, with the defaults; `where` is for the messages."""
+    """Returns a row's values under their own names, with the defaults; `where` is for the messages."""
     if "winner" in row and "image" in row:
         raise UserError(f"{where}: has both winner and image, which mean the same; keep one")
     values: dict[str, Any] = {name: row.get(name) for name in (*_TEXT, "preference", "key")}

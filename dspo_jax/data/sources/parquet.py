@@ -49,7 +49,7 @@ class Parquet(Selection):
         return tuple(find_files(require("path", self.path)))
 
     def _columns(self) -> dict[str, Column]:
-        """The columns by argument."""
+        """Returns the columns by argument."""
         columns = {}
         for argument, kind in _KINDS.items():
             name = getattr(self, argument)

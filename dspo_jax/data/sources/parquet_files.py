@@ -45,7 +45,7 @@ class ParquetFile:
 
 @functools.cache
 def find_files(path: str) -> Mapping[str, tuple[ParquetFile, ...]]:
-    """The parquet files of a path by split, in the order of their names.
+    """Returns the parquet files of a path by split, in the order of their names.
 
     The split is told by the beginning of a file's name or the name of a folder it is in; other files are
     `train`. The key of a file is its name without suffix, with the folders before it if two of a split have
@@ -95,7 +95,7 @@ def _split_of(name: str) -> str:
 
 
 def files_of(path: str, split: str) -> tuple[ParquetFile, ...]:
-    """The files of a split; of a `validation` that was held out, those of `train`."""
+    """Returns the files of a split; of a `validation` that was held out, those of `train`."""
     files = find_files(path)
     return files[split if split in files else "train"]
 
@@ -107,7 +107,7 @@ def image_paths(path: str, allow_outside: bool) -> ImagePaths:
 
 
 def _list_hub(repository: str) -> list[str]:
-    """Names of the parquet files of a dataset repository."""
+    """Returns names of the parquet files of a dataset repository."""
     import huggingface_hub  # slow to import, and needed for the hub only
     from huggingface_hub.errors import HTTPError  # of no connection, which is not an OSError
 
@@ -250,7 +250,7 @@ def read_rows(
 
 
 def _image(file: ParquetFile, row: int, value: Any, paths: ImagePaths) -> bytes | Path:
-    """An image's bytes, or its path where there are none, or b"" (a bad row) where there is neither.
+    """Returns an image's bytes, or its path where there are none, or b"" (a bad row) where there is neither.
 
     Raises:
       UserError: a path of a file on the hub, or one that leads out of the folder.

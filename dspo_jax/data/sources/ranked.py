@@ -32,7 +32,7 @@ class RankedList(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked(Selection):
-    """What the sources of ranked lists share.
+    """Base class of the sources of ranked lists.
 
     Every two images of a list give a pair, or (`comparisons="best"`) the best and each of the others; two of
     the same rank are a tie and left out. The preference is 1. The key is "{number of the list}/{number of the
@@ -66,7 +66,7 @@ class Ranked(Selection):
 
     @abc.abstractmethod
     def folder(self) -> Path:
-        """The folder of the images where none is given."""
+        """Returns the folder of the images where none is given."""
 
     def file_splits(self) -> tuple[str, ...]:
         require("path", self.path)

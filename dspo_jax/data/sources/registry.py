@@ -1,4 +1,4 @@
-"""What a source of preference pairs is, and the sources by name."""
+"""The protocol of a source of preference pairs, and the sources by name."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,11 +34,11 @@ class Source(Protocol):
         ...
 
     def num_examples(self, split: str) -> int:
-        """How many rows `pairs(split)` yields; learnt without reading an image."""
+        """Counts the rows that `pairs(split)` yields, without reading an image."""
         ...
 
     def left_out(self, split: str) -> Mapping[str, int]:
-        """How many rows of the files are not among the split's, by reason: a tie, a filter, ..."""
+        """Counts the rows of the files that are left out of the split, by reason: a tie, a filter, ..."""
         ...
 
     def digest(self, split: str) -> str:

@@ -1,4 +1,4 @@
-"""Which rows of a source are used, and for which split: what every source of files has in common."""
+"""Selection of a source's rows and splits: filters, ties, held-out captions; shared by sources of files."""
 
 import abc
 import dataclasses
@@ -20,7 +20,7 @@ _FIRST_SPLITS = ("train", "validation")
 
 
 def draw(seed: int, *what: str) -> float:
-    """A number in [0, 1) that depends on the seed and the strings only: the same on every machine."""
+    """Returns a number in [0, 1) that depends on the seed and the strings only: the same on every machine."""
     digest = hashlib.sha256("|".join((str(seed), *what)).encode()).digest()
     return int.from_bytes(digest[:6]) / 2**48
 
@@ -113,7 +113,7 @@ class Selection(abc.ABC):
 
     @abc.abstractmethod
     def file_splits(self) -> tuple[str, ...]:
-        """The splits that the files come in."""
+        """Returns the splits that the files come in."""
 
     @abc.abstractmethod
     def candidates(self, split: str) -> Candidates:
@@ -126,7 +126,7 @@ class Selection(abc.ABC):
         return tuple(_select(self, "train")) if in_files == ("train",) else in_files
 
     def selected(self, split: str) -> Selected:
-        """The rows of a split, read once in a process.
+        """Returns the rows of a split, read once in a process.
 
         Raises:
           UserError: there is no such split.
@@ -147,7 +147,7 @@ class Selection(abc.ABC):
 
 @functools.cache
 def _select(source: Selection, file_split: str) -> dict[str, Selected]:
-    """What the selection makes of a split of the files: that split, or `train` and `validation`."""
+    """Returns names the splits made of a split of the files: that split, or `train` and `validation`."""
     candidates = source.candidates(file_split)
     rows = candidates.rows
     # One number for each different caption; spaces around it do not make it another.
@@ -191,7 +191,7 @@ def _digest(rows: pa.Table, prompt: np.ndarray, captions: Sequence[str]) -> str:
 def _filter(
     source: Selection, candidates: Candidates, prompt: np.ndarray, captions: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Which rows [n] are kept, and which are left out by reason: each by the first that holds of it."""
+    """Selects rows: which [n] are kept, and which are left out, by the first reason that applies."""
     rows = candidates.rows
     left_out: dict[str, np.ndarray] = {}
     kept = np.ones(rows.num_rows, bool)
@@ -214,7 +214,7 @@ def _filter(
 
 
 def _hold_out(captions: Sequence[str], kept: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which captions [len(captions)] are held out; of those `kept` at least one is, and at least one is not.
+    """Chooses held-out captions [len(captions)]: of the `kept` ones at least one is held out, and one is not.
 
     But for these two, whether a caption is held out depends on itself alone: more data does not move it.
     """

@@ -77,7 +77,7 @@ class Tfds(Selection):
             ) from error
 
     def digest(self, split: str) -> str:
-        """Of the selected rows' numbers, and of 256 examples: reading all would take as long as encoding."""
+        """Hashes the selected rows' numbers and 256 examples; to read all would take as long as encoding."""
         digest = hashlib.sha256(super().digest(split).encode())
         rows = self.selected(split).rows["row"].to_numpy()
         examples = _examples(self, split if split in self.file_splits() else "train")
@@ -105,7 +105,7 @@ class Tfds(Selection):
 
 @functools.cache
 def _builder(source: Tfds) -> Any:
-    """The dataset, once it is seen to be there and to have what the source reads.
+    """Returns the dataset, once it is seen to be there and to have what the source reads.
 
     Raises:
       FileNotFoundError: it is not there, or not prepared.
@@ -154,7 +154,7 @@ def _builder(source: Tfds) -> Any:
 
 @functools.cache
 def _examples(source: Tfds, split: str) -> Sequence[dict[str, Any]]:
-    """The examples of a split of the files, by number; images are left undecoded."""
+    """Returns the examples of a split of the files, by number; images are left undecoded."""
     import tensorflow_datasets as tfds
 
     images = [name for name in (source.winner, source.loser) if name]

@@ -54,7 +54,7 @@ class PreferenceLoss:
     def __call__(
         self, params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Means of the loss and of the objective's metrics, float32 scalars.
+        """Returns means of the loss and of the objective's metrics, float32 scalars.
 
         Args:
           params: trained parameters by component.
@@ -143,7 +143,7 @@ class PreferenceLoss:
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of an example as the shards hold it, without the batch axis."""
+        """Returns shapes and dtypes of an example as the shards hold it, without the batch axis."""
         height, width = (side // pipe.vae_scale_factor for side in size)
         shape = jax.ShapeDtypeStruct
         return {
@@ -164,7 +164,7 @@ class PreferenceLoss:
         )
 
     def notes(self, values_per_image: int) -> list[str]:
-        """Lines of the objective for the user before a run."""
+        """Returns lines of the objective for the user before a run."""
         return self.objective.notes(values_per_image)
 
 
