@@ -57,7 +57,7 @@ _CUSTOM = re.compile(r'custom_call_target="([^"]*)"')
 
 
 def find_devices(card: str, count: int = 1) -> Sequence[Any]:
-    """So many of one host's `h100` or `a100`.
+    """Makes descriptions of one host's GPUs, `h100` or `a100`.
 
     Raises:
       UserError: another card, or the CUDA plugin is not installed.
@@ -80,7 +80,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def as_if_here(device: Any) -> Iterator[None]:
-    """Within it, what is asked of the GPU that is here, while a program is traced, is told of `device`.
+    """Answers questions about the GPU that is here, while a program is traced, with facts about `device`.
 
     `device_kind.device_kind_of` and JAX's attention ask for the capability, and JAX for cuDNN's version too.
     """

@@ -39,7 +39,7 @@ KERNELS = {"gpu": ("cudnn", flash.cudnn_attention), "tpu": ("flash", flash.splas
 
 
 def without_heads(attend: Callable[..., jax.Array], heads: int) -> Callable[..., jax.Array]:
-    """`attend` of queries, keys and values [B, T, heads * size], to an output of that shape."""
+    """Wraps `attend` for queries, keys and values [B, T, heads * size], with an output of that shape."""
 
     def forward(*arrays: jax.Array) -> jax.Array:
         out = attend(*(array.reshape(*array.shape[:2], heads, -1) for array in arrays))
@@ -61,7 +61,7 @@ def backends_of(device: Any, case: tuple[int, ...], images: int) -> dict[str, Ca
 
 
 def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> float:
-    """Returns what the products of the TPU's kernel take at the peak rate, forward and backward."""
+    """Returns the time of the products of the TPU's kernel at the peak rate, forward and backward."""
     queries, keys, heads, size = case
     tiling = flash.Tiling.of(queries, keys, size)
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]

@@ -1,4 +1,4 @@
-"""How far DSPO's gradient is from SFT's, over lambda: the table and the plot of docs/objectives.md.
+"""Distance of DSPO's gradient from SFT's, over lambda: the tables of docs/measurements.md and the plot.
 
     python -m benchmarks.dspo_against_sft --out docs/dspo_against_sft.png
 

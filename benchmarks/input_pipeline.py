@@ -1,4 +1,4 @@
-"""How fast pairs are written to shards and read back in shuffled batches, and what TFDS alone makes of both.
+"""Speed of writing pairs to shards and of reading shuffled batches, beside TFDS alone.
 
     python -m benchmarks.input_pipeline --folder /tmp/pairs --pairs 4000
 
@@ -57,7 +57,7 @@ def make_pairs(count: int) -> Iterator[dict[str, Any]]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Returns how long `work` takes."""
+    """Returns the seconds that `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -73,7 +73,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def serialise(features: tfds.features.FeaturesDict, count: int) -> None:
-    """What TFDS does of writing before the bytes reach a file."""
+    """Serialises examples as TFDS does before it writes bytes to a file."""
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     for pair in make_pairs(count):
         serializer.serialize_example(features.encode_example(pair))

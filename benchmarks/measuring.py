@@ -1,4 +1,4 @@
-"""What the benchmarks of the training step share: their flags, the clock, what a result says, the table.
+"""Shared by the benchmarks of the training step: flags, clock, results, the table of results.
 
 python -m benchmarks.measuring RESULTS_DIR     # all results in a folder as a Markdown table
 """
@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 def define_flags() -> None:
-    """Which step is measured and how: the same flags for this project's and for torch's."""
+    """Defines the flags of a step's benchmark, the same for this project's step and for torch's."""
     config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/emoji_diffusion_dpo.py.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("published", None, "sd15 or sdxl: random weights in place of config.model's.")
@@ -68,7 +68,7 @@ def check_model(config: ConfigDict) -> None:
 
 
 def describe_recipe(config: ConfigDict, resolution: int) -> str:
-    """Returns what is measured, in a few words: the same for both implementations."""
+    """Describes the measured step in a few words, the same for both implementations."""
     trained = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
     model = f"{flags.FLAGS.published}, random weights" if flags.FLAGS.published else config.model
     parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
@@ -150,7 +150,7 @@ def torch_device(platform: str) -> Any:
 
 
 def versions() -> str:
-    """Of Python and of what computes."""
+    """Lists the versions of Python and of the libraries that compute."""
     found = [f"{name} {metadata.version(name)}" for name in PACKAGES if _is_installed(name)]
     return ", ".join([f"Python {platform.python_version()}", *found])
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of single layers share: a program compiled for a device, timed there or estimated."""
+"""Shared by the benchmarks of single layers: a program compiled for a device, timed there or estimated."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from dspo_jax.planning import compilation
 
 
 def define_flags(images: int) -> None:
-    """For which device, and how it is timed."""
+    """Defines the flags for the device and the timing."""
     flags.DEFINE_string("topology", None, "A TPU that need not be here, e.g. v5e:2x2, v5p:2x2x1 or v6e:2x2.")
     flags.DEFINE_integer("images", images, "In the batch.", lower_bound=1)
     flags.DEFINE_integer("runs", 20, "That are timed.", lower_bound=1)
@@ -40,7 +40,7 @@ def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> An
 
 
 def describe_program(program: Any, device: Any) -> str:
-    """Its temporaries, and its time: measured if the device is here, else as the TPU's compiler estimates."""
+    """Describes a program's temporaries and time, measured or, for an absent device, estimated."""
     line = f"temporaries {program.memory_analysis().temp_size_in_bytes / 1e6:6.0f} MB, "
     if flags.FLAGS.topology is None:
         return line + f"{_milliseconds(program, device):8.3f} ms"
@@ -50,7 +50,7 @@ def describe_program(program: Any, device: Any) -> str:
 
 
 def _milliseconds(program: Any, device: Any) -> float:
-    """Of a run, the mean of several."""
+    """Times a run, as the mean of several."""
     shapes, structure = jax.tree.flatten(program.in_avals)
     values = [
         jax.device_put(

@@ -51,7 +51,7 @@ def write_weights(folder: Path, layers: int, text_layers: int) -> None:
 
 
 def ours(folder: Path, batch_size: int) -> Score:
-    """As a user of this project gets it."""
+    """Scores as a user of this project does."""
     job = prepare(
         "pickscore", folder / "rewards" / "pickscore", weights=str(folder), tokenizer=None, head=None
     )
@@ -60,7 +60,7 @@ def ours(folder: Path, batch_size: int) -> Score:
 
 
 def theirs(folder: Path, batch_size: int) -> Score:
-    """As the released code does it, on a device of the same kind."""
+    """Scores as the released code does, on a device of the same kind."""
     device = measuring.torch_device(jax.default_backend())
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     processor, tokenizer = CLIPImageProcessorPil(), CLIPTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What each part of the training step saves: arithmetic, time and memory of the step without it.
+"""Savings of each part of the training step: arithmetic, time and memory of the step without it.
 
     python -m benchmarks.step_parts --config configs/emoji_diffusion_dpo.py
 

@@ -155,7 +155,7 @@ class Trainer:
         return batch | {"mean": mean, "deviation": deviation.abs()}
 
     def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One update; returns the loss."""
+        """Makes one update; returns the loss."""
         parts = self._config.accumulation
         total = torch.zeros((), device=self._device)
         for part in range(parts):
@@ -195,7 +195,7 @@ class Trainer:
         return latents.contiguous(memory_format=self._layout)
 
     def _inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Returns what the UNet is told by the captions, encoded once for a pair."""
+        """Encodes the captions for the UNet, once for a pair."""
         tokens = batch["tokens"]
         first = self._networks["text_encoder"]
         if "text_encoder_2" not in self._networks:

@@ -36,7 +36,7 @@ from dspo_jax.training.task import Task
 
 
 def random_state(task: Task, mesh: Mesh, adapters: Params) -> tuple[TrainState, Params]:
-    """As `start.make_state`, with random weights that never were on the host."""
+    """Makes the state as `start.make_state` does, with random weights that never were on the host."""
     state, reference = make_state(task, mesh, adapters, abstract=True)
 
     @partial(jax.jit, static_argnums=1)
@@ -73,7 +73,7 @@ def make_batch(task: Task, resolution: int, batch_size: int, mesh: Mesh) -> dict
 
 
 def prepare(config: ConfigDict) -> tuple[str, Mesh, TrainState, Params, dict[str, jax.Array], jax.Array]:
-    """What is measured in words, and on its devices: mesh, state, reference, batch and the run's key."""
+    """Prepares a step: its description, mesh, state, reference, batch and the run's key."""
     values = flags.FLAGS
     use_cpu_cores(config.batch_size // max(1, config.accumulation))
     measuring.check_model(config)

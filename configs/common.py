@@ -28,24 +28,24 @@ def get_config() -> ConfigDict:
 
     # The model to align, and the frozen reference: a diffusers folder.
     config.model = config_dict.placeholder(str)
-    # Of everything drawn: order of the data, noise, timesteps, dropped captions.
+    # Random seed: data order, noise, timesteps, caption dropout.
     config.seed = 0
     # Optimizer updates of the whole run.
     config.steps = 1000
     # Pairs in an update, over all devices.
     config.batch_size = 2048
-    # Parts that a batch is worked through in, one after the other, to save memory. Does not change the
-    # result, but of `kto` and of `dspo_sdxl`'s released switch, which look at all examples of a part.
+    # Parts of a batch, computed one after the other to save memory. The result does not change, except for
+    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
-    # Without a caption is with the empty one, or for SDXL with zeros, as its model_index.json asks.
+    # A dropped caption is the empty one, or for SDXL zeros, as its model_index.json asks.
     config.caption_dropout = 0.2
     # Whether winner and loser share their timestep, as in every released code base and in the papers' prints,
     # and their noise, as in every released code base; the prints (DSPO's Eq. 14) draw noise for each image.
     config.share_timesteps = True
     config.share_noise = True
-    # Of an objective for single images with labels (kto) on pairs: one image is taken of each, the liked one
-    # with this probability.
+    # An objective for single images with labels (kto) takes one image of each pair, the winner with this
+    # probability.
     config.positive_ratio = 0.8
     # Whether the text encoders are trained with the UNet.
     config.train_text_encoder = False
@@ -55,26 +55,25 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0
     config.lora.targets = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
-    # Dtypes are "float32" or "bfloat16". What the networks compute in; losses and the optimizer are float32.
+    # Compute dtype of the networks, "float32" or "bfloat16"; losses and the optimizer are float32.
     config.compute_dtype = "float32"
-    # What the trained parameters are kept in. bfloat16 has 8 bits: an update below 1/512 of a weight is lost.
+    # Dtype of the trained parameters. In bfloat16 (8 bits) an update below 1/512 of a weight is lost.
     config.param_dtype = "float32"
-    # What the reference is kept in; None is the lesser of the two above.
+    # Dtype of the reference; None is the lower precision of the two above.
     config.reference_dtype = config_dict.placeholder(str)
-    # What the backward pass computes again rather than keep: "none"; "dots", all but the outputs of linear
-    # layers and convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward
-    # pass.
+    # Activations that the backward pass recomputes: "none"; "dots", all but the outputs of linear layers and
+    # convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward pass.
     config.remat = "none"
     # Timesteps that are drawn, both ends included; None is the last of the model's schedule.
     config.timesteps = ConfigDict()
     config.timesteps.first = 0
     config.timesteps.last = config_dict.placeholder(int)
-    # A moving average of the trained parameters with this decay is kept, validated and exported in their
-    # place; 0 turns it off.
+    # Decay of a moving average of the trained parameters, which is validated and exported in their place; 0
+    # turns it off.
     config.ema_decay = 0.0
     # Steps between two lines of metrics.
     config.log_every = 10
-    # A project of Weights & Biases that the metrics also go to; needs pip install 'dspo_jax[wandb]'.
+    # A project of Weights & Biases that also gets the metrics; needs pip install 'dspo_jax[wandb]'.
     config.wandb_project = config_dict.placeholder(str)
 
     config.data = ConfigDict()
@@ -105,7 +104,7 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 1e-2
-    # What the first moment of adamw and lion is stored in, "float32" or "bfloat16".
+    # Dtype of the first moment of adamw and lion, "float32" or "bfloat16".
     config.optimizer.moment_dtype = "float32"
     # Which two axes adafactor factors second moments over: "largest", or "released", as transformers'
     # Adafactor in the released trainers: those of a matrix, and the height and width of a convolution's

@@ -1,4 +1,4 @@
-"""What the recipes for Pick-a-Pic v2 share: the settings of the released launchers and of the papers.
+"""Settings shared by the recipes for Pick-a-Pic v2: those of the released launchers and of the papers.
 
 Not a recipe itself. A recipe's variant comes after a colon: `--config configs/sd15_dspo.py:paper`.
 """

@@ -1,4 +1,4 @@
-"""How every command starts and fails: absl flags in; one line on stderr for what the user can fix."""
+"""Start and failure of every command: absl flags; one line on stderr for errors that the user can mend."""
 
 import io
 import re
@@ -80,7 +80,7 @@ def run(
     )
     interrupts.end_at_once()
     overrides.accept_none()
-    # Takes away what a library's import has set up to log to stderr, which absl knows by the stream itself.
+    # Removes log handlers on stderr that a library's import has set up; absl finds its own by the stream.
     logging.use_absl_handler()
     _outlive_readers()
     app.run(guarded_main, flags_parser=_parse_flags)
@@ -163,7 +163,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _locate_recipes(argv: Sequence[str]) -> list[str]:
-    """The command line with every `configs/NAME.py` that is not in this folder as the one of this package.
+    """Replaces every `configs/NAME.py` on the command line that is not in this folder by the package's.
 
     The package's recipes can be imported from then on, which those of a user also do.
     """
@@ -220,7 +220,7 @@ def _find_unknown_key(argv: Sequence[str]) -> str | None:
 
 
 def _explain_key(name: str, key: str, config: config_dict.ConfigDict) -> str | None:
-    """Why `key` (dotted) cannot be set in `config`, or None when it can."""
+    """Explains why `key` (dotted) cannot be set in `config`; None when it can."""
     node: object = config
     parts = key.split(".")
     for depth, part in enumerate(parts):

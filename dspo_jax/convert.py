@@ -1,13 +1,10 @@
-"""safetensors <-> parameter tree, one table driving both directions; CLI: models in, trained runs out.
+"""Imports published models, and exports trained runs.
 
-    python -m dspo_jax.convert import --model=DIR_OR_HUB_ID --out=model
-    python -m dspo_jax.convert import --model=fine_tune.safetensors --base=DIR --out=model
-    python -m dspo_jax.convert export --run=runs/emoji --out=exported
-    python -m dspo_jax.convert export --run=runs/emoji --out=exported.safetensors
-    python -m dspo_jax.convert export --run=runs/lora --out=adapters.safetensors --lora=diffusers
-
-A parameter's path is its state-dict name except for the last part (`kernel`, `scale` and `embedding` are
-torch's `weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
+python -m dspo_jax.convert import --model=DIR_OR_HUB_ID --out=model
+python -m dspo_jax.convert import --model=fine_tune.safetensors --base=DIR --out=model
+python -m dspo_jax.convert export --run=runs/emoji --out=exported
+python -m dspo_jax.convert export --run=runs/emoji --out=exported.safetensors
+python -m dspo_jax.convert export --run=runs/lora --out=adapters.safetensors --lora=diffusers
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-r"""Encodes preference pairs once, so that training never sees an image: captions, pictures in; shards out.
+r"""Encodes preference pairs into shards once, so that training never reads an image.
 
     python -m dspo_jax.encode --config configs/encode/folder.py --config.source.path=DIR \
         --config.model=MODEL_DIR --out OUT
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:
-    """ "1/4" -> (1, 4).
+    """Parses a share, "1/4" -> (1, 4).
 
     Raises:
       UserError: it is none of the shares.

@@ -1,4 +1,4 @@
-"""Models against their base: the same prompts and seeds from each, rewards, win rates with intervals, a page.
+"""Compares models with their base: same prompts and seeds, rewards, win rates with intervals, a page.
 
     python -m dspo_jax.evaluate --base MODEL_DIR --model runs/mine --prompts parti=PartiPrompts.tsv \\
         --rewards compressibility,own.py:my_reward --out eval
@@ -56,7 +56,7 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
 
 
 def _parse_named(text: str) -> tuple[str, str]:
-    """(label, path) of `DIR` or `NAME=DIR`."""
+    """Parses `DIR` or `NAME=DIR` to (label, path)."""
     name, equals, path = text.partition("=")
     if not equals or Path(text).exists():
         return Path(text).name or Path(text).resolve().name, text

@@ -1,4 +1,4 @@
-"""A file or folder appears when it is whole: it is written under a hidden name beside it, and then renamed.
+"""Writes files and folders that appear when they are whole: under a hidden name, and then renamed.
 
 What a killed process leaves under such a name is taken up, or removed, by the next one that writes there.
 """

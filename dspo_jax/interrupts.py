@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how a command ends, or is asked to end, at any moment of its life."""
+"""Ctrl-C and SIGTERM: end a command with one line and status 130, or ask a run to stop."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""JSON files that somebody else may have written: a fault of one is a line that names it."""
+"""Reads JSON files of any origin; a fault is an error of one line that names the file."""
 
 import json
 import reprlib

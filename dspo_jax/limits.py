@@ -12,7 +12,7 @@ Settings = TypeVar("Settings")
 
 
 class Limit(NamedTuple):
-    """What a value must be, in words that follow its key, and as a test."""
+    """A condition on a value: its words, which follow the key in a message, and its test."""
 
     words: str
     holds: Callable[[Any], bool]

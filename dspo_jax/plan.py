@@ -1,4 +1,4 @@
-"""What a run would take on devices that are not here: the real step, compiled for a named TPU topology.
+"""Plans a run on devices that are not here: compiles its step for a named TPU topology.
 
     python -m dspo_jax.plan --config configs/sd15_dspo.py --published sd15 --topology v5p:4x4x4 \
         --pairs_per_device 8

@@ -56,7 +56,7 @@ def _map_latents(path: str) -> np.ndarray:
 
 
 class Options(NamedTuple):
-    """What the command's options stand for."""
+    """Parsed options of the command."""
 
     prompts: Sequence[Prompt]
     rendering: Rendering

@@ -1,4 +1,4 @@
-"""What beta does: one run for each, the same prompts from all of them, and the median rewards over beta.
+"""Ablation of beta: one run for each value, the same prompts from all runs, median rewards over beta.
 
     python -m examples.beta_ablation --config configs/emoji_diffusion_dpo.py --betas 500,2000,8000 \\
         --prompts examples/emoji/prompts.txt --rewards compressibility --out runs/beta

@@ -1,1 +1,1 @@
-"""Foreign models in, trained runs out."""
+"""Import of published models, export of trained runs."""

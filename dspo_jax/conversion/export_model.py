@@ -1,4 +1,4 @@
-"""A training run as a model: a diffusers folder, a single file, or its adapters alone.
+"""Exports a training run: as a diffusers folder, a single file, or adapters alone.
 
 Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most are shared. Sources: diffusers'
 `save_lora_weights`; networks/lora.py of kohya-ss/sd-scripts, in the form with diffusers' names for layers.
@@ -37,7 +37,7 @@ def export(
     base: str | Path | None = None,
     adapters: str | None = None,
 ) -> int:
-    """Write a training run as a complete model: its base, with the trained components replaced.
+    """Writes a training run as a complete model: its base, with the trained components replaced.
 
     Adapters are added to their layers' kernels. Everything else is the base's, bit for bit. Tensors are read
     and written one at a time; the result appears under its name when it is complete.
@@ -135,7 +135,7 @@ def _dtype(asked: str | None, tensor: Tensor) -> np.dtype[Any]:
 def _write_single(
     out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], models: Mapping[str, Model]
 ) -> None:
-    """Write a single-file checkpoint in the original layout: `base` with some components replaced.
+    """Writes a single-file checkpoint in the original layout: `base` with some components replaced.
 
     Raises:
       OSError: the disk is too small.
@@ -150,13 +150,13 @@ def _write_single(
     except UserError as error:
         raise UserError(f"--out={out}: {error}; export a folder instead") from error
     if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
-        # Web user interfaces and ComfyUI draw a model as one of epsilon without it.
+        # Without this tensor web user interfaces and ComfyUI take the model for one of epsilon.
         single[single_file.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
     _write_file(out, single)
 
 
 def _write_file(out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, however large, that appears when it is complete."""
+    """Writes one safetensors file, however large; it appears when it is complete."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     model_dir.require_space(out, size)
     with appear(out) as partial:

@@ -1,4 +1,4 @@
-"""Foreign models in: a folder, a hub id or a single-file checkpoint becomes a checked diffusers folder."""
+"""Imports a model: a folder, a hub id or a single-file checkpoint becomes a checked diffusers folder."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def import_model(model: str | Path, out: Path, *, base: str | Path | None = None) -> None:
-    """Write a complete diffusers folder, in safetensors only, that `encode`, `train` and `sample` take.
+    """Writes a complete diffusers folder, in safetensors only, that `encode`, `train` and `sample` take.
 
     Every tensor is checked by name and shape against its config.json before anything is written; `out`
     appears when it is complete. From a folder or the hub, files are copied byte for byte, without what is

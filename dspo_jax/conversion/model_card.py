@@ -1,4 +1,4 @@
-"""The README.md of an exported run: what made it, from what, and how it measured."""
+"""The model card of an exported run: base, objective, settings, data and metrics."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.weights.model_dir import is_hub_id, read_json
 from dspo_jax.weights.saved_params import read_run_config
 
-# Where a run was, how it was watched and how it was spread over devices says nothing about its result.
+# Keys that say where a run was, how it was watched or spread over devices, and nothing about its result.
 _UNINTERESTING = ("model", "log_every", "mesh", "checkpoint", "validation", "data", "steps")
 
 
@@ -96,7 +96,7 @@ def _last_metrics(path: Path, step: int) -> dict[str, str]:
 
 
 def _base_licence(folder: Path) -> str:
-    """Returns what the base model's own card declares in its first lines."""
+    """Reads the licence that the base model's own card declares in its first lines."""
     card = folder / "README.md"
     header = (
         re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None

@@ -31,7 +31,7 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
 }
 
-# What such files hold besides the weights: running averages, the noise schedule, the discriminator that the
+# Tensors of such files besides the weights: running averages, the noise schedule, the discriminator that the
 # VAE was trained with, and what CLIP's image side needs of the text side.
 _BY_THE_WAY = re.compile(
     r"model_ema\..*|.*alphas_cumprod.*|betas|posterior_.*|logvar|lvlb_weights|scale_factor|denoiser\.sigmas"
@@ -58,10 +58,10 @@ _BARE_TEXT = re.compile(r"(embeddings|encoder|final_layer_norm)\.")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a component's tensor stands in the single file.
+    """The place of a component's tensor in the single file.
 
     Attributes:
-      name: the tensor there.
+      name: the name of the tensor there.
       kind: "same"; "1x1", a linear map kept as a convolution [O, I, 1, 1]; "transposed" [I, O]; or "third",
         one of three stacked along the first axis.
       part: which third.
@@ -77,7 +77,7 @@ class Layout:
     """One component's names in the single file.
 
     Attributes:
-      root: what they all begin with there.
+      root: prefix of all names there.
       modules: module of the component -> module there; the longest that fits decides.
       tensors: the same for tensors that do not follow their module.
       passed_over: a pattern of further names below `root` that the component does not need.
@@ -89,10 +89,10 @@ class Layout:
     passed_over: str = r"(?!)"
 
     def place(self, name: str) -> Place:
-        """Returns where the tensor `name` of the component stands.
+        """Finds the place of the component's tensor `name`.
 
         Raises:
-          UserError: nowhere; the layout has no such part.
+          UserError: the layout has no such tensor.
         """
         if name in self.tensors:
             place = self.tensors[name]
@@ -244,7 +244,7 @@ def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> 
 
 
 def _usual_names(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Mapping[str, Tensor]:
-    """`single` under the names of the published files.
+    """Renames the tensors of a single file to the names of the published files.
 
     Web user interfaces saved OpenAI's CLIP without "text_model."; SD-Turbo has Stable Diffusion 2's tower
     where XL has its first.

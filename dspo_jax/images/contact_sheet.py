@@ -1,4 +1,4 @@
-"""Images in a grid, to be looked at."""
+"""Contact sheets: images in a grid under headings."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _MARGIN = 4
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[tuple[str, int]], scale: int = 1
 ) -> Image.Image:
-    """Returns images in a grid, each row under its prompt, below headings.
+    """Draws images in a grid, each row under its prompt, below headings.
 
     Args:
       rows: (prompt, images [H, W, 3] uint8) with the same number of images in each.

@@ -1,4 +1,4 @@
-"""Image files to RGB: the one place that decodes, and says what is wrong with an image."""
+"""Decodes image files to RGB, and names the fault of an image that cannot be used."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ MAX_PIXELS = 64 * 1024 * 1024
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-# What PIL's decoders raise on damaged files (SyntaxError: a broken PNG chunk; EOFError: a truncated GIF).
+# Errors of PIL's decoders on damaged files (SyntaxError: a broken PNG chunk; EOFError: a truncated GIF).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
@@ -73,5 +73,5 @@ def decode_image(data: ImageLike, *, keep_alpha: bool = False) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (struct.error, TypeError, AttributeError) as error:  # what PIL raises of EXIF with wrong types
+    except (struct.error, TypeError, AttributeError) as error:  # errors of PIL on EXIF with wrong types
         raise BadRow("undecodable image", f"damaged EXIF ({error})") from error

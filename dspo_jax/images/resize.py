@@ -1,4 +1,4 @@
-"""Images at the size that a model reads."""
+"""Resizes images to the size that a model reads."""
 
 import numpy as np
 from PIL import Image, ImageOps

@@ -1,6 +1,6 @@
 """The one attention call of the project. Every backend stands behind it; the plain one is the oracle.
 
-Which one computes a call is decided when a program is traced, by `choose`. The environment variable
+`choose` decides which backend computes a call, when a program is traced. The environment variable
 DSPO_ATTENTION overrules it.
 """
 
@@ -103,7 +103,7 @@ def choose(
             f"{VARIABLE}={wanted}: is no kernel for {kind.kind} ({kind.platform}); set it to {instead}, "
             "or unset it"
         )
-    # Masks are for text, whose 77 tokens are no work for a kernel.
+    # Masks are for text, whose 77 tokens are too little work for a kernel.
     if kernel is None or wanted == "plain" or causal or masked or not _takes(kernel, kind, query[3], dtype):
         return "plain"
     # Nothing of the kind was measured for cuDNN, which rearranges nothing.
@@ -120,7 +120,7 @@ def _kernel_of(kind: DeviceKind) -> str | None:
 
 
 def _takes(kernel: str, kind: DeviceKind, head: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether it computes such heads. What is in float32 (the rewards) must not depend on the device."""
+    """Returns whether a kernel computes such heads. Float32 (the rewards) must not depend on the device."""
     if kernel == "flash":
         return dtype == jnp.bfloat16 and head <= 256
     # By cuDNN's table of what its backward pass supports. JAX lets 256 pass after Hopper too.
@@ -136,7 +136,7 @@ def plain_attention(
     causal: bool = False,
     visible: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` written out; the oracle of the other backends."""
+    """Computes `attention` written out; the oracle of the other backends."""
     parts = -(-query.shape[1] * key.shape[1] // _AT_A_TIME)
     if causal or parts == 1:
         return _attend(query, key, value, visible, causal=causal)

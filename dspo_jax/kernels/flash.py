@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-# What the TPU kernel keeps for its backward pass, for the policies of models/remat.py: running the kernel
+# Name of the TPU kernel's residuals, for the policies of models/remat.py: running the kernel
 # again costs far more than its outputs take.
 RESIDUALS = "attention_residuals"
 
@@ -32,7 +32,7 @@ _CUDNN_BLOCK = 128  # keys whose products cuDNN's backward pass computes at a ti
 
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """cuDNN's fused attention; float16 or bfloat16, on an NVIDIA GPU of compute capability 8.0 or more.
+    """Calls cuDNN's fused attention; float16 or bfloat16, on an NVIDIA GPU of compute capability 8.0 or more.
 
     JAX takes only even lengths in training, because its rule for attention with a bias counts the empty bias
     that it passes on. Text has 77 keys. Keys that are added are masked. Queries that are added are cut off
@@ -64,7 +64,7 @@ def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 def splash_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """JAX's splash attention without a mask.
+    """Calls JAX's splash attention without a mask.
 
     Args:
       query: [B, T, H, D].
@@ -134,7 +134,7 @@ class Tiling:
 
     @classmethod
     def of(cls, queries: int, keys: int, head: int) -> "Tiling":
-        """Chooses it for T, S and D."""
+        """Chooses the block sizes for T, S and D."""
         query_block, key_block = _block(queries), _block(keys)
         return cls(_round_up(queries, query_block), _round_up(keys, key_block), head, query_block, key_block)
 

@@ -37,7 +37,7 @@ _KEYS: dict[str, Key] = {
 
 
 def read_image_reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of an ImageReward, whose parts are named as in transformers' `BlipConfig`.
+    """Checks the config.json of an ImageReward, whose parts are named as in transformers' `BlipConfig`.
 
     Its keys: `vision_config`, `text_config`, and `head_features`, the widths of the head's hidden layers.
 
@@ -242,10 +242,10 @@ class _Head(nnx.Module):
 
 
 class ImageReward(nnx.Module):
-    """How well an image is liked for a text, in the units of the head. Names as in the published weights."""
+    """The score of an image under a text, in the head's units. Names as in the published weights."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_image_reward_config` returns."""
+        """Builds from what `read_image_reward_config` returns."""
         self.blip = _BLIP(cfg, rngs=rngs)
         self.mlp = _Head(cfg["text_config"]["hidden_size"], cfg["head_features"], rngs=rngs)
 

@@ -66,7 +66,7 @@ class GroupNorm(nnx.Module):
         groups = self.groups
 
         def group_mean(means_BC: jax.Array) -> jax.Array:
-            if cpu.is_target(means_BC.shape[0]):
+            if cpu.is_for_cpu(means_BC.shape[0]):
                 return cpu.group_mean(means_BC, groups)
             means_BGc = means_BC.reshape(means_BC.shape[0], groups, -1)
             return jnp.broadcast_to(means_BGc.mean(-1, keepdims=True), means_BGc.shape).reshape(
@@ -116,7 +116,7 @@ class LayerNorm(nnx.Module):
 def sinusoidal_embedding(
     timesteps: jax.Array, channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> jax.Array:
-    """Sinusoidal features [B, channels] (float32) of `timesteps` [B], in diffusers' order and spacing."""
+    """Computes sinusoidal features [B, channels] (float32) of timesteps [B], as diffusers orders them."""
     half = channels // 2
     frequencies_F = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles_BF = timesteps.astype(jnp.float32)[:, None] * frequencies_F[None, :]
@@ -187,7 +187,7 @@ class Downsample2D(nnx.Module):
 
 
 def double(x: jax.Array) -> jax.Array:
-    """Nearest-neighbour enlargement [B, h, w, C] -> [B, 2h, 2w, C]."""
+    """Enlarges by nearest neighbours, [B, h, w, C] -> [B, 2h, 2w, C]."""
     batch, height, width, channels = x.shape
     doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return doubled.reshape(batch, 2 * height, 2 * width, channels)

@@ -123,7 +123,7 @@ class _TextModel(nnx.Module):
 
 
 def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of a transformers `CLIPTextModel`.
+    """Checks the config.json of a transformers `CLIPTextModel`.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -132,7 +132,7 @@ def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of a transformers `CLIPTextModelWithProjection`.
+    """Checks the config.json of a transformers `CLIPTextModelWithProjection`.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -143,7 +143,7 @@ def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_tower_config(
     class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """`config.read_config` of a tower, text or image, whose features are a multiple of its heads.
+    """Checks the config of a tower, text or image, whose features must be a multiple of its heads.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -155,7 +155,7 @@ def read_tower_config(
 
 
 class TextStates(NamedTuple):
-    """What a text tower says about token ids [B, S].
+    """Outputs of a text tower for token ids [B, S].
 
     Attributes:
       last: [B, S, F] after the last layer and the final norm; what Stable Diffusion 1 and 2 read.
@@ -172,7 +172,7 @@ class CLIPTextModel(nnx.Module):
     """Token ids -> text states. Source: transformers' CLIPTextModel; names as in published checkpoints."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_clip_config` returns."""
+        """Builds from what `read_clip_config` returns."""
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 
@@ -197,13 +197,13 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     """`CLIPTextModel` with a linear map behind the pooled state: SDXL's second text encoder."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_projecting_clip_config` returns."""
+        """Builds from what `read_projecting_clip_config` returns."""
         super().__init__(cfg, rngs=rngs)
         self.text_projection = nnx.Linear(
             cfg["hidden_size"], cfg["projection_dim"], use_bias=False, rngs=rngs
         )
 
     def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
-        """As `CLIPTextModel`, but with `pooled` [B, projection_dim]."""
+        """Returns the states as `CLIPTextModel` does, but with `pooled` [B, projection_dim]."""
         states = super().__call__(input_ids, remat=remat)
         return states._replace(pooled=self.text_projection(states.pooled))

@@ -45,7 +45,7 @@ _FIRST_LOGIT_SCALE = math.log(1 / 0.07)  # with which CLIP began its training
 
 
 def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of a transformers `CLIPModel`.
+    """Checks the config.json of a transformers `CLIPModel`.
 
     Older ones say a tower twice; transformers then takes what `text_config_dict` (or `vision_config_dict`)
     says, and the class's defaults for what it does not, before `text_config`. So does this.
@@ -115,7 +115,7 @@ class CLIPModel(CLIPTextModelWithProjection):
     """
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_clip_model_config` returns."""
+        """Builds from what `read_clip_model_config` returns."""
         text, vision = cfg["text"], cfg["vision"]
         super().__init__(text, rngs=rngs)
         self.vision_model = _VisionModel(vision, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Keys of bookkeeping and values for each block, as every network's config.json has them."""
+"""Reading of a network's config.json: checked keys, ignored keys, values for each level."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _IGNORED = {
 def read_config(
     class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """`schema.fill` of a network's config.json.
+    """Checks a network's config.json and fills in defaults.
 
     Args:
       class_name: the model class, for the message.
@@ -33,7 +33,7 @@ def read_config(
 
 
 def per_level(class_name: str, key: str, value: object, levels: int) -> list[Any]:
-    """`value` for each resolution level: a scalar is repeated, a list must have one entry a level."""
+    """Lists a value for each resolution level: a scalar is repeated, a list must have one entry a level."""
     if isinstance(value, list | tuple):
         if len(value) != levels:
             raise UserError(

@@ -50,7 +50,7 @@ class LoRAConv(nnx.Conv):
         self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs, **form)
 
     def adapt(self, inputs: jax.Array) -> jax.Array:
-        """Returns what the adapter adds."""
+        """Computes the output of the adapter, which is added to the layer's."""
         return self.lora_B(self.lora_A(inputs))
 
     def __call__(
@@ -81,7 +81,7 @@ def find_ranks(params: Params) -> dict[str, int]:
 
 
 def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Array) -> Params:
-    """Fresh float32 adapters: A normal with deviation 1 / rank (PEFT's "gaussian"), B zero.
+    """Draws fresh float32 adapters: A normal with deviation 1 / rank (PEFT's "gaussian"), B zero.
 
     Args:
       params: the base model's tree; only shapes are read.
@@ -120,11 +120,11 @@ def _examples(layers: Mapping[str, Any]) -> str:
 
 
 def combine(base: Params, other: Params) -> Params:
-    """`base` with the leaves of `other` added, or put in the place of those it has too."""
+    """Merges two trees; where both have a leaf, that of `other` is taken."""
     return unflatten_dict(flatten_dict(base) | flatten_dict(other))
 
 
 def product(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:
-    """Returns what an adapter adds to its layer's kernel, float32, in the kernel's shape."""
+    """Computes the matrix that an adapter adds to its layer's kernel, float32, in the kernel's shape."""
     a, b = (np.asarray(matrix, np.float32) for matrix in (lora_A, lora_B))
     return (a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])).reshape(*a.shape[:-1], b.shape[-1])

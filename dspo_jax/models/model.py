@@ -26,7 +26,7 @@ Params = lora.Params
 
 _Read = Callable[[Mapping[str, Any]], dict[str, Any]]
 
-# What checks a class's config, and what builds it. Two things, because JAX appends a paragraph of its own to
+# The check of a class's config, and its builder. Two functions, because JAX appends a paragraph of its own to
 # an error that is raised while it traces.
 _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "UNet2DConditionModel": (read_unet_config, UNet2DCondition),
@@ -40,7 +40,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
 
 
 class _SameKey:
-    """In place of `nnx.Rngs` where only shapes are asked for: no draw counter.
+    """A stand-in for `nnx.Rngs` without a draw counter, where only shapes are asked for.
 
     Under a trace the counter's every update looks through the whole program so far, so that a model with
     thousands of parameters takes a minute to describe.
@@ -58,7 +58,7 @@ def _string_keys(tree: PyTree) -> PyTree:
 
 
 def _nnx_keys(tree: PyTree) -> PyTree:
-    """Undo `_string_keys`: NNX numbers the entries of its lists with integers."""
+    """Undoes `_string_keys`: NNX numbers the entries of its lists with integers."""
     if not isinstance(tree, dict):
         return tree
     return {int(k) if k.isdigit() else k: _nnx_keys(v) for k, v in tree.items()}
@@ -93,13 +93,13 @@ class Model:
         return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
+        """Draws fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""
         _, build = _CLASSES[self.class_name]
         module = build(self.settings, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
     def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> Any:
-        """Call `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
+        """Calls `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
         graph, shapes = self._variant(lora.find_ranks(params))
         state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, _nnx_keys(params))

@@ -1,4 +1,4 @@
-"""Rematerialisation: what is kept of a block for its backward pass, and what is computed a second time.
+"""Rematerialisation: which activations of a block are kept for its backward pass, and which are recomputed.
 
 "none" keeps every intermediate result. "blocks" keeps a block's inputs only and runs the block again before
 its backward pass, which costs up to a further forward pass (Chen et al. 2016, arXiv 1604.06174). "dots" keeps
@@ -27,7 +27,7 @@ def check_policy(policy: str) -> None:
 
 
 def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
-    """`block(*inputs)`, rematerialised as `policy` says; "none" adds nothing to the program.
+    """Runs `block(*inputs)`, rematerialised as `policy` says; "none" adds nothing to the program.
 
     Raises:
       UserError: an unknown policy.

@@ -101,7 +101,7 @@ class _Block(nnx.Module):
 
 
 def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a diffusers `unet/config.json` and fill in defaults; what may differ by level becomes a list.
+    """Checks a diffusers `unet/config.json` and fill in defaults; what may differ by level becomes a list.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -137,7 +137,7 @@ def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_depth(layers_per_block: list[int], transformer_layers: list[int]) -> None:
-    """Refuses what would take minutes to describe, before it is compared with any weights."""
+    """Refuses a network of absurd depth, which would take minutes to trace."""
     levels = zip(layers_per_block, transformer_layers, strict=True)
     blocks = sum((2 * layers + 1) * (1 + depth) for layers, depth in levels)
     if blocks > _MAX_BLOCKS:
@@ -151,7 +151,7 @@ class UNet2DCondition(nnx.Module):
     """Predicts eps or v of noisy latents under a text condition. Source: diffusers' UNet2DConditionModel."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_unet_config` returns."""
+        """Builds from what `read_unet_config` returns."""
         channels: list[int] = cfg["block_out_channels"]
         levels = len(channels)
         heads, depths, layers = cfg["heads"], cfg["transformer_layers_per_block"], cfg["layers_per_block"]
@@ -234,7 +234,7 @@ class UNet2DCondition(nnx.Module):
         time_ids: jax.Array | None = None,
         remat: str = "none",
     ) -> jax.Array:
-        """Predict the target of the noisy latents.
+        """Predicts eps or v of noisy latents.
 
         Args:
           sample: [B, h, w, in_channels] noisy latents (UNet units).

@@ -149,7 +149,7 @@ class _Decoder(nnx.Module):
 
 
 def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of a diffusers `AutoencoderKL` and fill in defaults.
+    """Checks the config.json of a diffusers `AutoencoderKL` and fill in defaults.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -168,7 +168,7 @@ class AutoencoderKL(nnx.Module):
     """Images <-> posterior moments and latents, in the VAE's own units. Source: diffusers' AutoencoderKL."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_vae_config` returns."""
+        """Builds from what `read_vae_config` returns."""
         self.encoder = _Encoder(cfg, rngs=rngs)
         self.decoder = _Decoder(cfg, rngs=rngs)
         channels = cfg["latent_channels"]
@@ -224,7 +224,7 @@ class _Double(nnx.Module):
 
 
 class _Sequence(nnx.Module):
-    """`layers` one after the other; those without parameters are there for the numbers of the others."""
+    """Layers one after the other; layers without parameters keep the numbers of the others."""
 
     def __init__(self, layers: list[nnx.Module]):
         self.layers = nnx.List(layers)
@@ -272,7 +272,7 @@ def _tiny_decoder(cfg: Mapping[str, Any], *, rngs: nnx.Rngs) -> _Sequence:
 
 
 def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the config.json of a diffusers `AutoencoderTiny` and fill in defaults.
+    """Checks the config.json of a diffusers `AutoencoderTiny` and fill in defaults.
 
     Raises:
       UserError: names the key and value of what is not supported.
@@ -291,7 +291,7 @@ class AutoencoderTiny(nnx.Module):
     """TAESD: a small, deterministic stand-in for `AutoencoderKL`. Source: diffusers' AutoencoderTiny."""
 
     def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
-        """Build from what `read_tiny_vae_config` returns."""
+        """Builds from what `read_tiny_vae_config` returns."""
         self.encoder = _tiny_encoder(cfg, rngs=rngs)
         self.decoder = _tiny_decoder(cfg, rngs=rngs)
 

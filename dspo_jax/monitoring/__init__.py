@@ -1,1 +1,1 @@
-"""What a run reports: metrics, progress, clocks, devices."""
+"""Monitoring of a run: metrics, progress, clocks, devices."""

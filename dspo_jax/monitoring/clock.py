@@ -78,7 +78,7 @@ class Clock:
         return self.pairs / self.seconds if self.seconds > 0 else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Returns what `Clock(**state)` needs to go on after a restart; JSON types."""
+        """Returns the arguments of `Clock` after a restart; JSON types."""
         return {"seconds": self.seconds, "pairs": self.pairs}
 
 

@@ -1,4 +1,4 @@
-"""A run's metrics as one picture: does it train, does it rank held-out pairs better, at which timesteps?"""
+"""Draws a run's metrics as one picture: losses, held-out accuracy, margins and drifts, by timestep."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -87,9 +87,10 @@ def draw_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
 
 
 def make_figure(records: Records, title: str) -> Figure:
-    """The picture: the training loss and the gradient's norm; held out, the implicit accuracy with its 95 %
-    interval, the margin, the drifts (the errors where there is no reference), and the margin by timestep.
+    """Draws the figure of a run.
 
+    Its panels: the training loss and the gradient's norm; held out, the implicit accuracy with its 95 %
+    interval, the margin, the drifts (the errors where there is no reference), and the margin by timestep.
     Panels without data are left out.
 
     Args:

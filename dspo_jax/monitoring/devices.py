@@ -52,7 +52,7 @@ class Chip:
     """A TPU, which is one JAX device.
 
     Attributes:
-      hbm: bytes that a program can use: what the compiler names when one is too large.
+      hbm: usable bytes of memory, as the TPU compiler reports them for a program that is too large.
       bandwidth: of that memory, bytes/s.
       links: of all links to other chips together, in one direction, bytes/s.
       lanes: side of the matrix unit, to which a kernel's products are padded.
@@ -127,7 +127,7 @@ def host_memory_peak() -> float:
 
 
 def peak_bytes(memory: Any) -> int:
-    """Returns what a program needs of a device's memory, by its `memory_analysis`."""
+    """Returns the bytes of a device's memory that a program needs, by its `memory_analysis`."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + results + own

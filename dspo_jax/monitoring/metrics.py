@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, write_text
 
-VALIDATION_PREFIX = "validation/"  # of the held-out scalars among a run's metrics
+VALIDATION_PREFIX = "validation/"  # prefix of the held-out scalars among a run's metrics
 
 
 class MetricsWriter:

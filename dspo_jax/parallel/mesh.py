@@ -132,7 +132,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str = "config.batch_size"
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns which part of every batch this process reads: (its number, of how many).
+    """Returns the part of every batch that this process reads: (its number, of how many).
 
     Processes whose devices differ along `tensor` alone read the same part.
 

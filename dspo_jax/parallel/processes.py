@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find one another, and how they agree.
+"""Several processes as one run: joining, locking, voting.
 
 Every process runs the same program over the same global arrays. Only the first writes what is not a
 checkpoint.
@@ -24,7 +24,7 @@ from dspo_jax.parallel.mesh import MESH_AXES, replicated
 
 
 def define_flags() -> None:
-    """The flags of a command that several processes may run together."""
+    """Defines the flags of a command that several processes may run together."""
     flags.DEFINE_string(
         "coordinator_address",
         None,
@@ -86,12 +86,12 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def is_first() -> bool:
-    """Returns whether this process writes what only one may write."""
+    """Returns whether this is the first process, which alone writes what is not a checkpoint."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -131,7 +131,7 @@ class Vote:
     """
 
     def __init__(self, mesh: Mesh):
-        """A vote among the processes of a mesh."""
+        """Prepares a vote among the processes of a mesh."""
         self._one_a_device = NamedSharding(mesh, PartitionSpec(MESH_AXES))
         self._size = mesh.size
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))

@@ -62,7 +62,7 @@ def _choose(
 
 
 def gather(params: PyTree) -> PyTree:
-    """Parameters as layers use them: whole along `fsdp`, in the program that is being traced for a mesh.
+    """Gathers parameters along `fsdp` for the layers, in the program that is being traced for a mesh.
 
     Left to itself, XLA rather gathers the images of all devices before a convolution whose kernel is split.
     The gradients are split again, as `RULES` say.
@@ -88,7 +88,7 @@ def gather(params: PyTree) -> PyTree:
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Host arrays as global arrays: each device is given its part, and none ever holds more.
+    """Puts host arrays on the devices as global arrays; each device is given its part, and never holds more.
 
     With several processes each has the same whole arrays on the host.
     """

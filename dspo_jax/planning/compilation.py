@@ -1,7 +1,7 @@
-"""Compiles a step and keeps what that tells; or only until its memory is laid out.
+"""Compiles a step and keeps the facts about it; or compiles only until its memory is laid out.
 
-What the TPU's compiler takes so long for is machine code, from which it knows the time of a step. Memory and
-collectives are settled before that.
+The TPU's compiler takes most of its time for machine code, from which it estimates the time of a step. Memory
+and collectives are settled before that.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from dspo_jax.planning.program_text import (
     read_instructions,
 )
 
-# What the TPU's compiler says of a program that is too large: in its first passes, and in its last.
+# Messages of the TPU's compiler for a program that is too large: in its first passes, and in its last.
 _TOO_LARGE = re.compile(
     r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
@@ -40,7 +40,7 @@ _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of XLA's compilers
 def kept_facts(
     lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None
 ) -> dict[str, Any]:
-    """`compile_facts`, which are kept for the next time: by the program's text, and what else decides them.
+    """Returns `compile_facts`, kept for the next time by the program's text and compiler.
 
     Args:
       lowered: the program.
@@ -66,7 +66,7 @@ def kept_facts(
 
 
 def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
-    """Returns what compiling a program tells of it, and nothing that is concluded from that.
+    """Compiles a program and returns the raw facts: memory, FLOPs, collectives, the compiler's estimate.
 
     Of a program that is too large only peak_bytes, as far as its compiler had counted, and hbm_bytes, which
     is None of all others.

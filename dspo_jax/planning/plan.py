@@ -30,7 +30,7 @@ KERNEL_EFFICIENCY = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step takes, on each device if nothing else is said. None is what cannot be known.
+    """Memory, time and communication of a step, for each device unless said otherwise; None is unknown.
 
     Attributes:
       topology: as asked for, or "present".
@@ -41,8 +41,8 @@ class Plan:
       argument_bytes, temporary_bytes: None where the program was too large to be compiled.
       peak_bytes: the two, and what is neither; of a program that is too large as much as its compiler had
         counted.
-      hbm_bytes: what there is.
-      fits: whether the one is less than the other.
+      hbm_bytes: usable memory of the device.
+      fits: whether peak_bytes is less than hbm_bytes.
       flops: of the model in a step (`costs.flops_per_example`), without what is computed twice.
       bytes_accessed: of the device's memory, as the compiler counts them.
       compiler_seconds: its estimate of a step, as it stands.
@@ -118,7 +118,7 @@ def find_devices(topology: str | None) -> Sequence[jax.Device]:
 
 
 def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
-    """Height and width of the images in pixels: as asked for, or the largest of its data, or the model's.
+    """Chooses height and width of the images in pixels: as asked for, the data's largest, or the model's.
 
     The data need not be here: then it is the model's.
     """
@@ -184,7 +184,7 @@ def plan(
 
 
 def _judge(facts: Mapping[str, Any], device: jax.Device, pairs: int, flops: float | None) -> dict[str, Any]:
-    """Returns the fields of a `Plan` that follow from what compilation told, of one device."""
+    """Computes the fields of a `Plan` for one device from the facts of its compilation."""
     chip, peak_rate = find_chip(device), peak_flops(device)
     hbm = facts["hbm_bytes"]
     if hbm is None:

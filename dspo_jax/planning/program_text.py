@@ -1,4 +1,4 @@
-"""What a compiled program says of itself in its text: loops, collectives, kernels that are not XLA's own.
+"""Reads the text of a compiled program: loops, collectives, kernels that are not XLA's own.
 
 XLA's cost analysis counts the body of a loop once, however often it runs, and of a custom kernel what its
 author declared. What is read here puts both right. The text is XLA's HLO after optimisation
@@ -110,7 +110,7 @@ def _walk(computations: Mapping[str, Sequence[Instruction]], name: str, times: i
 
 
 def _trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) -> int:
-    """How often the body of a loop runs: as noted there, or what its condition compares the counter with."""
+    """Counts how often the body of a loop runs: as noted there, or by its condition."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     if condition := _CONDITION.search(loop.rest):
@@ -144,7 +144,7 @@ def assigned_bytes(text: str) -> tuple[int, int]:
 
 
 def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]]:
-    """How often a device sends or receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results.
+    """Counts what a device sends and receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results.
 
     The TPU's compiler spreads one over several fusions, whose computation hides it: by its channel it is
     known, and counts once.

@@ -27,7 +27,7 @@ MAY_DIFFER = (
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Write config.json into a fresh workdir, or check that it is the one this run was started with.
+    """Writes config.json into a fresh workdir, or check that it is the one this run was started with.
 
     Raises:
       UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.

@@ -36,7 +36,7 @@ _UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Of an array that several devices hold, each writes its part if that is at least this much.
 _SPLIT_BYTES = 2**20
-# Errors of reading that say nothing of what is read.
+# Errors of reading that do not tell of damaged content.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
@@ -129,7 +129,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> tuple[int, float] | None:
-        """Step and score of the best checkpoint that is kept, or None where none has a score."""
+        """Returns step and score of the best checkpoint that is kept, or None where none has a score."""
         self.wait()
         scores = [(_score(self._manager.metrics(step)), step) for step in self._manager.all_steps()]
         score, step = max(scores, default=(_UNKNOWN, 0))
@@ -138,7 +138,7 @@ class Checkpoints:
     def restore_newest(
         self, abstract_state: PyTree, fallback: bool, agree: Callable[[bool], bool] = bool
     ) -> tuple[PyTree, dict[str, Any], int]:
-        """`restore` of the newest checkpoint, or with `fallback` of the newest that is not damaged.
+        """Restores the newest checkpoint, or with `fallback` the newest that is not damaged.
 
         A damaged one is reported and renamed, so that the run can save that step again.
 
@@ -239,7 +239,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's own, but for arrays with copies on several devices.
+    """Makes Orbax's handler, with another rule for arrays that several devices hold.
 
     Every device writes a part of its copy, and cutting the part out is a dispatch for each array and device:
     worth it for large arrays only.
@@ -346,7 +346,7 @@ _ORBAX_FILTER = _OrbaxFilter()
 
 
 def _is_no_lost_write(record: LogRecord) -> bool:
-    """Whether asyncio reports something else than the second, third ... write of a save that failed."""
+    """Returns False for asyncio's reports of further failed writes of one save."""
     return not ("never retrieved" in record.getMessage() and "/orbax/checkpoint/" in record.getMessage())
 
 
@@ -366,7 +366,7 @@ class _LateWrites:
 
 
 def hush_orbax() -> None:
-    """Leaves the warnings of what Orbax and tensorstore print."""
+    """Silences Orbax and tensorstore, except for warnings."""
     logging.get_absl_logger().addFilter(_ORBAX_FILTER)
     getLogger("asyncio").addFilter(_is_no_lost_write)
     if not isinstance(sys.unraisablehook, _LateWrites):

@@ -1,4 +1,4 @@
-"""Files of a model's component: which of them hold its weights, and what to do where none can be read."""
+"""Weight files of a model's component, and the advice where none can be read."""
 
 import re
 from collections.abc import Collection, Iterable

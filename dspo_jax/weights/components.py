@@ -30,7 +30,7 @@ _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Parse `folder/config.json`."""
+    """Parses `folder/config.json`."""
     return read_json(folder / "config.json")
 
 
@@ -113,7 +113,7 @@ def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) ->
 def read_params(
     folder: Path, model: Model, dtype: str | None = None, adapters: Params | None = None
 ) -> Params:
-    """Read a component's weights as a tree of NumPy arrays.
+    """Reads a component's weights as a tree of NumPy arrays.
 
     Args:
       folder: holds the safetensors file or files.
@@ -140,7 +140,7 @@ def read_params(
 def write_params(
     folder: Path, model: Model, params: Params, dtype: str | None = None, like: Path | None = None
 ) -> None:
-    """Write a component: config.json and its safetensors file, in shards where it is large.
+    """Writes a component: config.json and its safetensors file, in shards where it is large.
 
     Args:
       folder: created if need be.

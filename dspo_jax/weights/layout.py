@@ -1,7 +1,7 @@
 """safetensors <-> parameter tree: one table of names and axes that drives both directions.
 
 A parameter's path is its state-dict name except for the last part (`kernel`, `scale` and `embedding` are
-torch's `weight`), and kernels are transposed. Nothing else differs, so nothing else is written down here.
+torch's `weight`), and kernels are transposed. These are the only differences.
 """
 
 from collections.abc import Mapping
@@ -59,14 +59,14 @@ def leaf_tensors(params: Params) -> dict[str, Tensor]:
 
 
 def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
-    """Torch's name of the leaf at `path`, which has `ndim` axes, and their order there."""
+    """Returns torch's name of the leaf at `path`, which has `ndim` axes, and their order there."""
     parent, dot, leaf = path.rpartition(".")
     name, axes = _LAYOUT[leaf, ndim]
     return f"{parent}{dot}{name}", axes
 
 
 def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each of a model's tensors, as torch has them."""
+    """Lists name and shape of each of a model's tensors, as torch has them."""
     shapes = {}
     for path, leaf in flatten(model.abstract_params()).items():
         name, axes = torch_layout(path, len(leaf.shape))
@@ -75,7 +75,7 @@ def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def to_torch(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves of a parameter tree, by path, as torch's tensors."""
+    """Converts leaves of a parameter tree, by path, to torch's names and layout."""
 
     def transposed(leaf: Tensor, axes: tuple[int, ...]) -> Tensor:
         shape = tuple(leaf.shape[axis] for axis in axes)
@@ -86,7 +86,7 @@ def to_torch(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cast(name: str, tensor: Tensor, dtype: np.dtype[Any], file: Path) -> Tensor:
-    """`tensor` in another dtype, refused when it is read and does not fit; `file` is for that message."""
+    """Casts a tensor when it is read; a value that does not fit is refused with the name `file`."""
 
     def read() -> np.ndarray:
         value = tensor.read()

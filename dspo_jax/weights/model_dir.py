@@ -1,4 +1,4 @@
-"""Model directories: where one is, which files belong to it, and how a new one is written."""
+"""Model directories: finding one, listing its files, writing a new one."""
 
 import re
 import shutil
@@ -36,7 +36,7 @@ _LINK = (
 
 
 def read_json(path: Path, fix: str = "fetch the model again") -> dict[str, Any]:
-    """Parse one JSON file of a model directory; a missing or malformed one is an error that names it.
+    """Parses one JSON file of a model directory; a missing or malformed one is an error that names it.
 
     `fix` ends the message. Raises FileNotFoundError and UserError, as `json_files.read_object`.
     """
@@ -89,7 +89,7 @@ def name_hub_errors(name: str) -> Iterator[None]:
 
 
 def list_components(index: Mapping[str, Any]) -> dict[str, str]:
-    """Folder -> class of the components that a parsed model_index.json names.
+    """Lists the components that a parsed model_index.json names: folder -> class.
 
     Raises:
       UserError: one would lie outside the model directory.
@@ -137,7 +137,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def find_unusable(folder: Path, components: Mapping[str, str]) -> dict[str, str]:
-    """Optional components of a model directory that cannot be carried along -> why.
+    """Lists optional components of a model directory that cannot be copied: component -> reason.
 
     A safety checker that is a pickle or not there is no reason to refuse a model: diffusers draws without.
     """
@@ -155,7 +155,7 @@ def find_unusable(folder: Path, components: Mapping[str, str]) -> dict[str, str]
 
 
 def _find_fault(folder: Path, class_name: str) -> str | None:
-    """Why diffusers could not load the copy of an optional component; None if it could."""
+    """Explains why diffusers could not load the copy of an optional component; None if it could."""
     if not folder.is_dir():
         return f"{folder}: no such folder"
     if not any(folder.glob("*config.json")):
@@ -191,7 +191,7 @@ def foresee_export(folder: Path) -> list[str]:
 
 
 def copy_files(folder: Path, files: Collection[Path], out: Path) -> None:
-    """Copy `files` (relative to `folder`) to the same places under `out`, byte for byte.
+    """Copies `files` (relative to `folder`) to the same places under `out`, byte for byte.
 
     Raises:
       UserError: one is a link to a file elsewhere, which might be anything of this machine.
@@ -206,7 +206,7 @@ def copy_files(folder: Path, files: Collection[Path], out: Path) -> None:
 
 
 def copy_model(folder: Path, files: Collection[Path], out: Path) -> None:
-    """`copy_files` of a model directory; its model_index.json says null where a component is left out."""
+    """Copies a model directory; its model_index.json gets null where a component is left out."""
     copy_files(folder, files, out)
     index = read_json(out / "model_index.json")
     unusable = find_unusable(folder, list_components(index))
@@ -217,7 +217,7 @@ def copy_model(folder: Path, files: Collection[Path], out: Path) -> None:
 
 
 def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], card: str) -> None:
-    """Write a diffusers folder that is `base`, file by file, but for the weights of some components.
+    """Writes a diffusers folder: a copy of `base` with the weights of some components replaced.
 
     Args:
       out: must not exist; appears under its name when it is complete.
@@ -251,7 +251,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
 
 
 def _load_as_float32(folder: Path, class_name: str) -> None:
-    """Have transformers load a text encoder as float32, whatever it is stored as.
+    """Makes transformers load a text encoder as float32, whatever it is stored as.
 
     diffusers loads the UNet so unless it is told otherwise, transformers a text encoder as config.json or
     else the weights say; the first picture fails where they differ.
@@ -265,7 +265,7 @@ def _load_as_float32(folder: Path, class_name: str) -> None:
 
 
 def require_space(out: Path, nbytes: int) -> None:
-    """Refuse to begin what does not fit on the disk.
+    """Refuses a write that does not fit on the disk.
 
     Raises:
       OSError: fewer than `nbytes` bytes are free where `out` is to be.

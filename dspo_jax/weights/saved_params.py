@@ -54,7 +54,7 @@ class SavedParams:
         self._ahead: dict[str, np.ndarray] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """One array. Cheap in the order of `arrays`: a few of those that follow are read with it and kept.
+        """Reads one array. Cheap in the order of `arrays`: a few of the next ones are read along and kept.
 
         Raises:
           UserError: the checkpoint is damaged.

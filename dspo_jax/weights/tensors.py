@@ -144,7 +144,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file of an index; names of files only, so that nothing outside its folder is opened."""
+    """Reads an index, tensor -> file; names of files only, so that nothing outside its folder is opened."""
     fix = "fetch the model again"
     weight_map = member(read_object(index, fix), "weight_map", dict, index, fix)
     if not all(map(str.isprintable, weight_map)):
@@ -160,7 +160,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensors into one safetensors file, or into shards with an index where they are too large for one.
+    """Writes tensors into a safetensors file, or into shards with an index where they are too large for it.
 
     Args:
       path: of the single file; shards are named after it as diffusers and transformers do.
@@ -193,7 +193,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: in
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers insists on
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

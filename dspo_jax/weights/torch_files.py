@@ -73,7 +73,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _find_reason(error: Exception) -> str:
-    """One line of what torch says, without its advice to load the file in ways that run code."""
+    """Shortens torch's error to one line, without its advice to load the file in ways that run code."""
     said = str(error)
     lines = (said.partition("WeightsUnpickler error: ")[2] or said).strip().splitlines()
     return "".join(filter(str.isprintable, lines[0])) if lines else type(error).__name__
@@ -84,7 +84,7 @@ def _dtype(tensor: "torch.Tensor") -> str:
 
 
 def _find_fault(tensor: "torch.Tensor") -> str | None:
-    """Why a tensor cannot be read as an array; None if it can."""
+    """Explains why a tensor cannot be read as an array; None if it can."""
     if tensor.device.type != "cpu":
         return f"has no values (device {tensor.device})"
     if tensor.is_nested or str(tensor.layout) != "torch.strided" or tensor.is_neg():

@@ -131,7 +131,7 @@ def vae_loss(model: Model, params: Params, images: jax.Array, key: jax.Array) ->
 def train_vae(
     images: np.ndarray, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> tuple[Model, Params]:
-    """Train the autoencoder with Adam and a one-cycle cosine learning rate; images [N, H, W, 3] uint8."""
+    """Trains the autoencoder with Adam and a one-cycle cosine learning rate; images [N, H, W, 3] uint8."""
     model = build_model("AutoencoderKL", VAE)
     params = model.init(jax.random.key(seed))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)

@@ -40,7 +40,7 @@ def byte_alphabet() -> list[str]:
 
 
 def count_words(captions: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """How often each word occurs; a word is the tuple of its bytes, the last one with `END_OF_WORD`."""
+    """Counts the words; a word is the tuple of its bytes, the last one with `END_OF_WORD`."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     splitter = pre_tokenizers.Sequence(
         [
