@@ -34,7 +34,7 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    opt_state: optax.OptState
+    opt_state: PyTree
     ema: Params | None
     health: stability.Health
     task: Task = dataclasses.field(metadata={"static": True})
