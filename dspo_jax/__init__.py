@@ -11,6 +11,6 @@ __version__ = "0.1.0"
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # `python -m dspo_jax.NAME` imports this package first of all, and argv[0] is "-m" until the module is found.
-# What a command imports takes seconds.
+# The imports of a command take seconds.
 if sys.argv[:1] == ["-m"]:
     interrupts.end_at_once()

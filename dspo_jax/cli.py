@@ -62,7 +62,7 @@ def run(
         except (UserError, OSError) as error:
             logging.debug("Traceback of the error below", exc_info=True)
             _fail(_describe(error))
-        except RuntimeError as error:  # what JAX raises; its own class of it is not worth importing JAX here
+        except RuntimeError as error:  # JAX's error; importing JAX for its class would take seconds
             if not str(error).startswith("RESOURCE_EXHAUSTED"):
                 raise
             logging.debug("Traceback of the error below", exc_info=True)

@@ -92,7 +92,7 @@ def appear(out: Path) -> Iterator[Path]:
     with locks.reserve(out):
         refuse_existing(out)
         partial = out.with_name(f".{out.name}.partial")
-        _remove(partial)  # what a killed run left
+        _remove(partial)  # leftover of a killed run
         try:
             yield partial
             with name_write_errors(out):

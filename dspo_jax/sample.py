@@ -24,7 +24,7 @@ from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_f
 from dspo_jax.sampling.prompts import Prompt, read_prompts
 from dspo_jax.sampling.rendering import Rendering
 
-# What NumPy raises of a damaged header, beside what files raise.
+# Errors of NumPy on a damaged header, beside those of files.
 _NPY_ERRORS = (
     OSError,
     ValueError,

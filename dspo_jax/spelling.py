@@ -8,7 +8,7 @@ def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed name that `value` most resembles, or None when nothing is close."""
 
     def closeness(name: str) -> tuple[float, bool]:
-        # Of two that are equally close, the one that begins alike: 'dpso' is dspo rather than sdpo.
+        # Between equally close names the one with the same first letter: 'dpso' is dspo rather than sdpo.
         return difflib.SequenceMatcher(a=name, b=value).ratio(), name[:1] == value[:1]
 
     return max(difflib.get_close_matches(value, list(allowed), cutoff=0.5), key=closeness, default=None)

@@ -59,7 +59,7 @@ class BatchIterator:
         """
         try:
             return next(self._iterator)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # what array_record and Grain raise
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # errors of array_record and Grain
             for dataset in self._datasets:
                 dataset.verify()
             reason = str(error).splitlines()[0]
@@ -152,7 +152,7 @@ def train_batches(
     numbered = grain.MapDataset.mix(batches, bucket_weights).map_with_index(
         partial(_add_index, first=process_index * share, stride=batch_size)
     )
-    # What one dataset of one image size does not need stays away, as in the states of older runs.
+    # Keys that one dataset of one image size does not need are left out, as in the states of older runs.
     identity: dict[str, Any] = {"num_examples": sum(sizes), "seed": seed, "batch_size": batch_size}
     if len(datasets) > 1:
         identity["datasets"] = sizes

@@ -44,7 +44,7 @@ def write_report(evaluation: Evaluation, out: Path) -> None:
     for name, text in texts.items():
         write_text(out / name, text)
     for name in {"rejection.csv", "rejection.png", "wins_by_prompt.png"} - {*texts, *figures}:
-        (out / name).unlink(missing_ok=True)  # of an earlier run, with more seeds
+        (out / name).unlink(missing_ok=True)  # left by an earlier run with more seeds
 
 
 def print_report(evaluation: Evaluation, console: Console) -> None:

@@ -90,7 +90,7 @@ class ImagePaths:
           UserError: it leads out of the root.
         """
         path = (self._root if folder is None else folder) / name
-        if self._allow_outside or "\0" in name:  # of which there is no file
+        if self._allow_outside or "\0" in name:  # no file has such a name
             return path
         real = os.path.realpath(path)
         if not any(real == inside or real.startswith(os.path.join(inside, "")) for inside in self._inside):

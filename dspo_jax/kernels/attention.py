@@ -18,12 +18,12 @@ from dspo_jax.kernels.device_kind import DeviceKind, current_device_kind, split_
 BACKENDS = ("plain", "cudnn", "flash")
 VARIABLE = "DSPO_ATTENTION"
 
-# Of queries and of keys: below, the TPU's compiler promises more of the plain backend. The kernel needs each
-# head's numbers side by side, and rearranging them costs more than writing few products. By
+# Least number of queries and of keys for the TPU's kernel. It needs each head's numbers side by side, and to
+# rearrange them costs more than to write few products. By
 # `python -m benchmarks.attention --topology=v5p:2x2x1`, plain is better at 256 and the kernel at 1,024.
 _FEWEST_ON_TPU = 512
 
-# Products of queries and keys, for each head, that are in memory at a time: 16 MiB in float32.
+# Products of queries and keys in memory at a time, for each head: 16 MiB in float32.
 _AT_A_TIME = 2**22
 
 

@@ -23,7 +23,7 @@ TOWER_KEYS: dict[str, Key] = {
     "hidden_act": fixed(*_ACTIVATIONS),
     "layer_norm_eps": number(1e-5),
     "attention_dropout": fixed(0.0),
-    "dropout": fixed(0.0),  # which transformers no longer has
+    "dropout": fixed(0.0),  # transformers no longer has this key
     "pruned_heads": fixed({}),
 }
 TEXT_KEYS: dict[str, Key] = {
@@ -36,8 +36,8 @@ TEXT_KEYS: dict[str, Key] = {
     "eos_token_id": integer(49407, low=0, high=1 << 22),
 }
 PROJECTION = {"projection_dim": integer(512)}
-# Of initialisation, and what transformers 4 wrote into every config: text generation, classification, the
-# form of the outputs.
+# Keys of initialisation, and those that transformers 4 wrote into every config: text generation,
+# classification, the form of the outputs.
 UNREAD = {
     *("bos_token_id", "pad_token_id", "initializer_factor", "initializer_range"),
     *("early_stopping", "id2label", "label2id", "length_penalty", "max_length", "min_length"),

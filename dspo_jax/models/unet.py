@@ -128,7 +128,7 @@ def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 )
         time_features["addition_time_embed_dim"] = cfg["addition_time_embed_dim"]
     for key, features in time_features.items():
-        if features // 2 <= cfg["freq_shift"]:  # by whose difference the sinusoids divide
+        if features // 2 <= cfg["freq_shift"]:  # the sinusoids divide by the difference
             raise UserError(
                 f"{_NAME} config: {key} = {features} leaves no frequency with freq_shift = "
                 f"{cfg['freq_shift']}"

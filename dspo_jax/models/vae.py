@@ -209,7 +209,7 @@ _TINY_KEYS: dict[str, Key] = {
     "upsample_fn": fixed("nearest"),
     "upsampling_scaling_factor": fixed(2),
 }
-# Of storing latents as bytes, and a copy of decoder_block_out_channels.
+# Keys for storing latents as bytes, and a copy of decoder_block_out_channels.
 _TINY_UNREAD = {"latent_magnitude", "latent_shift", "block_out_channels"}
 
 

@@ -59,7 +59,7 @@ _ERRORS = _Panel(
         VALIDATION_PREFIX + "loser_error": ("losers", _LOSER),
     },
 )
-# By timestep, the first of these that a run has.
+# The first of these scalars that a run has is drawn by timestep.
 _BINNED = {
     "margin": "held-out margin by timestep",
     "winner_drift": "held-out drift of winners by timestep",

@@ -142,7 +142,7 @@ NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 MODELS = tuple(NETWORKS)
 CLASSES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
-# Of the empty caption: start, end, and what a tokenizer pads with, which is 0 in SDXL's second one.
+# Tokens of the empty caption: start, end, and padding, which is 0 in SDXL's second tokenizer.
 _START, _END, _LENGTH = 49406, 49407, 77
 
 

@@ -34,7 +34,7 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
-_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of XLA's compilers
+_OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
 def kept_facts(
@@ -52,7 +52,7 @@ def kept_facts(
         for name in ("jaxlib", "libtpu")
         if any(metadata.distributions(name=name))
     ]
-    # What `memory_facts` adds to the flags changes nothing but what the compiler notes.
+    # The flags that `memory_facts` adds change only the files that the compiler writes.
     options = [flag for name in _OPTIONS for flag in os.environ.get(name, "").split()]
     options = [flag for flag in options if not flag.startswith("--xla_dump_")]
     text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])

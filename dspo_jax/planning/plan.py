@@ -100,7 +100,7 @@ def find_devices(topology: str | None) -> Sequence[jax.Device]:
         ("TPU_MIN_LOG_LEVEL", "3"),
     ):
         os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")  # what is here is not used
+    jax.config.update("jax_platforms", "cpu")  # the devices that are here are not used
     try:
         devices: Sequence[jax.Device] = topologies.get_topology_desc(topology, "tpu").devices
     except (RuntimeError, ValueError) as error:

@@ -158,7 +158,7 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]
             seen.add((kind, channel and channel[1]))
             type_ = instruction.type
             if instruction.op != kind and kind != "all-reduce":
-                type_ = _elements(type_)[1]  # what starts gives its operands back, and then its results
+                type_ = _elements(type_)[1]  # a start returns its operands, then its results
             entry = found.setdefault(kind, {"count": 0, "bytes": 0})
             entry["count"] += instruction.times
             entry["bytes"] += instruction.times * array_bytes(type_)

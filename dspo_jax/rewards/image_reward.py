@@ -40,7 +40,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Tokens that BLIP adds to BERT's vocabulary; a prompt has one only where it spells the token out.
 _ADDED = ["[DEC]", "[ENC]"]
 
-_HEAD_WIDTH = 64  # of an attention head in ViT-L/16 and BERT-base alike; the weights do not tell
+_HEAD_WIDTH = 64  # width of an attention head in ViT-L/16 and BERT-base; the weights do not tell it
 _LAYER_NORM_EPS = {"vision_config": 1e-6, "text_config": 1e-12}
 # In the state dict, but no part of `score`: BLIP's contrastive projections, and a counting buffer.
 _UNUSED = re.compile(r"blip\.((vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids)")

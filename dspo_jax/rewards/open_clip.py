@@ -31,7 +31,7 @@ _BEGINNINGS = {
 }
 _IN_A_LAYER = {
     ".ln_1.": ".layer_norm1.",
-    ".attn.in_proj_": ".self_attn.{}_proj.",  # of queries, keys and values, one above the other
+    ".attn.in_proj_": ".self_attn.{}_proj.",  # queries, keys and values, one above the other
     ".attn.out_proj.": ".self_attn.out_proj.",
     ".ln_2.": ".layer_norm2.",
     ".mlp.c_fc.": ".mlp.fc1.",

@@ -25,7 +25,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.weights.components import read_model, read_params
 
-_OVERLAP = 0.25  # of a tile's side, as diffusers' tiled VAE
+_OVERLAP = 0.25  # share of a tile's side, as in diffusers' tiled VAE
 # On a device: a decoder takes more memory for an image than the UNet for its latents.
 _PIXELS_AT_ONCE = 1024 * 1024
 
@@ -71,7 +71,7 @@ class Decoder:
                 images = decode_in_tiles(partial(pipe.decode, params), latents, tile // scale, scale)
             else:
                 images = pipe.decode(params, latents)
-            # Of the latents too: a tiny VAE squashes infinite ones into pixels.
+            # Latents are checked too: a tiny VAE squashes infinite ones into pixels.
             finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
             images = jnp.where(finite[:, None, None, None], images, -1.0)
             return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite

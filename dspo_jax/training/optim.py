@@ -14,7 +14,7 @@ from dspo_jax.training.adafactor import scale_by_released_factored_rms
 OPTIMIZERS = ("adafactor", "adamw", "lion")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear")
 
-# Of these, what does not depend on where the run ends.
+# Schedules that do not depend on the number of steps of the run.
 ENDLESS_SCHEDULES = ("constant", "inverse_sqrt")
 MOMENT_DTYPES = ("bfloat16", "float32")
 FACTORED_AXES = ("largest", "released")

@@ -132,7 +132,7 @@ class Validator:
         # The networks are a program of their own, run for the policy and again for the reference: compiled
         # together with the scores, the two are fused differently, and equal weights differ in the last bit.
         self._add_noise, self._predict = jax.jit(add_noise), jax.jit(on_mesh(predict, mesh))
-        # What every process reads of the result must be on every device.
+        # Every process reads the scores, so they must be on every device.
         self._score = jax.jit(score, out_shardings=replicated(mesh))
 
     def __call__(

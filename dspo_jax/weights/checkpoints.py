@@ -34,7 +34,7 @@ _EXTRA = "extra"
 _SCORE = "score"
 _UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# Of an array that several devices hold, each writes its part if that is at least this much.
+# Devices that hold copies of an array each write a part, if the part has at least so many bytes.
 _SPLIT_BYTES = 2**20
 # Errors of reading that do not tell of damaged content.
 _NOT_DAMAGE = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)

@@ -23,10 +23,10 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("scale", 1): ("weight", (0,)),  # norm
     ("embedding", 2): ("weight", (0, 1)),
     ("bias", 1): ("bias", (0,)),
-    # Of BLIP's image encoder.
+    # BLIP's image encoder.
     ("cls_token", 3): ("cls_token", (0, 1, 2)),
     ("pos_embed", 3): ("pos_embed", (0, 1, 2)),
-    # Of CLIP, which keeps them outside any layer.
+    # CLIP, which keeps these outside any layer.
     ("class_embedding", 1): ("class_embedding", (0,)),
     ("logit_scale", 0): ("logit_scale", ()),
 }

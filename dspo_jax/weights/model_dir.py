@@ -65,7 +65,7 @@ def find_model(model: str | Path) -> Path:
 
     name = str(model)
     with name_hub_errors(name):
-        # What there is to fetch stands in the index: repositories hold the same weights several times over.
+        # The index names the components to fetch: repositories hold the same weights several times over.
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["model_index.json"]))
         components = list_components(read_json(folder / "model_index.json"))
         patterns = ["model_index.json", "README.md", "LICENSE*"]
@@ -236,7 +236,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
         old = find_weights(base / component, classes[component])
         kept = [file for file in kept if base / file not in old]
         stored = open_stored(base / component, classes[component]) if old else {}
-        # What is there besides parameters (a constant in old CLIP files) stays.
+        # Tensors that are no parameters (a constant in old CLIP files) stay.
         written[component] = stored | {stored_name(name, stored): value for name, value in values.items()}
     size = sum((base / file).stat().st_size for file in kept)
     require_space(out, size + sum(value.nbytes for values in written.values() for value in values.values()))

@@ -24,12 +24,12 @@ from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# As the hub names files, "train-00000-of-00645.parquet", and as people do: "val.parquet", "test_2.parquet".
+# The hub's names, "train-00000-of-00645.parquet", and people's own: "val.parquet", "test_2.parquet".
 _SPLIT = re.compile(r"(?:^|[-.])((?:train|validation|valid|val|dev|test)(?:_unique)?)(?=$|[-_.\d])")
-# Of files whose footers and light columns are read at the same time: on the hub each is a few requests.
+# Files whose footers and light columns are read at the same time: on the hub each is a few requests.
 _FILES_AT_ONCE = 16
-# What is read of a column at a time where rows are streamed, and rows that are decoded at a time: so that of
-# a huge row group, as pandas writes it, no more than a few pages are in memory.
+# Bytes of a column that are read at a time where rows are streamed, and rows that are decoded at a time, so
+# that no more than a few pages of a huge row group, as pandas writes it, are in memory.
 _BUFFER_BYTES = 4 * 2**20
 _ROWS_AT_ONCE = 16
 
@@ -109,7 +109,7 @@ def image_paths(path: str, allow_outside: bool) -> ImagePaths:
 def _list_hub(repository: str) -> list[str]:
     """Returns names of the parquet files of a dataset repository."""
     import huggingface_hub  # slow to import, and needed for the hub only
-    from huggingface_hub.errors import HTTPError  # of no connection, which is not an OSError
+    from huggingface_hub.errors import HTTPError  # raised where there is no connection; not an OSError
 
     root = f"datasets/{repository}"
     try:
