@@ -64,7 +64,7 @@ class BadRowLog:
             )
 
 
-class Encoder:
+class PairEncoder:
     """Turns rows into shard examples with one model, on all devices of this process.
 
     Attributes:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
-from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, Encoder
+from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, PairEncoder
 from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
 from dspo_jax.data.sources import PreferencePair, Source, get_source
 from dspo_jax.data.writer import DatasetWriter
@@ -86,8 +86,8 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
     workers = cpu_cores() if config.num_workers is None else config.num_workers
     # Imports of this module, which take long; each worker imports the module itself.
-    with worker_pool(workers, [Encoder.__module__, DatasetWriter.__module__]) as pool:
-        encoder = Encoder(
+    with worker_pool(workers, [PairEncoder.__module__, DatasetWriter.__module__]) as pool:
+        encoder = PairEncoder(
             pipe,
             framing,
             batch_size=config.batch_size,
@@ -202,7 +202,7 @@ class _Progress:
     """A bar over the rows of all processes, with images/s and the share of time spent waiting for images."""
 
     def __init__(
-        self, writer: DatasetWriter, encoder: Encoder, rows_of: Mapping[tuple[str, int], int], images: int
+        self, writer: DatasetWriter, encoder: PairEncoder, rows_of: Mapping[tuple[str, int], int], images: int
     ):
         """Takes the rows of every shard, and the number of images of a row."""
         self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspo_jax.data.encoder import Encoder
+from dspo_jax.data.encoder import PairEncoder
 from dspo_jax.data.prepare import Framing
-from dspo_jax.data.records import Batch
+from dspo_jax.data.records import HostBatch
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
@@ -19,7 +19,7 @@ def encode_pairs(
     *,
     resolution: int | None = None,
     vae_dtype: str = "float32",
-) -> Batch:
+) -> HostBatch:
     """Encodes pairs as `dspo_jax.encode` does, and returns the arrays of all of them as one batch.
 
     Args:
@@ -29,7 +29,7 @@ def encode_pairs(
       vae_dtype: compute dtype of the VAE, "float32" or "bfloat16".
 
     Returns:
-      A batch of N examples in the order of `pairs`, as the loader gives it (`data.records.Batch`). A pair
+      A batch of N examples in the order of `pairs`, as the loader gives it (`data.records.HostBatch`). A pair
       without a key is named by its number.
 
     Raises:
@@ -50,7 +50,7 @@ def encode_pairs(
     def refuse(pair: PreferencePair, problem: BadRow) -> None:
         raise UserError(f"pair {pair.key or pair.caption!r}: {problem}")
 
-    encoder = Encoder(pipe, Framing(((side, side),)), batch_size=min(len(pairs), 16), vae_dtype=vae_dtype)
+    encoder = PairEncoder(pipe, Framing(((side, side),)), batch_size=min(len(pairs), 16), vae_dtype=vae_dtype)
     examples = list(encoder.examples(pairs, refuse))
     arrays = {
         name: np.stack([example[name] for example in examples])

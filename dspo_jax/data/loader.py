@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights
-from dspo_jax.data.records import Batch, Records
+from dspo_jax.data.records import HostBatch, Records
 from dspo_jax.errors import UserError
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
@@ -47,7 +47,7 @@ class BatchIterator:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         """The next batch, with one array more: `index` [B] int64, the examples' positions in the stream.
 
         They are unique over the run and seed what is drawn for an example. With several processes B is the
@@ -185,7 +185,7 @@ def eval_batches(
     return BatchIterator(grain.MapDataset.concatenate(batches), identity, num_threads, datasets)
 
 
-def _add_index(number: int, batch: Batch, *, first: int, stride: int) -> Batch:
+def _add_index(number: int, batch: HostBatch, *, first: int, stride: int) -> HostBatch:
     """Numbers the examples of a batch on from `first`; the same process's next batch is `stride` further."""
     start = first + number * stride
     return {**batch, "index": np.arange(start, start + len(batch["key"]), dtype=np.int64)}

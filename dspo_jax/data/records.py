@@ -14,7 +14,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, bucket_size
 
-Batch = dict[str, Any]
+HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, S] int32, `micro_conditioning` [B, P, 6] int32,
 `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings."""
 
@@ -65,7 +65,7 @@ class Records:
         self._caption_length = shards.comparable(model)[0]["caption_length"]
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
-    def read(self, numbers: Sequence[int]) -> Batch:
+    def read(self, numbers: Sequence[int]) -> HostBatch:
         """Returns the examples of these numbers as a batch, in this order.
 
         Raises:

@@ -10,7 +10,7 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
-from dspo_jax.samplers.sampler import Sampler, Table
+from dspo_jax.samplers.sampler import CoefficientTable, Sampler
 from dspo_jax.samplers.spacing import check_steps, fill_sampler_config
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     """
 
     scheduler: str
-    table: Callable[..., Table]
+    table: Callable[..., CoefficientTable]
     defaults: Mapping[str, Any] = MappingProxyType({})
     karras: bool = False
     eta: bool = False

@@ -23,7 +23,7 @@ Noise = Callable[[jax.Array], jax.Array]
 """`i -> z_i` [B, h, w, C], standard normal, for call i (int32 scalar, from 0)."""
 
 
-class Table(NamedTuple):
+class CoefficientTable(NamedTuple):
     """The rows of a sampler for all of a schedule's N steps, in float64; see `Sampler` for the names.
 
     Attributes:
@@ -93,7 +93,7 @@ class Sampler:
     strength: float = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def from_table(cls, table: Table, first: int, strength: float) -> "Sampler":
+    def from_table(cls, table: CoefficientTable, first: int, strength: float) -> "Sampler":
         """Returns the rows of a table from row `first` on, in float32."""
 
         def rows(values: np.ndarray | float) -> np.ndarray:

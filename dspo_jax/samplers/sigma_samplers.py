@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from dspo_jax.errors import UserError
-from dspo_jax.samplers.sampler import Table
+from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import choice, require, spaced_timesteps, spacing_of
 from dspo_jax.samplers.timestep_samplers import schedule_alphas, to_epsilon, to_x0
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
-def euler(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+def euler(
+    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+) -> CoefficientTable:
     """Euler's method (Karras et al. 2022, Algorithm 1 without line 6 on), as `EulerDiscreteScheduler`."""
     _refuse_other_levels(config)
     require(config, "timestep_type", ("discrete", None), "the network is conditioned on timesteps")
@@ -36,7 +38,7 @@ def euler(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: in
 
 def euler_ancestral(
     schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
-) -> Table:
+) -> CoefficientTable:
     """Euler's method to below the next level and noise back up to it, as `EulerAncestralDiscreteScheduler`.
 
     The part that is noise anew is the posterior's (k-diffusion's `get_ancestral_step` with eta = 1).
@@ -47,7 +49,9 @@ def euler_ancestral(
     return _euler_table(schedule, config, timesteps, sigmas, down, np.sqrt(following**2 - down**2))
 
 
-def dpmpp_2m(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+def dpmpp_2m(
+    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+) -> CoefficientTable:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2), as `DPMSolverMultistepScheduler`.
 
     Its first step is of first order, and so is the last one if it ends at x_0, or if N < 15 with
@@ -74,7 +78,7 @@ def dpmpp_2m(schedule: Schedule, config: Mapping[str, Any], num_inference_steps:
     slope = np.zeros_like(begin)
     slope[second] = np.log(begin[second] / end[second]) / np.log(begin[second - 1] / begin[second]) / 2
     output_x, output_prediction = to_x0(schedule, alpha**2)
-    return Table(
+    return CoefficientTable(
         timesteps,
         image_scale=alpha,
         noise_scale=begin * alpha,
@@ -92,14 +96,14 @@ def _euler_table(
     sigmas: np.ndarray,
     ends: np.ndarray,
     step_noise: np.ndarray | None = None,
-) -> Table:
+) -> CoefficientTable:
     """Steps from sigmas[i] to ends[i] along the line of x: dx / dsigma is the noise."""
     begin = sigmas[: len(timesteps)]
     input_scale = 1 / np.sqrt(1 + begin**2)
     epsilon_of_x, epsilon_of_prediction = to_epsilon(schedule, input_scale**2)
     # Where the highest timestep is called, diffusers leaves out that the image is still in it.
     leading = config["timestep_spacing"] == "leading"
-    return Table(
+    return CoefficientTable(
         timesteps,
         image_scale=np.ones_like(begin),
         noise_scale=begin,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from dspo_jax.errors import UserError
-from dspo_jax.samplers.sampler import Table
+from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import require, spaced_timesteps, spacing_of
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -33,7 +33,7 @@ _PLMS = np.array(
 
 def ddim(
     schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int, eta: float = 0.0
-) -> Table:
+) -> CoefficientTable:
     """DDIM (Song et al. 2021, Eq. 12), as diffusers' `DDIMScheduler`.
 
     A step's noise has the standard deviation of Eq. 16,
@@ -50,10 +50,12 @@ def ddim(
     sigma = eta * np.sqrt((1 - before) / (1 - at) * (1 - at / before))
     x, prediction = _ddim_steps(schedule, at, before, sigma)
     noise = sigma if eta else None
-    return Table(timesteps, *_noising(schedule, timesteps), x, prediction[:, None], noise)
+    return CoefficientTable(timesteps, *_noising(schedule, timesteps), x, prediction[:, None], noise)
 
 
-def ddpm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+def ddpm(
+    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+) -> CoefficientTable:
     """Ancestral sampling (Ho et al. 2020, Eq. 7 with the smaller variance), as diffusers' `DDPMScheduler`.
 
     A step ends at the timestep of the next call, the last one without noise at x_0.
@@ -69,7 +71,7 @@ def ddpm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     x0_of_x, x0_of_prediction = to_x0(schedule, at)
     x0_weight = np.sqrt(before) * (1 - alpha) / (1 - at)
     x_weight = np.sqrt(alpha) * (1 - before) / (1 - at)
-    return Table(
+    return CoefficientTable(
         timesteps,
         *_noising(schedule, timesteps),
         step_x=x_weight + x0_weight * x0_of_x,
@@ -78,7 +80,9 @@ def ddpm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
     )
 
 
-def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int) -> Table:
+def pndm(
+    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+) -> CoefficientTable:
     """PLMS (Liu et al. 2022, Eq. 9 and 12), as diffusers' `PNDMScheduler` with skip_prk_steps.
 
     N steps are N + 1 calls, as the second timestep is called twice. diffusers takes the second call for that
@@ -104,7 +108,7 @@ def pndm(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
         # Call 1 steps from call 0's latents again; they follow from its own: x_0 = (x_1 - outputs_0 m_0) / x.
         x[first + 1] /= x[first]
         outputs[first + 1, 1] -= x[first + 1] * outputs[first, 0]
-    return Table(timesteps, *_noising(schedule, timesteps), x, outputs)
+    return CoefficientTable(timesteps, *_noising(schedule, timesteps), x, outputs)
 
 
 def schedule_alphas(schedule: Schedule) -> Float64[np.ndarray, " T"]:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_datasets
-from dspo_jax.data.records import Batch
+from dspo_jax.data.records import HostBatch
 from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
 from dspo_jax.models import lora
@@ -57,7 +57,7 @@ class Experiment:
     adapters: Params
 
 
-def prepare(config: ConfigDict, examples: Batch | None = None) -> Experiment:
+def prepare(config: ConfigDict, examples: HostBatch | None = None) -> Experiment:
     """Makes everything of a run that can be refused before weights are read.
 
     Args:

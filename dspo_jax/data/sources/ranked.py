@@ -180,7 +180,7 @@ class HpdV2(Ranked):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageReward(Ranked):
+class ImageRewardRankings(Ranked):
     """ImageReward's annotations: a JSON list of {`id`, `prompt`, `generations`, `ranking`}.
 
     `generations` are image files, `ranking` their ranks, 1 being the best; equal ranks occur. Without

@@ -10,7 +10,7 @@ from dspo_jax.data.sources.folder import Folder
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet import Parquet
 from dspo_jax.data.sources.pick_a_pic import PickAPic
-from dspo_jax.data.sources.ranked import HpdV2, ImageReward
+from dspo_jax.data.sources.ranked import HpdV2, ImageRewardRankings
 from dspo_jax.data.sources.tfds import Tfds
 from dspo_jax.errors import UserError
 
@@ -55,7 +55,7 @@ SOURCES: dict[str, type[Source]] = {
     "emoji_pairs": EmojiPairs,
     "folder": Folder,
     "hpd_v2": HpdV2,
-    "image_reward": ImageReward,
+    "image_reward": ImageRewardRankings,
     "parquet": Parquet,
     "pick_a_pic": PickAPic,
     "tfds": Tfds,
