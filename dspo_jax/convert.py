@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import flags
 
 from dspo_jax import cli
-from dspo_jax.conversion.export_model import ADAPTER_FORMATS
+from dspo_jax.conversion.export_model import ADAPTER_FORMATS, export
+from dspo_jax.conversion.import_model import import_model
 from dspo_jax.errors import UserError
 from dspo_jax.locks import reserve
 from dspo_jax.weights.layout import DTYPES
@@ -33,15 +34,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--{needed} is missing: name what to {command}")
     out = Path(settings.out)
     with reserve(out):
-        # Imported here, as both import this file.
         if command == "import":
-            from dspo_jax.conversion.import_model import import_model
-
             import_model(settings.model, out, base=settings.base)
             print(f"{out}: diffusers folder of {settings.model}")
         else:
-            from dspo_jax.conversion.export_model import export
-
             step = export(
                 Path(settings.run),
                 out,

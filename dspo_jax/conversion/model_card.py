@@ -99,7 +99,9 @@ def _base_licence(folder: Path) -> str:
     """Reads the licence that the base model's own card declares in its first lines."""
     card = folder / "README.md"
     header = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if card.is_file()
+        else None
     )
     declared = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
     return f"its card says {declared[1]}" if declared else "see where you got it"

@@ -49,11 +49,12 @@ class Dataset:
         return [(shard.get("bucket", square), shard) for shard in content["shards"]]
 
 
-def read_datasets(path: str | Path) -> list[Dataset]:
+def read_datasets(path: str | Path, *, verify: bool = True) -> list[Dataset]:
     """Reads the datasets that `config.data.path` names, and looks whether their shards are whole.
 
     Args:
       path: one folder, or several separated by commas.
+      verify: whether to look for the shards; without, manifests are enough.
 
     Raises:
       FileNotFoundError, UserError: a folder is no dataset, a manifest or a shard is damaged
@@ -73,7 +74,7 @@ def read_datasets(path: str | Path) -> list[Dataset]:
                     "datasets of one run must agree in it; encode one of them again, or leave it out of "
                     "config.data.path"
                 )
-    for dataset in datasets:
+    for dataset in datasets if verify else ():
         dataset.verify()
     return datasets
 

@@ -28,6 +28,7 @@ class _Denoising(Objective):
     min_snr_gamma: float | None = number(None, ABOVE_ZERO)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.min_snr_gamma is not None and self.time_weight != "none":
             raise UserError(
                 f"config.objective.min_snr_gamma = {self.min_snr_gamma!r}: is a time weight of its own; "

@@ -3,27 +3,20 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
+from dspo_jax.limits import Limit
+
+ZERO_OR_ABOVE = Limit("zero or above", lambda value: value >= 0)
+ABOVE_ZERO = Limit("above zero", lambda value: value > 0)
+BETWEEN_0_AND_1 = Limit("between 0 and 1", lambda value: 0 <= value <= 1)
+INSIDE_0_AND_1 = Limit("above 0 and below 1", lambda value: 0 < value < 1)
 
 
-class NumberRange(NamedTuple):
-    """A range of numbers: in words, and as a condition."""
-
-    words: str
-    within: Callable[[float], bool]
-
-
-ZERO_OR_ABOVE = NumberRange("zero or above", lambda value: value >= 0)
-ABOVE_ZERO = NumberRange("above zero", lambda value: value > 0)
-BETWEEN_0_AND_1 = NumberRange("between 0 and 1", lambda value: 0 <= value <= 1)
-INSIDE_0_AND_1 = NumberRange("above 0 and below 1", lambda value: 0 < value < 1)
-
-
-def number(default: float | None, limit: NumberRange = ZERO_OR_ABOVE) -> Any:
+def number(default: float | None, limit: Limit = ZERO_OR_ABOVE) -> Any:
     """Returns a field for a finite number within a limit; it may be None where its default is None."""
     return dataclasses.field(default=default, metadata={"limit": limit})
 
@@ -63,10 +56,10 @@ def _check_value(field: dataclasses.Field[Any], value: object) -> object:
         return value
     if value is None and field.default is None:
         return None
-    limit: NumberRange = field.metadata.get("limit", ZERO_OR_ABOVE)
+    limit: Limit = field.metadata.get("limit", ZERO_OR_ABOVE)
     given = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         given = float(value)
-    if not math.isfinite(given) or not limit.within(given):
+    if not math.isfinite(given) or not limit.holds(given):
         raise UserError(f"{key} = {value!r}: must be a finite number, {limit.words}")
     return given

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer
 
 from dspo_jax.errors import UserError
+from dspo_jax.objectives import hyperparameters
 from dspo_jax.objectives.hyperparameters import choice
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -63,6 +64,10 @@ class Objective(abc.ABC):
 
     reduction: str = choice("mean", "sum")
     time_weight: str = choice("none", "paper")
+
+    def __post_init__(self) -> None:
+        """Refuses a value outside its field's limit, by the key of the config."""
+        hyperparameters.check(dataclasses.fields(self), self.name, self.hyperparameters)
 
     def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         """Evaluates the objective, in float32 whatever the dtype of the inputs, per example.

@@ -124,8 +124,8 @@ def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tu
     """
     if resolution is not None:
         return resolution, resolution
-    if config.data.path and all(Path(path).exists() for path in config.data.path.split(",")):
-        datasets = read_datasets(config.data.path)
+    if config.data.path and all(Path(path.strip()).exists() for path in config.data.path.split(",")):
+        datasets = read_datasets(config.data.path, verify=False)
         buckets = count_examples(datasets, config.data.split, "config.data.split")
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
     return pipe.image_size

@@ -156,7 +156,7 @@ class Validate:
         self.score: tuple[int, float] | None = None
 
     def due(self, at: Moment) -> bool:
-        """Returns every few steps, at the first and at the last of the run."""
+        """Tells whether the step is the first or the last of the run, or one of every few."""
         return at.step == self._steps or at.step % self._every == 0
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
@@ -186,7 +186,7 @@ class DrawSamples:
         self._every, self._steps = every, steps
 
     def due(self, at: Moment) -> bool:
-        """Returns every few steps and at the last of the run."""
+        """Tells whether the step is the last of the run, or one of every few."""
         return at.step > 0 and (at.step == self._steps or at.step % self._every == 0)
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
@@ -217,7 +217,7 @@ class Save:
         self._best = -math.inf if found is None else found[1]
 
     def due(self, at: Moment) -> bool:
-        """Returns every few steps, at the last, and after a validation with the best score so far."""
+        """Tells whether the step is the last, one of every few, or has the best score so far."""
         score = self._score(at.step)
         better = score is not None and score > self._best
         return at.step > 0 and (at.last or at.step % self._every == 0 or better)
@@ -243,8 +243,8 @@ class Profile:
         self._profiler = profiler
 
     def due(self, at: Moment) -> bool:
-        """Before every step but the first of this process, of which whoever opened the profiler tells it."""
-        return at.step > 0 and not at.last
+        """Tells whether a step follows."""
+        return not at.last
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
         """Tells the profiler which step comes next."""

@@ -13,8 +13,13 @@ Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 class Stream(Protocol):
     """A source of batches whose position can be saved."""
 
-    def next(self, policy: Params) -> Batch:
-        """The next batch, on the devices; `policy` is for streams that sample from the trained parameters."""
+    def next(self, params: Params) -> Batch:
+        """The next batch, on the devices.
+
+        Args:
+          params: what is trained, for streams that sample from it; `policy_params` joins it with the
+            reference. The next update donates it, so it must not be kept.
+        """
 
     def get_state(self) -> str:
         """Returns the position behind the last batch; the same in every process."""

@@ -33,9 +33,9 @@ class MemoryStream:
         self._mesh, self._batch_size, self._seed = mesh, batch_size, seed
         self._next_batch = 0
 
-    def next(self, policy: Params) -> Batch:
-        """The next batch, with the positions of its examples as `index` [B] uint32; `policy` is not read."""
-        del policy
+    def next(self, params: Params) -> Batch:
+        """The next batch, with the positions of its examples as `index` [B] uint32; `params` are not read."""
+        del params
         share, shares = batch_share(self._mesh)
         size = self._batch_size // shares
         positions = self._next_batch * self._batch_size + share * size + np.arange(size)

@@ -36,6 +36,12 @@ from dspo_jax.weights.checkpoints import Checkpoints
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
+def open_shards(experiment: Experiment, clock: Clock) -> ShardStream:
+    """The batches of `config.data`, at their beginning."""
+    inputs = experiment.task.loss.inputs(experiment.task.pipe)
+    return ShardStream(experiment.datasets, experiment.settings, experiment.mesh, inputs, clock)
+
+
 class Unstable(UserError):
     """Too many updates in a row were skipped."""
 
@@ -43,11 +49,10 @@ class Unstable(UserError):
 class Updater:
     """Compiled training steps of a run; the time that compiling takes is not training time."""
 
-    def __init__(self, step: Step, reference: Params, key: jax.Array):
-        """Takes the step from `compile_step`, the frozen parameters and the key of the run."""
-        self._step, self._reference, self._key = step, reference, key
+    def __init__(self, step: Step, reference: Params, key: jax.Array, clock: Clock):
+        """Takes the step from `compile_step`, the frozen parameters, the key and the clock of the run."""
+        self._step, self._reference, self._key, self._clock = step, reference, key, clock
         self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
-        self.clock = Clock()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Dispatches a step, which donates the state."""
@@ -56,7 +61,7 @@ class Updater:
             return self._step(state, self._reference, batch, self._key)
         self._compiled.add(shapes)
         jax.block_until_ready(state)  # steps that still run are training time
-        with self.clock.paused():
+        with self._clock.paused():
             return self._step(state, self._reference, batch, self._key)
 
 
@@ -84,8 +89,8 @@ class Run:
         """
         self._experiment, self._workdir, self._reference = experiment, workdir, reference
         settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
-        key = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=replicated(mesh))()
-        self._update = Updater(make_step(state), reference, key)
+        self._key = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=replicated(mesh))()
+        self._step = make_step(state)
         self._flops_per_pair = None
         if processes.is_first():
             flops = count_flops(task, experiment.datasets, settings.data)
@@ -140,7 +145,7 @@ class Run:
         """
         settings, mesh, start = self._experiment.settings, self._experiment.mesh, int(state.step)
         first, vote = processes.is_first(), processes.Vote(mesh)
-        self._update.clock = clock
+        update = Updater(self._step, self._reference, self._key, clock)
         with (
             MetricsWriter(
                 self._workdir,
@@ -154,9 +159,10 @@ class Run:
                 self._workdir / "profile", start + 1 + settings.profile.start, settings.profile.steps, clock
             ) as profiler,
         ):
-            profiler.before(start + 1, state)
+            if start:  # else the hooks are called before the first step
+                profiler.before(start + 1, state)
             state = fit(
-                self._update,
+                update,
                 state,
                 stream,
                 steps=settings.steps,
@@ -225,8 +231,9 @@ def refuse_instability(
     Raises:
       Unstable: more than `config.stability.max_skipped`; names the last good checkpoint.
     """
-    allowed, newest = settings.stability.max_skipped, checkpoints.latest_step()
+    allowed = settings.stability.max_skipped
     if values["skipped_in_a_row"] > allowed:
+        newest = checkpoints.latest_step()  # waits for the one that is being written
         raise Unstable(
             f"step {step}: {values['skipped_in_a_row']:.0f} updates in a row were skipped "
             f"(config.stability.max_skipped = {allowed}): their losses or gradients were not finite, or the "
@@ -242,6 +249,7 @@ def train(
     workdir: Path,
     *,
     make_step: Callable[[TrainState], Step] = compile_step,
+    make_stream: Callable[[Experiment, Clock], Stream] = open_shards,
     count_flops: Callable[..., float | None] = mean_flops_per_example,
 ) -> int:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
@@ -250,17 +258,19 @@ def train(
       config: the keys of configs/common.py.
       workdir: folder of the run; a run that is there is resumed.
       make_step, count_flops: see `Run`.
+      make_stream: opens the batches at their beginning; those of `config.data` unless it is given.
     """
     with processes.claim(workdir):
         experiment = prepare(config)
         claim_workdir(workdir, config)
-        return _train(experiment, workdir, make_step, count_flops)
+        return _train(experiment, workdir, make_step, make_stream, count_flops)
 
 
 def _train(
     experiment: Experiment,
     workdir: Path,
     make_step: Callable[[TrainState], Step],
+    make_stream: Callable[[Experiment, Clock], Stream],
     count_flops: Callable[..., float | None],
 ) -> int:
     """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
@@ -291,8 +301,7 @@ def _train(
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
                 return step
-            inputs = tuple(task.loss.input_shapes(task.pipe, 1, task.pipe.image_size))
-            with closing(ShardStream(experiment.datasets, settings, mesh, inputs, clock)) as stream:
+            with closing(make_stream(experiment, clock)) as stream:
                 if position is not None:
                     stream.set_state(position)
                 try:

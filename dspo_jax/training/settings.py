@@ -44,6 +44,25 @@ class TimestepSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SliceSettings:
+    """The keys of `config.mesh.dcn`."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """The keys of `config.mesh`."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    dcn: SliceSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StabilitySettings:
     """The keys of `config.stability`."""
 
@@ -121,7 +140,7 @@ class Settings:
     data: DataSettings
     objective: Mapping[str, Any]
     optimizer: OptimizerSettings
-    mesh: Mapping[str, Any]
+    mesh: MeshSettings
     stability: StabilitySettings
     checkpoint: CheckpointSettings
     validation: ValidationSettings

@@ -49,9 +49,9 @@ class ShardStream:
         )
         self._mesh, self._inputs, self._clock = mesh, inputs, clock
 
-    def next(self, policy: Params) -> Batch:
-        """Returns the next batch; `policy` is not looked at."""
-        del policy
+    def next(self, params: Params) -> Batch:
+        """Returns the next batch; `params` are not read."""
+        del params
         with self._clock.waiting():
             batch = next(self._batches)
         arrays = {name: batch[name] for name in self._inputs}

@@ -104,7 +104,7 @@ def prepare(config: ConfigDict, examples: HostBatch | None = None) -> Experiment
 
 def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config.mesh` asks for, over all devices or the given ones."""
-    sizes = dict(settings.mesh)
+    sizes = dataclasses.asdict(settings.mesh)
     dcn_sizes = sizes.pop("dcn")
     return make_mesh(sizes, devices, dcn_sizes)
 
@@ -199,6 +199,9 @@ def make_state(
       adapters: from `make_adapters`.
       abstract: read nothing, and return `jax.ShapeDtypeStruct` leaves with their sharding.
     """
+
+    if bool(adapters) != task.adapters:
+        raise ValueError(f"adapters: {'needed' if task.adapters else 'not trained'} by this task")
 
     def put(params: Params, dtype: str) -> Params:
         shardings = make_shardings(params, mesh)

@@ -42,6 +42,9 @@ class LossFn(Protocol):
     ) -> tuple[jax.Array, Metrics]:
         """Returns scalar loss, and scalar metrics, in float32."""
 
+    def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
+        """Names of the arrays of a batch that the loss reads."""
+
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
     ) -> dict[str, jax.ShapeDtypeStruct]:

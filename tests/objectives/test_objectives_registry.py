@@ -280,3 +280,12 @@ def test_a_metric_that_is_not_per_example_is_found_by_the_tests(pairs):
         Reduced()(pairs, Schedule.scaled_linear())
     with pytest.raises(TypeCheckError, match="Integer"):
         Schedule.scaled_linear().snr(jnp.zeros(2))
+
+
+def test_a_limit_holds_however_an_objective_is_made():
+    with pytest.raises(
+        UserError, match=r"config\.objective\.beta = -1\.0: must be a finite number, above zero"
+    ):
+        dpo.DiffusionDPO(beta=-1.0)
+    with pytest.raises(UserError, match=r"config\.objective\.reduction = 'median': unknown"):
+        dataclasses.replace(dpo.DiffusionDPO(), reduction="median")

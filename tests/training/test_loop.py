@@ -15,8 +15,8 @@ class Numbers:
     def __init__(self):
         self.last = 0
 
-    def next(self, policy):
-        del policy
+    def next(self, params):
+        del params
         self.last += 1
         return self.last
 
@@ -160,5 +160,5 @@ def test_the_profiler_is_told_of_each_further_step():
     told = []
     profiler = SimpleNamespace(before=lambda step, state: told.append((step, state.step)))
     fit(count, start(), Numbers(), steps=3, hooks=[Profile(profiler)])
-    assert told == [(2, 1), (3, 2)]
+    assert told == [(1, 0), (2, 1), (3, 2)]
     assert not Profile(profiler).due(Moment(3, last=True))

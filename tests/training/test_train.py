@@ -309,3 +309,11 @@ def test_pictures_are_drawn_beside_the_base_and_do_not_change_the_run(shallow_mo
     assert record["host_memory_peak_gib"] > 0.1
     assert 0 <= record["data_wait"] <= 1
     assert record["tflops_per_device"] > 0
+
+
+def test_no_step_waits_for_the_checkpoint_that_is_being_written(config, train, tmp_path, monkeypatch):
+    waits, wait = [], Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "latest_step", lambda self: waits.append("asked") or None)
+    monkeypatch.setattr(Checkpoints, "wait", lambda self: wait(self))
+    train(config, tmp_path)
+    assert waits == ["asked"]  # once, to resume

@@ -99,7 +99,7 @@ class Tfds(Selection):
                 winner=example[self.winner],
                 loser=example[self.loser] if self.loser else None,
                 preference=float(example.get(self.preference, 1.0)),
-                key=key.decode() if isinstance(key, bytes) else str(key),
+                key=key.decode(errors="backslashreplace") if isinstance(key, bytes) else str(key),
             )
 
 

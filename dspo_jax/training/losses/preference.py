@@ -140,6 +140,10 @@ class PreferenceLoss:
         policy = run(policy_params(task, params, reference))
         return policy, run(cast(task, reference)) if self.needs_reference else None
 
+    def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
+        """Names of the arrays of a batch that the loss reads."""
+        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", "index")
+
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
     ) -> dict[str, jax.ShapeDtypeStruct]:
