@@ -43,7 +43,7 @@ def make_predictions(drift: float) -> Predictions:
 
 
 def prediction_gradient(predictions: Predictions, name: str, **hyperparameters: float) -> np.ndarray:
-    """Gradient of the mean loss with respect to the policy's predictions, flat, float64."""
+    """Computes the mean loss's gradient with respect to the policy's predictions, flat, float64."""
     objective, schedule = get_objective(name, **hyperparameters), Schedule.scaled_linear()
 
     def mean_loss(policy: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def prediction_gradient(predictions: Predictions, name: str, **hyperparameters: 
 
 
 def compare(predictions: Predictions, **hyperparameters: float) -> tuple[float, float]:
-    """Cosine of DSPO's gradient with SFT's, and the norm of their difference over that of SFT's."""
+    """Computes the cosine of DSPO's and SFT's gradients, and their difference's norm over SFT's."""
     dspo = prediction_gradient(predictions, "dspo", **hyperparameters)
     sft = prediction_gradient(predictions, "sft")
     norms = np.linalg.norm(dspo), np.linalg.norm(sft)

@@ -88,7 +88,7 @@ def family(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> float:
-    """GiB that a process and its descendants hold, what they share counted once."""
+    """Measures the GiB that a process and its descendants hold; shared memory counts once."""
     total = 0
     for member in family(pid):
         try:

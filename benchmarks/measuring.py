@@ -131,7 +131,7 @@ def make_result(
 
 
 def torch_device(platform: str) -> Any:
-    """torch's device of a JAX platform ("cpu" or "gpu"), with TF32 where XLA takes it for float32 too.
+    """Returns torch's device for a JAX platform ("cpu" or "gpu"), with TF32 where XLA uses it too.
 
     Raises:
       UserError: torch sees no such device.

@@ -32,7 +32,7 @@ def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., An
 
 
 def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> Any:
-    """`function`, compiled for a device that need not be here; of `arguments` shapes and dtypes count."""
+    """Compiles a function for a device that need not be here; only shapes and dtypes are read."""
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), arguments
     )

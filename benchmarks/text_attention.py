@@ -38,7 +38,7 @@ REARRANGED = ("transpose", "convert", "copy", "pad", "slice", "concatenate")
 
 
 def lower_layer(device: Any, case: tuple[int, int, int, int], images: int) -> jax.stages.Lowered:
-    """Forward and backward of one layer, for a device of `absent_gpu.find_devices`."""
+    """Lowers forward and backward of one layer, for a device of `absent_gpu.find_devices`."""
     queries, heads, size, width = case
     features = heads * size
     mesh = make_mesh({}, [device])

@@ -117,7 +117,7 @@ def flag(default: bool, **more: Unpack[_More]) -> Key:
 
 
 def fixed(*allowed: object) -> Key:
-    """One of a few values, for which the computation here is the class's; the first is the default."""
+    """Makes a key for a few values that are computed as by the class; the first is the default."""
     return Key(allowed[0], allowed=allowed)
 
 

@@ -24,8 +24,10 @@ class Dataset:
     manifest: Mapping[str, Any]
 
     def buckets(self, split: str) -> dict[str, int]:
-        """The number of examples of each image size, "HEIGHTxWIDTH" in pixels; {} where a split is absent or
-        empty. A dataset without buckets has one, its square."""
+        """Counts the examples of each image size, "HEIGHTxWIDTH" in pixels; a square without buckets.
+
+        {} where the split is absent or empty.
+        """
         counts: dict[str, int] = {}
         for bucket, shard in self._shards(split):
             counts[bucket] = counts.get(bucket, 0) + shard["num_examples"]

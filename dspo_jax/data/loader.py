@@ -48,7 +48,7 @@ class BatchIterator:
         return self
 
     def __next__(self) -> HostBatch:
-        """The next batch, with one array more: `index` [B] int64, the examples' positions in the stream.
+        """Returns the next batch, with `index` [B] int64: the positions of its examples in the stream.
 
         They are unique over the run and seed what is drawn for an example. With several processes B is the
         process's share.
@@ -166,8 +166,9 @@ def train_batches(
 def eval_batches(
     datasets: Sequence[Dataset], *, batch_size: int, split: str = "validation", num_threads: int = 2
 ) -> BatchIterator:
-    """One pass over a split in stored order, one dataset after another; with buckets, one bucket after
-    another. The last batch (of a bucket) is smaller where the batch size does not divide it.
+    """Makes one pass over a split in stored order, dataset after dataset or bucket after bucket.
+
+    The last batch (of a bucket) is smaller where the batch size does not divide it.
 
     Arguments and errors as for `train_batches`, but a dataset without the split is passed over if another has
     it.

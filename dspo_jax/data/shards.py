@@ -225,7 +225,7 @@ def verify_shards(
 
 
 def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[str]) -> bool:
-    """Whether `out` already holds exactly the dataset about to be written, intact; else it is to be written.
+    """Returns whether `out` holds exactly the dataset about to be written, intact.
 
     Args:
       out: the output folder.

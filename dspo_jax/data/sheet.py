@@ -129,7 +129,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list
 def choose_examples(
     directory: Path, splits: Sequence[str], count: int, seed: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Random examples of the splits, all examples being as likely, with the names of their splits, in order.
+    """Draws random examples of the splits, each as likely, in order, with the names of their splits.
 
     Raises:
       UserError: there is none, or a split does not fit the manifest.

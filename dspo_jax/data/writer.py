@@ -93,7 +93,7 @@ class DatasetWriter:
         return sum((Counter(note["skipped"]) for note in notes), Counter())
 
     def is_written(self, split: str, number: int) -> bool:
-        """Whether a shard is finished; one whose files are not as they were written is not, from now on."""
+        """Returns whether a shard is finished; if its files have changed, it no longer is."""
         if not self._note(split, number).exists():
             return False
         for file in self._read_note(split, number)["files"]:
@@ -189,7 +189,7 @@ class DatasetWriter:
         return complete
 
     def _drop_empty_buckets(self, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A split's files by bucket, without those of a bucket that no image of the split fell into."""
+        """Drops the files of buckets that no image of the split fell into."""
         kept = []
         for bucket in self._buckets or [None]:
             of_bucket = [file for file in files if file.get("bucket") == bucket]

@@ -145,7 +145,7 @@ def _draw_panels(evaluation: Evaluation, draw: Callable[[Axes, str], None], boxe
 
 
 def _draw_rejection(evaluation: Evaluation) -> Figure:
-    """The best of n draws of the base against one of the model; Fig. S5 of Diffusion-DPO's supplement."""
+    """Draws the best of n of the base against one of the model; Fig. S5 of Diffusion-DPO's supplement."""
     colours = _colours(evaluation)
 
     def draw(axes: Axes, name: str) -> None:

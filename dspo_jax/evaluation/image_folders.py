@@ -49,7 +49,7 @@ class Images:
 
 
 def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> Images:
-    """The files of every prompt with seeds 0, 1, ... in a folder that holds these and no other images.
+    """Finds the files of every prompt with seeds 0, 1, ... in a folder that holds no other images.
 
     Raises:
       FileNotFoundError: no such folder, or an image is missing.

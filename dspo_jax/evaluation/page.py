@@ -31,7 +31,7 @@ figcaption { font-size: 13px; overflow-wrap: anywhere; }
 
 
 def make_page(evaluation: Evaluation, out: Path, figures: Sequence[str]) -> str:
-    """The page as HTML, without scripts and with nothing from elsewhere; images are linked relative to `out`.
+    """Makes the page as HTML, without scripts or anything from elsewhere; images are linked from `out`.
 
     Args:
       evaluation: what is shown.

@@ -91,7 +91,7 @@ SETS = {
 
 
 def read_prompt_set(text: str, images: Path, *, allow_outside: bool = False) -> PromptSet:
-    """A published set, `NAME=WHERE`; or the prompts of a file, or one prompt, as `read_prompts` has them.
+    """Reads a published set, `NAME=WHERE`; or the prompts of a file, or one prompt, as `read_prompts`.
 
     Args:
       text: of a set, NAME is a key of `SETS`, WHERE its file, the folder of its files (searched with its

@@ -35,7 +35,7 @@ def attention(
     causal: bool = False,
     visible: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with a float32 softmax.
+    """Computes scaled dot-product attention with a float32 softmax.
 
     Long sequences are worked through in parts, whose weights are computed again in the backward pass: for
     Stable Diffusion 1.5 at 512 pixels the weights of one layer and one image are half a gigabyte.
@@ -113,7 +113,7 @@ def choose(
 
 
 def _kernel_of(kind: DeviceKind) -> str | None:
-    """The kernel that a device has; cuDNN's needs Ampere or later, and AMD's GPUs have no such number."""
+    """Names the kernel of a device; cuDNN's needs Ampere or later, and AMD's GPUs have no such number."""
     if kind.platform == "tpu":
         return "flash"
     return "cudnn" if kind.capability >= (8, 0) else None

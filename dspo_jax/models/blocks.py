@@ -234,7 +234,7 @@ _FEWEST_CHANNELS_ON_TPU = 256
 
 
 def _merges_rows(batch: int, channels: int) -> bool:
-    """Whether `convolve_doubled` takes less time on the device that the program being traced is for."""
+    """Returns whether `convolve_doubled` is faster on the device that the program is traced for."""
     device = current_device_kind(batch)
     if device is None:
         return False

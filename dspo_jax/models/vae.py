@@ -178,7 +178,7 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = conv2d(channels, channels, 1, rngs=rngs)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [B, H, W, 3] in [-1, 1] -> mean and deviation of the posterior, each [B, h, w, C]."""
+        """Encodes images [B, H, W, 3] in [-1, 1]: mean and deviation of the posterior, each [B, h, w, C]."""
         h = self.encoder(images)
         if hasattr(self, "quant_conv"):
             h = self.quant_conv(h)
@@ -187,7 +187,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, C] in the VAE's units (UNet units / scaling_factor) -> images [B, H, W, 3]."""
+        """Decodes latents [B, h, w, C] in VAE units (UNet units / scaling_factor) to images [B, H, W, 3]."""
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
@@ -296,7 +296,7 @@ class AutoencoderTiny(nnx.Module):
         self.decoder = _tiny_decoder(cfg, rngs=rngs)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images [B, H, W, 3] in [-1, 1] -> latents [B, h, w, C] and their deviation, which is zero."""
+        """Encodes images [B, H, W, 3] in [-1, 1]: latents [B, h, w, C] and their deviation, which is zero."""
         latents = self.encoder((images + 1) / 2)
         return latents, jnp.zeros_like(latents)
 

@@ -172,7 +172,7 @@ def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _profiles(records: Records, name: str) -> dict[int, dict[int, float]]:
-    """Step -> timestep -> value of a validation scalar that is given by timestep bin."""
+    """Reads a validation scalar that is given by timestep bin: step -> timestep -> value."""
     profiles: dict[int, dict[int, float]] = {}
     for record in records:
         for key, value in record.items():

@@ -40,7 +40,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None for one that is not in `PEAK_FLOPS`."""
+    """Returns the peak bfloat16 FLOP/s of a device; None for one that is not in `PEAK_FLOPS`."""
     for kind, peak in PEAK_FLOPS.items():
         if re.fullmatch(kind, device.device_kind):
             return peak

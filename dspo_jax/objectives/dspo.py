@@ -140,7 +140,7 @@ class DSPO(_ScoreMatching):
     def _match_gated_score(
         self, predictions: Predictions, schedule: Schedule, data: Float32[Array, "b p h w c"]
     ) -> LossAndMetrics:
-        """Loss and metrics where the coefficient is s G; `data` [B, P, h, w, C] takes the target's part."""
+        """Computes loss and metrics with the coefficient s G; `data` [B, P, h, w, C] replaces the target."""
         margin = reward_margin(
             predictions,
             schedule,

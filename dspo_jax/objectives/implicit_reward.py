@@ -21,12 +21,12 @@ def reduce_image(values: Float32[Array, "*images h w c"], reduction: str) -> Flo
 
 
 def squared_error(predictions: Predictions, reduction: str) -> Float32[Array, "b p"]:
-    """SE of the policy, [B, P]."""
+    """Computes SE of the policy, [B, P]."""
     return reduce_image(jnp.square(predictions.policy - predictions.target), reduction)
 
 
 def error_drift(predictions: Predictions, reduction: str) -> Float32[Array, "b p"]:
-    """SE of the policy minus SE of the reference, [B, P].
+    """Computes SE of the policy minus SE of the reference, [B, P].
 
     Computed as (e - r)(e + r - 2y): exactly zero where e = r however the compiler orders the two sums, and
     free of the cancellation that at beta = 5000 would put rounding errors of SE into the logit.

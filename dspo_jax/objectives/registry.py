@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def get_objective(name: str, **arguments: object) -> Objective:
-    """The objective called `name`, with the given hyperparameters and its own defaults for the others.
+    """Makes the objective called `name`, with the given hyperparameters and defaults for the others.
 
     Raises:
       UserError: Unknown name or argument, or a value out of range; the message gives the nearest valid name.

@@ -111,7 +111,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose leading axis is the global batch: split over (`data`, `fsdp`)."""
+    """Returns the sharding of an array with the global batch as leading axis: over (`data`, `fsdp`)."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 

@@ -144,7 +144,7 @@ class Pipeline:
         return self.vae.settings["scaling_factor"]
 
     def read_params(self, component: str, dtype: str | None = None) -> Params:
-        """The weights of "unet", "vae" or a text encoder as arrays; `dtype` None keeps the stored one."""
+        """Reads the weights of "unet", "vae" or a text encoder as arrays, in `dtype` or as stored."""
         trained = self.trained.get(component, {})
         if trained and not lora.find_ranks(trained):
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
@@ -158,7 +158,7 @@ class Pipeline:
         return self.tokenizers[0].length
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids [N, E, S] int32 of N captions; longer ones are cut at S tokens, with a warning."""
+        """Tokenizes N captions to ids [N, E, S] int32; longer ones are cut at S tokens, with a warning."""
         # The other tokenizers differ in the padding token alone.
         too_long = self.tokenizers[0].find_long(captions)
         if too_long:
@@ -288,7 +288,7 @@ class Pipeline:
         *,
         remat: str = "none",
     ) -> jax.Array:
-        """The denoiser's output for noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
+        """Runs the denoiser on noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
 
         Args:
           params: by component.

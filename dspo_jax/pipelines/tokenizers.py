@@ -80,11 +80,11 @@ class CaptionTokenizer:
         return caption
 
     def digest(self) -> str:
-        """SHA-256 of its tokens and how they are merged: the same in whichever files they are saved."""
+        """Hashes tokens and merges (SHA-256): the same in whichever files they are saved."""
         return _digest(self.tokenizer)
 
     def digest_files(self) -> str | None:
-        """SHA-256 of vocab.json and merges.txt; None where the tokenizer has more than these two files say.
+        """Hashes vocab.json and merges.txt (SHA-256); None where the tokenizer has more tokens than these.
 
         Shards that were encoded before dspo_jax wrote `digest` have it in their manifest.
         """

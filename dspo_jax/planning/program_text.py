@@ -134,7 +134,7 @@ def array_bytes(type_: str) -> int:
 
 
 def assigned_bytes(text: str) -> tuple[int, int]:
-    """Bytes of a device's main memory, by XLA's text of a program's buffers: (of arguments, of all)."""
+    """Counts a device's bytes of main memory, by XLA's text of the buffers: (of arguments, of all)."""
     arguments = everything = 0
     for size, kind in _ALLOCATION.findall(text):
         if "color " not in kind:  # another memory of the device
@@ -178,7 +178,7 @@ def _elements(type_: str) -> list[str]:
 
 
 def loop_factor(instructions: Iterable[Instruction]) -> float:
-    """Estimated cycles of the program over those that count each loop once; 1 where nothing is estimated."""
+    """Divides the program's estimated cycles by those with each loop once; 1 without an estimate."""
     once = often = 0
     for instruction in instructions:
         if cycles := _CYCLES.search(instruction.rest):
@@ -188,7 +188,7 @@ def loop_factor(instructions: Iterable[Instruction]) -> float:
 
 
 def kernels(instructions: Iterable[Instruction]) -> list[tuple[str, list[tuple[int, ...]], int, int]]:
-    """The TPU kernels that are not XLA's: (name, shapes of the operands, bytes in and out, how often)."""
+    """Lists TPU kernels that are not XLA's: (name, shapes of the operands, bytes in and out, how often)."""
     found = []
     for instruction in instructions:
         if 'custom_call_target="tpu_custom_call"' in instruction.rest:

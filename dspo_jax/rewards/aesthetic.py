@@ -47,7 +47,7 @@ def load(folder: Path, batch_size: int) -> Reward:
 
 
 def apply_head(head: Params, images: jax.Array) -> jax.Array:
-    """Image embeddings [B, D] of length one -> scores [B]. Pure."""
+    """Scores image embeddings [B, D] of length one, [B]. Pure."""
     for layer in _LAYERS:
         images = images @ head[layer]["kernel"] + head[layer]["bias"][None]
     return images[:, 0]
@@ -79,7 +79,7 @@ def check_head(file: Path, stored: Mapping[str, Tensor], features: int) -> dict[
 
 
 def read_head(file: Path, features: int) -> Params:
-    """The kernels and biases by layer, float32, of the published file or of the one in a reward's folder.
+    """Reads kernels and biases by layer, float32, from the published file or a reward's folder.
 
     Raises:
       FileNotFoundError: no such file.

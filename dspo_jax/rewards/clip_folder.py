@@ -48,7 +48,7 @@ class ClipReward:
         return (images * normalize(self.model.apply(params, tokens).pooled)).sum(-1)
 
     def prepare(self, transform: Transform) -> Callable[[Image.Image], np.ndarray]:
-        """`transform` to the size of this model's images."""
+        """Prepares a picture with `transform`, at the size of this model's images."""
         size = self.model.settings["vision"]["image_size"]
         return lambda image: transform(image, size)
 
@@ -60,7 +60,7 @@ class ClipReward:
         batch_size: int,
         clean: Callable[[str], str] = str,
     ) -> Reward:
-        """The reward that `network` gives of pixels and token ids; `clean` is applied to prompts first.
+        """Makes the reward of a network over pixels and token ids; `clean` is applied to prompts first.
 
         Raises:
           FileNotFoundError, UserError: as `read_tokenizer`.

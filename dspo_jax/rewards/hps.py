@@ -24,7 +24,7 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt with straight quotes and without HTML's entities, as its tokenizer gets it in the package.
+    """Straightens a prompt's quotes and reads HTML's entities, as the package does before its tokenizer.
 
     There, ftfy repairs more, such as broken encodings, ligatures and full-width letters. None of the 2,198
     prompts of PartiPrompts and of ImageReward's two lists needs that; 15 have the quotes.

@@ -209,7 +209,7 @@ def _read_vocabulary(file: Path) -> list[str]:
 
 
 def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
-    """BERT's uncased tokenizer of a vocabulary, with what BLIP adds; its ids are below `embeddings`."""
+    """Reads BERT's uncased tokenizer with the tokens of BLIP; ids must be below `embeddings`."""
     rows = {token: row for row, token in enumerate(_read_vocabulary(file))}
     missing = [token for token in _SPECIAL if token not in rows]
     fault = f"has no {missing[0]}" if missing else f"has {len(rows)} tokens"

@@ -69,7 +69,7 @@ def score_files(
 
 
 def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
-    """The picture [H, W, 3] uint8, transparency over white; or [H, W, 4] where it has one that is to be kept.
+    """Reads a picture [H, W, 3] uint8, transparency over white; or [H, W, 4] if transparency is kept.
 
     Raises:
       UserError: it cannot be read.
@@ -81,7 +81,7 @@ def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
 
 
 def _how(reward: Reward) -> dict[str, Any]:
-    """The identity of a kept score. Rows without `reads_alpha` are scores of images laid over white."""
+    """Identifies a kept score. Rows without `reads_alpha` are scores of images laid over white."""
     return {"version": reward.version, "reads_alpha": reward.reads_alpha}
 
 

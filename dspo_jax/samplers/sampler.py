@@ -218,7 +218,7 @@ class Sampler:
         return jnp.arange(self.timesteps.shape[0], dtype=jnp.int32)
 
     def _step(self, predict: Predict, noise: Noise | None) -> Callable[[State, jax.Array], State]:
-        """One step as a function of the state and of the call's number."""
+        """Makes one step as a function of the state and of the call's number."""
         if self.step_noise is not None and noise is None:
             raise UserError("noise = None: this sampler adds noise at every step; pass noise(i)")
 

@@ -167,7 +167,7 @@ def _timesteps_of(schedule: Schedule, sigmas: np.ndarray) -> np.ndarray:
 
 
 def _schedule_sigmas(schedule: Schedule) -> np.ndarray:
-    """Sigma of every timestep, [T] float64."""
+    """Computes sigma of every timestep, [T] float64."""
     alpha_bar = schedule_alphas(schedule)
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 

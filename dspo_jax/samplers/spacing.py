@@ -99,7 +99,7 @@ def check_sampler_config(config: Mapping[str, Any]) -> None:
 
 
 def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler_config.json with the defaults of the keys that it lacks; `defaults` go before the table's.
+    """Fills a scheduler_config.json with defaults; `defaults` go before those of the table.
 
     Raises:
       UserError: As `check_sampler_config`.

@@ -13,7 +13,7 @@ def log_probability(
     mean: Float[Array, "B h w C"],
     deviation: Float[Array, "*calls"],
 ) -> Float32[Array, " B"]:
-    """Log-probability of reaching latents by a step of `Sampler.transition`.
+    """Computes the log-probability of reaching latents by a step of `Sampler.transition`.
 
     It is the density of the Gaussian, summed over the D = h w C numbers of an image's latents, as DDPO (Black
     et al. 2023) and DPOK (Fan et al. 2023) print it; their released code takes the mean, smaller by D.

@@ -177,7 +177,7 @@ def decode_in_tiles(
 
 
 def _tile_starts(whole: int, side: int) -> list[int]:
-    """Where tiles begin: evenly spread, so that the last ends at the end and all overlap by the share."""
+    """Spreads the starts of tiles evenly: the last ends at the end, and all overlap by the share."""
     step = max(1, round(side * (1 - _OVERLAP)))
     count = 1 + -(-(whole - side) // step)
     return np.linspace(0, whole - side, count).round().astype(int).tolist()

@@ -78,7 +78,7 @@ def read_drawing_flags(
 
 
 def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: float) -> list[Prompt]:
-    """The prompts with the one image given for all of them; refuses a mixture, and a strength without."""
+    """Gives all prompts the one image; refuses a mixture, and a strength without an image."""
     if init_image is not None:
         if not Path(init_image).is_file():
             raise FileNotFoundError(f"--init_image={init_image}: no such file")

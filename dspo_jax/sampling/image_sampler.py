@@ -120,7 +120,7 @@ class ImageSampler:
         image_latents: np.ndarray | None = None,
         params: Params | None = None,
     ) -> jax.Array:
-        """Final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
+        """Draws final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
 
         Args:
           requests: B of them; with a mesh a multiple of the ways it splits a batch.

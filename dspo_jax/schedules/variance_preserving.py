@@ -86,7 +86,7 @@ class Schedule:
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
     ) -> "Schedule":
-        """Stable Diffusion's schedule: sqrt(beta) runs linearly from its start to its end.
+        """Makes Stable Diffusion's schedule: sqrt(beta) runs linearly from its start to its end.
 
         Raises:
           UserError: A value is out of range; the message names it.
@@ -168,7 +168,7 @@ class Schedule:
     def add_noise(
         self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
     ) -> Float32[jax.Array, "*image"]:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, of the shape of `x0`."""
+        """Returns x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, of the shape of `x0`."""
         signal, sigma = self._scales(t, x0)
         return signal * x0 + sigma * noise
 
@@ -200,12 +200,12 @@ class Schedule:
         return signal * prediction + sigma * x_t
 
     def snr(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """Signal-to-noise ratio abar_t / (1 - abar_t), of the shape of `t`."""
+        """Returns the signal-to-noise ratio abar_t / (1 - abar_t), of the shape of `t`."""
         alpha_bar = jnp.take(self.alphas_cumprod, t)
         return alpha_bar / (1 - alpha_bar)
 
     def min_snr_weight(self, t: Integer[ArrayLike, "*t"], gamma: float) -> Float32[jax.Array, "*t"]:
-        """Min-SNR-gamma: the weight of the squared error of the prediction, of the shape of `t`.
+        """Returns the Min-SNR-gamma weight of the prediction's squared error, of the shape of `t`.
 
         It is min(SNR, gamma) for the error of x_0 (Hang et al. 2023, arXiv 2303.09556): what a constant
         weight of eps comes to, but no more than gamma. An error of x_0 is one of eps divided by sqrt(SNR),
@@ -235,7 +235,7 @@ class Schedule:
         return weight if self.prediction_type == "epsilon" else at * weight
 
     def score_ratio(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """DSPO's B(t), of the shape of `t`: the weight of the data score against the preference score.
+        """Returns DSPO's B(t), of the shape of `t`: weight of the data score against the preference score.
 
         The policy-to-data score difference is -(e - y) / sqrt(1 - abar_{t-1}) (Eq. 27), the gradient of the
         implicit reward -lam c (e - r) with c = beta_t / (sigma^2 sqrt(alpha_t (1 - abar_t))) (Eq. 26 with the
@@ -250,14 +250,14 @@ class Schedule:
         return jnp.sqrt((1 - beta) * (1 - before) / (1 - at))
 
     def denoising_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """DSPO's weight A(t) B(t)^2 of ||e - y||^2 where no preference acts, of the shape of `t`.
+        """Returns DSPO's weight A(t) B(t)^2 of ||e - y||^2 without a preference, of the shape of `t`.
 
         A(t) is `reward_weight` and B(t) `score_ratio`; for eps the product is beta_t / (1 - abar_t).
         """
         return self.reward_weight(t) * jnp.square(self.score_ratio(t))
 
     def _scales(self, t: ArrayLike, like: Array) -> tuple[jax.Array, jax.Array]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against `like`."""
+        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against `like`."""
         t = jnp.asarray(t)
         if t.shape != like.shape[: t.ndim]:
             raise UserError(
@@ -267,6 +267,6 @@ class Schedule:
         return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
 
     def _step(self, t: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """abar before, abar at, and beta of the reverse step that leaves `t`, with t = 0 taken as 1."""
+        """Returns abar before, abar at, and beta of the reverse step that leaves `t`; t = 0 is taken as 1."""
         t = jnp.maximum(jnp.asarray(t), 1)
         return jnp.take(self.alphas_cumprod, t - 1), jnp.take(self.alphas_cumprod, t), jnp.take(self.betas, t)

@@ -51,7 +51,7 @@ def lower_step(
 
 
 def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float | None:
-    """FLOPs of the model for an example: forward and backward of the policy, forward of the reference.
+    """Counts the model's FLOPs for an example: policy forward and backward, reference forward.
 
     The backward pass of a network counts as two forward passes, or as one where adapters alone are trained
     and kernels get no gradients. What rematerialisation computes again does not count, nor the optimizer.

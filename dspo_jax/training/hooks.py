@@ -243,7 +243,7 @@ class Profile:
         self._profiler = profiler
 
     def due(self, at: Moment) -> bool:
-        """Tells whether a step follows."""
+        """Returns whether a step follows."""
         return not at.last
 
     def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:

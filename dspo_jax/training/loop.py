@@ -14,11 +14,11 @@ class Stream(Protocol):
     """A source of batches whose position can be saved."""
 
     def next(self, params: Params) -> Batch:
-        """The next batch, on the devices.
+        """Returns the next batch, on the devices.
 
         Args:
-          params: what is trained, for streams that sample from it; `policy_params` joins it with the
-            reference. The next update donates it, so it must not be kept.
+          params: the trained parameters, for streams that sample from them; `policy_params` joins them with
+            the reference. The next update donates them, so they must not be kept.
         """
 
     def get_state(self) -> str:

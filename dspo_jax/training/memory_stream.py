@@ -34,7 +34,7 @@ class MemoryStream:
         self._next_batch = 0
 
     def next(self, params: Params) -> Batch:
-        """The next batch, with the positions of its examples as `index` [B] uint32; `params` are not read."""
+        """Returns the next batch, with positions of its examples as `index` [B] uint32; ignores `params`."""
         del params
         share, shares = batch_share(self._mesh)
         size = self._batch_size // shares

@@ -114,7 +114,7 @@ def train_step(
 def mean_gradient(
     params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
 ) -> tuple[tuple[jax.Array, Metrics], Params]:
-    """Loss and metrics of a batch and the gradient of the loss in float32, part by part where it is split."""
+    """Computes loss, metrics and float32 gradient of a batch, part by part where it is split."""
     grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 
     def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:

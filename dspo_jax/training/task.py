@@ -129,7 +129,7 @@ def predict(task: Task, params: Params, noisy: jax.Array, timesteps: jax.Array, 
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:
-    """The policy as `predict` takes it: trained parameters in the compute dtype, the rest of the reference.
+    """Merges trained parameters with the reference's others, in the compute dtype, for `predict`.
 
     Until the first update its numbers are the reference's (`settings.parse` sees to the dtypes).
     """

@@ -169,7 +169,7 @@ class Validator:
     def _judge_examples(
         self, policy: Params, reference: Params | None, examples: Mapping[str, Any], timestep: int
     ) -> np.ndarray:
-        """[2 or 1 (no reference), B, P] on the host; a short last batch is filled with its first example."""
+        """Judges a batch, [2 or 1 (no reference), B, P]; a short batch is filled with its first example."""
         count = len(examples["index"])
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
         share, shares = batch_share(self._mesh)

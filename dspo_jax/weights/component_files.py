@@ -84,7 +84,7 @@ def _choose(folder: Path, class_name: str) -> list[Path]:
 
 
 def find_weights(folder: Path, class_name: str) -> list[Path]:
-    """The safetensors files of a component: one, or an index and its shards; none where it has no weights.
+    """Finds a component's safetensors files: one, or an index and its shards; none without weights.
 
     Raises:
       FileNotFoundError: it has weights in other formats only.
@@ -139,7 +139,7 @@ def _find_remedy(names: Iterable[str]) -> str:
 
 
 def _list_hub_files(repository: str, component: str) -> list[str]:
-    """Names of a component's files on the hub, of which only what is read is downloaded; none offline."""
+    """Lists a component's files on the hub, of which only some are downloaded; none offline."""
     import huggingface_hub  # slow to import, and needed here only
     from huggingface_hub.errors import HFValidationError
 

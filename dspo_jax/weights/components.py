@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model(folder: Path, default_class: str = "none named") -> Model:
-    """The architecture described by `folder/config.json`, of `default_class` where that names no class."""
+    """Builds the architecture of `folder/config.json`, of `default_class` where no class is named."""
     config = read_config(folder)
     named = config.get("_class_name") or config.get("architectures") or default_class
     class_name = named[0] if isinstance(named, list) else named
@@ -80,7 +80,7 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
 
 
 def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A component under torch's names, with adapters added to their layers' kernels, which become float32.
+    """Adds adapters to their layers' kernels, which become float32, under torch's names.
 
     Args:
       stored: the component's tensors under torch's names.

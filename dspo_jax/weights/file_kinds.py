@@ -95,7 +95,7 @@ def find_kind(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _find_inversion(tensors: Mapping[str, Tensor]) -> str | None:
-    """A textual inversion is a few vectors of a text encoder's width, named after the word or the encoder."""
+    """Finds a textual inversion: a few vectors of a text encoder's width."""
     widths = {tensor.shape[-1] for tensor in tensors.values() if 1 <= len(tensor.shape) <= 2}
     small = len(tensors) <= 2 and widths and widths <= {768, 1024, 1280}
     return "a textual inversion: words for another model" if small else None

@@ -53,7 +53,7 @@ def is_hub_id(model: str | Path) -> bool:
 
 
 def find_model(model: str | Path) -> Path:
-    """The local folder of a model: itself, or a hub id's download (safetensors only) in the hub's cache.
+    """Finds a model's local folder: itself, or a hub id's download (safetensors only) in the cache.
 
     Raises:
       OSError: a hub id that cannot be downloaded and was not before; environment variables of huggingface_hub
@@ -108,7 +108,7 @@ def list_components(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files that make up a model directory, relative to it; other copies of its weights are left out.
+    """Lists the files of a model directory, relative to it, without other copies of its weights.
 
     Optional components that diffusers could not load without what is never copied are left out, too:
     `find_unusable` has them.

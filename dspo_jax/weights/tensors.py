@@ -111,7 +111,7 @@ def index_path(path: Path) -> Path:
 
 
 def list_files(path: Path) -> list[Path]:
-    """The files that hold what `path` opens: a safetensors file alone; an index and its shards in order.
+    """Lists the files behind `path`: a safetensors file alone; an index and its shards in order.
 
     Raises:
       UserError: the index is malformed.

@@ -36,7 +36,7 @@ _DAMAGE = (
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a state dict that `torch.save` wrote (.pt, .pth, .bin).
+    """Opens the tensors of a safetensors file, or of a state dict by `torch.save` (.pt, .pth, .bin).
 
     A state dict may lie under "state_dict". It is loaded with `weights_only=True`, which builds tensors and
     plain containers and runs nothing else that a pickle may ask for.

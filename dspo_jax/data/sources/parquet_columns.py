@@ -129,7 +129,7 @@ def choose_columns(path: str, schema: pa.Schema, columns: Mapping[str, Column]) 
 
 
 def convert(path: str, array: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
-    """The values in the type of the column's kind: text as large strings, numbers as float64, flags as bool.
+    """Converts values to the type of a column's kind: large strings, float64 or bool.
 
     Raises:
       UserError: text that is not UTF-8, by its row.

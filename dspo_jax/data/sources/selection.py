@@ -26,7 +26,7 @@ def draw(seed: int, *what: str) -> float:
 
 
 def sort_splits(names: Sequence[str]) -> tuple[str, ...]:
-    """`train` and `validation` first, the others by name."""
+    """Sorts splits: `train` and `validation` first, the others by name."""
     return tuple(sorted(set(names), key=lambda name: (name not in _FIRST_SPLITS, name)))
 
 

@@ -124,7 +124,7 @@ class PreferenceLoss:
         timesteps: jax.Array,
         batch: Batch,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Outputs [B, P, h, w, C] of the policy and, for an objective that needs it, of the reference."""
+        """Runs the policy and, for an objective that needs it, the reference: outputs [B, P, h, w, C]."""
 
         def run(params: Params) -> jax.Array:
             if not self.objective.detaches_loser:
