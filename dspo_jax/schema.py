@@ -31,7 +31,7 @@ class Key:
     """A key of a config: its default, and the values that it may have.
 
     Attributes:
-      default: its value where it is absent, or `REQUIRED`.
+      default: value where the key is absent, or `REQUIRED`.
       kind: int, float (which takes an int too), bool, str or dict; None for any type.
       low, high: bounds of a number, both included.
       allowed: the values that are supported; empty for all.

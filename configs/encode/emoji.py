@@ -1,5 +1,4 @@
-"""Preference pairs of emoji for the shipped 64x64 model: real pictures, an order derived from people's
-tweets.
+"""Preference pairs of emoji for the shipped 64x64 model: real pictures, ordered by people's tweets.
 
     python -m dspo_jax.encode --config configs/encode/emoji.py --config.model=MODEL_DIR --out OUT
 

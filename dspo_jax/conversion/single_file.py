@@ -79,7 +79,7 @@ class Layout:
     Attributes:
       root: prefix of all names there.
       modules: module of the component -> module there; the longest that fits decides.
-      tensors: the same for tensors that do not follow their module.
+      tensors: tensor of the component -> tensor there, where it does not follow its module.
       passed_over: a pattern of further names below `root` that the component does not need.
     """
 
@@ -285,7 +285,7 @@ def split(
     """Returns the components of a single file under torch's names; one of which it has no tensor is absent.
 
     Args:
-      single: its tensors.
+      single: tensors of the single file.
       layouts: of all components.
       shapes: component -> name -> shape of every tensor that it needs.
 

@@ -36,8 +36,7 @@ class BatchIterator:
         num_threads: int,
         datasets: Sequence[Dataset],
     ):
-        """Takes this process's batches, what decides their order (JSON-able), how many threads read ahead,
-        and from where."""
+        """Takes this process's batches, the facts that decide their order, reading threads and datasets."""
         # The buffer counts batches: enough to cover a slow read, few enough not to matter in memory.
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         self._iterator = iter(batches.to_iter_dataset(options))

@@ -202,7 +202,7 @@ def verify_shards(
 
     Args:
       directory: the dataset.
-      manifest: its manifest if already read.
+      manifest: of the dataset, if already read.
       checksums: also compare SHA-256 sums, which reads every byte.
 
     Raises:

@@ -114,8 +114,8 @@ class DatasetWriter:
         """Writes one shard; returns the number of examples in it.
 
         Args:
-          split: its split.
-          number: its number within the split.
+          split: of the shard.
+          number: of the shard within the split.
           examples: as `shards.feature_spec` says; with buckets, the last two values of `micro_conditioning`
             say which one.
           skipped: rows left out by reason; read after the last example.

@@ -36,7 +36,7 @@ class Comparison:
     Attributes:
       base: the model or folder that the models are compared with.
       models: label -> model.
-      prompts: those with an image are edited.
+      prompts: to draw; an image of a prompt is edited.
       seeds: images of each prompt, with seeds from 0.
       base_seeds: images of the base, for rejection sampling; None is as many as of the models.
     """

@@ -47,7 +47,7 @@ def choose_pairs(
       pairs: "best_worst" compares a prompt's best with its worst; "all" every two of its images.
       temperature: 0: the higher score wins. Above it the winner is drawn, as the noisy judgements of the
         Bradley-Terry model are: P(a wins) = sigmoid((score of a - score of b) / temperature).
-      seed: of that draw.
+      seed: of the draw of winners.
     """
     draw = np.random.default_rng(seed)
     chosen = []
@@ -69,7 +69,7 @@ class Pairing:
     """Settings of labelling: images drawn of each prompt, comparisons among them, and who wins.
 
     Attributes:
-      images_per_prompt: their seeds begin at 1000; those of evaluations at 0.
+      images_per_prompt: images drawn, with seeds from 1000 on; seeds of evaluations begin at 0.
       pairs, temperature: see `choose_pairs`.
     """
 

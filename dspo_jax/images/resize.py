@@ -18,8 +18,8 @@ def prepare_image(
       flip: whether to mirror it left to right.
 
     Returns:
-      Pixels [height, width, 3] uint8, and what SDXL is told about it, [6] int32: original height and width,
-      top and left of the crop in the resized image, target height and width.
+      Pixels [height, width, 3] uint8, and the micro-conditioning of SDXL, [6] int32: original height and
+      width, top and left of the crop in the resized image, target height and width.
 
     Raises:
       BadRow: "image too narrow": the resized image would be over the pixel limit.

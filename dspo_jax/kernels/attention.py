@@ -84,7 +84,7 @@ def choose(
     Args:
       kind: what the program is for, or None where no kernel can be called.
       query: shape of the queries, [B, T, H, D].
-      keys: their number S.
+      keys: number S of keys.
       dtype: of all three.
       causal, masked: as the call asks.
       wanted: the backend of every call that it can compute; None leaves the choice to the rule.

@@ -69,9 +69,9 @@ class Model:
     """An architecture built from a config.json.
 
     Attributes:
-      class_name: its class in diffusers or transformers.
+      class_name: class in diffusers or transformers.
       config: the parsed config.json.
-      settings: the same with defaults filled in and lists for each level spelled out, as the modules read it.
+      settings: the config with defaults and with lists for each level, as the modules read it.
 
     Parameters may hold adapters (models/lora.py) besides what `abstract_params` names.
     """

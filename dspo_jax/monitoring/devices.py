@@ -53,7 +53,7 @@ class Chip:
 
     Attributes:
       hbm: usable bytes of memory, as the TPU compiler reports them for a program that is too large.
-      bandwidth: of that memory, bytes/s.
+      bandwidth: of the memory, bytes/s.
       links: of all links to other chips together, in one direction, bytes/s.
       lanes: side of the matrix unit, to which a kernel's products are padded.
     """

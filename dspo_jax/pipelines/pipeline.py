@@ -56,7 +56,7 @@ class Pipeline:
         dropped caption in training, and in sampling for a negative prompt that is not given.
       trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
         the adapters.
-      step: of that run; None for a plain folder.
+      step: of the training run; None for a plain folder.
     """
 
     path: Path

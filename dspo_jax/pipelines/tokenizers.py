@@ -106,7 +106,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
     """Reads a tokenizer from tokenizer.json, or from vocab.json and merges.txt where that is not there.
 
     Args:
-      folder: its folder.
+      folder: of the tokenizer.
       vocab_size: tokens that the text encoder has embeddings of.
 
     Raises:

@@ -148,7 +148,7 @@ def expected_seconds(costs: Mapping[str, float], text: str) -> float | None:
     """Returns the compiler's estimate of a program, or None where there is none.
 
     Args:
-      costs: its cost analysis.
+      costs: cost analysis of the program.
       text: of the compiled program.
     """
     # Such a call, which does nothing, is counted as -1 s: unknown.

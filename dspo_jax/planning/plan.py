@@ -35,7 +35,7 @@ class Plan:
     Attributes:
       topology: as asked for, or "present".
       device_kind: JAX's name of the device.
-      devices: their number.
+      devices: number of devices.
       mesh: size by axis.
       pairs_per_device: in a step.
       argument_bytes, temporary_bytes: None where the program was too large to be compiled.
@@ -45,7 +45,7 @@ class Plan:
       fits: whether peak_bytes is less than hbm_bytes.
       flops: of the model in a step (`costs.flops_per_example`), without what is computed twice.
       bytes_accessed: of the device's memory, as the compiler counts them.
-      compiler_seconds: its estimate of a step, as it stands.
+      compiler_seconds: the compiler's own estimate of a step.
       loop_seconds: what loops add to it that run more than once.
       kernel_seconds: what attention kernels add, at `KERNEL_EFFICIENCY`.
       collective_seconds: sending what the collectives send over all links, if nothing of it were hidden; not

@@ -58,7 +58,7 @@ def check_head(file: Path, stored: Mapping[str, Tensor], features: int) -> dict[
 
     Args:
       file: for messages.
-      stored: its tensors.
+      stored: tensors of the file.
       features: of the image embedding.
 
     Raises:

@@ -71,7 +71,7 @@ def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
     """Writes the folder of a CLIP reward.
 
     Args:
-      wanted: its weights are a transformers folder of a `CLIPModel`, or a file with open_clip's names.
+      wanted: with weights in a transformers folder of a `CLIPModel`, or a file with open_clip's names.
       features: of the embeddings; CLIPs of another size are refused.
       activation: of the layers, which a file does not tell.
 
@@ -190,7 +190,7 @@ def prepare(
     """Finds or downloads the published files of a reward.
 
     Args:
-      reward: its name.
+      reward: name of the reward.
       out: the folder to write.
       weights: a file, folder or hub id; None for the published one.
       tokenizer: a folder or hub id with it; None for that of the weights or else the published one.

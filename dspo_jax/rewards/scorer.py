@@ -30,7 +30,7 @@ class Scorer:
 
         Args:
           network: pure: (params, pixels [B, H, W, 3] float32, tokens) -> scores [B] float32.
-          params: its weights.
+          params: weights of the network.
           prepare: an RGB or RGBA picture of any size -> pixels [H, W, 3] float32.
           tokenize: B prompts -> what `network` takes as tokens: arrays with a leading axis B.
           batch_size: images in one call, filled up to a multiple of the devices.

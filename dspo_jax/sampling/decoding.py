@@ -150,7 +150,7 @@ def decode_in_tiles(
     Args:
       decode: [B, t, t, C] -> [B, scale t, scale t, 3]; traced once for the shape of a tile.
       latents: [B, h, w, C].
-      tile: its side in latents; a side of the image that is shorter is one tile.
+      tile: side of a tile in latents; a side of the image that is shorter is one tile.
       scale: pixels per latent.
 
     Returns:

@@ -23,7 +23,7 @@ def abstract_batch(
     """Returns shapes of a training batch, with their sharding.
 
     Args:
-      task: its loss says what a batch holds.
+      task: with the loss, which names the arrays of a batch.
       images: of an example.
       size: (height, width) of the images in pixels.
       batch_size: over all devices.
@@ -57,7 +57,7 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     and kernels get no gradients. What rematerialisation computes again does not count, nor the optimizer.
 
     Args:
-      task: its loss says which passes are made.
+      task: with the loss, which counts the passes.
       images: of an example.
       size: (height, width) of the images in pixels.
 

@@ -21,7 +21,7 @@ class SavedParams:
 
     Attributes:
       step: of the checkpoint.
-      path: its folder.
+      path: folder of the checkpoint.
       arrays: dotted name -> shape and dtype of every array, e.g. "unet.conv_in.kernel"; nothing is read yet.
     """
 

@@ -37,7 +37,7 @@ class Kind:
 
     Attributes:
       fits: whether a type may hold it; of a dictionary (pandas' category) the type of its values is asked.
-      words: those types, for the message.
+      words: the types in words, for messages.
       convert: an array of such a type -> the one type that sources read.
     """
 

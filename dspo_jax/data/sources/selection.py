@@ -47,7 +47,7 @@ class Candidates:
 
     Attributes:
       rows: columns `caption` (string) and `margin` (number), and whatever the source needs.
-      columns: those of `rows` that the source needs afterwards; the others are let go.
+      columns: columns of `rows` that the source needs afterwards; the others are dropped.
       left_out: rows that the source itself leaves out: a mask [n] by reason.
       identity: columns that tell the pairs of a caption apart, whatever the order of the files and rows.
       images: the columns that say which images winner and loser are; None where that is not known.
