@@ -38,7 +38,16 @@ os.environ.update(
 )
 
 # Packages whose annotated shapes and dtypes are checked at every call while the tests run.
-TYPECHECKED: tuple[str, ...] = ("dspo_jax.objectives", "dspo_jax.samplers", "dspo_jax.schedules")
+TYPECHECKED: tuple[str, ...] = (
+    "dspo_jax.models",
+    "dspo_jax.objectives",
+    "dspo_jax.pipelines",
+    "dspo_jax.samplers",
+    "dspo_jax.sampling.decoding",
+    "dspo_jax.sampling.image_sampler",
+    "dspo_jax.schedules",
+    "dspo_jax.training.losses",
+)
 install_import_hook(TYPECHECKED, "beartype.beartype")
 
 # A shell without job control ignores Ctrl-C in what it puts in the background, and the commands that tests

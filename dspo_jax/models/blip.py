@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Integer
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
@@ -249,7 +250,12 @@ class ImageReward(nnx.Module):
         self.blip = _BLIP(cfg, rngs=rngs)
         self.mlp = _Head(cfg["text_config"]["hidden_size"], cfg["head_features"], rngs=rngs)
 
-    def __call__(self, pixels: jax.Array, input_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        pixels: Float[jax.Array, "B S S 3"],
+        input_ids: Integer[jax.Array, "B T"],
+        mask: Bool[jax.Array, "B T"],
+    ) -> Float[jax.Array, " B"]:
         """Scores [B] float32 of images under texts.
 
         Args:

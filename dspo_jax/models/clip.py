@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Integer
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import LayerNorm
@@ -163,9 +164,9 @@ class TextStates(NamedTuple):
       pooled: [B, F] `last` at the end token, or [B, projection_dim] where the tower projects it.
     """
 
-    last: jax.Array
-    penultimate: jax.Array
-    pooled: jax.Array
+    last: Float[jax.Array, "B S F"]
+    penultimate: Float[jax.Array, "B S F"]
+    pooled: Float[jax.Array, "B D"]
 
 
 class CLIPTextModel(nnx.Module):
@@ -176,7 +177,7 @@ class CLIPTextModel(nnx.Module):
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 
-    def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
+    def __call__(self, input_ids: Integer[jax.Array, "B S"], *, remat: str = "none") -> TextStates:
         """Returns the states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing.
 
         `remat` is a policy of models/remat.py, by which each layer is a block.
@@ -203,7 +204,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             cfg["hidden_size"], cfg["projection_dim"], use_bias=False, rngs=rngs
         )
 
-    def __call__(self, input_ids: jax.Array, *, remat: str = "none") -> TextStates:
+    def __call__(self, input_ids: Integer[jax.Array, "B S"], *, remat: str = "none") -> TextStates:
         """Returns the states as `CLIPTextModel` does, but with `pooled` [B, projection_dim]."""
         states = super().__call__(input_ids, remat=remat)
         return states._replace(pooled=self.text_projection(states.pooled))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import LayerNorm, conv2d
@@ -124,6 +125,6 @@ class CLIPModel(CLIPTextModelWithProjection):
         )
         self.logit_scale = nnx.Param(jnp.full((), _FIRST_LOGIT_SCALE))
 
-    def encode_image(self, pixels: jax.Array) -> jax.Array:
+    def encode_image(self, pixels: Float[jax.Array, "B H W 3"]) -> Float[jax.Array, "B D"]:
         """Pixels [B, image_size, image_size, 3], normalised as its training images -> embeddings [B, D]."""
         return self.visual_projection(self.vision_model(pixels))

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
@@ -39,7 +41,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
 }
 
 
-class _SameKey:
+class _SameKey(nnx.Rngs):
     """A stand-in for `nnx.Rngs` without a draw counter, where only shapes are asked for.
 
     Under a trace the counter's every update looks through the whole program so far, so that a model with
@@ -51,6 +53,11 @@ class _SameKey:
 
     def params(self) -> jax.Array:
         return self._key
+
+
+def _as_jax(leaf: object) -> object:
+    """The modules take no NumPy arrays: theirs would index and add by NumPy's rules."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _string_keys(tree: PyTree) -> PyTree:
@@ -100,6 +107,7 @@ class Model:
 
     def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> Any:
         """Calls `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
+        params, args, kwargs = jax.tree.map(_as_jax, (params, args, kwargs))
         graph, shapes = self._variant(lora.find_ranks(params))
         state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, _nnx_keys(params))
@@ -107,8 +115,8 @@ class Model:
 
     def _variant(self, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
         def build() -> nnx.Module:
-            module = _CLASSES[self.class_name][1](self.settings, rngs=cast(nnx.Rngs, _SameKey()))
-            lora.attach(module, ranks, rngs=cast(nnx.Rngs, _SameKey()))
+            module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
+            lora.attach(module, ranks, rngs=_SameKey())
             return module
 
         key = tuple(sorted(ranks.items()))
@@ -117,7 +125,7 @@ class Model:
         return self._variants[key]
 
 
-def build_model(class_name: str, config: Mapping[str, Any]) -> Model:
+def build_model(class_name: object, config: Mapping[str, Any]) -> Model:
     """Returns the model that a config.json describes.
 
     Args:

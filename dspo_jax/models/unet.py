@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import (
@@ -158,7 +159,7 @@ class UNet2DCondition(nnx.Module):
         self.in_channels = cfg["in_channels"]
         self.time_features = channels[0]
         self.flip_sin_to_cos = cfg["flip_sin_to_cos"]
-        self.freq_shift = cfg["freq_shift"]
+        self.freq_shift = float(cfg["freq_shift"])
         temb = 4 * channels[0]
         groups, epsilon = cfg["norm_num_groups"], cfg["norm_eps"]
 
@@ -226,14 +227,14 @@ class UNet2DCondition(nnx.Module):
 
     def __call__(
         self,
-        sample: jax.Array,
-        timesteps: jax.Array,
-        encoder_hidden_states: jax.Array,
+        sample: Float[jax.Array, "B h w C"],
+        timesteps: Num[jax.Array, " B"],
+        encoder_hidden_states: Float[jax.Array, "captions S F"],
         *,
-        text_embeds: jax.Array | None = None,
-        time_ids: jax.Array | None = None,
+        text_embeds: Float[jax.Array, "B D"] | None = None,
+        time_ids: Num[jax.Array, "B 6"] | None = None,
         remat: str = "none",
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "B h w out_channels"]:
         """Predicts eps or v of noisy latents.
 
         Args:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import (
@@ -177,7 +178,9 @@ class AutoencoderKL(nnx.Module):
         if cfg["use_post_quant_conv"]:
             self.post_quant_conv = conv2d(channels, channels, 1, rngs=rngs)
 
-    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(
+        self, images: Float[jax.Array, "B H W 3"]
+    ) -> tuple[Float[jax.Array, "B h w C"], Float[jax.Array, "B h w C"]]:
         """Encodes images [B, H, W, 3] in [-1, 1]: mean and deviation of the posterior, each [B, h, w, C]."""
         h = self.encoder(images)
         if hasattr(self, "quant_conv"):
@@ -186,7 +189,7 @@ class AutoencoderKL(nnx.Module):
         # The limits of diffusers' DiagonalGaussianDistribution.
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: Float[jax.Array, "B h w C"]) -> Float[jax.Array, "B H W 3"]:
         """Decodes latents [B, h, w, C] in VAE units (UNet units / scaling_factor) to images [B, H, W, 3]."""
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
@@ -295,11 +298,13 @@ class AutoencoderTiny(nnx.Module):
         self.encoder = _tiny_encoder(cfg, rngs=rngs)
         self.decoder = _tiny_decoder(cfg, rngs=rngs)
 
-    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(
+        self, images: Float[jax.Array, "B H W 3"]
+    ) -> tuple[Float[jax.Array, "B h w C"], Float[jax.Array, "B h w C"]]:
         """Encodes images [B, H, W, 3] in [-1, 1]: latents [B, h, w, C] and their deviation, which is zero."""
         latents = self.encoder((images + 1) / 2)
         return latents, jnp.zeros_like(latents)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: Float[jax.Array, "B h w C"]) -> Float[jax.Array, "B H W 3"]:
         """Returns latents [B, h, w, C] -> images [B, H, W, 3], about [-1, 1]."""
         return self.decoder(3 * jnp.tanh(latents / 3)) * 2 - 1

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, Float, Float32, Integer, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.models import lora
@@ -20,6 +21,8 @@ from dspo_jax.pipelines.tokenizers import CaptionTokenizer
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
+
+Array = jax.Array | np.ndarray
 
 
 class Conditioning(NamedTuple):
@@ -34,9 +37,9 @@ class Conditioning(NamedTuple):
         (SDXL, section 2.2); None for Stable Diffusion 1 and 2.
     """
 
-    states: jax.Array
-    pooled: jax.Array | None
-    sizes: jax.Array | None
+    states: Float[Array, "B S F"]
+    pooled: Float[Array, "B D"] | None
+    sizes: Integer[Array, "N 6"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,12 +190,12 @@ class Pipeline:
             "micro_conditioning": jax.ShapeDtypeStruct((images, 6), jnp.int32),
         }
 
-    def drop_captions(self, batch: Mapping[str, jax.Array], drop: jax.Array) -> dict[str, jax.Array]:
+    def drop_captions(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> dict[str, jax.Array]:
         """Returns the batch with the empty caption in the examples where `drop` [B] is true."""
         empty = self.empty_tokens[None]
         return {**batch, "tokens": jnp.where(drop[:, None, None], empty, batch["tokens"])}
 
-    def prompt_batch(self, tokens: jax.Array, size: tuple[int, int]) -> dict[str, jax.Array]:
+    def prompt_batch(self, tokens: Integer[Array, "B E S"], size: tuple[int, int]) -> dict[str, jax.Array]:
         """Returns the `conditioning_inputs` of one image for each prompt.
 
         Args:
@@ -200,12 +203,12 @@ class Pipeline:
           size: (height, width) of the images in pixels.
         """
         whole = jnp.asarray([[[*size, 0, 0, *size]]] * len(tokens))
-        return {"tokens": tokens, "micro_conditioning": whole}
+        return {"tokens": jnp.asarray(tokens), "micro_conditioning": whole}
 
     def encode_conditioning(
         self,
         params: Mapping[str, Params],
-        batch: Mapping[str, jax.Array],
+        batch: Mapping[str, Array],
         *,
         remat: str = "none",
         zero_empty: bool = True,
@@ -239,7 +242,7 @@ class Pipeline:
             return conditioning
         return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
 
-    def without_captions(self, conditioning: Conditioning, where: jax.Array) -> Conditioning:
+    def without_captions(self, conditioning: Conditioning, where: Bool[Array, " B"]) -> Conditioning:
         """Zeroes the conditioning by the captions of the examples where `where` [B] is true."""
 
         states, pooled = jax.tree.map(
@@ -251,12 +254,12 @@ class Pipeline:
     def predict(
         self,
         params: Mapping[str, Params],
-        latents: jax.Array,
-        timesteps: jax.Array,
+        latents: Float[Array, "N h w C"],
+        timesteps: Num[Array, " N"],
         conditioning: Conditioning,
         *,
         remat: str = "none",
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "N h w C"]:
         """Returns the denoiser's output for noisy latents. Pure.
 
         Args:
@@ -282,12 +285,12 @@ class Pipeline:
     def predict_pairs(
         self,
         params: Mapping[str, Params],
-        noisy: jax.Array,
-        timesteps: jax.Array,
-        batch: Mapping[str, jax.Array],
+        noisy: Float[Array, "B P h w C"],
+        timesteps: Integer[Array, "B P"],
+        batch: Mapping[str, Array],
         *,
         remat: str = "none",
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "B P h w C"]:
         """Runs the denoiser on noisy latents [B, P, h, w, C] under a caption for each pair. Pure.
 
         Args:
@@ -302,14 +305,16 @@ class Pipeline:
           winner 1, ...); its text is encoded, and made keys and values of, once.
         """
 
-        def fold(x: jax.Array) -> jax.Array:
+        def fold(x: Array) -> Array:
             return x.reshape(-1, *x.shape[2:])
 
         conditioning = self.encode_conditioning(params, batch, remat=remat)
         output = self.predict(params, fold(noisy), fold(timesteps), conditioning, remat=remat)
         return output.reshape(noisy.shape)
 
-    def encode_moments(self, params: Mapping[str, Params], images: jax.Array) -> jax.Array:
+    def encode_moments(
+        self, params: Mapping[str, Params], images: Float[Array, "N H W 3"]
+    ) -> Float32[jax.Array, "N h w moments"]:
         """Returns images [N, H, W, 3] in [-1, 1] -> mean ‖ deviation [N, h, w, 2C] in UNet units, float32.
 
         Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
@@ -317,7 +322,9 @@ class Pipeline:
         mean, deviation = self.vae.apply(params["vae"], images, method="encode")
         return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
 
-    def decode(self, params: Mapping[str, Params], latents: jax.Array) -> jax.Array:
+    def decode(
+        self, params: Mapping[str, Params], latents: Float[Array, "N h w C"]
+    ) -> Float[jax.Array, "N H W 3"]:
         """Returns latents [N, h, w, C] in UNet units -> images [N, H, W, 3], about [-1, 1].
 
         Pure; `params` holds "vae". `sampling.decoding.Decoder` compiles it and makes pixels of its images.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Float32, Integer, UInt32
 
 from dspo_jax import samplers
 from dspo_jax.kernels.device_kind import on_mesh
@@ -67,12 +68,12 @@ class ImageSampler:
 
         def draw(
             params: Mapping[str, Params],
-            tokens: jax.Array,
-            noise: jax.Array,
-            seeds: jax.Array,
-            prompt_indices: jax.Array,
-            image_latents: jax.Array | None,
-        ) -> jax.Array:
+            tokens: Integer[jax.Array, "B E S"],
+            noise: Float[jax.Array, "B h w C"],
+            seeds: UInt32[jax.Array, " B"],
+            prompt_indices: UInt32[jax.Array, " B"],
+            image_latents: Float[jax.Array, "B h w C"] | None,
+        ) -> Float32[jax.Array, "B h w C"]:
             count, size = noise.shape[0], noise.shape[1:]
             passes = 2 * count if guided else count
 
@@ -116,10 +117,10 @@ class ImageSampler:
     def sample_latents(
         self,
         requests: Sequence[ImageRequest],
-        noise: jax.Array | np.ndarray,
-        image_latents: np.ndarray | None = None,
+        noise: Float[jax.Array | np.ndarray, "B h w C"],
+        image_latents: Float[np.ndarray, "B h w C"] | None = None,
         params: Params | None = None,
-    ) -> jax.Array:
+    ) -> Float32[jax.Array, "B h w C"]:
         """Draws final latents [B, h, w, C] (UNet units, float32), which with a mesh every device holds whole.
 
         Args:
@@ -144,7 +145,9 @@ class ImageSampler:
         return self._draw(self._stored_params if params is None else params, *inputs)
 
 
-def initial_noise(requests: Sequence[ImageRequest], size: tuple[int, int, int]) -> jax.Array:
+def initial_noise(
+    requests: Sequence[ImageRequest], size: tuple[int, int, int]
+) -> Float32[jax.Array, "B h w C"]:
     """Returns standard normal noise [B, h, w, C] that depends on a request's seed and prompt number only."""
     return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, None))(
         jnp.asarray([request.seed for request in requests], jnp.uint32),
@@ -153,7 +156,10 @@ def initial_noise(requests: Sequence[ImageRequest], size: tuple[int, int, int]) 
 
 
 def _draw_normal(
-    seed: jax.Array, prompt_index: jax.Array, size: tuple[int, ...], step: jax.Array | None
-) -> jax.Array:
+    seed: UInt32[jax.Array, ""],
+    prompt_index: UInt32[jax.Array, ""],
+    size: tuple[int, ...],
+    step: Integer[jax.Array, ""] | None,
+) -> Float32[jax.Array, "..."]:
     key = jax.random.fold_in(jax.random.key(seed), prompt_index)
     return jax.random.normal(key if step is None else jax.random.fold_in(key, step), size)

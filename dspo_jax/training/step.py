@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Float32, Integer, Key, PyTree
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
@@ -32,7 +32,7 @@ class TrainState:
       task: static configuration; it is not saved.
     """
 
-    step: jax.Array
+    step: Integer[jax.Array, ""]
     params: Params
     opt_state: PyTree
     ema: Params | None
@@ -68,7 +68,7 @@ def _float32(params: Params) -> Params:
 
 
 def train_step(
-    state: TrainState, reference: Params, batch: Batch, key: jax.Array
+    state: TrainState, reference: Params, batch: Batch, key: Key[jax.Array, ""]
 ) -> tuple[TrainState, Metrics]:
     """Makes one optimizer update.
 
@@ -112,8 +112,8 @@ def train_step(
 
 
 def mean_gradient(
-    params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
-) -> tuple[tuple[jax.Array, Metrics], Params]:
+    params: Params, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
+) -> tuple[tuple[Float32[jax.Array, ""], Metrics], Params]:
     """Computes loss, metrics and float32 gradient of a batch, part by part where it is split."""
     grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 

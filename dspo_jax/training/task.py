@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import optax
+from jaxtyping import Float, Integer
 
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
@@ -114,7 +115,13 @@ class Task:
     adapters: bool
 
 
-def predict(task: Task, params: Params, noisy: jax.Array, timesteps: jax.Array, batch: Batch) -> jax.Array:
+def predict(
+    task: Task,
+    params: Params,
+    noisy: Float[jax.Array, "B P h w C"],
+    timesteps: Integer[jax.Array, "B P"],
+    batch: Batch,
+) -> Float[jax.Array, "B P h w C"]:
     """Returns the denoiser's output for noisy latents [B, P, h, w, C] in the task's compute dtype.
 
     Args:

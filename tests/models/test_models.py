@@ -378,7 +378,9 @@ def test_group_norm_matches_torch(offset):
     expected = torch.nn.functional.group_norm(
         nchw, 4, torch.from_numpy(scale).double(), torch.from_numpy(bias).double(), 1e-5
     )
-    np.testing.assert_allclose(norm(x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5 * max(1.0, offset))
+    np.testing.assert_allclose(
+        norm(jnp.asarray(x)), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5 * max(1.0, offset)
+    )
 
 
 @each_row("norm", [GroupNorm(8, 4, 1e-5), LayerNorm(8)], ids=["group", "layer"])

@@ -45,7 +45,7 @@ def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameter
     pipe = SimpleNamespace(
         schedule=Schedule.scaled_linear(),
         encode_conditioning=lambda params, batch, remat: (
-            params["text_encoder"] * batch["tokens"][:, 0, :, None].astype(jnp.float32)
+            params["text_encoder"]["scale"] * batch["tokens"][:, 0, :, None].astype(jnp.float32)
         ),
         predict=apply_network,
         empty_tokens=np.zeros((1, 77), np.int32),
@@ -74,7 +74,7 @@ def make_state(task):
 
 def make_reference(task, seed=0):
     """What a run holds: no second network for an objective without a reference."""
-    reference = {"text_encoder": jnp.float32(0.01)}
+    reference = {"text_encoder": {"scale": jnp.float32(0.01)}}
     return reference | {"unet": make_params(seed)} if task.loss.needs_reference else reference
 
 

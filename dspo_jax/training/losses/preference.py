@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Bool, Float, Float32, Int32, Integer, Key, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
@@ -52,8 +52,8 @@ class PreferenceLoss:
         return self.objective.needs_reference
 
     def __call__(
-        self, params: Params, task: Task, reference: Params, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+        self, params: Params, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
+    ) -> tuple[Float32[jax.Array, ""], Metrics]:
         """Returns means of the loss and of the objective's metrics, float32 scalars.
 
         Args:
@@ -82,7 +82,9 @@ class PreferenceLoss:
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
-    def choose_images(self, batch: Batch, key: jax.Array, arrays: PyTree) -> tuple[PyTree, jax.Array]:
+    def choose_images(
+        self, batch: Batch, key: Key[jax.Array, ""], arrays: PyTree
+    ) -> tuple[PyTree, Float32[jax.Array, " B"]]:
         """Takes the images that the objective is trained on: all of an example, the winner, or one drawn.
 
         The other images are then never run. The draw follows from (key, index), like the noise.
@@ -120,10 +122,10 @@ class PreferenceLoss:
         task: Task,
         params: Params,
         reference: Params,
-        noisy: jax.Array,
-        timesteps: jax.Array,
+        noisy: Float[jax.Array, "B P h w C"],
+        timesteps: Integer[jax.Array, "B P"],
         batch: Batch,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[Float[jax.Array, "B P h w C"], Float[jax.Array, "B P h w C"] | None]:
         """Runs the policy and, for an objective that needs it, the reference: outputs [B, P, h, w, C]."""
 
         def run(params: Params) -> jax.Array:
@@ -173,8 +175,13 @@ class PreferenceLoss:
 
 
 def draw_noise(
-    draws: Draws, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    draws: Draws, batch: Batch, key: Key[jax.Array, ""]
+) -> tuple[
+    Float32[jax.Array, "B P h w C"],
+    Float32[jax.Array, "B P h w C"],
+    Int32[jax.Array, "B P"],
+    Bool[jax.Array, " B"],
+]:
     """Draws latents, noise, timesteps and dropped captions from (key, index of the example) alone.
 
     So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C]
