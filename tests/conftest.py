@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ TYPECHECKED: tuple[str, ...] = (
 )
 install_import_hook(TYPECHECKED, "beartype.beartype")
 
+# Folders of tests in which no dtype may be promoted silently. Elsewhere optimizers of optax promote.
+STRICT_DTYPES = ("objectives", "samplers", "schedules")
+
 # A shell without job control ignores Ctrl-C in what it puts in the background, and the commands that tests
 # interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -59,6 +63,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the option that rewrites tests/golden/."""
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite the golden files of the tests")
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Refuses to mix dtypes in the tests of the mathematics."""
+    if request.path.parent.name not in STRICT_DTYPES:
+        yield
+        return
+    import jax  # not before the settings above
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture(scope="session")
