@@ -56,7 +56,7 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard={text}: must be I/N with I from 0 to N - 1, for example 0/4")
     return int(match[1]), int(match[2])

@@ -39,6 +39,8 @@ def choice(*allowed: str, optional: bool = False) -> Any:
 def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings:
     """Makes a dataclass of settings from a config that has exactly its fields as keys.
 
+    Where `every` is 0, which turns a group off, the limits of the group's other keys are not looked at.
+
     Args:
       kind: the dataclass; a group of keys is a field that is a dataclass itself.
       values: the config, or a group of it.
@@ -47,6 +49,8 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
     Raises:
       UserError: a key is unknown or missing, or a value is outside its limit.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key} = {values!r}: must be a group of keys, as in configs/common.py")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
@@ -65,7 +69,16 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
             names = [each for each in allowed if each is not None]
             raise UserError(spelling.unknown(f"{key}.{name}", value, names))
         limit: Limit | None = field.metadata.get("limit")
-        if limit and not limit.holds(value):
+        is_off = values.get("every") == 0 and name != "every"
+        if limit and not is_off and not _holds(limit, value):
             raise UserError(f"{key}.{name} = {value}: {limit.words}")
         parsed[name] = value
     return kind(**parsed)
+
+
+def _holds(limit: Limit, value: object) -> bool:
+    """Returns whether a value, which may be of another type than the limit is for, is within it."""
+    try:
+        return limit.holds(value)
+    except TypeError:
+        return False

@@ -57,6 +57,8 @@ def claim(folder: Path, share: tuple[int, int] | None = None) -> Iterator[None]:
 @contextmanager
 def reserve(path: Path) -> Iterator[None]:
     """Like `claim`, for a file or folder that must not exist before it is whole: the lock lies beside it."""
+    if not path.name:
+        raise UserError(f"{str(path)!r} is no name for a new file or folder; give one")
     with _hold(path.with_name(f".{path.name}{_NAME}"), path):
         yield
 

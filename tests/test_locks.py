@@ -12,6 +12,7 @@ import pytest
 from tables import each_row
 
 from dspo_jax import locks
+from dspo_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,3 +179,9 @@ def failing_flock(monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
+
+
+def test_an_output_without_a_name_is_refused():
+    for path in (Path("/"), Path("")):
+        with pytest.raises(UserError, match="is no name for a new file or folder"), locks.reserve(path):
+            pass

@@ -74,7 +74,10 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
     SLURM by srun, Open MPI's mpirun, or a TPU virtual machine, which may be one of a pod.
     """
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(environment.get(name, 1)) > 1:
+        count = environment.get(name, "1")
+        if not count.isdecimal():
+            raise UserError(f"{name}={count}: a launcher sets this variable to a number; unset it")
+        if int(count) > 1:
             return True
     platforms = environment.get("JAX_PLATFORMS", "")  # XPK, for one, says "tpu,cpu"
     if platforms and "tpu" not in platforms.split(","):

@@ -79,8 +79,12 @@ def find_model(model: str | Path) -> Path:
 @contextmanager
 def name_hub_errors(name: str) -> Iterator[None]:
     """Says which hub id could not be downloaded, in one line."""
+    from huggingface_hub.errors import HFValidationError  # slow to import, and needed here only
+
     try:
         yield
+    except HFValidationError as error:
+        raise UserError(f"{name}: no such folder, and no id of the model hub: {error}") from error
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(

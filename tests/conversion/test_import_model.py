@@ -290,6 +290,8 @@ def test_a_hub_id_is_a_model(tiny_model, tmp_path, out, monkeypatch):
     assert "base_model: somebody/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
     with refused("somebody/other: no such folder, and the model hub did not give it", OSError):
         import_model("somebody/other", out.with_name("other"))
+    with refused("a--b/..c: no such folder, and no id of the model hub: "):
+        import_model("a--b/..c", out.with_name("other"))
 
 
 def test_only_what_is_needed_is_downloaded(tiny_model, monkeypatch):

@@ -84,3 +84,8 @@ def test_flags_that_do_not_fit_are_refused(parsed, line, message):
     with pytest.raises(ValueError, match="process") as caught:
         parsed(*line)
     assert str(caught.value) == message
+
+
+def test_a_launcher_that_counts_in_words_is_named():
+    with pytest.raises(ValueError, match=r"^SLURM_STEP_NUM_TASKS=two: a launcher sets"):
+        processes.in_cluster({"SLURM_STEP_NUM_TASKS": "two"})

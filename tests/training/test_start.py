@@ -61,10 +61,13 @@ def config(shallow_model, tiny_pairs):
             "config.samples.seeds = (-1,): needs at least one, each from 0 to 4294967295",
         ),
         (
-            {"samples.guidance_scale": math.inf},
+            {"samples.every": 1, "samples.guidance_scale": math.inf},
             "config.samples.guidance_scale = inf: must be a finite number",
         ),
-        ({"samples.seeds": ()}, "config.samples.seeds = (): needs at least one, each from 0 to 4294967295"),
+        (
+            {"samples.every": 1, "samples.seeds": ()},
+            "config.samples.seeds = (): needs at least one, each from 0 to 4294967295",
+        ),
         (
             {"samples.every": 1, "samples.num_inference_steps": 0},
             "config.samples.num_inference_steps = 0: must be between 1 and the schedule's 1000",
@@ -72,6 +75,10 @@ def config(shallow_model, tiny_pairs):
         (
             {"wandb_project": "aligned"},
             "config.wandb_project = 'aligned': needs the package wandb: pip install 'dspo_jax[wandb]'",
+        ),
+        (
+            {"samples.every": 1, "samples.seeds": None},
+            "config.samples.seeds = None: needs at least one, each from 0 to 4294967295",
         ),
         ({"ema_decay": 1.0}, "config.ema_decay = 1.0: must be at least 0 and below 1"),
         (

@@ -1,0 +1,51 @@
+"""Settings parsed from a config: what is refused, by key, and what is not looked at."""
+
+import dataclasses
+
+import pytest
+from tables import each_row
+
+from dspo_jax.errors import UserError
+from dspo_jax.limits import AT_LEAST_1, NOT_NEGATIVE, choice, limited, parse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    every: int = limited(NOT_NEGATIVE)
+    draws: int = limited(AT_LEAST_1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    kind: str = choice("plain", "fancy")
+    group: Group
+
+
+CONFIG = {"kind": "plain", "group": {"every": 5, "draws": 2}}
+
+
+def test_a_config_becomes_values():
+    assert parse(Whole, CONFIG, "config") == Whole(kind="plain", group=Group(every=5, draws=2))
+
+
+@each_row(
+    ("changes", "message"),
+    [
+        ({"kind": "plian"}, r"config\.kind = 'plian': unknown; did you mean 'plain'\?"),
+        ({"knid": 1}, r"a key of config = 'knid': unknown; did you mean 'kind'\?"),
+        ({"group": 0}, r"config\.group = 0: must be a group of keys"),
+        ({"group": None}, r"config\.group = None: must be a group of keys"),
+        ({"group": {"every": 5}}, r"config\.group\.draws: missing"),
+        ({"group": {"every": 5, "draws": 0}}, r"config\.group\.draws = 0: must be at least 1"),
+        ({"group": {"every": 5, "draws": None}}, r"config\.group\.draws = None: must be at least 1"),
+        ({"group": {"every": "5", "draws": 1}}, r"config\.group\.every = 5: must not be negative"),
+        ({"group": {"every": -1, "draws": 1}}, r"config\.group\.every = -1: must not be negative"),
+    ],
+)
+def test_other_keys_and_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        parse(Whole, CONFIG | changes, "config")
+
+
+def test_limits_of_a_group_that_is_off_are_not_looked_at():
+    assert parse(Whole, CONFIG | {"group": {"every": 0, "draws": 0}}, "config").group.draws == 0
