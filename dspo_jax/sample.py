@@ -9,7 +9,6 @@ that was left unfinished is gone on with.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -21,38 +20,9 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.sampling.init_latents import map_latents
 from dspo_jax.sampling.prompts import Prompt, read_prompts
 from dspo_jax.sampling.rendering import Rendering
-
-# Errors of NumPy on a damaged header, beside those of files.
-_NPY_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TokenError,
-)
-
-
-def _map_latents(path: str) -> np.ndarray:
-    """Opens a .npy file without reading its numbers, so that a header that lies costs no memory."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--init_latents={path}: no such file, or not a regular one")
-    try:
-        with np.errstate(all="ignore"):  # an overflow in the product of the sides
-            latents = np.lib.format.open_memmap(path, mode="r")
-    except _NPY_ERRORS as error:
-        raise UserError(
-            f"--init_latents={path}: not a whole .npy file of numbers ({error!s:.100})"
-        ) from error
-    if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating):
-        raise UserError(
-            f"--init_latents={path}: {latents.dtype}{list(latents.shape)}; must be floats [prompts, h, w, C]"
-        )
-    return latents
 
 
 class Options(NamedTuple):
@@ -72,7 +42,7 @@ def read_options(settings: flags.FlagValues) -> Options:
       FileNotFoundError: a file that is missing.
     """
     seeds = _parse_seeds(settings.seeds)
-    latents = _map_latents(settings.init_latents) if settings.init_latents else None
+    latents = map_latents(settings.init_latents) if settings.init_latents else None
     found = read_prompts(settings.prompts, allow_outside=settings.allow_outside)
     prompts, rendering = read_drawing_flags(settings, found)
     rendering = dataclasses.replace(rendering, preview_vae=settings.preview_vae)
