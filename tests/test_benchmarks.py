@@ -215,6 +215,7 @@ def test_the_input_pipeline_says_how_far_ahead_it_keeps(tmp_path):
     assert not (tmp_path / "pairs").exists()
 
 
+@pytest.mark.slow
 @each_row(
     ("benchmark", "case", "forms"),
     [

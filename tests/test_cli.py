@@ -125,6 +125,7 @@ def test_what_a_new_name_drops_is_said(run):
     assert result.stderr.endswith(said)
 
 
+@pytest.mark.ci
 @each_row(
     ("arguments", "message"),
     [

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from model_folders import (
     TEXT_FILE,
     UNET_FILE,
@@ -25,6 +26,7 @@ from dspo_jax.files import name_write_errors
 from dspo_jax.weights import tensors
 
 
+@pytest.mark.ci
 def test_import_then_export_changes_no_tensor(family, out, tmp_path):
     import_model(family, out)
     run = make_run(tmp_path / "source" / "run", out)
@@ -35,6 +37,7 @@ def test_import_then_export_changes_no_tensor(family, out, tmp_path):
     assert after == contents(family)
 
 
+@pytest.mark.ci
 def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path):
     single = out.with_name("single.safetensors")
     assert export(make_run(tmp_path / "source" / "run", family), single) == 3
@@ -54,6 +57,7 @@ def test_the_single_file_layout_and_back_changes_no_tensor(family, out, tmp_path
     assert again.read_bytes() == single.read_bytes()
 
 
+@pytest.mark.ci
 @each_row("dtype", ["float16", "bfloat16"])
 def test_trained_components_get_the_dtype_asked_for(dtype, model, tmp_path, out):
     run = make_run(tmp_path / "source" / "run", model, steps=(1, 3), change=0.25)
@@ -125,6 +129,7 @@ def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):
     assert_nothing_written(out)
 
 
+@pytest.mark.ci
 @each_row("name", ["out", "out.safetensors"])
 def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_path, out):
     run = make_run(tmp_path / "source" / "run", tiny_model, trained=("unet",), change=1e5)
@@ -134,6 +139,7 @@ def test_a_weight_that_does_not_fit_leaves_nothing_behind(name, tiny_model, tmp_
     assert_nothing_written(out)
 
 
+@pytest.mark.ci
 @each_row("name", ["out", "out.safetensors"])
 def test_too_small_a_disk_is_said_before_anything_is_written(name, full_run, tiny_model, out, monkeypatch):
     out = out.with_name(name)

@@ -137,6 +137,7 @@ def no_config(checker):
     save_file({"x": np.ones(1)}, checker / "model.safetensors")
 
 
+@pytest.mark.ci
 @each_row("name", ["safety_checker", "image_encoder"])
 @each_row(
     ("spoil", "reason"),
@@ -355,6 +356,7 @@ def export_single(tmp_path, model):
     return path
 
 
+@pytest.mark.ci
 @each_row("family", ["sd15", "sd21", "sdxl"])
 def test_the_prediction_type_goes_into_a_single_file_and_is_compared(family, tmp_path, out):
     velocity, epsilon = (

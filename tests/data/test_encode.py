@@ -195,6 +195,7 @@ def test_the_vae_computes_in_the_dtype_of_the_config(pipe, config, tmp_path, dty
     assert errors.max() < 4e-3
 
 
+@pytest.mark.ci
 def test_a_second_run_keeps_the_dataset_and_a_fresh_one_is_byte_identical(pipe, config, tmp_path):
     encode(config, tmp_path / "out")
     calls = len(pipe.batch_shapes)

@@ -27,6 +27,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.ci
 def test_pairs_keep_their_order_and_have_the_moments_of_their_images(pipe):
     batch = encode_pairs(pipe, PAIRS)
     assert batch["caption"] == ["picture 0", "picture 1", "picture 2"]

@@ -354,6 +354,7 @@ def frame_colours(
     return {tuple(colour) for colour in ring.reshape(-1, 3).tolist()}
 
 
+@pytest.mark.ci
 def test_the_sheet_shows_winner_and_loser_of_each_pair(pipe, tiny_model, tmp_path):
     rows = [{"caption": f"pair {i}", "moments": moments_of(pipe, i)} for i in range(3)]  # six images: 4 and 2
     shape = rows[0]["moments"].shape[1:]
@@ -407,6 +408,7 @@ def bucketed(pipe, tmp_path) -> Path:
     )
 
 
+@pytest.mark.ci
 def test_buckets_are_counted_and_drawn_in_their_shape(pipe, tiny_model, bucketed):
     report = summarize_dataset(bucketed)
     assert report["splits"]["train"]["buckets"] == {"16x24": 2, "24x16": 1}
@@ -465,6 +467,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.ci
 def test_the_command_writes_report_numbers_and_sheet(tiny_model, tiny_pairs, tmp_path):
     numbers = tmp_path / "numbers.json"
     done = run(f"--model={tiny_model}", f"--json={numbers}", "--pairs=3", str(tiny_pairs))

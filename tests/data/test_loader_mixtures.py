@@ -79,6 +79,7 @@ def test_without_weights_every_example_of_every_dataset_comes_once_an_epoch(trai
     assert not set(stream[0][:10]) <= SQUARES
 
 
+@pytest.mark.ci
 @each_row(("weights", "share"), [((3, 1), 3 / 4), ((1e-3, 3e-3), 1 / 4), ((1, 1), 1 / 2)])
 def test_weights_are_the_shares_of_the_datasets(train_batches, weights, share):
     stream = np.concatenate(take_keys(train_batches(["squares", "more"], weights=weights), 100))
@@ -121,6 +122,7 @@ def test_index_counts_the_examples_of_the_run(train_batches, kind):
     np.testing.assert_array_equal(np.concatenate([next(batches)["index"] for _ in range(20)]), np.arange(80))
 
 
+@pytest.mark.ci
 @each_row("kind", KINDS)
 @each_row("process_count", [2, 4])
 def test_any_number_of_processes_sees_the_same_batches(train_batches, kind, process_count):

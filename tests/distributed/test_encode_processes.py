@@ -71,6 +71,7 @@ def test_killed_three_times_the_dataset_is_that_of_an_undisturbed_run(flags, who
     assert len(again) <= 1  # a shard may have had its name, and not its note yet
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_run_make_the_dataset_of_one(flags, whole, tmp_path):
     out = tmp_path / "two"
     started = start("dspo_jax.encode", [*flags, f"--out={out}"], out, processes=2)

@@ -187,6 +187,7 @@ def test_a_reward_of_the_wrong_shape_is_refused(folders, own, tmp_path):
         call(folders[0], {"mine": folders[1]}, tmp_path / "out", [f"{own}:two_for_one"])
 
 
+@pytest.mark.ci
 def test_models_are_drawn_once_and_their_images_given_again(shallow_model, own, tmp_path, monkeypatch):
     out, drawn = tmp_path / "out", []
     plain = draw_batches

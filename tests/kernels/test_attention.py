@@ -248,6 +248,7 @@ def test_what_the_kernel_keeps_is_kept_where_layers_outputs_are(policy, keeps):
     assert ({(2, 2, 128), (2, 2, 128, 8)} <= shapes) == keeps  # a number for each query, and the output
 
 
+@pytest.mark.ci
 @each_row(
     ("queries", "keys", "head", "given"),
     [

@@ -55,6 +55,7 @@ def value_and_gradients(layer: nnx.Module, x: jax.Array) -> Any:
     return out, grads
 
 
+@pytest.mark.ci
 @each_row("name", layers())
 @each_row("size", [(4, 4), (5, 3)])
 def test_values_and_gradients_are_those_of_the_plain_layer(name, size, trace_for):

@@ -62,6 +62,7 @@ def run_unet(model, params):
     return np.asarray(jax.jit(model.apply)(params, latents, np.int32([5, 900]), text))
 
 
+@pytest.mark.ci
 @each_row("targets", [ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
 def test_an_adapted_model_is_the_model_with_the_products_added(targets):
     model, params = make_unet()
@@ -72,6 +73,7 @@ def test_an_adapted_model_is_the_model_with_the_products_added(targets):
     np.testing.assert_allclose(adapted, folded, atol=2e-5 * np.abs(base).max())
 
 
+@pytest.mark.ci
 def test_fresh_adapters_change_nothing_and_have_their_shapes():
     model, params = make_unet()
     adapters = lora.init_adapters(params, EVERYWHERE, 4, jax.random.key(0))
@@ -134,6 +136,7 @@ def run(shallow_model, tiny_pairs, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.ci
 def test_a_run_starts_at_the_reference(run):
     records = read_metrics(run / "metrics.jsonl")
     before = next(record for record in records if record["step"] == 0)

@@ -282,6 +282,7 @@ def test_a_text_encoder_computes_in_the_dtype_of_its_parameters(dtype):
     assert {text.last.dtype, text.pooled.dtype} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.ci
 @each_row(
     ("class_name", "config", "parameters"),
     [
@@ -322,6 +323,7 @@ def test_conditions_of_another_model_are_refused():
         model.apply(model.abstract_params(), *inputs)
 
 
+@pytest.mark.ci
 def test_a_text_for_two_images_in_a_row_is_that_text_twice():
     model = build_model(UNET, tiny.UNET)
     draw = np.random.default_rng(0)
@@ -417,6 +419,7 @@ def test_parameter_paths_are_the_state_dict_names(class_name):
     assert len(paths) == len(list(module.parameters()))
 
 
+@pytest.mark.ci
 @each_row("parts", [1, 7])
 def test_attention_to_what_is_visible_is_attention_without_the_rest(parts, monkeypatch):
     monkeypatch.setattr("dspo_jax.kernels.attention._AT_A_TIME", 14 * 9 // parts)

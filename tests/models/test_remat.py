@@ -78,6 +78,7 @@ def test_gradients_of_a_model_are_the_same(folder, adapters):
         assert_close(expected, gradient(params, policy))
 
 
+@pytest.mark.ci
 @each_row("adapters", [False, True], ids=["base", "adapters"])
 def test_less_is_kept(folder, adapters):
     loss, params = make_loss(folder, adapters)

@@ -103,6 +103,7 @@ def test_matches_numpy_in_float64(case, reduction, time_weight, prediction_type,
         np.testing.assert_allclose(metrics[key], expected, rtol=2e-4, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.ci
 @each_row(("case", "reduction", "time_weight", "prediction_type"), VARIANTS)
 def test_gradient_matches_finite_differences(case, reduction, time_weight, prediction_type, arrays):
     name, given = CASES[case]

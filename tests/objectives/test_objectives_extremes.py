@@ -35,6 +35,7 @@ def compiled(name):
     return jax.jit(evaluate)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", OBJECTIVES)
 @given(
     variant=st.sampled_from(VARIANTS),

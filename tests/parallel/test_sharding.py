@@ -180,6 +180,7 @@ def test_bytes_of_a_device_and_what_is_the_same_on_all():
     assert replicated_bytes(tree) == (16, "norm.scale")
 
 
+@pytest.mark.ci
 @each_row(
     ("sizes", "parameters", "moments"),
     [((8, 1, 1), 1, 1), ((2, 4, 1), 4, 4), ((1, 8, 1), 8, 8), ((2, 2, 2), 2, 2), ((1, 4, 2), 4, 4)],

@@ -69,6 +69,7 @@ ADDED = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("config", "added"), [(SD15, {}), (SD2, {}), (SDXL, ADDED)], ids=["sd15", "sd2", "sdxl"]
 )
@@ -93,6 +94,7 @@ def test_forward_and_gradients_match_diffusers(config, added, tmp_path):
     assert_gradients_close(module, model, gradients, tmp_path)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("config", "added", "size"),
     [

@@ -154,6 +154,7 @@ def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
     assert json.loads((out.with_name("clip-h") / "reward.json").read_text())["source"] == laion
 
 
+@pytest.mark.ci
 def test_the_command(clip, out):
     options = ["--reward=pickscore", f"--weights={clip}", f"--out={out}"]
     command = [sys.executable, "-m", "dspo_jax.rewards.convert", *options]

@@ -57,6 +57,7 @@ def test_as_many_distinct_timesteps_as_steps(timestep_spacing: str) -> None:
         assert timesteps.max() <= 999
 
 
+@pytest.mark.ci
 @each_row("prediction_type", ["epsilon", "v_prediction"])
 @each_row("timestep_spacing", TIMESTEP_SPACINGS)
 @each_row("name", [name for name in SAMPLERS if name != "pndm"])

@@ -115,6 +115,7 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, label: str) -> None:
     assert error < TOLERANCE, f"{label}: {error}"
 
 
+@pytest.mark.ci
 @each_row("timestep_spacing", TIMESTEP_SPACINGS)
 @each_row("prediction_type", ["epsilon", "v_prediction"])
 @each_row("name", SAMPLERS)
@@ -235,6 +236,7 @@ def pipeline(tiny_model: Path) -> Any:
     return pipe
 
 
+@pytest.mark.ci
 @each_row(
     ("name", "settings"),
     [*((name, {}) for name in SAMPLERS), ("euler", KARRAS), ("dpmpp_2m", KARRAS)],

@@ -51,6 +51,7 @@ def roll_out(sampler: Sampler) -> State:
     return jax.jit(lambda x: sampler.rollout(predict, sampler.start(x), draw))(LATENTS)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("timestep_spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize(("name", "eta"), ALL)
 def test_a_run_is_the_last_state_of_a_rollout_bit_for_bit(

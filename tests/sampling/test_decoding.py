@@ -29,6 +29,7 @@ def mesh_of(devices):
     return make_mesh({"data": devices}, jax.devices()[:devices])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("devices", [1, 8])
 def test_every_image_is_as_if_decoded_alone(pipe, devices, monkeypatch):
     monkeypatch.setattr("dspo_jax.sampling.decoding._PIXELS_AT_ONCE", 2 * 16 * 16)  # several calls

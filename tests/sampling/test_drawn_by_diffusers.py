@@ -46,6 +46,7 @@ def test_the_shipped_model():
     assert image.std() > 0.01
 
 
+@pytest.mark.ci
 def test_an_export(family, tmp_path, out):
     torch = pytest.importorskip("torch")
     write_config(family / "text_encoder", torch_dtype="float16")

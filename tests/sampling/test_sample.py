@@ -63,6 +63,7 @@ def test_initial_noise_depends_on_seed_and_prompt_number_only() -> None:
     assert not np.allclose(together[:1], other_seed)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("euler_ancestral", 0.0)])
 def test_images_depend_neither_on_the_batch_size_nor_on_the_devices(
     tiny_model, monkeypatch, sampler, eta
@@ -110,6 +111,7 @@ def _assert_exported_run_draws_the_same_in_diffusers(run: Path, base: Path, expo
     assert np.abs(before.astype(int) - ours.astype(int)).mean() > 1  # the training shows
 
 
+@pytest.mark.ci
 def test_exported_folder_gives_the_same_image_in_diffusers(
     run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

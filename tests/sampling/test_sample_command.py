@@ -202,6 +202,7 @@ def test_a_size_that_the_vae_cannot_halve_is_refused(draw, tiny_model):
         draw(models={"base": tiny_model}, size=(16, 22))
 
 
+@pytest.mark.ci
 def test_editing_goes_from_the_image_to_the_prompt(draw, model, tmp_path):
     picture = tmp_path / "picture.png"
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
@@ -364,7 +365,7 @@ def test_editing_draws_three_quarters_anew_unless_told(tmp_path):
         read_options(SimpleNamespace(**OPTIONS | {"prompts": str(tmp_path / "p.jsonl")}))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_two_processes_share_the_images(model, tmp_path):
     options = [f"--model={model}", "--prompts=a red heart", "--seeds=0,1,2", "--steps=2", "--batch_size=1"]
     for name, processes in (("one", 1), ("two", 2)):

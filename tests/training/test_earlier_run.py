@@ -15,6 +15,7 @@ from dspo_jax.training.run import train
 EARLIER = Path(__file__).parents[1] / "golden" / "earlier_run.tar.xz"
 
 
+@pytest.mark.ci
 def test_a_run_of_an_earlier_version_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
     with tarfile.open(EARLIER) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -175,6 +175,7 @@ def test_every_parameter_moves_and_the_reference_does_not(make_run, batches, var
         np.testing.assert_array_equal(leaf, reference[name], err_msg=name)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("data", "fsdp", "accumulation"),
     [(2, 4, 2), (1, 1, 4)],

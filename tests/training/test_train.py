@@ -99,6 +99,7 @@ def test_a_finished_run_does_nothing_and_can_be_prolonged(config, train, fake_st
     assert fake_step.seen[12:] == np.arange(12 * 8, 14 * 8).reshape(2, 8).tolist()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
     config, train, fake_step, tmp_path, number

@@ -158,6 +158,7 @@ def test_a_split_that_is_not_there_is_refused(make_validator):
         make_validator(split="valid")
 
 
+@pytest.mark.ci
 def test_the_command_finds_what_the_run_found(shallow_model, tiny_pairs, tmp_path):
     changes = {"steps": 3, "validation.every": 3, "validation.draws": 2, "optimizer.learning_rate": 1e-2}
     train(make_config(shallow_model, tiny_pairs, changes), tmp_path / "run")

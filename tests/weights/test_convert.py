@@ -54,6 +54,7 @@ def one_line(*parts):
     return "^" + ".*".join(re.escape(str(part)) for part in parts) + "[^\n]*$"
 
 
+@pytest.mark.ci
 @each_row("dtype", ["float32", "float16", "bfloat16"])
 @each_row("component", COMPONENTS)
 def test_read_then_write_gives_the_same_tensors(component, dtype, tiny_model, tmp_path):
