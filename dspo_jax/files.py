@@ -4,6 +4,7 @@ What a killed process leaves under such a name is taken up, or removed, by the n
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -118,3 +119,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sha256(*paths: Path) -> str:
+    """Returns the SHA-256 sum of the contents of files, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

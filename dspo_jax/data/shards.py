@@ -4,7 +4,6 @@
 reading needs TensorFlow. The manifest is written last: a folder without one is no dataset, or not yet.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from dspo_jax import json_files, schema
 from dspo_jax.errors import UserError
+from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.locks import is_empty
 from dspo_jax.schema import REQUIRED, Key, integer
@@ -273,9 +273,3 @@ def _differences(a: object, b: object, key: str = "") -> Iterator[tuple[str, obj
             yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield key, a, b
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 sum of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from tensorflow_datasets.core import naming
 from dspo_jax.data import shards
 from dspo_jax.data.records import to_record
 from dspo_jax.errors import UserError
-from dspo_jax.files import name_write_errors
+from dspo_jax.files import name_write_errors, sha256
 from dspo_jax.json_files import member, read_object
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
@@ -286,7 +286,7 @@ class _File:
         record = {
             "num_examples": self._count,
             "bytes": self._path.stat().st_size,
-            "sha256": shards.sha256(self._path),
+            "sha256": sha256(self._path),
         }
         self._path.replace(folder / self.name)
         return record

@@ -14,6 +14,7 @@ from absl import logging
 from jaxtyping import Bool, Float, Float32, Integer, Num
 
 from dspo_jax.errors import UserError
+from dspo_jax.files import sha256
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.families import Family
@@ -180,7 +181,7 @@ class Pipeline:
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
-        """Which of `conditioning_inputs` are [B, P, ...], one entry for each image of an example."""
+        """Names of the `conditioning_inputs` that are [B, P, ...], with one entry for each image."""
         return ("micro_conditioning",)
 
     def conditioning_shapes(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -335,7 +336,7 @@ class Pipeline:
         """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
         return {
             "model": self.path.name,
-            "vae_sha256": _sha256(*find_weights(self.path / "vae", self.vae.class_name)),
+            "vae_sha256": sha256(*find_weights(self.path / "vae", self.vae.class_name)),
             "scaling_factor": self.scaling_factor,
             "vae_scale_factor": self.vae_scale_factor,
             "latent_channels": self.latent_channels,
@@ -365,12 +366,3 @@ class Pipeline:
         for leaf in jax.tree.leaves(self.trained):
             digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
         return digest.hexdigest()
-
-
-def _sha256(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, refuse_existing, write_text
+from dspo_jax.files import appear, refuse_existing, sha256, write_text
 from dspo_jax.models.model import Model, build_model
 from dspo_jax.pipelines import tokenizers
 from dspo_jax.rewards import aesthetic, image_reward, open_clip
@@ -48,7 +47,7 @@ class Publication:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Where the weights of a reward are published, and the function that converts them.
+    """Published weights of a reward, and the function that converts them.
 
     Attributes:
       source: the hub id of its weights.
@@ -87,11 +86,11 @@ def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
             f"{wanted.weights}: embeds into {found} features, but the CLIP of {wanted.reward} into "
             f"{features}; is it another one?"
         )
-    about: dict[str, Any] = {"name": wanted.reward, "source": wanted.source, "sha256": _digest(files)}
+    about: dict[str, Any] = {"name": wanted.reward, "source": wanted.source, "sha256": sha256(*files)}
     written = {"model.safetensors": stored}
     if wanted.head:
         head = aesthetic.check_head(wanted.head, open_weights(wanted.head), features)
-        about["head"] = {"source": wanted.head.name, "sha256": _digest([wanted.head])}
+        about["head"] = {"source": wanted.head.name, "sha256": sha256(wanted.head)}
         written[aesthetic.HEAD] = head
     if wanted.tokenizer:
         read_tokenizer(wanted.tokenizer, model)
@@ -124,16 +123,6 @@ def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor]
         raise UserError(f"{weights}: holds {first} and not a CLIP with open_clip's names{hint}")
     config, stored = open_clip.translate(weights, stored, activation)
     return build_model("CLIPModel", config), stored, [weights]
-
-
-def _digest(files: Sequence[Path]) -> str:
-    """Returns the sha256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 _LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

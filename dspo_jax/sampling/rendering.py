@@ -1,4 +1,4 @@
-"""How images are drawn and rendered, as values."""
+"""Settings of drawing latents and of rendering them as image files, as frozen values."""
 
 import dataclasses
 import math

@@ -79,7 +79,7 @@ def prepare(config: ConfigDict, examples: HostBatch | None = None) -> Experiment
     for line in model_dir.foresee_export(pipe.path):
         logging.warning("config.model = %s: %s", config.model, line)
     objective = make_objective(settings)
-    task = make_task(settings, pipe)
+    task = make_task(settings, pipe, objective)
     adapters = make_adapters(settings, pipe)
     if examples is None:
         datasets = open_data(settings, pipe, objective)
@@ -119,8 +119,13 @@ def make_objective(settings: Settings) -> Objective:
     return get_objective(arguments.pop("name"), **arguments)
 
 
-def make_task(settings: Settings, pipe: Pipeline) -> Task:
+def make_task(settings: Settings, pipe: Pipeline, objective: Objective | None = None) -> Task:
     """Returns the static configuration of the step that a config asks for.
+
+    Args:
+      settings: the parsed config.
+      pipe: the model.
+      objective: from `make_objective`, where it is made already.
 
     Raises:
       UserError: settings that do not fit the model or each other, by key.
@@ -135,7 +140,7 @@ def make_task(settings: Settings, pipe: Pipeline) -> Task:
     )
     return Task(
         pipe=pipe,
-        loss=PreferenceLoss(make_objective(settings), draws),
+        loss=PreferenceLoss(objective or make_objective(settings), draws),
         update=UpdateRule(
             optimizer,
             learning_rate,

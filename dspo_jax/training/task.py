@@ -77,7 +77,7 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateRule:
-    """How gradients change the trained parameters.
+    """Optimizer of the trained parameters, and which of its updates are made.
 
     Attributes:
       optimizer: the gradient transformation.

@@ -42,7 +42,7 @@ MASK = np.arange(8)[None] < np.array([[8], [5], [2]])
 
 
 def write_folder(folder, state, config=CONFIG):
-    """What `components.read_model` and `read_params` read."""
+    """Returns a folder that `components.read_model` and `read_params` read."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from tables import each_row
-from tiny_model import RESOLUTION, VAE, random_params, write_model, write_tokenizer
+from tiny_model import RESOLUTION, TINY_VAE, VAE, random_params, write_model, write_tokenizer
 
 from dspo_jax.models.model import build_model
 from dspo_jax.pipelines.loading import load_pipeline
@@ -148,18 +148,7 @@ def test_a_tiny_autoencoder_can_stand_in_for_the_vae(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(model / "vae")
     edit_json(model / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
-    config = {
-        "_class_name": "AutoencoderTiny",
-        "act_fn": "relu",
-        "decoder_block_out_channels": [4] * 3,
-        "encoder_block_out_channels": [4] * 3,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "num_decoder_blocks": [1] * 3,
-        "num_encoder_blocks": [1] * 3,
-        "out_channels": 3,
-    }
-    vae = build_model("AutoencoderTiny", config)
+    vae = build_model("AutoencoderTiny", TINY_VAE)
     write_params(model / "vae", vae, random_params(vae, np.random.default_rng(0)))
     pipe = load_pipeline(model)
     assert (pipe.vae_scale_factor, pipe.latent_channels, pipe.scaling_factor) == (4, 4, 1.0)

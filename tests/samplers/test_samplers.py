@@ -156,7 +156,7 @@ def test_karras_can_be_asked_for_and_declined() -> None:
 
 
 def test_ddim_with_eta_of_one_has_the_noise_and_the_mean_of_ddpm() -> None:
-    """Where both end a step at the same timestep: at even spacing, and at x_0."""
+    """They agree where both end a step at the same timestep: at even spacing, and at x_0."""
     config = {"set_alpha_to_one": True}
     ddim, ddpm = (
         make_sampler("ddim", SCHEDULE, config, 50, eta=1.0),

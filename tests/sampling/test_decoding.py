@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import random_params
+from tiny_model import TINY_VAE, random_params
 
 from dspo_jax.models.model import build_model
 from dspo_jax.parallel.mesh import make_mesh
@@ -135,18 +135,7 @@ def test_large_images_are_decoded_in_tiles(pipe):
 def preview(tmp_path_factory):
     """A folder of a random AutoencoderTiny of four channels and four pixels a latent."""
     folder = tmp_path_factory.mktemp("preview") / "taesd"
-    config = {
-        "_class_name": "AutoencoderTiny",
-        "act_fn": "relu",
-        "encoder_block_out_channels": [4] * 3,
-        "decoder_block_out_channels": [4] * 3,
-        "in_channels": 3,
-        "latent_channels": 4,
-        "num_decoder_blocks": [1] * 3,
-        "num_encoder_blocks": [1] * 3,
-        "out_channels": 3,
-    }
-    vae = build_model("AutoencoderTiny", config)
+    vae = build_model("AutoencoderTiny", TINY_VAE)
     write_params(folder, vae, random_params(vae, np.random.default_rng(0)))
     return folder
 

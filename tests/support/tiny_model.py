@@ -44,6 +44,18 @@ VAE: dict[str, Any] = {
     "scaling_factor": 0.18215,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
+# Like the small VAE of TAESD: four channels, four pixels a latent.
+TINY_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderTiny",
+    "act_fn": "relu",
+    "encoder_block_out_channels": [4] * 3,
+    "decoder_block_out_channels": [4] * 3,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "num_decoder_blocks": [1] * 3,
+    "num_encoder_blocks": [1] * 3,
+    "out_channels": 3,
+}
 TEXT_ENCODER: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "bos_token_id": 512,
