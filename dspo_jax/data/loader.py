@@ -121,13 +121,14 @@ def train_batches(
     Raises:
       UserError: the split is unknown or empty in a dataset, the weights are not one for each, or the batch
         cannot be shared equally.
+      ValueError: no process has this number.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch size {batch_size}: must be a positive multiple of the {process_count} process(es)"
         )
     if not 0 <= process_index < process_count:
-        raise UserError(f"process index {process_index}: must be between 0 and {process_count - 1}")
+        raise ValueError(f"process index {process_index}: must be between 0 and {process_count - 1}")
     check_weights(weights, datasets)
     sizes = [sum(count_examples([dataset], split).values()) for dataset in datasets]
     buckets = count_examples(datasets, split)

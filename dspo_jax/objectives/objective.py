@@ -78,7 +78,8 @@ class Objective(abc.ABC):
           The loss [B], not reduced over the batch, and the metrics, each [B].
 
         Raises:
-          UserError: The reference or the loser is missing, or shapes do not match.
+          UserError: The reference or the loser is missing.
+          ValueError: Shapes do not match.
         """
         return self.loss_and_metrics(self._prepare(predictions), schedule)
 
@@ -114,7 +115,7 @@ class Objective(abc.ABC):
         """Checks the inputs; gives float32 arrays and timesteps [B, P]."""
         policy = predictions.policy
         if policy.ndim != 5 or policy.shape[1] not in (1, 2):
-            raise UserError(
+            raise ValueError(
                 f"Predictions.policy has shape {policy.shape}; it must be [B, P, h, w, C] with P = 1 or 2"
             )
         batch, images = policy.shape[:2]
@@ -131,18 +132,18 @@ class Objective(abc.ABC):
         for name in ("reference", "target"):
             array = getattr(predictions, name)
             if array is not None and array.shape != policy.shape:
-                raise UserError(
+                raise ValueError(
                     f"Predictions.{name} has shape {array.shape}, Predictions.policy {policy.shape}"
                 )
         timesteps = jnp.asarray(predictions.timesteps)
         if timesteps.shape not in ((batch,), (batch, images)):
-            raise UserError(
+            raise ValueError(
                 f"Predictions.timesteps has shape {timesteps.shape}; "
                 f"it must be {(batch,)} or {(batch, images)}"
             )
         preference = predictions.preference
         if preference is not None and preference.shape != (batch,):
-            raise UserError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
+            raise ValueError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
         policy, reference, target, preference = jax.tree.map(
             lambda array: jnp.asarray(array, jnp.float32),
             (policy, predictions.reference, predictions.target, preference),

@@ -188,7 +188,7 @@ class Sampler:
           Clean latents, in UNet units; bit for bit the last ones of `rollout`.
 
         Raises:
-          UserError: The sampler adds noise and there is none.
+          ValueError: The sampler adds noise and there is none.
         """
         step = self._step(predict, noise)
         state, _ = jax.lax.scan(lambda state, i: (step(state, i), None), state, self._calls)
@@ -202,7 +202,7 @@ class Sampler:
           ones. `jax.tree.map(lambda leaf: leaf[i], states)` is the state before call i.
 
         Raises:
-          UserError: The sampler adds noise and there is none.
+          ValueError: The sampler adds noise and there is none.
         """
         step = self._step(predict, noise)
 
@@ -220,7 +220,7 @@ class Sampler:
     def _step(self, predict: Predict, noise: Noise | None) -> Callable[[State, jax.Array], State]:
         """Makes one step as a function of the state and of the call's number."""
         if self.step_noise is not None and noise is None:
-            raise UserError("noise = None: this sampler adds noise at every step; pass noise(i)")
+            raise ValueError("noise = None: this sampler adds noise at every step; pass noise(i)")
 
         def step(state: State, i: jax.Array) -> State:
             state, deviation = self.transition(predict, state, i)

@@ -43,10 +43,10 @@ def binomial_interval(successes: float, n: int) -> tuple[float, float]:
       n: number of independent trials; 0 gives (0, 1).
 
     Raises:
-      UserError: `successes` is not between 0 and `n`.
+      ValueError: `successes` is not between 0 and `n`.
     """
     if not 0 <= successes <= n:
-        raise UserError(f"successes = {successes}: must lie between 0 and n = {n}")
+        raise ValueError(f"successes = {successes}: must lie between 0 and n = {n}")
     if n == 0:
         return 0.0, 1.0
     share = successes / n
