@@ -24,7 +24,7 @@ _RECIPE_ROOTS = (_PACKAGE / "recipes", _PACKAGE.parent)
 
 
 def run(
-    main: Callable[[Sequence[str]], Any], commands: Sequence[str] = (), operand: str | None = None
+    main: Callable[[Sequence[str]], object], commands: Sequence[str] = (), operand: str | None = None
 ) -> NoReturn:
     """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
 
@@ -40,7 +40,7 @@ def run(
       operand: what the first argument stands for, e.g. "DIR", for a program that works on one thing.
     """
 
-    def guarded_main(argv: Sequence[str]) -> Any:
+    def guarded_main(argv: Sequence[str]) -> object:
         if commands and len(argv) < 2:
             _fail(f"name a command: {', '.join(commands)}")
         if commands and argv[1] not in commands:
@@ -243,7 +243,7 @@ def _explain_key(name: str, key: str, config: config_dict.ConfigDict) -> str | N
     return None
 
 
-def _walk_keys(config: Mapping[str, Any] | config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
+def _walk_keys(config: Mapping[str, object] | config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a nested config, outer keys first."""
     for key, value in config.items():
         yield prefix + key

@@ -4,13 +4,17 @@ import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from dspo_jax.errors import UserError
 
 MAX_BYTES = 64 << 20
 """More than the manifest of a hundred thousand shards; parsing takes tens of times a file's size."""
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file, by key. Whoever reads a value of it checks what kind it is of."""
+
+_Kind = TypeVar("_Kind")
 _FIX = "fetch it again"
 _KINDS: dict[type | tuple[type, ...], str] = {
     dict: "an object",
@@ -30,7 +34,7 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def read_object(path: Path, fix: str = _FIX) -> dict[str, Any]:
+def read_object(path: Path, fix: str = _FIX) -> JsonObject:
     """Reads a JSON file that holds an object.
 
     Args:
@@ -48,7 +52,7 @@ def read_object(path: Path, fix: str = _FIX) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path, fix: str = _FIX) -> Any:
+def read_json(path: Path, fix: str = _FIX) -> object:
     """Reads a JSON file of any content; raises as `read_object`."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; {fix}")
@@ -67,7 +71,7 @@ def read_json(path: Path, fix: str = _FIX) -> Any:
     return parse(text, str(path), fix)
 
 
-def parse(text: str, where: str, fix: str = _FIX) -> Any:
+def parse(text: str, where: str, fix: str = _FIX) -> object:
     """Returns the content of a JSON text; `where` it stands opens every message, `fix` ends it.
 
     NaN and infinities are accepted, as Python's own reader does: diffusers writes `-Infinity`.
@@ -79,8 +83,8 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
     def refuse(problem: str) -> NoReturn:
         raise UserError(f"{where}: not valid JSON ({' '.join(problem.split())}); {fix}")
 
-    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def to_object(pairs: list[tuple[str, object]]) -> JsonObject:
+        found: JsonObject = {}
         for key, value in pairs:
             if key in found and found[key] != value:
                 raise UserError(f"key {shown(key)} is there as {shown(found[key])} and as {shown(value)}")
@@ -95,7 +99,9 @@ def parse(text: str, where: str, fix: str = _FIX) -> Any:
         refuse("nested too deeply")
 
 
-def member(content: object, key: str, kind: type | tuple[type, ...], where: object, fix: str = _FIX) -> Any:
+def member(
+    content: object, key: str, kind: type[_Kind] | tuple[type[_Kind], ...], where: object, fix: str = _FIX
+) -> _Kind:
     """Returns the value under a dotted key, such as "splits.train.shards".
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Final, TypedDict, Unpack
+from typing import Final, TypedDict, Unpack
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -130,7 +130,7 @@ def _name(key: str) -> str:
     return key if key.isidentifier() else shown(key)
 
 
-def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
+def check(what: str, config: Mapping[str, object], keys: Mapping[str, Key]) -> None:
     """Refuses a config that lacks a key without a default, or in which a key has a value that is not allowed.
 
     Keys that are not in the table are not looked at.
@@ -152,8 +152,8 @@ def check(what: str, config: Mapping[str, Any], keys: Mapping[str, Key]) -> None
 
 
 def fill(
-    what: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
-) -> dict[str, Any]:
+    what: str, config: Mapping[str, object], keys: Mapping[str, Key], ignored: Collection[str] = ()
+) -> dict[str, object]:
     """Returns the value of every key of a table: the config's, or else the default.
 
     Args:

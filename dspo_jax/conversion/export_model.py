@@ -6,7 +6,6 @@ Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most a
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -128,7 +127,7 @@ def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:
     }
 
 
-def _dtype(asked: str | None, tensor: Tensor) -> np.dtype[Any]:
+def _dtype(asked: str | None, tensor: Tensor) -> np.dtype:
     return DTYPES[asked] if asked else tensor.dtype
 
 

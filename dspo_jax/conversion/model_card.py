@@ -2,13 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from dspo_jax.json_files import member
+from dspo_jax.json_files import JsonObject, member
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.weights.model_dir import is_hub_id, read_json
 from dspo_jax.weights.saved_params import read_run_config
@@ -62,17 +60,17 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def _table(rows: JsonObject) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _describe_data(directory: Path) -> dict[str, Any]:
+def _describe_data(directory: Path) -> JsonObject:
     path = directory / "manifest.json"
     if not path.is_file():
         return {"name": directory.name, "manifest": "no longer where the run read it"}
     fix = "move it away to write the card without it"
     manifest = read_json(path, fix)
-    rows: dict[str, Any] = {
+    rows: JsonObject = {
         "name": directory.name,
         "source": json.dumps(member(manifest, "source", dict, path, fix), ensure_ascii=False),
         "resolution": member(manifest, "resolution", int, path, fix),

@@ -8,11 +8,11 @@ Source: the modules of CompVis/latent-diffusion, Stability-AI/generative-models 
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Container, Mapping
-from typing import Any
 
 import numpy as np
 
 from dspo_jax.errors import UserError
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.weights.tensors import Tensor
 
 _RESNET = {
@@ -105,7 +105,7 @@ class Layout:
         raise UserError(f"tensor {name} has no place in a single-file checkpoint")
 
 
-def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
+def make_layouts(configs: Mapping[str, NetworkConfig]) -> dict[str, Layout]:
     """Returns the layout of every component.
 
     Args:
@@ -132,7 +132,7 @@ def make_layouts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
     return layouts
 
 
-def _unet_layout(config: Mapping[str, Any]) -> Layout:
+def _unet_layout(config: NetworkConfig) -> Layout:
     levels = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     depths = list(layers) if isinstance(layers, list | tuple) else [layers] * levels
@@ -172,7 +172,7 @@ def _unet_layout(config: Mapping[str, Any]) -> Layout:
     return Layout("model.diffusion_model.", modules)
 
 
-def _vae_layout(config: Mapping[str, Any]) -> Layout:
+def _vae_layout(config: NetworkConfig) -> Layout:
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     tensors = {}
@@ -202,7 +202,7 @@ def _vae_layout(config: Mapping[str, Any]) -> Layout:
     return Layout("first_stage_model.", modules, tensors)
 
 
-def _open_clip_layout(root: str, config: Mapping[str, Any]) -> Layout:
+def _open_clip_layout(root: str, config: NetworkConfig) -> Layout:
     modules = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.final_layer_norm": "ln_final",

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Dataset:
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: JsonObject
 
     def buckets(self, split: str) -> dict[str, int]:
         """Counts the examples of each image size, "HEIGHTxWIDTH" in pixels; a square without buckets.
@@ -45,7 +45,7 @@ class Dataset:
         """Refuses shards that have vanished or were cut short (`shards.verify_shards`)."""
         shards.verify_shards(self.folder, self.manifest)
 
-    def _shards(self, split: str) -> list[tuple[str, Mapping[str, Any]]]:
+    def _shards(self, split: str) -> list[tuple[str, JsonObject]]:
         square = "{0}x{0}".format(self.manifest["resolution"])
         content = self.manifest["splits"].get(split, {"shards": []})
         return [(shard.get("bucket", square), shard) for shard in content["shards"]]
@@ -81,7 +81,7 @@ def read_datasets(path: str | Path, *, verify: bool = True) -> list[Dataset]:
     return datasets
 
 
-def _shared(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(manifest: JsonObject, model: JsonObject) -> JsonObject:
     """Facts that all datasets of a run must share: image size, images of an example, model."""
     made_with = {f"model.{key}": value for key, value in model.items() if key != "model"}
     return {key: manifest[key] for key in ("resolution", "images_per_example")} | made_with

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from absl import logging
 
 from dspo_jax.data import shards
 from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
+from dspo_jax.data.records import Example
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
@@ -25,6 +25,7 @@ VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
 
 _Batch = list[tuple[PreferencePair, Prepared]]
+_Prepared = tuple[PreferencePair, list[Prepared] | BadRow]
 _OnBadRow = Callable[[PreferencePair, BadRow], None]
 
 
@@ -107,7 +108,7 @@ class PairEncoder:
             on_mesh(moments, mesh), in_shardings=(whole, self._split), out_shardings=self._split
         )
 
-    def examples(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[dict[str, Any]]:
+    def examples(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[Example]:
         """Yields examples of good rows, in order within an image size, and hands bad rows to `on_bad_row`.
 
         The VAE works on a batch while the images of the next are awaited.
@@ -135,7 +136,7 @@ class PairEncoder:
                     yield waiting.pop(example.pixels.shape)
         yield from waiting.values()
 
-    def _timed(self, prepared: Iterator[Any]) -> Iterator[Any]:
+    def _timed(self, prepared: Iterator[_Prepared]) -> Iterator[_Prepared]:
         while True:
             started = time.perf_counter()
             following = next(prepared, None)
@@ -154,7 +155,7 @@ class PairEncoder:
         padded[: len(images)] = images
         return self._moments(self._params, jax.device_put(padded, self._split))
 
-    def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: _OnBadRow) -> Iterator[dict[str, Any]]:
+    def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: _OnBadRow) -> Iterator[Example]:
         tokens = self._pipe.tokenize([row.caption for row, _ in batch])
         per_example = len(batch[0][1].pixels)
         moments = np.asarray(encoding)[: len(batch) * per_example]

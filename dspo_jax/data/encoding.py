@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 from ml_collections import ConfigDict
@@ -154,7 +154,7 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f"config.num_workers = {config.num_workers}: must be at least 0")
 
 
-def _arguments(config: ConfigDict) -> dict[str, Any]:
+def _arguments(config: ConfigDict) -> dict[str, object]:
     """Returns the source's own."""
     return {
         key: value for key, value in config.source.to_dict().items() if key not in ("name", "max_skipped")

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import grain
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from dspo_jax.data.datasets import Dataset, check_weights, count_examples, mixing_weights
 from dspo_jax.data.records import HostBatch, Records
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
 _EPOCHS = 2**30
@@ -32,7 +33,7 @@ class BatchIterator:
     def __init__(
         self,
         batches: grain.MapDataset,
-        identity: dict[str, Any],
+        identity: JsonObject,
         num_threads: int,
         datasets: Sequence[Dataset],
     ):
@@ -153,7 +154,7 @@ def train_batches(
         partial(_add_index, first=process_index * share, stride=batch_size)
     )
     # Keys that one dataset of one image size does not need are left out, as in the states of older runs.
-    identity: dict[str, Any] = {"num_examples": sum(sizes), "seed": seed, "batch_size": batch_size}
+    identity: JsonObject = {"num_examples": sum(sizes), "seed": seed, "batch_size": batch_size}
     if len(datasets) > 1:
         identity["datasets"] = sizes
     if weights:

@@ -4,7 +4,7 @@ The bytes are those that TFDS makes of an example, and TFDS reads them too. But 
 longer, both ways (benchmarks/input_pipeline.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, bucket_size
+
+Example = dict[str, Any]
+"""An example with the arrays that `shards.feature_spec` lists, a caption and a key."""
 
 HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, S] int32, `micro_conditioning` [B, P, 6] int32,
@@ -23,7 +26,7 @@ HostBatch = dict[str, Any]
 _MOMENTS, _SIZED_MOMENTS, _SIZE = "moments", "moments/value", "moments/shape"
 
 
-def to_record(example: Mapping[str, Any], *, sized: bool) -> bytes:
+def to_record(example: Example, *, sized: bool) -> bytes:
     """Returns the bytes of an example, the same at every call.
 
     Args:

@@ -2,14 +2,14 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rich.filesize import decimal
 
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 
 
-def format_report(report: Mapping[str, Any]) -> str:
+def format_report(report: JsonObject) -> str:
     """Returns the report of `summarize_dataset` as text."""
     model = {key: value for key, value in report["model"].items() if "sha256" not in key}
     name, source = model.pop("model"), report["source"]
@@ -26,7 +26,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_split(name: str, content: Mapping[str, Any]) -> Iterator[str]:
+def _format_split(name: str, content: JsonObject) -> Iterator[str]:
     total = content["num_examples"]
     each = f", {decimal(content['bytes'] // total)} each" if total else ""
     yield name
@@ -67,7 +67,7 @@ def _format_split(name: str, content: Mapping[str, Any]) -> Iterator[str]:
         yield _line("loser won", f"{_share(preferences['loser_won'], read, 'losers')} win another pair")
 
 
-def check_keys(report: Mapping[str, Any]) -> None:
+def check_keys(report: JsonObject) -> None:
     """Refuses a dataset in which a key occurs twice in a split.
 
     Raises:
@@ -89,7 +89,7 @@ def _line(label: str, text: str) -> str:
     return textwrap.fill(f"  {label:<16}{text}", 110, subsequent_indent=" " * 18, break_long_words=False)
 
 
-def _settings(values: Mapping[str, Any]) -> list[str]:
+def _settings(values: JsonObject) -> list[str]:
     return [f"{key} {value}" for key, value in values.items()]
 
 

@@ -5,9 +5,8 @@ reading needs TensorFlow. The manifest is written last: a folder without one is 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,6 +15,7 @@ from dspo_jax import json_files, schema
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
+from dspo_jax.json_files import JsonObject
 from dspo_jax.locks import is_empty
 from dspo_jax.schema import REQUIRED, Key, integer
 
@@ -103,7 +103,7 @@ def to_float16(moments: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
+def read_manifest(directory: str | Path) -> JsonObject:
     """Reads the manifest of an encoded dataset.
 
     Raises:
@@ -132,7 +132,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_content(manifest: Mapping[str, Any]) -> None:
+def _check_content(manifest: JsonObject) -> None:
     """Refuses a manifest that lacks what readers look up, or holds it in another form."""
     schema.check("manifest", manifest, _KEYS)
     schema.check("model", manifest["model"], _MODEL_KEYS)
@@ -148,8 +148,8 @@ def _check_content(manifest: Mapping[str, Any]) -> None:
 
 
 def check_manifest(
-    manifest: Mapping[str, Any],
-    fingerprint: Mapping[str, Any],
+    manifest: JsonObject,
+    fingerprint: JsonObject,
     resolution: int | None = None,
     *,
     path: str | Path = MANIFEST,
@@ -181,7 +181,7 @@ def check_manifest(
         )
 
 
-def comparable(*fingerprints: Mapping[str, Any]) -> list[dict[str, Any]]:
+def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
     """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
 
     Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, and no
@@ -196,7 +196,7 @@ def comparable(*fingerprints: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verify_shards(
-    directory: str | Path, manifest: Mapping[str, Any] | None = None, *, checksums: bool = False
+    directory: str | Path, manifest: JsonObject | None = None, *, checksums: bool = False
 ) -> None:
     """Checks that every shard is there and whole: its size, and on request its content.
 
@@ -224,7 +224,7 @@ def verify_shards(
                 raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 
 
-def is_complete(out: str | Path, manifest: Mapping[str, Any], splits: Iterable[str]) -> bool:
+def is_complete(out: str | Path, manifest: JsonObject, splits: Iterable[str]) -> bool:
     """Returns whether `out` holds exactly the dataset about to be written, intact.
 
     Args:

@@ -1,15 +1,15 @@
 """Contact sheets of encoded examples: captions, and images decoded from the stored latents."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dspo_jax.data import shards
+from dspo_jax.data.records import Example
 from dspo_jax.data.summary import Examples
 from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
@@ -30,7 +30,7 @@ _FONT_SIZE, _LINE_HEIGHT = 12, 17
 _DECODED_AT_ONCE = 4
 
 
-def decode_examples(pipe: Pipeline, examples: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+def decode_examples(pipe: Pipeline, examples: Sequence[Example]) -> list[np.ndarray]:
     """Decodes examples, whose shapes may differ, as the means of their posteriors.
 
     Args:
@@ -128,7 +128,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list
 
 def choose_examples(
     directory: Path, splits: Sequence[str], count: int, seed: int
-) -> list[tuple[str, dict[str, Any]]]:
+) -> list[tuple[str, Example]]:
     """Draws random examples of the splits, each as likely, in order, with the names of their splits.
 
     Raises:
@@ -149,7 +149,7 @@ def choose_examples(
     return found
 
 
-def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[str, Any]]]) -> Image.Image:
+def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, Example]]) -> Image.Image:
     """Draws what `choose_examples` has chosen.
 
     Args:
@@ -173,7 +173,7 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, dict[
     )
 
 
-def _notes(split: str, example: Mapping[str, Any]) -> list[str]:
+def _notes(split: str, example: Example) -> list[str]:
     sizes = " and ".join(f"{width} x {height}" for height, width, *_ in example["micro_conditioning"])
     notes = [f"{split} {example['key']}", f"from {sizes} pixels"]
     if example["preference"] < 1:

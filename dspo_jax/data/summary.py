@@ -1,10 +1,10 @@
 """Statistics of an encoded dataset, read without TensorFlow and without the model."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -13,7 +13,9 @@ from google.protobuf.message import DecodeError
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.data.records import Example
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.progress import Progress
 
 _ALL_BUT_MOMENTS = ("tokens", "micro_conditioning", "preference", "loser_won", "caption", "key")
@@ -24,7 +26,7 @@ _SHOWN = 5  # repeated captions that are listed
 class Examples:
     """The examples of a split by their number, in the order of the manifest's shards."""
 
-    def __init__(self, directory: Path, split: str, manifest: Mapping[str, Any]):
+    def __init__(self, directory: Path, split: str, manifest: JsonObject):
         """Opens the shards.
 
         Raises:
@@ -49,7 +51,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, numbers: Sequence[int], *, moments: bool = False) -> Iterator[dict[str, Any]]:
+    def read(self, numbers: Sequence[int], *, moments: bool = False) -> Iterator[Example]:
         """Yields examples as `shards.feature_spec` describes them, without their moments unless asked.
 
         Raises:
@@ -72,7 +74,7 @@ class Examples:
         return OSError(f"{self._where}: a shard cannot be read: {reason}; --verify says which one")
 
 
-def describe_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def describe_manifest(manifest: JsonObject, path: Path) -> JsonObject:
     """Reads from a manifest how the dataset was made, and the size and the rows left out of each split.
 
     Raises:
@@ -80,7 +82,7 @@ def describe_manifest(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]
     """
     try:
         model, source = manifest["model"], manifest["source"]
-        report: dict[str, Any] = {
+        report: JsonObject = {
             "model": {"model": model["model"], **model},
             "resolution": manifest["resolution"],
             "images_per_example": manifest["images_per_example"],
@@ -137,7 +139,7 @@ def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
     )
 
 
-def summarize_examples(columns: Columns) -> dict[str, Any]:
+def summarize_examples(columns: Columns) -> JsonObject:
     """Counts what is in examples.
 
     Returns:
@@ -151,7 +153,7 @@ def summarize_examples(columns: Columns) -> dict[str, Any]:
     height, width, _, _, target_height, target_width = columns.sizes.T
     scale = np.maximum(target_height / height, target_width / width)
     duplicates = {key: count for key, count in Counter(columns.keys).items() if count > 1}
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "examples_read": num_examples,
         "captions": {
             "tokens": _spread(num_tokens),
@@ -184,7 +186,7 @@ def summarize_examples(columns: Columns) -> dict[str, Any]:
 
 def summarize_dataset(
     directory: Path, *, split: str | None = None, max_examples: int = 20_000, checksums: bool = False
-) -> dict[str, Any]:
+) -> JsonObject:
     """Reports on an encoded dataset.
 
     Args:

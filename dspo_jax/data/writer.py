@@ -8,7 +8,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -16,10 +15,10 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import naming
 
 from dspo_jax.data import shards
-from dspo_jax.data.records import to_record
+from dspo_jax.data.records import Example, to_record
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, sha256
-from dspo_jax.json_files import member, read_object
+from dspo_jax.json_files import JsonObject, member, read_object
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -39,7 +38,7 @@ class DatasetWriter:
         self,
         out: Path,
         features: tfds.features.FeaturesDict,
-        manifest: Mapping[str, Any],
+        manifest: JsonObject,
         num_shards: Mapping[str, int],
         buckets: Sequence[str] = (),
     ):
@@ -108,7 +107,7 @@ class DatasetWriter:
         self,
         split: str,
         number: int,
-        examples: Iterable[Mapping[str, Any]],
+        examples: Iterable[Example],
         skipped: Mapping[str, int] | None = None,
     ) -> int:
         """Writes one shard; returns the number of examples in it.
@@ -137,7 +136,7 @@ class DatasetWriter:
         self._replace(self._note(split, number), json.dumps(note))
         return sum(record["num_examples"] for record in records)
 
-    def commit(self, left_out: Mapping[str, Mapping[str, int]] | None = None) -> dict[str, Any]:
+    def commit(self, left_out: Mapping[str, Mapping[str, int]] | None = None) -> JsonObject:
         """Writes TFDS's metadata and the manifest; every shard must have been written.
 
         Several processes may do so at once: all write the same.
@@ -157,8 +156,8 @@ class DatasetWriter:
         shutil.rmtree(self._unfinished, ignore_errors=True)
         return complete
 
-    def _commit(self, left_out: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-        splits: dict[str, Any] = {}
+    def _commit(self, left_out: Mapping[str, Mapping[str, int]]) -> JsonObject:
+        splits: JsonObject = {}
         for split, count in self._num_shards.items():
             of_split = [self._read_note(split, number) for number in range(count)]
             files = [file for note in of_split for file in note["files"]]
@@ -188,7 +187,7 @@ class DatasetWriter:
         shutil.rmtree(self._unfinished, ignore_errors=True)
         return complete
 
-    def _drop_empty_buckets(self, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _drop_empty_buckets(self, files: list[JsonObject]) -> list[JsonObject]:
         """Drops the files of buckets that no image of the split fell into."""
         kept = []
         for bucket in self._buckets or [None]:
@@ -200,7 +199,7 @@ class DatasetWriter:
                 (self._out / file["file"]).unlink(missing_ok=True)
         return kept
 
-    def _write_metadata(self, staging: Path, splits: Mapping[str, Any]) -> None:
+    def _write_metadata(self, staging: Path, splits: JsonObject) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for content in splits.values():
@@ -241,7 +240,7 @@ class DatasetWriter:
     def _note(self, split: str, number: int) -> Path:
         return self._unfinished / f"{split}-{number:05d}.json"
 
-    def _read_note(self, split: str, number: int) -> dict[str, Any]:
+    def _read_note(self, split: str, number: int) -> JsonObject:
         return read_object(self._note(split, number), "delete it, and its shard is written again")
 
     @contextlib.contextmanager
@@ -279,7 +278,7 @@ class _File:
             self._writer.write(record)
         self._count += 1
 
-    def finish(self, folder: Path) -> dict[str, Any]:
+    def finish(self, folder: Path) -> JsonObject:
         """Gives the file its name in `folder`; returns its `num_examples`, `bytes` and `sha256`."""
         with self._naming_errors():
             self._writer.close()

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import ImagePaths
-from dspo_jax.json_files import read_object
+from dspo_jax.json_files import JsonObject, read_object
 from dspo_jax.sampling.folder import MANIFEST, SETTINGS
 from dspo_jax.sampling.prompts import COMMAND_ALLOWS_OUTSIDE, Prompt
 
@@ -44,7 +43,7 @@ class Images:
     """
 
     source: str
-    how: Mapping[str, Any]
+    how: JsonObject
     files: Sequence[Sequence[Path]]
 
 
@@ -81,7 +80,7 @@ def find_images(folder: ImageFolder, prompts: Sequence[Prompt], seeds: int) -> I
     return Images(str(folder.path), settings, by_prompt)
 
 
-def _locate(path: Path) -> tuple[Path, dict[str, Any]]:
+def _locate(path: Path) -> tuple[Path, JsonObject]:
     """Returns the folder with the images, and what `sample` noted of how they were drawn."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder of images")

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
 from dspo_jax.evaluation.win_rates import Estimate, WinRate
+from dspo_jax.json_files import JsonObject
 
 # Columns of how images were drawn.
 _DRAWING = ("sampler", "steps", "guidance_scale", "eta", "strength")
@@ -47,7 +48,7 @@ def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
     return lines + [(f"reward {name}", version) for name, version in evaluation.rewards.items()]
 
 
-def _describe_drawing(how: Mapping[str, Any]) -> str:
+def _describe_drawing(how: JsonObject) -> str:
     """Lists the settings that images were drawn with: the main ones, and others that are not the defaults."""
     if not how:
         return ", images made elsewhere"
@@ -186,7 +187,7 @@ def to_csv(evaluation: Evaluation) -> str:
     for label, of_model in evaluation.win_rates.items():
         images = evaluation.images[label]
         for name, found in of_model.items():
-            row: dict[str, Any] = {
+            row: dict[str, object] = {
                 "model": label,
                 "reward": name,
                 "reward_version": evaluation.rewards[name],
@@ -236,7 +237,7 @@ def to_json(evaluation: Evaluation) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     return value.tolist() if hasattr(value, "tolist") else dataclasses.asdict(value)
 
 

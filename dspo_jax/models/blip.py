@@ -6,8 +6,6 @@ nothing when a model scores.
 """
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
-from dspo_jax.models.config import check_multiple, read_config
+from dspo_jax.models.config import NetworkConfig, check_multiple, read_config
 from dspo_jax.schema import REQUIRED, Key, integer, number
 
 _NAME = "ImageReward"
@@ -37,7 +35,7 @@ _KEYS: dict[str, Key] = {
 }
 
 
-def read_image_reward_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_image_reward_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of an ImageReward, whose parts are named as in transformers' `BlipConfig`.
 
     Its keys: `vision_config`, `text_config`, and `head_features`, the widths of the head's hidden layers.
@@ -81,7 +79,7 @@ class _ImageMLP(nnx.Module):
 
 
 class _ImageBlock(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
         self.norm1 = LayerNorm(features, epsilon)
         self.attn = _ImageAttention(features, cfg["num_attention_heads"], rngs=rngs)
@@ -105,7 +103,7 @@ class _PatchEmbed(nnx.Module):
 class _ImageEncoder(nnx.Module):
     """Pixels [B, S, S, 3] -> states [B, 1 + patches, features]; the first is the image's own."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         features, patch = cfg["hidden_size"], cfg["patch_size"]
         patches = (cfg["image_size"] // patch) ** 2
         draw = nnx.initializers.truncated_normal(0.02)
@@ -150,7 +148,7 @@ class _Output(nnx.Module):
 
 
 class _TextAttention(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], context_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, context_features: int, *, rngs: nnx.Rngs):
         features = cfg["hidden_size"]
         self.self = _Projections(features, context_features, cfg["num_attention_heads"], rngs=rngs)
         self.output = _Output(features, features, cfg["layer_norm_eps"], rngs=rngs)
@@ -170,7 +168,7 @@ class _Intermediate(nnx.Module):
 class _TextLayer(nnx.Module):
     """Attention among the tokens, then to the image, then the feed-forward; a norm behind each."""
 
-    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
         features, hidden = cfg["hidden_size"], cfg["intermediate_size"]
         self.attention = _TextAttention(cfg, features, rngs=rngs)
         self.crossattention = _TextAttention(cfg, image_features, rngs=rngs)
@@ -184,7 +182,7 @@ class _TextLayer(nnx.Module):
 
 
 class _TextEmbeddings(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         features, draw = cfg["hidden_size"], nnx.initializers.normal(0.02)
         self.word_embeddings = nnx.Embed(cfg["vocab_size"], features, embedding_init=draw, rngs=rngs)
         self.position_embeddings = nnx.Embed(
@@ -201,7 +199,7 @@ class _TextEmbeddings(nnx.Module):
 
 
 class _TextLayers(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
         self.layer = nnx.List(
             [_TextLayer(cfg, image_features, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
         )
@@ -210,7 +208,7 @@ class _TextLayers(nnx.Module):
 class _TextEncoder(nnx.Module):
     """Token ids [B, S], which of them are text [B, S] and image states -> states [B, S, features]."""
 
-    def __init__(self, cfg: Mapping[str, Any], image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
         self.embeddings = _TextEmbeddings(cfg, rngs=rngs)
         self.encoder = _TextLayers(cfg, image_features, rngs=rngs)
 
@@ -222,7 +220,7 @@ class _TextEncoder(nnx.Module):
 
 
 class _BLIP(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         vision, text = cfg["vision_config"], cfg["text_config"]
         self.visual_encoder = _ImageEncoder(vision, rngs=rngs)
         self.text_encoder = _TextEncoder(text, vision["hidden_size"], rngs=rngs)
@@ -245,7 +243,7 @@ class _Head(nnx.Module):
 class ImageReward(nnx.Module):
     """The score of an image under a text, in the head's units. Names as in the published weights."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_image_reward_config` returns."""
         self.blip = _BLIP(cfg, rngs=rngs)
         self.mlp = _Head(cfg["text_config"]["hidden_size"], cfg["head_features"], rngs=rngs)

@@ -1,7 +1,7 @@
 """The text towers of Stable Diffusion, built from transformers' config.json."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import LayerNorm
-from dspo_jax.models.config import check_multiple, read_config
+from dspo_jax.models.config import NetworkConfig, check_multiple, read_config
 from dspo_jax.models.remat import run_block
 from dspo_jax.schema import Key, fixed, integer, number
 
@@ -75,7 +75,7 @@ class _MLP(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, causal: bool, rngs: nnx.Rngs):
         features, heads, epsilon = (
             cfg[key] for key in ("hidden_size", "num_attention_heads", "layer_norm_eps")
         )
@@ -90,7 +90,7 @@ class _Layer(nnx.Module):
 
 
 class _Embeddings(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         # CLIP's own initialisation: the tokens at 0.02, the positions at 0.01.
         token_init, position_init = nnx.initializers.normal(0.02), nnx.initializers.normal(0.01)
         features = cfg["hidden_size"]
@@ -110,20 +110,20 @@ class _Embeddings(nnx.Module):
 class Encoder(nnx.Module):
     """The layers of a tower: `causal` where a position sees only those before it, as in the text towers."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, causal: bool, rngs: nnx.Rngs):
         self.layers = nnx.List(
             [_Layer(cfg, causal=causal, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
         )
 
 
 class _TextModel(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         self.embeddings = _Embeddings(cfg, rngs=rngs)
         self.encoder = Encoder(cfg, causal=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(cfg["hidden_size"], cfg["layer_norm_eps"])
 
 
-def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_clip_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of a transformers `CLIPTextModel`.
 
     Raises:
@@ -132,7 +132,7 @@ def read_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return read_tower_config("CLIPTextModel", config, TEXT_KEYS, PROJECTION)
 
 
-def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_projecting_clip_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of a transformers `CLIPTextModelWithProjection`.
 
     Raises:
@@ -142,8 +142,8 @@ def read_projecting_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tower_config(
-    class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
-) -> dict[str, Any]:
+    class_name: str, config: NetworkConfig, keys: Mapping[str, Key], ignored: Collection[str] = ()
+) -> NetworkConfig:
     """Checks the config of a tower, text or image, whose features must be a multiple of its heads.
 
     Raises:
@@ -172,7 +172,7 @@ class TextStates(NamedTuple):
 class CLIPTextModel(nnx.Module):
     """Token ids -> text states. Source: transformers' CLIPTextModel; names as in published checkpoints."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_clip_config` returns."""
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
@@ -197,7 +197,7 @@ class CLIPTextModel(nnx.Module):
 class CLIPTextModelWithProjection(CLIPTextModel):
     """`CLIPTextModel` with a linear map behind the pooled state: SDXL's second text encoder."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_projecting_clip_config` returns."""
         super().__init__(cfg, rngs=rngs)
         self.text_projection = nnx.Linear(

@@ -1,8 +1,6 @@
 """CLIP's image tower, and both towers as one model, built from transformers' config.json."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from dspo_jax.models.clip import (
     Encoder,
     read_tower_config,
 )
-from dspo_jax.models.config import read_config
+from dspo_jax.models.config import NetworkConfig, read_config
 from dspo_jax.schema import Key, fixed, integer
 
 _TOWERS: dict[str, dict[str, Key]] = {
@@ -45,7 +43,7 @@ _UNREAD = {"projection_dim", "eos_token_id"}
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)  # with which CLIP began its training
 
 
-def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_clip_model_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of a transformers `CLIPModel`.
 
     Older ones say a tower twice; transformers then takes what `text_config_dict` (or `vision_config_dict`)
@@ -67,7 +65,7 @@ def read_clip_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": {**text, "projection_dim": cfg["projection_dim"]}, "vision": vision}
 
 
-def _read_tower(key: str, config: Mapping[str, Any], duplicate: Mapping[str, Any] | None) -> dict[str, Any]:
+def _read_tower(key: str, config: NetworkConfig, duplicate: NetworkConfig | None) -> NetworkConfig:
     keys = _TOWERS[key]
     if duplicate is not None:
         config = {**config, **{name: entry.default for name, entry in keys.items()}, **duplicate}
@@ -76,7 +74,7 @@ def _read_tower(key: str, config: Mapping[str, Any], duplicate: Mapping[str, Any
 
 
 class _ImageEmbeddings(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         features, patch = cfg["hidden_size"], cfg["patch_size"]
         # CLIP's own initialisation.
         init = nnx.initializers.normal(features**-0.5)
@@ -95,7 +93,7 @@ class _ImageEmbeddings(nnx.Module):
 
 
 class _VisionModel(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         features, epsilon = cfg["hidden_size"], cfg["layer_norm_eps"]
         self.embeddings = _ImageEmbeddings(cfg, rngs=rngs)
         self.pre_layrnorm = LayerNorm(features, epsilon)  # spelt as in every checkpoint
@@ -115,7 +113,7 @@ class CLIPModel(CLIPTextModelWithProjection):
     Source: transformers' CLIPModel; names as in published checkpoints.
     """
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_clip_model_config` returns."""
         text, vision = cfg["text"], cfg["vision"]
         super().__init__(text, rngs=rngs)

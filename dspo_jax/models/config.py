@@ -8,6 +8,9 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.schema import Key
 
+NetworkConfig = dict[str, Any]
+"""The config.json of a network by key, as parsed or as `read_config` completes it."""
+
 # Keys of bookkeeping that change no computation; the second row is what diffusers' `EMAModel` leaves behind.
 _IGNORED = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "model_type"),
@@ -16,8 +19,8 @@ _IGNORED = {
 
 
 def read_config(
-    class_name: str, config: Mapping[str, Any], keys: Mapping[str, Key], ignored: Collection[str] = ()
-) -> dict[str, Any]:
+    class_name: str, config: NetworkConfig, keys: Mapping[str, Key], ignored: Collection[str] = ()
+) -> NetworkConfig:
     """Checks a network's config.json and fills in defaults.
 
     Args:

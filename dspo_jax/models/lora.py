@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from dspo_jax.errors import UserError
 
@@ -63,7 +64,7 @@ def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: nnx.Rngs) -> None
     """Puts layers with adapters in the place of those at the dotted paths `ranks`."""
     for path, rank in ranks.items():
         *parents, last = path.split(".")
-        parent: Any = module
+        parent: PyTree = module
         for name in parents:
             parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
         layer = parent[int(last)] if last.isdigit() else getattr(parent, last)
@@ -114,7 +115,7 @@ def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Ar
     return unflatten_dict(adapters, sep=".")
 
 
-def _examples(layers: Mapping[str, Any]) -> str:
+def _examples(layers: Mapping[str, object]) -> str:
     ends = dict.fromkeys(re.sub(r".*\.(?=[^.]*[a-z])", "", path) for path in layers)
     return ", ".join(list(ends)[:12])
 

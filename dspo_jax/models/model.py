@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,13 @@ from dspo_jax.models.clip import (
     read_projecting_clip_config,
 )
 from dspo_jax.models.clip_vision import CLIPModel, read_clip_model_config
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.unet import UNet2DCondition, read_unet_config
 from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
 
 Params = lora.Params
 
-_Read = Callable[[Mapping[str, Any]], dict[str, Any]]
+_Read = Callable[[NetworkConfig], NetworkConfig]
 
 # The check of a class's config, and its builder. Two functions, because JAX appends a paragraph of its own to
 # an error that is raised while it traces.
@@ -84,14 +84,14 @@ class Model:
     """
 
     class_name: str
-    config: Mapping[str, Any] = dataclasses.field(hash=False)
-    settings: Mapping[str, Any] = dataclasses.field(repr=False, hash=False, compare=False)
+    config: NetworkConfig = dataclasses.field(hash=False)
+    settings: NetworkConfig = dataclasses.field(repr=False, hash=False, compare=False)
     # Ranks of the adapters -> (graph, state of shapes), made when they are first met.
     _variants: dict[tuple[tuple[str, int], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
         default_factory=dict, repr=False, hash=False, compare=False
     )
 
-    def complete_config(self) -> dict[str, Any]:
+    def complete_config(self) -> NetworkConfig:
         """Returns the config with the keys that it leaves out, and lists for each level, as in `settings`."""
         return {**self.config, **self.settings}
 
@@ -105,7 +105,7 @@ class Model:
         module = build(self.settings, rngs=nnx.Rngs(key))
         return _string_keys(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
-    def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> Any:
+    def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> PyTree:
         """Calls `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
         params, args, kwargs = jax.tree.map(_as_jax, (params, args, kwargs))
         graph, shapes = self._variant(lora.find_ranks(params))
@@ -125,7 +125,7 @@ class Model:
         return self._variants[key]
 
 
-def build_model(class_name: object, config: Mapping[str, Any]) -> Model:
+def build_model(class_name: object, config: NetworkConfig) -> Model:
     """Returns the model that a config.json describes.
 
     Args:

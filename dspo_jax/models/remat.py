@@ -7,11 +7,10 @@ and the products and softmax of plain attention are computed again, and little a
 changes what is computed.
 """
 
-from typing import Any
-
 import jax
 from flax import nnx
 from jax.extend.core import Primitive, primitives
+from jaxtyping import PyTree
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -26,7 +25,7 @@ def check_policy(policy: str) -> None:
         raise UserError(spelling.unknown("config.remat", policy, POLICIES))
 
 
-def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
+def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> PyTree:
     """Runs `block(*inputs)`, rematerialised as `policy` says; "none" adds nothing to the program.
 
     Raises:
@@ -37,7 +36,7 @@ def run_block(block: nnx.Module, policy: str, *inputs: jax.Array) -> Any:
         return block(*inputs)
     graph, state = nnx.split(block)
 
-    def run(state: nnx.State, *inputs: jax.Array) -> Any:
+    def run(state: nnx.State, *inputs: jax.Array) -> PyTree:
         return nnx.merge(graph, state)(*inputs)
 
     policies = jax.checkpoint_policies

@@ -1,8 +1,5 @@
 """`UNet2DCondition`: the denoiser of Stable Diffusion 1, 2 and XL, built from diffusers' config.json."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +16,7 @@ from dspo_jax.models.blocks import (
     conv2d,
     sinusoidal_embedding,
 )
-from dspo_jax.models.config import check_multiple, per_level, read_config
+from dspo_jax.models.config import NetworkConfig, check_multiple, per_level, read_config
 from dspo_jax.models.remat import run_block
 from dspo_jax.schema import Key, fixed, flag, integer, number, off
 
@@ -101,7 +98,7 @@ class _Block(nnx.Module):
         return zip(self.resnets, attentions, strict=True)
 
 
-def read_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_unet_config(config: NetworkConfig) -> NetworkConfig:
     """Checks a diffusers `unet/config.json` and fill in defaults; what may differ by level becomes a list.
 
     Raises:
@@ -151,7 +148,7 @@ def _check_depth(layers_per_block: list[int], transformer_layers: list[int]) -> 
 class UNet2DCondition(nnx.Module):
     """Predicts eps or v of noisy latents under a text condition. Source: diffusers' UNet2DConditionModel."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_unet_config` returns."""
         channels: list[int] = cfg["block_out_channels"]
         levels = len(channels)

@@ -3,9 +3,6 @@
 Both encode an image to the mean and deviation of a posterior over latents, in the autoencoder's own units.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +18,7 @@ from dspo_jax.models.blocks import (
     conv2d,
     double,
 )
-from dspo_jax.models.config import check_multiple, per_level, read_config
+from dspo_jax.models.config import NetworkConfig, check_multiple, per_level, read_config
 from dspo_jax.schema import Key, fixed, flag, integer, number
 
 _NAME = "AutoencoderKL"
@@ -104,7 +101,7 @@ def _resnet(in_channels: int, out_channels: int, groups: int, *, rngs: nnx.Rngs)
 
 
 class _Encoder(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         channels, groups = list(cfg["block_out_channels"]), cfg["norm_num_groups"]
         self.conv_in = conv2d(cfg["in_channels"], channels[0], 3, rngs=rngs)
         self.down_blocks: nnx.List = nnx.List([])
@@ -127,7 +124,7 @@ class _Encoder(nnx.Module):
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         channels, groups = list(cfg["block_out_channels"])[::-1], cfg["norm_num_groups"]
         self.conv_in = conv2d(cfg["latent_channels"], channels[0], 3, rngs=rngs)
         self.mid_block = _MidBlock(channels[0], groups, attention=cfg["mid_block_add_attention"], rngs=rngs)
@@ -149,7 +146,7 @@ class _Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
-def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_vae_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of a diffusers `AutoencoderKL` and fill in defaults.
 
     Raises:
@@ -168,7 +165,7 @@ def read_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 class AutoencoderKL(nnx.Module):
     """Images <-> posterior moments and latents, in the VAE's own units. Source: diffusers' AutoencoderKL."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_vae_config` returns."""
         self.encoder = _Encoder(cfg, rngs=rngs)
         self.decoder = _Decoder(cfg, rngs=rngs)
@@ -252,7 +249,7 @@ class _TinyBlock(nnx.Module):
         return nnx.relu(h + x)
 
 
-def _tiny_encoder(cfg: Mapping[str, Any], *, rngs: nnx.Rngs) -> _Sequence:
+def _tiny_encoder(cfg: NetworkConfig, *, rngs: nnx.Rngs) -> _Sequence:
     width = cfg["encoder_block_out_channels"][0]
     layers: list[nnx.Module] = []
     for level, blocks in enumerate(cfg["num_encoder_blocks"]):
@@ -264,7 +261,7 @@ def _tiny_encoder(cfg: Mapping[str, Any], *, rngs: nnx.Rngs) -> _Sequence:
     return _Sequence([*layers, conv2d(width, cfg["latent_channels"], 3, rngs=rngs)])
 
 
-def _tiny_decoder(cfg: Mapping[str, Any], *, rngs: nnx.Rngs) -> _Sequence:
+def _tiny_decoder(cfg: NetworkConfig, *, rngs: nnx.Rngs) -> _Sequence:
     width = cfg["decoder_block_out_channels"][0]
     layers: list[nnx.Module] = [conv2d(cfg["latent_channels"], width, 3, rngs=rngs), _ReLU()]
     for level, blocks in enumerate(cfg["num_decoder_blocks"]):
@@ -274,7 +271,7 @@ def _tiny_decoder(cfg: Mapping[str, Any], *, rngs: nnx.Rngs) -> _Sequence:
     return _Sequence([*layers, conv2d(width, cfg["out_channels"], 3, rngs=rngs)])
 
 
-def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_tiny_vae_config(config: NetworkConfig) -> NetworkConfig:
     """Checks the config.json of a diffusers `AutoencoderTiny` and fill in defaults.
 
     Raises:
@@ -293,7 +290,7 @@ def read_tiny_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 class AutoencoderTiny(nnx.Module):
     """TAESD: a small, deterministic stand-in for `AutoencoderKL`. Source: diffusers' AutoencoderTiny."""
 
-    def __init__(self, cfg: Mapping[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
         """Builds from what `read_tiny_vae_config` returns."""
         self.encoder = _tiny_encoder(cfg, rngs=rngs)
         self.decoder = _tiny_decoder(cfg, rngs=rngs)

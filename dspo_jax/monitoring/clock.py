@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -77,7 +76,7 @@ class Clock:
         """Pairs per second over the whole run, restarts included (0 when no time was counted)."""
         return self.pairs / self.seconds if self.seconds > 0 else 0.0
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Returns the arguments of `Clock` after a restart; JSON types."""
         return {"seconds": self.seconds, "pairs": self.pairs}
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole
+from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[JsonObject]
 
 _PLAIN, _WINNER, _LOSER = "tab:blue", "tab:green", "tab:red"
 # A curve of more points is drawn pale, under its mean over windows of a twentieth of them.

@@ -78,7 +78,7 @@ def find_chip(device: jax.Device) -> Chip | None:
     return next((chip for kind, chip in CHIPS.items() if re.fullmatch(kind, device.device_kind)), None)
 
 
-def count_flops(f: Callable[..., Any], *abstract_args: PyTree) -> float | None:
+def count_flops(f: Callable[..., object], *abstract_args: PyTree) -> float | None:
     """Returns FLOPs of one call of `f`, counted in the program before XLA optimizes or partitions it.
 
     So they are those of all devices together, and those of the model: nothing that a compiler adds. What the

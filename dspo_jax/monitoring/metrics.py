@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TextIO
+from typing import Any, SupportsFloat, TextIO
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, write_text
+from dspo_jax.json_files import JsonObject
 
 VALIDATION_PREFIX = "validation/"  # prefix of the held-out scalars among a run's metrics
 
@@ -31,7 +32,7 @@ class MetricsWriter:
         *,
         active: bool = True,
         wandb_project: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: JsonObject | None = None,
     ):
         """Opens the files, dropping what was written after `step`: a resumed run writes those steps again.
 
@@ -58,7 +59,7 @@ class MetricsWriter:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = _import_summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line, and one point per metric to TensorBoard and W&B.
 
         Args:
@@ -92,7 +93,7 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[JsonObject]:
     """Returns the lines of a `metrics.jsonl` in order, without a last one that was cut short.
 
     Each has `step`, a whole number, and finite or infinite floats or NaN.
@@ -170,7 +171,7 @@ def import_wandb(project: str) -> Any:
         ) from error
 
 
-def _start_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
+def _start_wandb(workdir: Path, project: str, config: JsonObject | None) -> Any:
     """Starts or resumes the workdir's W&B run."""
     wandb = import_wandb(project)
     id_file = workdir / "wandb_run_id"

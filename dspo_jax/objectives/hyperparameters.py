@@ -26,7 +26,7 @@ def choice(*allowed: str) -> Any:
     return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
 
 
-def check(fields: Iterable[dataclasses.Field[Any]], name: str, given: Mapping[str, object]) -> dict[str, Any]:
+def check(fields: Iterable[dataclasses.Field], name: str, given: Mapping[str, object]) -> dict[str, Any]:
     """Returns the arguments of an objective for its class, numbers as floats.
 
     Args:
@@ -44,7 +44,7 @@ def check(fields: Iterable[dataclasses.Field[Any]], name: str, given: Mapping[st
     return {argument: _check_value(by_name[argument], value) for argument, value in given.items()}
 
 
-def _check_value(field: dataclasses.Field[Any], value: object) -> object:
+def _check_value(field: dataclasses.Field, value: object) -> object:
     key = f"config.objective.{field.name}"
     if allowed := field.metadata.get("allowed"):
         if value not in allowed:

@@ -5,7 +5,7 @@ Axes in the annotations of this package: `b` examples, `p` images of an example,
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class Objective(abc.ABC):
         return False
 
     @property
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, object]:
         """Every field with its value, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 

@@ -5,13 +5,13 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Float32, Integer, Num
+from jaxtyping import Bool, Float, Float32, Integer, Num, PyTree
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
@@ -19,7 +19,7 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.families import Family
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
 
@@ -71,7 +71,7 @@ class Pipeline:
     tokenizers: tuple[CaptionTokenizer, ...]
     empty_tokens: np.ndarray
     schedule: Schedule
-    scheduler_config: Mapping[str, Any]
+    scheduler_config: SchedulerConfig
     zero_empty_captions: bool
     trained: Mapping[str, Params]
     step: int | None = None
@@ -277,7 +277,7 @@ class Pipeline:
           UserError: an unknown policy.
         """
         states, pooled, sizes = conditioning
-        more: dict[str, Any] = {}
+        more: dict[str, PyTree] = {}
         if pooled is not None:
             repeats = len(latents) // len(pooled)
             more = {"text_embeds": jnp.repeat(pooled, repeats, axis=0), "time_ids": sizes}
@@ -332,7 +332,7 @@ class Pipeline:
         """
         return self.vae.apply(params["vae"], latents / self.scaling_factor, method="decode")
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
         return {
             "model": self.path.name,

@@ -5,18 +5,18 @@ keys that repeat the classes' defaults.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import build_model
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 
-SD15_UNET: dict[str, Any] = {
+SD15_UNET: NetworkConfig = {
     "act_fn": "silu",
     "attention_head_dim": 8,
     "block_out_channels": [320, 640, 1280, 1280],
@@ -71,7 +71,7 @@ SDXL_UNET = SD15_UNET | {
     "upcast_attention": None,
     "use_linear_projection": True,
 }
-VAE: dict[str, Any] = {
+VAE: NetworkConfig = {
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -90,7 +90,7 @@ SDXL_VAE = VAE | {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
-SD15_TEXT_ENCODER: dict[str, Any] = {
+SD15_TEXT_ENCODER: NetworkConfig = {
     "attention_dropout": 0.0,
     "bos_token_id": 0,
     "dropout": 0.0,
@@ -118,7 +118,7 @@ SDXL_TEXT_ENCODER_2 = SD15_TEXT_ENCODER | {
     "projection_dim": 1280,
 }
 
-_SCHEDULER: dict[str, Any] = {
+_SCHEDULER: SchedulerConfig = {
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -126,7 +126,7 @@ _SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
 }
-NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+NETWORKS: dict[str, dict[str, tuple[str, NetworkConfig]]] = {
     "sd15": {
         "unet": ("UNet2DConditionModel", SD15_UNET),
         "vae": ("AutoencoderKL", VAE),

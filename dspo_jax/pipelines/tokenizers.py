@@ -5,15 +5,15 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import CLIPTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from dspo_jax.errors import UserError
+from dspo_jax.models.config import NetworkConfig
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -147,7 +147,7 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
     return tokenizer
 
 
-def read_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> CaptionTokenizer:
+def read_tokenizer(folder: Path, text_config: NetworkConfig) -> CaptionTokenizer:
     """Returns the tokenizer of the text encoder with `text_config`.
 
     Raises:

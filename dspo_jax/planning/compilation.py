@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from dspo_jax.files import write_json
-from dspo_jax.json_files import read_object
+from dspo_jax.json_files import JsonObject, read_object
 from dspo_jax.monitoring.devices import peak_bytes
 from dspo_jax.planning.program_text import (
     assigned_bytes,
@@ -37,9 +37,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
-def kept_facts(
-    lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None
-) -> dict[str, Any]:
+def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None) -> JsonObject:
     """Returns `compile_facts`, kept for the next time by the program's text and compiler.
 
     Args:
@@ -65,7 +63,7 @@ def kept_facts(
     return facts
 
 
-def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
+def compile_facts(lowered: jax.stages.Lowered) -> JsonObject:
     """Compiles a program and returns the raw facts: memory, FLOPs, collectives, the compiler's estimate.
 
     Of a program that is too large only peak_bytes, as far as its compiler had counted, and hbm_bytes, which
@@ -103,7 +101,7 @@ def compile_facts(lowered: jax.stages.Lowered) -> dict[str, Any]:
     }
 
 
-def memory_facts(command: Sequence[str], module: str) -> dict[str, Any] | int:
+def memory_facts(command: Sequence[str], module: str) -> JsonObject | int:
     """Returns the memory and the collectives of a program that a command compiles, which is then ended.
 
     XLA notes them in a folder while it compiles. The command is a process of its own because the compiler

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, peak_flops
 from dspo_jax.parallel.mesh import check_batch_size
@@ -139,7 +139,7 @@ def plan(
     size: tuple[int, int],
     pairs_per_device: int,
     topology: str | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: JsonObject | None = None,
 ) -> Plan:
     """Compiles the step of a run for some devices and says what it takes.
 
@@ -183,7 +183,7 @@ def plan(
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 
-def _judge(facts: Mapping[str, Any], device: jax.Device, pairs: int, flops: float | None) -> dict[str, Any]:
+def _judge(facts: JsonObject, device: jax.Device, pairs: int, flops: float | None) -> JsonObject:
     """Computes the fields of a `Plan` for one device from the facts of its compilation."""
     chip, peak_rate = find_chip(device), peak_flops(device)
     hbm = facts["hbm_bytes"]

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import BertTokenizer
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing, write_json, write_text
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.reward import Reward
@@ -145,7 +145,7 @@ def _require(file: Path, stored: Mapping[str, Tensor], *names: str) -> None:
         raise UserError(f"{file}: tensor {missing[0]} is missing; is it the published ImageReward.pt?")
 
 
-def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+def _find_config(file: Path, stored: Mapping[str, Tensor]) -> NetworkConfig:
     """Returns the config.json of weights, from the shapes of some."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ def _find_config(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Any]:
             )
         return stored[name].shape
 
-    def layers(part: str, features: int, blocks: str, hidden: str) -> dict[str, Any]:
+    def layers(part: str, features: int, blocks: str, hidden: str) -> NetworkConfig:
         if features % _HEAD_WIDTH:
             raise UserError(f"{file}: {blocks} are {features} wide; it must be a multiple of {_HEAD_WIDTH}")
         number = re.compile(re.escape(blocks) + r"\.(\d+)\.")

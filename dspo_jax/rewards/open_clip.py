@@ -4,11 +4,11 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dspo_jax.errors import UserError
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import build_model
 from dspo_jax.weights.layout import torch_shapes
 from dspo_jax.weights.tensors import Tensor
@@ -47,7 +47,7 @@ def is_open_clip(stored: Mapping[str, Tensor]) -> bool:
 
 def translate(
     file: Path, stored: Mapping[str, Tensor], activation: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[NetworkConfig, dict[str, Tensor]]:
     """Returns the config.json of transformers' `CLIPModel` and its tensors.
 
     Args:
@@ -99,14 +99,14 @@ def _translate(file: Path, name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {target.format(letter): third(number) for number, letter in enumerate("qkv")}
 
 
-def _find_config(file: Path, translated: Mapping[str, Tensor], activation: str) -> dict[str, Any]:
+def _find_config(file: Path, translated: Mapping[str, Tensor], activation: str) -> NetworkConfig:
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in translated or len(translated[name].shape) != axes:
             found = translated[name].shape if name in translated else "missing"
             raise UserError(f"{file}: what transformers calls {name} is {found}; is it an open_clip ViT?")
         return translated[name].shape
 
-    def tower(prefix: str) -> dict[str, Any]:
+    def tower(prefix: str) -> NetworkConfig:
         hidden, width = shape(f"{prefix}.encoder.layers.0.mlp.fc1.weight", 2)
         layer = re.compile(re.escape(prefix) + r"\.encoder\.layers\.(\d+)\.")
         return {

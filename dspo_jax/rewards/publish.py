@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -86,7 +85,7 @@ def write_clip(wanted: Publication, *, features: int, activation: str) -> None:
             f"{wanted.weights}: embeds into {found} features, but the CLIP of {wanted.reward} into "
             f"{features}; is it another one?"
         )
-    about: dict[str, Any] = {"name": wanted.reward, "source": wanted.source, "sha256": sha256(*files)}
+    about: dict[str, object] = {"name": wanted.reward, "source": wanted.source, "sha256": sha256(*files)}
     written = {"model.safetensors": stored}
     if wanted.head:
         head = aesthetic.check_head(wanted.head, open_weights(wanted.head), features)

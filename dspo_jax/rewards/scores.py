@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -80,7 +79,7 @@ def read_image(file: Path, *, keep_alpha: bool = False) -> np.ndarray:
         raise UserError(f"{file}: {problem}") from problem
 
 
-def _how(reward: Reward) -> dict[str, Any]:
+def _how(reward: Reward) -> dict[str, object]:
     """Identifies a kept score. Rows without `reads_alpha` are scores of images laid over white."""
     return {"version": reward.version, "reads_alpha": reward.reads_alpha}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -12,7 +12,7 @@ from dspo_jax.json_files import shown
 from dspo_jax.samplers import sigma_samplers, timestep_samplers
 from dspo_jax.samplers.sampler import CoefficientTable, Sampler
 from dspo_jax.samplers.spacing import check_steps, fill_sampler_config
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 
 
 class Entry(NamedTuple):
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
     scheduler: str
     table: Callable[..., CoefficientTable]
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: SchedulerConfig = MappingProxyType({})
     karras: bool = False
     eta: bool = False
 
@@ -46,7 +46,7 @@ SAMPLERS: dict[str, Entry] = {
 }
 
 
-def own_sampler(config: Mapping[str, Any]) -> str:
+def own_sampler(config: SchedulerConfig) -> str:
     """Returns the name of the sampler that a scheduler_config.json asks for by its `_class_name`.
 
     Raises:
@@ -64,7 +64,7 @@ def own_sampler(config: Mapping[str, Any]) -> str:
 def make_sampler(
     name: str,
     schedule: Schedule,
-    config: Mapping[str, Any],
+    config: SchedulerConfig,
     num_inference_steps: int,
     *,
     strength: float = 1.0,

@@ -6,20 +6,17 @@ noise, so what the network is given is scaled down; those of DPM-Solver++ have u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import choice, require, spaced_timesteps, spacing_of
 from dspo_jax.samplers.timestep_samplers import schedule_alphas, to_epsilon, to_x0
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 
 
 def euler(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int
 ) -> CoefficientTable:
     """Euler's method (Karras et al. 2022, Algorithm 1 without line 6 on), as `EulerDiscreteScheduler`."""
     _refuse_other_levels(config)
@@ -37,7 +34,7 @@ def euler(
 
 
 def euler_ancestral(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int
 ) -> CoefficientTable:
     """Euler's method to below the next level and noise back up to it, as `EulerAncestralDiscreteScheduler`.
 
@@ -50,7 +47,7 @@ def euler_ancestral(
 
 
 def dpmpp_2m(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int
 ) -> CoefficientTable:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2), as `DPMSolverMultistepScheduler`.
 
@@ -91,7 +88,7 @@ def dpmpp_2m(
 
 def _euler_table(
     schedule: Schedule,
-    config: Mapping[str, Any],
+    config: SchedulerConfig,
     timesteps: np.ndarray,
     sigmas: np.ndarray,
     ends: np.ndarray,
@@ -116,7 +113,7 @@ def _euler_table(
 
 
 def _euler_levels(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [N] float32, which "linspace" does not round, and their sigmas [N]."""
     total, spacing = schedule.num_train_timesteps, spacing_of(config)
@@ -127,7 +124,7 @@ def _euler_levels(
 
 
 def _dpm_levels(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [N] int32 and their sigmas [N].
 
@@ -151,7 +148,7 @@ def _dpm_levels(
     return timesteps, sigmas[timesteps]
 
 
-def _karras(config: Mapping[str, Any], highest: float, lowest: float, count: int) -> np.ndarray:
+def _karras(config: SchedulerConfig, highest: float, lowest: float, count: int) -> np.ndarray:
     """Levels [count] that are evenly spaced in sigma^(1/7) (Karras et al. 2022, Eq. 5)."""
     lowest, highest = (
         bound if config[key] is None else float(config[key])
@@ -172,13 +169,13 @@ def _schedule_sigmas(schedule: Schedule) -> np.ndarray:
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 
-def _final_sigma(schedule: Schedule, config: Mapping[str, Any]) -> float:
+def _final_sigma(schedule: Schedule, config: SchedulerConfig) -> float:
     """Returns the level that the last step ends at."""
     if choice(config, "final_sigmas_type", ("zero", "sigma_min")) == "zero":
         return 0.0
     return float(_schedule_sigmas(schedule)[0])
 
 
-def _refuse_other_levels(config: Mapping[str, Any]) -> None:
+def _refuse_other_levels(config: SchedulerConfig) -> None:
     for key in ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"):
         require(config, key, (False, None), "noise levels are spaced by timestep or by use_karras_sigmas")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Int32
@@ -12,6 +11,7 @@ from jaxtyping import Int32
 from dspo_jax import schema, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
+from dspo_jax.schedules.variance_preserving import SchedulerConfig
 from dspo_jax.schema import Key, flag, integer, number
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
@@ -89,7 +89,7 @@ def check_steps(num_train_timesteps: int, num_inference_steps: int) -> None:
         )
 
 
-def check_sampler_config(config: Mapping[str, Any]) -> None:
+def check_sampler_config(config: SchedulerConfig) -> None:
     """Refuses a scheduler_config.json in which a key that a sampler reads is of another type.
 
     Raises:
@@ -98,7 +98,7 @@ def check_sampler_config(config: Mapping[str, Any]) -> None:
     schema.check("scheduler config", config, _KEYS)
 
 
-def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def fill_sampler_config(config: SchedulerConfig, defaults: SchedulerConfig) -> SchedulerConfig:
     """Fills a scheduler_config.json with defaults; `defaults` go before those of the table.
 
     Raises:
@@ -108,12 +108,12 @@ def fill_sampler_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) 
     return {**{key: entry.default for key, entry in _KEYS.items()}, **defaults, **config}
 
 
-def spacing_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def spacing_of(config: SchedulerConfig) -> SchedulerConfig:
     """Returns the keyword arguments of `spaced_timesteps` that a filled config fixes."""
     return {key: config[key] for key in ("timestep_spacing", "steps_offset")}
 
 
-def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: str) -> None:
+def require(config: SchedulerConfig, key: str, allowed: Collection[object], why: str) -> None:
     """Refuses a config with a value that is not computed here.
 
     Raises:
@@ -127,7 +127,7 @@ def require(config: Mapping[str, Any], key: str, allowed: Collection[Any], why: 
         )
 
 
-def choice(config: Mapping[str, Any], key: str, allowed: Collection[str]) -> str:
+def choice(config: SchedulerConfig, key: str, allowed: Collection[str]) -> str:
     """Returns the value of a key of a filled config.
 
     Raises:

@@ -6,16 +6,13 @@ timestep that a step ends at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float64
 
 from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import require, spaced_timesteps, spacing_of
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 
 # PLMS: the weights of this output and of those before it, by the number of the call; the last row is for all
 # that follow. Call 1 repeats call 0's step with the mean of both and is not used again, hence the zeros.
@@ -32,7 +29,7 @@ _PLMS = np.array(
 
 
 def ddim(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int, eta: float = 0.0
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int, eta: float = 0.0
 ) -> CoefficientTable:
     """DDIM (Song et al. 2021, Eq. 12), as diffusers' `DDIMScheduler`.
 
@@ -54,7 +51,7 @@ def ddim(
 
 
 def ddpm(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int
 ) -> CoefficientTable:
     """Ancestral sampling (Ho et al. 2020, Eq. 7 with the smaller variance), as diffusers' `DDPMScheduler`.
 
@@ -81,7 +78,7 @@ def ddpm(
 
 
 def pndm(
-    schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int, first: int
+    schedule: Schedule, config: SchedulerConfig, num_inference_steps: int, first: int
 ) -> CoefficientTable:
     """PLMS (Liu et al. 2022, Eq. 9 and 12), as diffusers' `PNDMScheduler` with skip_prk_steps.
 
@@ -161,7 +158,7 @@ def _ddim_steps(
     )
 
 
-def _timesteps(schedule: Schedule, config: Mapping[str, Any], num_inference_steps: int) -> np.ndarray:
+def _timesteps(schedule: Schedule, config: SchedulerConfig, num_inference_steps: int) -> np.ndarray:
     spacing = spacing_of(config)
     return spaced_timesteps(schedule.num_train_timesteps, num_inference_steps, **spacing)
 
@@ -172,7 +169,7 @@ def _noising(schedule: Schedule, timesteps: np.ndarray) -> tuple[np.ndarray, np.
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 
-def _refuse_clipping(config: Mapping[str, Any]) -> None:
+def _refuse_clipping(config: SchedulerConfig) -> None:
     # A config that lacks clip_sample gets none, whatever the scheduler's default: so do diffusers' pipelines.
     bounded = "latents are not bounded by 1, so clipping x_0 would distort them"
     require(config, "clip_sample", (False, None), bounded)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -128,7 +127,7 @@ def _settings(
     prompts: Sequence[Prompt],
     rendering: Rendering,
     init_latents: np.ndarray | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Returns the content of settings.json: images whose settings differ in a key are not of this run."""
     return {
         "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],

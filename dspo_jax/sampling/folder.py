@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -29,7 +28,7 @@ Files = Mapping[str, Mapping[ImageRequest, Path]]
 """By heading of a model and by request, the file of the image."""
 
 
-def claim_output(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) -> None:
     """Notes in `out` how its images are drawn, or refuses images that were drawn otherwise.
 
     Raises:

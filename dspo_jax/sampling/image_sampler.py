@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Integer, UInt32
+from jaxtyping import Float, Float32, Integer, PyTree, UInt32
 
 from dspo_jax import samplers
 from dspo_jax.kernels.device_kind import on_mesh
@@ -129,7 +128,7 @@ class ImageSampler:
           image_latents: [B, h, w, C] of the images to start from, in UNet units; None starts from noise.
           params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
         """
-        inputs: tuple[Any, ...] = (
+        inputs: tuple[PyTree, ...] = (
             self._pipe.tokenize([request.prompt for request in requests]),
             noise,
             np.asarray([request.seed for request in requests], np.uint32),

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,19 +122,19 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
     return ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
     for where, line in _read_lines(path):
         yield where, _decode(line, path, where)
 
 
-def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
+def _read_json(path: Path) -> Iterable[tuple[str, object]]:
     rows = _decode(path.read_text(encoding="utf-8-sig"), path, "the file")
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts")
     return ((f"entry {number}", row) for number, row in enumerate(rows))
 
 
-def _decode(text: str, path: Path, where: str) -> Any:
+def _decode(text: str, path: Path, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, or a number or a nesting without end
@@ -158,7 +158,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise UserError(f"{path}: after line {reader.line_num}: not CSV ({error}); mend it") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     try:
         names = pq.read_schema(path).names
         wanted = [name for name in names if name.lower() in (*_TEXT_KEYS, "image", "category")]

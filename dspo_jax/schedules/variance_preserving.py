@@ -59,6 +59,10 @@ _BETAS: dict[tuple[float, float, str], tuple[str, ...]] = {
 }
 
 
+SchedulerConfig = Mapping[str, Any]
+"""A scheduler_config.json by key."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -102,7 +106,7 @@ class Schedule:
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
+    def from_config(cls, config: SchedulerConfig) -> "Schedule":
         """Builds the forward process that a diffusers `scheduler_config.json` describes.
 
         Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. Absent

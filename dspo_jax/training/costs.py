@@ -1,7 +1,6 @@
 """Shapes of a training batch, and the FLOPs of a step."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ def abstract_batch(
 
 
 def lower_step(
-    state: TrainState, reference: Params, batch: Mapping[str, Any], mesh: Mesh
+    state: TrainState, reference: Params, batch: Mapping[str, object], mesh: Mesh
 ) -> jax.stages.Lowered:
     """Traces the step of a run, ready to be compiled for the devices of the mesh.
 

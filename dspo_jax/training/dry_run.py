@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState
 
 
-def held(state: TrainState, reference: Params) -> dict[str, Any]:
+def held(state: TrainState, reference: Params) -> dict[str, object]:
     """Trees of arrays, or shapes with their sharding, that devices hold whatever the batch, by name."""
     gradients = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params

@@ -1,12 +1,11 @@
 """Batches of examples in memory for the training loop."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dspo_jax.data.records import HostBatch
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_share, shard_batch
 from dspo_jax.training.task import Batch
@@ -19,7 +18,7 @@ class MemoryStream:
     comes once an epoch, as with shards. Several processes must hold the same examples.
     """
 
-    def __init__(self, examples: Mapping[str, Any], mesh: Mesh, *, batch_size: int, seed: int = 0):
+    def __init__(self, examples: HostBatch, mesh: Mesh, *, batch_size: int, seed: int = 0):
         """Starts at the first batch.
 
         Args:

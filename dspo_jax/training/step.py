@@ -39,7 +39,7 @@ class TrainState:
     health: stability.Health
     task: Task = dataclasses.field(metadata={"static": True})
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, object]:
         """Returns the state without its task: what is saved."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in arrays.items() if name != "task" and value is not None}
@@ -134,7 +134,7 @@ def mean_gradient(
     return jax.tree.map(lambda x: x / count, total)
 
 
-def compile_step(state: TrainState) -> Any:
+def compile_step(state: TrainState) -> jax.stages.Wrapped:
     """Jits `train_step` for the mesh of `state`, which is donated; the new state has the same layout."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     sharding: Any = state.step.sharding

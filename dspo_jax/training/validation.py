@@ -6,9 +6,8 @@ Every call uses the same noise and the same timesteps, so that curves over a run
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from dspo_jax.data import loader, shards
 from dspo_jax.data.datasets import Dataset, count_examples, read_datasets
+from dspo_jax.data.records import HostBatch
 from dspo_jax.errors import UserError
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
@@ -161,13 +161,13 @@ class Validator:
         values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image
         return summarise(values_SDBP, self._timesteps)
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[HostBatch]:
         batches = loader.eval_batches(self._datasets, batch_size=self._batch_size, split=self._split)
         yield from batches
         batches.close()
 
     def _judge_examples(
-        self, policy: Params, reference: Params | None, examples: Mapping[str, Any], timestep: int
+        self, policy: Params, reference: Params | None, examples: HostBatch, timestep: int
     ) -> np.ndarray:
         """Judges a batch, [2 or 1 (no reference), B, P]; a short batch is filled with its first example."""
         count = len(examples["index"])

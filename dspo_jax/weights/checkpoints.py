@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
 
 STATE = "state"
@@ -82,7 +82,12 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, state: PyTree, extra: dict[str, Any], score: float | None = None, wait: bool = False
+        self,
+        step: int,
+        state: PyTree,
+        extra: JsonObject,
+        score: float | None = None,
+        wait: bool = False,
     ) -> None:
         """Saves `state` and `extra` as step `step`; does nothing when that step is saved already.
 
@@ -137,7 +142,7 @@ class Checkpoints:
 
     def restore_newest(
         self, abstract_state: PyTree, fallback: bool, agree: Callable[[bool], bool] = bool
-    ) -> tuple[PyTree, dict[str, Any], int]:
+    ) -> tuple[PyTree, JsonObject, int]:
         """Restores the newest checkpoint, or with `fallback` the newest that is not damaged.
 
         A damaged one is reported and renamed, so that the run can save that step again.
@@ -167,7 +172,7 @@ class Checkpoints:
             processes.wait_for_all("damaged checkpoint set aside")
             self._manager.reload()
 
-    def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int]:
+    def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, JsonObject, int]:
         """Reads a checkpoint back into the structure, dtypes and shardings of `abstract_state`.
 
         The mesh may differ from the one that saved it.
@@ -358,7 +363,7 @@ class _LateWrites:
     the error of the save itself arrives as an exception.
     """
 
-    shown: Callable[[Any], object]
+    shown: Callable[[sys.UnraisableHookArgs], object]
 
     def __call__(self, lost: sys.UnraisableHookArgs) -> None:
         if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):

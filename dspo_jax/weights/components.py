@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 from dspo_jax.models import lora
+from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import Model, Params, build_model
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.component_files import open_stored, stored_name, weights_file
@@ -29,7 +29,7 @@ from dspo_jax.weights.tensors import Tensor, write_tensors
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> NetworkConfig:
     """Parses `folder/config.json`."""
     return read_json(folder / "config.json")
 

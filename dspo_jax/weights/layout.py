@@ -6,11 +6,11 @@ torch's `weight`), and kernels are transposed. These are the only differences.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jaxtyping import PyTree
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Model, Params
@@ -32,19 +32,19 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
 }
 
 
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("float32"),
     "float16": np.dtype("float16"),
     "bfloat16": jax.numpy.dtype("bfloat16"),
 }
 
 
-def flatten(params: Params) -> dict[str, Any]:
+def flatten(params: Params) -> dict[str, PyTree]:
     """Returns a nested tree as {"a.b.c": leaf}."""
     return traverse_util.flatten_dict(params, sep=".")
 
 
-def unflatten(leaves: Mapping[str, Any]) -> Params:
+def unflatten(leaves: Mapping[str, PyTree]) -> Params:
     """Returns the inverse of `flatten`."""
     return traverse_util.unflatten_dict(leaves, sep=".")
 
@@ -85,7 +85,7 @@ def to_torch(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: transposed(leaves[path], axes) for path, (name, axes) in layouts.items()}
 
 
-def cast(name: str, tensor: Tensor, dtype: np.dtype[Any], file: Path) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: np.dtype, file: Path) -> Tensor:
     """Casts a tensor when it is read; a value that does not fit is refused with the name `file`."""
 
     def read() -> np.ndarray:

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 
@@ -13,6 +12,7 @@ from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, write_json, write_text
 from dspo_jax.hub_cache import find_repository
+from dspo_jax.json_files import JsonObject
 from dspo_jax.weights import tensors
 from dspo_jax.weights.component_files import (
     OTHER_WEIGHTS,
@@ -35,7 +35,7 @@ _LINK = (
 )
 
 
-def read_json(path: Path, fix: str = "fetch the model again") -> dict[str, Any]:
+def read_json(path: Path, fix: str = "fetch the model again") -> JsonObject:
     """Parses one JSON file of a model directory; a missing or malformed one is an error that names it.
 
     `fix` ends the message. Raises FileNotFoundError and UserError, as `json_files.read_object`.
@@ -92,7 +92,7 @@ def name_hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def list_components(index: Mapping[str, Any]) -> dict[str, str]:
+def list_components(index: JsonObject) -> dict[str, str]:
     """Lists the components that a parsed model_index.json names: folder -> class.
 
     Raises:

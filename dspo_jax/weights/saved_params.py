@@ -1,7 +1,6 @@
 """The trained parameters of a run without the rest of its state, as NumPy arrays: for sampling and export."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +9,8 @@ from flax import traverse_util
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
+from dspo_jax.models.lora import Params
 from dspo_jax.weights import checkpoints
 
 # Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
@@ -73,11 +74,11 @@ class SavedParams:
             self._ahead = {member: restored[self._keys[member]] for member in group}
         return self._ahead.pop(name)
 
-    def read_all(self) -> dict[str, Any]:
+    def read_all(self) -> Params:
         """Returns the whole subtree as nested dicts with the keys it was saved with."""
         return self._restore(list(self._saved))
 
-    def _restore(self, keys: list[tuple[str, ...]]) -> dict[str, Any]:
+    def _restore(self, keys: list[tuple[str, ...]]) -> Params:
         wanted = {self._subtree: traverse_util.unflatten_dict({key: self._saved[key] for key in keys})}
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted, is_leaf=checkpoints.is_array_metadata
@@ -102,7 +103,7 @@ class SavedParams:
 
 def restore_params(
     directory: str | Path, step: int | None = None, subtree: str | None = None
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Params, int]:
     """Reads one named subtree of a saved state as nested dicts of NumPy arrays, and nothing else of it.
 
     Args:
@@ -127,7 +128,7 @@ def _complete_steps(directory: Path) -> list[int]:
     return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
 
 
-def read_run_config(run: Path, *texts: str) -> dict[str, Any]:
+def read_run_config(run: Path, *texts: str) -> JsonObject:
     """Reads the config.json of a training run.
 
     Args:

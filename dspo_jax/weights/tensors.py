@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own limit
 
 # The format's names, in the order by which its reference implementation sorts tensors, from the last to the
 # first, so that each begins at a multiple of its width.
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"),
     "U8": np.dtype("uint8"),
     "I8": np.dtype("int8"),
@@ -52,7 +51,7 @@ class Tensor:
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     read: Callable[[], np.ndarray]
 
     @property
@@ -193,7 +192,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: in
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dspo_jax import spelling
-from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.pairs import PreferencePair, Row
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
@@ -145,7 +145,7 @@ def _read(path: str) -> pa.Table:
     )
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(file: Path) -> Iterator[tuple[int, Row]]:
     """The number of each line that is not empty, and its object."""
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -160,7 +160,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
     """The number of each row's last line, and its fields by the names in line 1; empty ones are None."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
@@ -183,11 +183,11 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
 
 
-def _parse(row: dict[str, Any], where: str, line: str) -> dict[str, Any]:
+def _parse(row: Row, where: str, line: str) -> Row:
     """Returns a row's values under their own names, with the defaults; `where` is for the messages."""
     if "winner" in row and "image" in row:
         raise UserError(f"{where}: has both winner and image, which mean the same; keep one")
-    values: dict[str, Any] = {name: row.get(name) for name in (*_TEXT, "preference", "key")}
+    values: Row = {name: row.get(name) for name in (*_TEXT, "preference", "key")}
     values["winner"] = row.get("winner", row.get("image"))
     for name in _TEXT:
         values[name] = "" if values[name] is None else values[name]

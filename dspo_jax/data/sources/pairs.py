@@ -9,6 +9,9 @@ from dspo_jax import spelling
 from dspo_jax.images.decode import ImageLike, decode_image
 from dspo_jax.images.image_files import BadRow
 
+Row = dict[str, Any]
+"""The values of a row of a table, by column."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
@@ -31,7 +34,7 @@ class PreferencePair:
     preference: float = 1.0
     key: str = ""
     loser_won: bool = False
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    meta: Row = dataclasses.field(default_factory=dict)
 
 
 def decode_pair(pair: PreferencePair) -> list[Image.Image]:

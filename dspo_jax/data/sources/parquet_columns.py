@@ -5,8 +5,7 @@ decimal, a flag as 0 and 1, an image as bytes, as a path or as a struct of both.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -145,8 +144,7 @@ def _check_utf8(path: str, array: pa.ChunkedArray, name: str) -> None:
     try:
         array.validate(full=True)
     except pa.ArrowInvalid as error:
-        values: Iterable[Any] = array.cast(pa.large_binary())
-        for row, value in enumerate(values):
+        for row, value in enumerate(array.cast(pa.large_binary())):
             try:
                 (value.as_py() or b"").decode()
             except UnicodeDecodeError as problem:

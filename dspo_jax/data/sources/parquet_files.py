@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from dspo_jax.data.sources.pairs import Row
 from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
 from dspo_jax.errors import UserError
@@ -172,7 +173,7 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
             light = {name: column for name, column in found.items() if column.kind != "image"}
             table = parquet.read([column.name for column in light.values()], use_threads=False)
             num_rows = parquet.metadata.num_rows
-        arrays: dict[str, Any] = {
+        arrays: dict[str, pa.Array] = {
             name: convert(files[number].location, table[column.name], column)
             for name, column in light.items()
         }
@@ -200,7 +201,7 @@ def read_index(files: Sequence[ParquetFile], columns: Mapping[str, Column]) -> p
 
 def read_rows(
     files: Sequence[ParquetFile], index: pa.Table, columns: Mapping[str, Column], paths: ImagePaths
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Row]]:
     """Yields rows one by one, reading only the row groups that hold them.
 
     Args:

@@ -6,14 +6,14 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pyarrow as pa
 
 from dspo_jax import spelling
-from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.pairs import PreferencePair, Row
 from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
@@ -61,7 +61,7 @@ class Ranked(Selection):
             raise UserError(spelling.unknown("config.source.comparisons", self.comparisons, _COMPARISONS))
 
     @abc.abstractmethod
-    def parse(self, row: Mapping[str, Any]) -> RankedList:
+    def parse(self, row: Row) -> RankedList:
         """Reads one object of the file; what it lacks is a KeyError."""
 
     @abc.abstractmethod
@@ -170,7 +170,7 @@ class HpdV2(Ranked):
     repository's evaluation.py compares them with the order of its scores.
     """
 
-    def parse(self, row: Mapping[str, Any]) -> RankedList:
+    def parse(self, row: Row) -> RankedList:
         images = row["image_path"] if "image_path" in row else row["file_path"]
         ranks = row["rank"] if "rank" in row else [1 - preferred for preferred in row["human_preference"]]
         return RankedList(row["prompt"], images, ranks, None)
@@ -190,7 +190,7 @@ class ImageRewardRankings(Ranked):
     this schema (466 prompts).
     """
 
-    def parse(self, row: Mapping[str, Any]) -> RankedList:
+    def parse(self, row: Row) -> RankedList:
         return RankedList(row["prompt"], row["generations"], row["ranking"], row.get("id"))
 
     def folder(self) -> Path:

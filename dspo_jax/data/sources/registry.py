@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from dspo_jax import spelling
 from dspo_jax.data.sources.emoji import EmojiImages, EmojiPairs
@@ -21,7 +21,7 @@ class Source(Protocol):
     What a source raises about a file (OSError, UserError) is one line that names the file and the fix.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
     @property
     def splits(self) -> Sequence[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dspo_jax.data.sources.pairs import PreferencePair
+from dspo_jax.data.sources.pairs import PreferencePair, Row
 from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
 from dspo_jax.errors import UserError
 
@@ -153,7 +153,7 @@ def _builder(source: Tfds) -> Any:
 
 
 @functools.cache
-def _examples(source: Tfds, split: str) -> Sequence[dict[str, Any]]:
+def _examples(source: Tfds, split: str) -> Sequence[Row]:
     """Returns the examples of a split of the files, by number; images are left undecoded."""
     import tensorflow_datasets as tfds
 
