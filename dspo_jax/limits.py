@@ -42,16 +42,20 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
     Where `every` is 0, which turns a group off, the limits of the group's other keys are not looked at.
 
     Args:
-      kind: the dataclass; a group of keys is a field that is a dataclass itself.
+      kind: the dataclass. A group of keys is a field that is a dataclass itself, or that has in its metadata
+        a function "make" from such a mapping, which checks it. A field with a default is no key.
       values: the config, or a group of it.
       key: name of the group, for messages.
 
     Raises:
       UserError: a key is unknown or missing, or a value is outside its limit.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{key} = {values!r}: must be a group of keys, as in configs/common.py")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _check_group(values, key)
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
     for name in values:
         if name not in fields:
             raise UserError(spelling.unknown(f"a key of {key}", name, fields))
@@ -62,6 +66,10 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
                 f"{key}.{name}: missing; the recipe must begin with the keys of configs/common.py"
             )
         value, allowed = values[name], field.metadata.get("allowed")
+        if make := field.metadata.get("make"):
+            _check_group(value, f"{key}.{name}")
+            parsed[name] = make(value)
+            continue
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             parsed[name] = parse(field.type, value, f"{key}.{name}")
             continue
@@ -74,6 +82,11 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
             raise UserError(f"{key}.{name} = {value}: {limit.words}")
         parsed[name] = value
     return kind(**parsed)
+
+
+def _check_group(values: object, key: str) -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key} = {values!r}: must be a group of keys, as in configs/common.py")
 
 
 def _holds(limit: Limit, value: object) -> bool:

@@ -26,6 +26,7 @@ from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.planning import compilation
 from dspo_jax.planning.plan import describe_plan, find_devices, image_size, plan
+from dspo_jax.training.settings import parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,14 +49,13 @@ def main(argv: Sequence[str]) -> int:
         facts = answer
     devices = find_devices(values.topology)
     pipe = published.architecture(values.published) if values.published else load_pipeline(config.model)
-    size = image_size(config, pipe, values.resolution)
-    pairs = values.pairs_per_device or max(1, config.batch_size // len(devices))
+    config.batch_size = len(devices) * (values.pairs_per_device or max(1, config.batch_size // len(devices)))
+    settings = parse(config)
+    size = image_size(settings.data, pipe, values.resolution)
     if facts is None:
-        print(f"{config.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
+        print(f"{settings.objective.name} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
         logging.info("compiling the step; for a full-size model that takes many minutes")
-    found = plan(
-        config, pipe, devices, size=size, pairs_per_device=pairs, topology=values.topology, facts=facts
-    )
+    found = plan(settings, pipe, devices, size=size, topology=values.topology, facts=facts)
     for line in describe_plan(found):
         print(line)
     if values.json:

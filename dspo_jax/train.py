@@ -22,23 +22,23 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
+from dspo_jax.training.settings import parse
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status, which tells a finished run from one that was stopped."""
     del argv
-    config = flags.FLAGS.config
-    parts = config.accumulation * (flags.FLAGS.num_processes or 1)
-    use_cpu_cores(config.batch_size // max(1, parts))
+    settings = parse(flags.FLAGS.config)
+    use_cpu_cores(settings.batch_size // (settings.accumulation * (flags.FLAGS.num_processes or 1)))
     processes.initialize_from_flags()
     if flags.FLAGS.dry_run:
-        print(dry_run(config))
+        print(dry_run(settings))
         return 0
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
     workdir = Path(flags.FLAGS.workdir)
     try:
-        step = train(config, workdir)
+        step = train(settings, workdir)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             f"another process of this run was lost, or this one failed ({str(error).splitlines()[0]}); start "
             "all of them again, and the run resumes from its last checkpoint"
         ) from error
-    status = cli.EXIT_STOPPED if step < config.steps else 0
+    status = cli.EXIT_STOPPED if step < settings.steps else 0
     if not processes.is_first():
         return status
     print(f"{workdir}: step {step}")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
     if status == cli.EXIT_STOPPED:
-        print(f"stopped: after step {step} of {config.steps}; the same command resumes it")
+        print(f"stopped: after step {step} of {settings.steps}; the same command resumes it")
     return status
 
 

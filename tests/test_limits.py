@@ -19,13 +19,16 @@ class Group:
 class Whole:
     kind: str = choice("plain", "fancy")
     group: Group
+    total: int = dataclasses.field(metadata={"make": lambda keys: sum(keys.values())})
+    note: str = "no key"
 
 
-CONFIG = {"kind": "plain", "group": {"every": 5, "draws": 2}}
+CONFIG = {"kind": "plain", "group": {"every": 5, "draws": 2}, "total": {"a": 1, "b": 2}}
 
 
 def test_a_config_becomes_values():
-    assert parse(Whole, CONFIG, "config") == Whole(kind="plain", group=Group(every=5, draws=2))
+    expected = Whole(kind="plain", group=Group(every=5, draws=2), total=3)
+    assert parse(Whole, CONFIG, "config") == expected
 
 
 @each_row(
@@ -33,6 +36,8 @@ def test_a_config_becomes_values():
     [
         ({"kind": "plian"}, r"config\.kind = 'plian': unknown; did you mean 'plain'\?"),
         ({"knid": 1}, r"a key of config = 'knid': unknown; did you mean 'kind'\?"),
+        ({"note": "a"}, r"a key of config = 'note': unknown \(allowed: group, kind, total\)"),
+        ({"total": 3}, r"config\.total = 3: must be a group of keys"),
         ({"group": 0}, r"config\.group = 0: must be a group of keys"),
         ({"group": None}, r"config\.group = None: must be a group of keys"),
         ({"group": {"every": 5}}, r"config\.group\.draws: missing"),

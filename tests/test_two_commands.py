@@ -8,7 +8,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs import common
 from configs.encode import common as encode_common
@@ -120,7 +119,7 @@ def test_a_disk_that_was_full_is_in_nobodys_way(monkeypatch, tmp_path):
         full.setattr(os, "fsync", no_space)
         with pytest.raises(files.NotWritten, match=r"settings\.json: not written: no space left"):
             claim_output(out, {"steps": 2}, overwrite=False)
-        config = ConfigDict({"optimizer": {"schedule": "constant"}})
+        config = {"optimizer": {"schedule": "constant"}}
         with pytest.raises(files.NotWritten, match=r"config\.json: not written: no space left"):
             claim_workdir(tmp_path / "run", config)
         with pytest.raises(files.NotWritten, match=r"plan\.json: not written: no space left"):
@@ -144,7 +143,7 @@ def test_an_empty_file_of_ours_is_named_with_the_remedy(tmp_path):
         find_images(ImageFolder(tmp_path), [], 1)
 
     (tmp_path / "config.json").touch()
-    config = ConfigDict({"optimizer": {"schedule": "constant"}})
+    config = {"optimizer": {"schedule": "constant"}}
     with pytest.raises(ValueError, match=r"config\.json: empty, .*; it says how the run was started"):
         claim_workdir(tmp_path, config)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.errors import UserError
@@ -21,7 +20,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import compilation
 from dspo_jax.training.costs import abstract_batch, flops_per_example, lower_step
 from dspo_jax.training.dry_run import held, in_units
-from dspo_jax.training.settings import parse
+from dspo_jax.training.settings import DataSettings, Settings
 from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
@@ -117,69 +116,62 @@ def find_devices(topology: str | None) -> Sequence[jax.Device]:
     return devices
 
 
-def image_size(config: ConfigDict, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
+def image_size(data: DataSettings, pipe: Pipeline, resolution: int | None) -> tuple[int, int]:
     """Chooses height and width of the images in pixels: as asked for, the data's largest, or the model's.
 
     The data need not be here: then it is the model's.
     """
     if resolution is not None:
         return resolution, resolution
-    if config.data.path and all(Path(path.strip()).exists() for path in config.data.path.split(",")):
-        datasets = read_datasets(config.data.path, verify=False)
-        buckets = count_examples(datasets, config.data.split, "config.data.split")
+    if data.path and all(Path(path.strip()).exists() for path in data.path.split(",")):
+        datasets = read_datasets(data.path, verify=False)
+        buckets = count_examples(datasets, data.split, "config.data.split")
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
     return pipe.image_size
 
 
 def plan(
-    config: ConfigDict,
+    settings: Settings,
     pipe: Pipeline,
     devices: Sequence[jax.Device],
     *,
     size: tuple[int, int],
-    pairs_per_device: int,
     topology: str | None = None,
     facts: JsonObject | None = None,
 ) -> Plan:
     """Compiles the step of a run for some devices and says what it takes.
 
     Args:
-      config: of the run; its batch size is not read.
+      settings: of the run; the devices share its batch.
       pipe: the model, whose weights are not read.
       devices: from `find_devices`.
       size: height and width of the images in pixels.
-      pairs_per_device: in a step, a multiple of config.accumulation.
       topology: what the devices are called.
       facts: of its compilation, where they are known; by default the step is compiled.
 
     Raises:
-      UserError: a config that cannot be trained, or a batch that the mesh cannot split.
+      UserError: settings that do not fit the model, or a batch that the mesh cannot split.
     """
-    config = config.copy_and_resolve_references()
-    config.batch_size = pairs_per_device * len(devices)
-    settings = parse(config)
     task, adapters = make_task(settings, pipe), make_adapters(settings, pipe)
     mesh = mesh_of(settings, devices)
-    part = config.batch_size // config.accumulation
+    part, pairs = settings.batch_size // settings.accumulation, settings.batch_size // len(devices)
     check_batch_size(part, mesh, "--pairs_per_device * devices / config.accumulation")
     state, reference = make_state(task, mesh, adapters, abstract=True)
-    batch = abstract_batch(task, 2, size, config.batch_size, mesh)
+    batch = abstract_batch(task, 2, size, settings.batch_size, mesh)
     flops = flops_per_example(task, 2, size)
     known = {
         "topology": topology or "present",
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "pairs_per_device": pairs_per_device,
-        "flops": None if flops is None else flops * pairs_per_device,
+        "pairs_per_device": pairs,
+        "flops": None if flops is None else flops * pairs,
     }
     if facts is None:
         facts = compilation.kept_facts(lower_step(state, reference, batch, mesh), devices[0], topology)
-    found = Plan(**(known | _judge(facts, devices[0], pairs_per_device, known["flops"])))
+    found = Plan(**(known | _judge(facts, devices[0], pairs, known["flops"])))
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
-    largest = largest_that_fits(
-        found.hbm_bytes, found.peak_bytes, fixed, pairs_per_device, config.accumulation
-    )
+    largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, fixed, pairs, settings.accumulation)
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 

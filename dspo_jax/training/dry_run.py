@@ -14,6 +14,7 @@ from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import peak_bytes
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.costs import abstract_batch, lower_step, mean_flops_per_example
+from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState
 
@@ -47,7 +48,7 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     what = " and ".join(state.params) + (f", LoRA of rank {settings.lora.rank}" if task.adapters else "")
     yield (
-        f"{settings.objective['name']}: {count:,} trainable parameters ({what}), kept in "
+        f"{settings.objective.name}: {count:,} trainable parameters ({what}), kept in "
         f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"
     )
     yield from _describe_data(experiment)
@@ -104,8 +105,11 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
             yield f"warning: a batch holds examples twice where a size has fewer than it: {', '.join(small)}"
 
 
-def dry_run(config: ConfigDict) -> str:
+def dry_run(config: ConfigDict | Settings) -> str:
     """Reports devices, memory and FLOPs of a run without training; reads no weights and writes nothing.
+
+    Args:
+      config: as for `start.prepare`.
 
     Raises:
       UserError, OSError: what would stop the run.

@@ -1,6 +1,5 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
@@ -152,7 +151,7 @@ class Run:
                 start,
                 active=first,
                 wandb_project=settings.wandb_project,
-                config=dataclasses.asdict(settings),
+                config=dict(settings.given),
             ) as writer,
             Progress("train", settings.steps, start, active=first) as progress,
             Profiler(
@@ -245,7 +244,7 @@ def refuse_instability(
 
 
 def train(
-    config: ConfigDict,
+    config: ConfigDict | Settings,
     workdir: Path,
     *,
     make_step: Callable[[TrainState], Step] = compile_step,
@@ -255,14 +254,14 @@ def train(
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
 
     Args:
-      config: the keys of configs/common.py.
+      config: the keys of configs/common.py, or what `settings.parse` made of them.
       workdir: folder of the run; a run that is there is resumed.
       make_step, count_flops: see `Run`.
       make_stream: opens the batches at their beginning; those of `config.data` unless it is given.
     """
     with processes.claim(workdir):
         experiment = prepare(config)
-        claim_workdir(workdir, config)
+        claim_workdir(workdir, experiment.settings.given)
         return _train(experiment, workdir, make_step, make_stream, count_flops)
 
 

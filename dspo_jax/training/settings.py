@@ -4,7 +4,9 @@ A field is a key, with its limit beside it; configs/common.py says what the keys
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +15,7 @@ from dspo_jax import limits
 from dspo_jax.errors import UserError
 from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, Limit, choice, limited
 from dspo_jax.models.remat import POLICIES
+from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.training.optim import OptimizerSettings
 
 DTYPES = ("float32", "bfloat16")
@@ -114,9 +117,19 @@ class ProfileSettings:
     steps: int = limited(NOT_NEGATIVE)
 
 
+def _make_objective(keys: Mapping[str, Any]) -> Objective:
+    """Returns the objective of `config.objective`; None is the objective's own default."""
+    hyperparameters = {name: value for name, value in keys.items() if value is not None and name != "name"}
+    return get_objective(str(keys.get("name")), **hyperparameters)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A config of a training run, its ranges checked and `reference_dtype` decided."""
+    """A config of a training run, its ranges checked, its objective made and `reference_dtype` decided.
+
+    Attributes:
+      given: the config as config.json holds it: JSON types, and None where nothing was set.
+    """
 
     model: str | None
     seed: int
@@ -138,7 +151,7 @@ class Settings:
     log_every: int = limited(AT_LEAST_1)
     wandb_project: str | None
     data: DataSettings
-    objective: Mapping[str, Any]
+    objective: Objective = dataclasses.field(metadata={"make": _make_objective})
     optimizer: OptimizerSettings
     mesh: MeshSettings
     stability: StabilitySettings
@@ -146,15 +159,22 @@ class Settings:
     validation: ValidationSettings
     samples: SampleSettings
     profile: ProfileSettings
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse(config: ConfigDict) -> Settings:
-    """Parses the config of a run.
+    """Parses the config of a run. The model and the data may be unset, as a plan can do without.
 
     Raises:
-      UserError: a key is unknown, missing or out of range, or two do not go together.
+      UserError: a key is unknown, missing or out of range, two do not go together, or the model is a run's
+        workdir.
     """
     settings = limits.parse(Settings, config.to_dict(), "config")
+    if settings.model and (Path(settings.model) / "checkpoints").is_dir():
+        raise UserError(
+            f"config.model = {settings.model!r}: a training workdir; write its model out, and name that: "
+            f"python -m dspo_jax.convert export --run={settings.model} --out=DIR"
+        )
     if settings.batch_size % settings.accumulation:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: must divide "
@@ -162,7 +182,11 @@ def parse(config: ConfigDict) -> Settings:
         )
     # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
-    settings = dataclasses.replace(settings, reference_dtype=settings.reference_dtype or lesser)
+    settings = dataclasses.replace(
+        settings,
+        reference_dtype=settings.reference_dtype or lesser,
+        given=json.loads(config.to_json()),
+    )
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
     # otherwise, the two differ before the first update. (With LoRA they are one tree.)
     policy_rounded, reference_rounded = (

@@ -7,7 +7,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
-from dspo_jax.objectives import Objective, get_objective
+from dspo_jax.objectives import Objective
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
 from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
@@ -57,35 +56,29 @@ class Experiment:
     adapters: Params
 
 
-def prepare(config: ConfigDict, examples: HostBatch | None = None) -> Experiment:
+def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) -> Experiment:
     """Makes everything of a run that can be refused before weights are read.
 
     Args:
-      config: the keys of configs/common.py.
+      config: the keys of configs/common.py, or what `settings.parse` made of them.
       examples: encoded pairs in memory (`data.in_memory.encode_pairs`), in place of those of `config.data`.
 
     Raises:
       UserError, OSError: a config, model or data that cannot be trained.
     """
-    if not config.model:
+    settings = config if isinstance(config, Settings) else parse(config)
+    if not settings.model:
         raise UserError("config.model is not set: give --config.model=DIR, a diffusers folder")
-    if (Path(config.model) / "checkpoints").is_dir():
-        raise UserError(
-            f"config.model = {config.model!r}: a training workdir; write its model out, and name that: "
-            f"python -m dspo_jax.convert export --run={config.model} --out=DIR"
-        )
-    settings = parse(config)
-    pipe = load_pipeline(config.model)
+    pipe = load_pipeline(settings.model)
     for line in model_dir.foresee_export(pipe.path):
-        logging.warning("config.model = %s: %s", config.model, line)
-    objective = make_objective(settings)
-    task = make_task(settings, pipe, objective)
+        logging.warning("config.model = %s: %s", settings.model, line)
+    task = make_task(settings, pipe)
     adapters = make_adapters(settings, pipe)
     if examples is None:
-        datasets = open_data(settings, pipe, objective)
+        datasets = open_data(settings, pipe)
     else:
         datasets = ()
-        check_images(objective, examples["moments"].shape[1], "the batch in memory")
+        check_images(settings.objective, examples["moments"].shape[1], "the batch in memory")
     mesh = mesh_of(settings)
     check_batch_size(
         settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
@@ -109,23 +102,8 @@ def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> 
     return make_mesh(sizes, devices, dcn_sizes)
 
 
-def make_objective(settings: Settings) -> Objective:
-    """Returns the objective that `config.objective` names, with the hyperparameters that are set there.
-
-    Raises:
-      UserError: an unknown name or hyperparameter, or a value out of range, by key.
-    """
-    arguments = {name: value for name, value in settings.objective.items() if value is not None}
-    return get_objective(arguments.pop("name"), **arguments)
-
-
-def make_task(settings: Settings, pipe: Pipeline, objective: Objective | None = None) -> Task:
+def make_task(settings: Settings, pipe: Pipeline) -> Task:
     """Returns the static configuration of the step that a config asks for.
-
-    Args:
-      settings: the parsed config.
-      pipe: the model.
-      objective: from `make_objective`, where it is made already.
 
     Raises:
       UserError: settings that do not fit the model or each other, by key.
@@ -140,7 +118,7 @@ def make_task(settings: Settings, pipe: Pipeline, objective: Objective | None = 
     )
     return Task(
         pipe=pipe,
-        loss=PreferenceLoss(objective or make_objective(settings), draws),
+        loss=PreferenceLoss(settings.objective, draws),
         update=UpdateRule(
             optimizer,
             learning_rate,
@@ -244,7 +222,7 @@ def _abstract(tree: PyTree, shardings: PyTree, dtype: str | None = None) -> PyTr
     return jax.tree.map(leaf, tree, shardings)
 
 
-def open_data(settings: Settings, pipe: Pipeline, objective: Objective) -> Sequence[Dataset]:
+def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     """Reads and verifies the datasets of `config.data`.
 
     Raises:
@@ -261,7 +239,7 @@ def open_data(settings: Settings, pipe: Pipeline, objective: Objective) -> Seque
     for dataset in datasets:
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
     images = datasets[0].manifest["images_per_example"]
-    check_images(objective, images, data.path)
+    check_images(settings.objective, images, data.path)
     # These raise where a split has no examples. Not every dataset needs held-out ones.
     for dataset in datasets:
         count_examples([dataset], data.split, "config.data.split")

@@ -1,10 +1,10 @@
 """The folder of a run: its config is written once and compared whenever the run is resumed."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
@@ -26,24 +26,28 @@ MAY_DIFFER = (
 )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json into a fresh workdir, or check that it is the one this run was started with.
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json into a fresh workdir, or checks that it is the one this run was started with.
+
+    Args:
+      workdir: folder of the run.
+      config: `Settings.given`.
 
     Raises:
       UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
     """
-    may_differ = [*MAY_DIFFER, *(("steps",) if config.optimizer.schedule in ENDLESS_SCHEDULES else ())]
+    optimizer = config["optimizer"]
+    may_differ = [*MAY_DIFFER, *(("steps",) if optimizer["schedule"] in ENDLESS_SCHEDULES else ())]
     path = workdir / "config.json"
-    ours = json.loads(config.to_json())
     if path.is_file():
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
-        mine, theirs = (flatten_dict(each, sep=".") for each in (ours, written))
+        mine, theirs = (flatten_dict(each, sep=".") for each in (config, written))
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
-        of_adafactor = config.optimizer.name == "adafactor"  # others do not read it
+        of_adafactor = optimizer["name"] == "adafactor"  # others do not read it
         theirs.setdefault(
-            "optimizer.factored_axes", "largest" if of_adafactor else config.optimizer.factored_axes
+            "optimizer.factored_axes", "largest" if of_adafactor else optimizer["factored_axes"]
         )
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
@@ -54,5 +58,5 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
                 )
     processes.wait_for_all("config checked")
     if processes.is_first():
-        write_json(path, ours, sort_keys=True)
+        write_json(path, config, sort_keys=True)
     processes.wait_for_all("config written")

@@ -1,5 +1,6 @@
 """What a run would take on devices that are not here."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -159,14 +160,15 @@ def test_a_compiler_that_ends_before_has_the_last_word():
 def test_the_step_of_a_run_on_the_devices_that_are_here(shallow_model, monkeypatch, tmp_path):
     monkeypatch.setattr(Pipeline, "read_params", lambda *given: pytest.fail("weights were read"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config, pipe = make_config(shallow_model, "", {"accumulation": 2}), load_pipeline(shallow_model)
+    settings = parse(make_config(shallow_model, "", {"accumulation": 2, "batch_size": 16}))
+    pipe = load_pipeline(shallow_model)
 
     def ask() -> Plan:
-        return plan(config, pipe, jax.devices(), size=(16, 16), pairs_per_device=2)
+        return plan(settings, pipe, jax.devices(), size=(16, 16))
 
     found = ask()
     assert (found.topology, found.devices, found.mesh["data"]) == ("present", 8, 8)
-    task = make_task(parse(config), pipe)
+    task = make_task(settings, pipe)
     assert found.flops == pytest.approx(2 * flops_per_example(task, 2, (16, 16)))
     # 12,364 parameters and their two moments; their gradients are summed over the devices.
     assert found.argument_bytes > 3 * 4 * 12_364
@@ -201,27 +203,27 @@ def test_devices_that_split_the_parameters_send_one_another_no_image(shallow_mod
 
 def test_the_size_of_the_images(shallow_model, tiny_pairs):
     pipe = load_pipeline(shallow_model)
-    config = make_config(shallow_model, tiny_pairs)
-    assert image_size(config, pipe, None) == (16, 16)
-    assert image_size(config, pipe, 32) == (32, 32)
-    config.data.path = "not/here"
-    assert image_size(config, pipe, None) == (16, 16)
-    config.data.path = None
-    assert image_size(config, published.architecture("sdxl"), None) == (1024, 1024)
+    data = parse(make_config(shallow_model, tiny_pairs)).data
+    assert image_size(data, pipe, None) == (16, 16)
+    assert image_size(data, pipe, 32) == (32, 32)
+    data = dataclasses.replace(data, path="not/here")
+    assert image_size(data, pipe, None) == (16, 16)
+    data = dataclasses.replace(data, path=None)
+    assert image_size(data, published.architecture("sdxl"), None) == (1024, 1024)
 
 
 def test_the_size_of_a_model_for_images_that_are_not_square(shallow_model, tmp_path):
     model = shutil.copytree(shallow_model, tmp_path / "model")
     path = model / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [6, 4]}))
-    config = make_config(model, "not/here")
-    assert image_size(config, load_pipeline(model), None) == (24, 16)
+    data = parse(make_config(model, "not/here")).data
+    assert image_size(data, load_pipeline(model), None) == (24, 16)
 
 
 def test_a_batch_that_cannot_be_split_is_refused(shallow_model):
-    config = make_config(shallow_model, "", {"accumulation": 2})
+    settings = parse(make_config(shallow_model, "", {"accumulation": 2, "batch_size": 8}))
     with pytest.raises(ValueError, match=r"--pairs_per_device \* devices / config\.accumulation = 4: not a"):
-        plan(config, load_pipeline(shallow_model), jax.devices(), size=(16, 16), pairs_per_device=1)
+        plan(settings, load_pipeline(shallow_model), jax.devices(), size=(16, 16))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU's compiler is here")

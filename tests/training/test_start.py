@@ -11,6 +11,7 @@ from tiny_run import make_config
 
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
+from dspo_jax.training.settings import parse
 from dspo_jax.training.workdir import claim_workdir
 
 
@@ -203,27 +204,27 @@ def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
     with pytest.raises(
         ValueError, match=rf"^{path}: not valid JSON [^\n]+; it says how the run was started; "
     ):
-        claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, parse(config).given)
 
 
 def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
     config.update_from_flattened_dict(changes)
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
 
 
 def test_a_run_from_before_weights_has_none(config, tmp_path):
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
     assert saved["data"].pop("weights") == []
     path.write_text(json.dumps(saved))
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     config.data.weights = (1.0,)
     with pytest.raises(ValueError, match=r"config\.data\.weights = \[\], now it is \[1\.0\]"):
-        claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, parse(config).given)
 
 
 @pytest.mark.parametrize(
@@ -237,31 +238,31 @@ def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, k
     config.share_noise, config.optimizer.name = False, "adafactor"
     config.update_from_flattened_dict({key: then})
     path = tmp_path / "config.json"
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     saved = json.loads(path.read_text())
     *groups, last = key.split(".")
     assert (saved[groups[0]] if groups else saved).pop(last) == then
     path.write_text(json.dumps(saved))
     config.update_from_flattened_dict({key: now})
     with pytest.raises(ValueError, match=rf"config\.{key} = {then!r}, now it is {now!r}"):
-        claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, parse(config).given)
     config.update_from_flattened_dict({key: then})
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
 
 
 def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_path):
     config.optimizer.factored_axes = "released"  # as in the recipes for SDXL, that with AdamW too
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
     assert (saved["optimizer"].pop("factored_axes"), saved["optimizer"]["name"]) == ("released", "adamw")
     path.write_text(json.dumps(saved))
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
 
 
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
     config.optimizer.schedule = "cosine"
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     config.steps = 99
     with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
-        claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, parse(config).given)

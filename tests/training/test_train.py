@@ -15,6 +15,7 @@ from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.training import run
+from dspo_jax.training.settings import parse
 from dspo_jax.training.validation import Validator
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
@@ -212,7 +213,7 @@ def test_a_checkpoint_folder_that_is_none_is_refused(config, train, tmp_path):
     ],
 )
 def test_resuming_with_another_config_is_refused(config, train, tmp_path, changes, named):
-    claim_workdir(tmp_path, config)
+    claim_workdir(tmp_path, parse(config).given)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match="this run was started with") as caught:
         train(config, tmp_path)
