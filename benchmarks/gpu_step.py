@@ -17,11 +17,11 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import absent_gpu
 from dspo_jax import cli
+from dspo_jax.monitoring.devices import in_units
 from dspo_jax.parallel.mesh import make_mesh, replicated
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import abstract_batch
-from dspo_jax.training.dry_run import in_units
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.training.step import compile_step

@@ -131,3 +131,10 @@ def peak_bytes(memory: Any) -> int:
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + results + own
+
+
+def in_units(size: int) -> str:
+    """Returns bytes as people read them."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{size / 2 ** (10 * step):.3g} {units[step]}"

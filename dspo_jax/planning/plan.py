@@ -13,15 +13,16 @@ from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.kernels import flash
-from dspo_jax.monitoring.devices import Chip, find_chip, peak_flops
+from dspo_jax.monitoring.devices import Chip, find_chip, in_units, peak_flops
 from dspo_jax.parallel.mesh import check_batch_size
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import compilation
-from dspo_jax.training.costs import abstract_batch, flops_per_example, lower_step
-from dspo_jax.training.dry_run import held, in_units
+from dspo_jax.training.costs import abstract_batch, flops_per_example
+from dspo_jax.training.describe import held
 from dspo_jax.training.settings import DataSettings, Settings
 from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
+from dspo_jax.training.step import lower_step
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5

@@ -1,6 +1,6 @@
 """Shapes of a training batch, and the FLOPs of a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,9 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from dspo_jax.data.datasets import Dataset, bucket_size, mixing_weights
-from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import count_flops
-from dspo_jax.parallel.mesh import batch_sharding, replicated
+from dspo_jax.parallel.mesh import batch_sharding
 from dspo_jax.training.settings import DataSettings
-from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.task import Task
 
 
@@ -32,21 +30,6 @@ def abstract_batch(
         name: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype, sharding=batch_sharding(mesh))
         for name, leaf in task.loss.input_shapes(task.pipe, images, size).items()
     }
-
-
-def lower_step(
-    state: TrainState, reference: Params, batch: Mapping[str, object], mesh: Mesh
-) -> jax.stages.Lowered:
-    """Traces the step of a run, ready to be compiled for the devices of the mesh.
-
-    Args:
-      state, reference: from `start.make_state`, abstract.
-      batch: from `abstract_batch`.
-      mesh: the devices.
-    """
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    return compile_step(state).lower(state, reference, batch, key)
 
 
 def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float | None:
@@ -83,7 +66,7 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
         return None
     passes = task.loss.passes(images)
     backward = 1 if task.adapters else 2
-    encoded = 1 + bool(passes.reference) + (backward if task.train_text_encoder else 0)
+    encoded = passes.encoded + (backward * passes.encoded_backward if task.train_text_encoder else 0)
     return denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
 
 

@@ -1,108 +1,18 @@
-"""Devices, batches, parameters, memory and FLOPs of a run, before its first step."""
+"""Memory, batches and FLOPs of a run, from its compiled step and without its weights."""
 
 import math
 import time
-from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from dspo_jax.data.datasets import bucket_size, count_examples, mixing_weights
-from dspo_jax.models.model import Params
-from dspo_jax.monitoring.devices import peak_bytes
-from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
-from dspo_jax.training.costs import abstract_batch, lower_step, mean_flops_per_example
+from dspo_jax.data.datasets import bucket_size
+from dspo_jax.monitoring.devices import in_units, peak_bytes
+from dspo_jax.training.costs import abstract_batch, mean_flops_per_example
+from dspo_jax.training.describe import describe_run
 from dspo_jax.training.settings import Settings
-from dspo_jax.training.start import Experiment, make_state, prepare
-from dspo_jax.training.step import TrainState
-
-
-def held(state: TrainState, reference: Params) -> dict[str, object]:
-    """Trees of arrays, or shapes with their sharding, that devices hold whatever the batch, by name."""
-    gradients = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
-    )
-    parts = {
-        "parameters": state.params,
-        "optimizer": state.opt_state,
-        "moving average": state.ema,
-        "gradients": gradients,
-        "reference": reference,
-    }
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def describe_run(experiment: Experiment, state: TrainState, reference: Params) -> Iterator[str]:
-    """Lines that a user should see before the first step.
-
-    Args:
-      experiment: from `start.prepare`.
-      state, reference: from `start.make_state`, abstract or not.
-    """
-    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
-    device, axes = mesh.devices.flat[0], " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield f"{settings.model} over {settings.data.path}"
-    yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    what = " and ".join(state.params) + (f", LoRA of rank {settings.lora.rank}" if task.adapters else "")
-    yield (
-        f"{settings.objective.name}: {count:,} trainable parameters ({what}), kept in "
-        f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"
-    )
-    yield from _describe_data(experiment)
-    optimizer = settings.optimizer
-    peak = optimizer.peak_rate(settings.batch_size)
-    yield (
-        f"{optimizer.name}, learning rate {peak:g} for {settings.batch_size} examples a step, which is "
-        f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
-        f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
-    )
-    parts = held(state, reference)
-    sizes = {name: bytes_per_device(part) for name, part in parts.items()}
-    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
-    yield f"on each device: {listed}; together {in_units(sum(sizes.values()))}, and activations"
-    if mesh.size > 1:
-        size, largest = replicated_bytes(parts)
-        yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"
-    if settings.param_dtype == "bfloat16":
-        yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
-    side = experiment.datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
-    yield from task.loss.notes(side * side * task.pipe.latent_channels)
-
-
-def _describe_data(experiment: Experiment) -> Iterator[str]:
-    """Examples, batches and epochs; shares of several datasets; image sizes."""
-    settings, datasets = experiment.settings, experiment.datasets
-    buckets = count_examples(datasets, settings.data.split)
-    examples, drawn = sum(buckets.values()), settings.steps * settings.batch_size
-    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-    yield (
-        f"{examples:,} examples, {settings.batch_size} a step: {settings.accumulation} part(s) of "
-        f"{settings.batch_size // settings.accumulation // ways} on each of {ways} device(s) or groups of "
-        f"them; {settings.steps} steps are {drawn / examples:.3g} epochs"
-    )
-    if settings.batch_size > examples:
-        yield (
-            f"warning: config.batch_size = {settings.batch_size}: every step holds each of the {examples:,} "
-            "examples more than once, and takes the memory and time of as many; lower it"
-        )
-    rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()
-    for dataset, column in zip(datasets, zip(*rows, strict=True), strict=True):
-        if len(datasets) > 1:
-            share = sum(column) / sum(map(sum, rows))
-            count = sum(dataset.buckets(settings.data.split).values())
-            yield (
-                f"of them {count:,} from {dataset.folder}, {share:.3g} of what is drawn: "
-                f"{drawn * share / count:.3g} epochs"
-            )
-    if len(buckets) > 1:
-        sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in buckets.items())
-        yield f"{len(buckets)} image sizes, and the step is compiled for each: {sizes}"
-        small = [bucket for bucket, count in buckets.items() if count < settings.batch_size]
-        if small:
-            yield f"warning: a batch holds examples twice where a size has fewer than it: {', '.join(small)}"
+from dspo_jax.training.start import make_state, prepare
+from dspo_jax.training.step import lower_step
 
 
 def dry_run(config: ConfigDict | Settings) -> str:
@@ -117,8 +27,7 @@ def dry_run(config: ConfigDict | Settings) -> str:
     experiment = prepare(config)
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters, abstract=True)
-    buckets = count_examples(experiment.datasets, settings.data.split)
-    largest = max(map(bucket_size, buckets), key=math.prod)
+    largest = max(map(bucket_size, experiment.count_examples()), key=math.prod)
     images = experiment.datasets[0].manifest["images_per_example"]
     batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
     lines = list(describe_run(experiment, state, reference))
@@ -142,10 +51,3 @@ def dry_run(config: ConfigDict | Settings) -> str:
             lines.append(f"{verdict} into the {in_units(limit)} of a device")
     lines.append("no step was made, nothing was written")
     return "\n".join(lines)
-
-
-def in_units(size: int) -> str:
-    """Returns bytes as people read them."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{size / 2 ** (10 * step):.3g} {units[step]}"

@@ -20,7 +20,7 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
-from dspo_jax.training.dry_run import describe_run
+from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
@@ -35,10 +35,24 @@ from dspo_jax.weights.checkpoints import Checkpoints
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
-def open_shards(experiment: Experiment, clock: Clock) -> ShardStream:
-    """The batches of `config.data`, at their beginning."""
+def open_shards(experiment: Experiment) -> ShardStream:
+    """Opens the batches of `config.data` at their beginning."""
     inputs = experiment.task.loss.inputs(experiment.task.pipe)
-    return ShardStream(experiment.datasets, experiment.settings, experiment.mesh, inputs, clock)
+    return ShardStream(experiment.datasets, experiment.settings, experiment.mesh, inputs)
+
+
+class TimedStream:
+    """Stream whose batches the clock of a run sees the host wait for."""
+
+    def __init__(self, stream: Stream, clock: Clock):
+        """Takes the stream, of any kind, and the clock."""
+        self._stream, self._clock = stream, clock
+        self.get_state, self.set_state, self.close = stream.get_state, stream.set_state, stream.close
+
+    def next(self, params: Params) -> Batch:
+        """Returns the next batch."""
+        with self._clock.waiting():
+            return self._stream.next(params)
 
 
 class Unstable(UserError):
@@ -151,7 +165,7 @@ class Run:
                 start,
                 active=first,
                 wandb_project=settings.wandb_project,
-                config=dict(settings.given),
+                config=settings.given,
             ) as writer,
             Progress("train", settings.steps, start, active=first) as progress,
             Profiler(
@@ -248,7 +262,7 @@ def train(
     workdir: Path,
     *,
     make_step: Callable[[TrainState], Step] = compile_step,
-    make_stream: Callable[[Experiment, Clock], Stream] = open_shards,
+    make_stream: Callable[[Experiment], Stream] = open_shards,
     count_flops: Callable[..., float | None] = mean_flops_per_example,
 ) -> int:
     """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
@@ -269,7 +283,7 @@ def _train(
     experiment: Experiment,
     workdir: Path,
     make_step: Callable[[TrainState], Step],
-    make_stream: Callable[[Experiment, Clock], Stream],
+    make_stream: Callable[[Experiment], Stream],
     count_flops: Callable[..., float | None],
 ) -> int:
     """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
@@ -300,7 +314,7 @@ def _train(
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
                 return step
-            with closing(make_stream(experiment, clock)) as stream:
+            with closing(TimedStream(make_stream(experiment), clock)) as stream:
                 if position is not None:
                     stream.set_state(position)
                 try:

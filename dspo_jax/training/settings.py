@@ -7,12 +7,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from dspo_jax import limits
 from dspo_jax.errors import UserError
+from dspo_jax.json_files import JsonObject
 from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, Limit, choice, limited
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
@@ -117,7 +117,7 @@ class ProfileSettings:
     steps: int = limited(NOT_NEGATIVE)
 
 
-def _make_objective(keys: Mapping[str, Any]) -> Objective:
+def _make_objective(keys: Mapping[str, object]) -> Objective:
     """Returns the objective of `config.objective`; None is the objective's own default."""
     hyperparameters = {name: value for name, value in keys.items() if value is not None and name != "name"}
     return get_objective(str(keys.get("name")), **hyperparameters)
@@ -159,7 +159,7 @@ class Settings:
     validation: ValidationSettings
     samples: SampleSettings
     profile: ProfileSettings
-    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: JsonObject = dataclasses.field(default_factory=dict)
 
 
 def parse(config: ConfigDict) -> Settings:

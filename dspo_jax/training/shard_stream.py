@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from dspo_jax.data import loader
 from dspo_jax.data.datasets import Dataset
 from dspo_jax.models.model import Params
-from dspo_jax.monitoring.clock import Clock
 from dspo_jax.parallel.mesh import batch_share, shard_batch
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Batch
@@ -26,7 +25,6 @@ class ShardStream:
         settings: Settings,
         mesh: Mesh,
         inputs: Sequence[str],
-        clock: Clock,
     ):
         """Opens the training split.
 
@@ -35,7 +33,6 @@ class ShardStream:
           settings: batch size, seed, split and weights are read.
           mesh: the devices.
           inputs: the arrays that the loss reads; captions and keys stay on the host.
-          clock: is told how long the host waits for data.
         """
         share, shares = batch_share(mesh)
         self._batches = loader.train_batches(
@@ -47,13 +44,12 @@ class ShardStream:
             process_index=share,
             process_count=shares,
         )
-        self._mesh, self._inputs, self._clock = mesh, inputs, clock
+        self._mesh, self._inputs = mesh, inputs
 
     def next(self, params: Params) -> Batch:
         """Returns the next batch; `params` are not read."""
         del params
-        with self._clock.waiting():
-            batch = next(self._batches)
+        batch = next(self._batches)
         arrays = {name: batch[name] for name in self._inputs}
         arrays["index"] = arrays["index"].astype(np.uint32)
         return shard_batch(arrays, self._mesh)

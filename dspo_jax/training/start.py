@@ -45,7 +45,8 @@ class Experiment:
       settings: the parsed config.
       task: static configuration of the step.
       mesh: the devices.
-      datasets: read and verified.
+      datasets: read and verified; none where there are `examples`.
+      examples: N encoded pairs in memory, in place of datasets.
       adapters: LoRA's trained parameters at their start; {} where whole networks are trained.
     """
 
@@ -53,7 +54,16 @@ class Experiment:
     task: Task
     mesh: Mesh
     datasets: Sequence[Dataset]
+    examples: HostBatch | None
     adapters: Params
+
+    def count_examples(self) -> dict[str, int]:
+        """Counts the examples to train on by image size, "HEIGHTxWIDTH" in pixels."""
+        if self.examples is None:
+            return count_examples(self.datasets, self.settings.data.split)
+        number, _, *sides, _ = self.examples["moments"].shape
+        height, width = (side * self.task.pipe.vae_scale_factor for side in sides)
+        return {f"{height}x{width}": number}
 
 
 def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) -> Experiment:
@@ -61,7 +71,8 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
 
     Args:
       config: the keys of configs/common.py, or what `settings.parse` made of them.
-      examples: encoded pairs in memory (`data.in_memory.encode_pairs`), in place of those of `config.data`.
+      examples: encoded pairs in memory (`data.in_memory.encode_pairs`), in place of those of `config.data`,
+        for a loop of your own: validation and samples are turned off, with a warning.
 
     Raises:
       UserError, OSError: a config, model or data that cannot be trained.
@@ -74,10 +85,11 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         logging.warning("config.model = %s: %s", settings.model, line)
     task = make_task(settings, pipe)
     adapters = make_adapters(settings, pipe)
+    datasets: Sequence[Dataset] = ()
     if examples is None:
         datasets = open_data(settings, pipe)
     else:
-        datasets = ()
+        settings = _turn_watching_off(settings)
         check_images(settings.objective, examples["moments"].shape[1], "the batch in memory")
     mesh = mesh_of(settings)
     check_batch_size(
@@ -92,7 +104,23 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
             raise UserError(f"config.samples.{error}") from error
     if settings.wandb_project:
         import_wandb(settings.wandb_project)
-    return Experiment(settings, task, mesh, datasets, adapters)
+    return Experiment(settings, task, mesh, datasets, examples, adapters)
+
+
+def _turn_watching_off(settings: Settings) -> Settings:
+    """Turns off what only `run.train` does, and warns where it was on."""
+    periods = {"validation": settings.validation.every, "samples": settings.samples.every}
+    unused = [f"config.{name}.every = {every}" for name, every in periods.items() if every]
+    if unused:
+        logging.warning(
+            "%s: not used with examples in memory: `fit` calls only the hooks that it is given",
+            " and ".join(unused),
+        )
+    return dataclasses.replace(
+        settings,
+        validation=dataclasses.replace(settings.validation, every=0),
+        samples=dataclasses.replace(settings.samples, every=0),
+    )
 
 
 def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -4,15 +4,18 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Float32, Integer, Key, PyTree
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
+from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import stability
 from dspo_jax.training.task import Batch, Metrics, Task
 
@@ -151,3 +154,18 @@ def compile_step(state: TrainState) -> jax.stages.Wrapped:
         out_shardings=(shardings, None),
         compiler_options=for_cpu if mesh.devices.flat[0].platform == "cpu" else None,
     )
+
+
+def lower_step(
+    state: TrainState, reference: Params, batch: Mapping[str, object], mesh: Mesh
+) -> jax.stages.Lowered:
+    """Traces the step of a run, ready to be compiled for the devices of the mesh.
+
+    Args:
+      state, reference: from `start.make_state`, abstract.
+      batch: from `costs.abstract_batch`.
+      mesh: the devices.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    return compile_step(state).lower(state, reference, batch, key)

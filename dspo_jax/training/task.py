@@ -18,17 +18,21 @@ Metrics = dict[str, jax.Array]
 
 
 class Passes(NamedTuple):
-    """Passes through the denoiser that a loss makes for one example.
+    """Passes through the networks that a loss makes for one example.
 
     Attributes:
-      policy: forward passes of the trained network.
-      backward: forward passes of the trained network that gradients flow through.
-      reference: forward passes of the frozen network.
+      policy: forward passes of the trained denoiser.
+      backward: forward passes of the trained denoiser that gradients flow through.
+      reference: forward passes of the frozen denoiser.
+      encoded: forward passes of the text encoders, for the policy and the reference together.
+      encoded_backward: passes of the text encoders that gradients flow through where these are trained.
     """
 
     policy: int
     backward: int
     reference: int
+    encoded: int
+    encoded_backward: int
 
 
 class LossFn(Protocol):

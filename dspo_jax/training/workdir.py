@@ -1,14 +1,13 @@
 """The folder of a run: its config is written once and compared whenever the run is resumed."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
+from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
@@ -26,7 +25,7 @@ MAY_DIFFER = (
 )
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+def claim_workdir(workdir: Path, config: JsonObject) -> None:
     """Writes config.json into a fresh workdir, or checks that it is the one this run was started with.
 
     Args:

@@ -34,9 +34,10 @@ from dspo_jax.planning.plan import (
     plan,
 )
 from dspo_jax.planning.program_text import collectives, read_instructions
-from dspo_jax.training.costs import abstract_batch, flops_per_example, lower_step
+from dspo_jax.training.costs import abstract_batch, flops_per_example
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
+from dspo_jax.training.step import lower_step
 
 V5P = SimpleNamespace(device_kind="TPU v5")
 FACTS = {

@@ -1,16 +1,16 @@
 """What a run would take, said without reading a weight."""
 
-import jax
+from contextlib import closing
+
 import pytest
 from tiny_run import make_config
 
-from dspo_jax.monitoring.devices import count_flops
-from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.data import loader
+from dspo_jax.data.datasets import read_datasets
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.costs import flops_per_example
-from dspo_jax.training.dry_run import describe_run, dry_run
-from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_state, make_task, prepare
+from dspo_jax.training.describe import describe_run
+from dspo_jax.training.dry_run import dry_run
+from dspo_jax.training.start import make_state, prepare
 
 
 @pytest.mark.ci
@@ -47,33 +47,27 @@ def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
     assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "unet_passes", "text_passes"),
-    [
-        ({"objective.name": "dspo"}, 2 * (1 + 2 + 1), 2),
-        ({"objective.name": "dspo", "objective.detach": True}, 3 + 1 + 2, 2),
-        ({"objective.name": "sft"}, 3, 1),
-        ({"objective.name": "ddpm", "train_text_encoder": True}, 6, 3),
-        ({"objective.name": "dspo", "lora.rank": 2}, 2 * (1 + 1 + 1), 2),
-        ({"objective.name": "kto"}, 3 + 1, 2),
-    ],
-)
-def test_flops_of_a_pair_are_those_of_its_passes(
-    shallow_model, tiny_pairs, changes, unet_passes, text_passes
+def test_examples_in_memory_are_described_and_what_they_leave_unused_is_said(
+    shallow_model, tiny_pairs, caplog
 ):
-    task = make_task(parse(make_config(shallow_model, tiny_pairs, changes)), load_pipeline(shallow_model))
-    pipe = task.pipe
-    params = {name: pipe.networks[name].abstract_params() for name in ("unet", "text_encoder")}
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 1, 77), "int32")}
-    inputs = (
-        jax.ShapeDtypeStruct((1, 4, 4, 4), "float32"),
-        jax.ShapeDtypeStruct((1,), "int32"),
-        jax.eval_shape(pipe.encode_conditioning, params, batch),
+    with closing(loader.eval_batches(read_datasets(tiny_pairs), batch_size=6)) as batches:
+        examples = next(batches)
+    changes = {"data.path": None, "validation.every": 5, "samples.every": 7, "batch_size": 8, "steps": 3}
+    with caplog.at_level("WARNING"):
+        experiment = prepare(make_config(shallow_model, "", changes), examples)
+    assert (
+        "config.validation.every = 5 and config.samples.every = 7: not used with examples in memory"
+        in caplog.text
     )
-    unet = count_flops(pipe.predict, params, *inputs)
-    encoder = count_flops(pipe.encode_conditioning, params, batch)
-    counted = flops_per_example(task, 2, (16, 16))
-    assert counted == pytest.approx(unet_passes * unet + text_passes * encoder)
+    assert (experiment.settings.validation.every, experiment.settings.samples.every) == (0, 0)
+    state, reference = make_state(experiment.task, experiment.mesh, abstract=True)
+    said = list(describe_run(experiment, state, reference))
+    assert said[0] == f"{shallow_model} over examples in memory"
+    assert any(line.startswith("6 examples, 8 a step: ") and line.endswith("are 4 epochs") for line in said)
+    assert "over 64 values an image" in said[-2]
+    caplog.clear()
+    prepare(make_config(shallow_model, tiny_pairs, {"validation.every": 5, "batch_size": 8}))
+    assert "not used" not in caplog.text
 
 
 def test_what_would_stop_the_run_stops_the_dry_run(shallow_model, tiny_pairs):

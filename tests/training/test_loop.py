@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from fake_time import FakeTime
 
 from dspo_jax.monitoring.clock import Clock
 from dspo_jax.training.hooks import Log, Profile, Save, Speed
 from dspo_jax.training.loop import Moment, fit
+from dspo_jax.training.run import TimedStream
 
 
 class Numbers:
@@ -28,6 +30,26 @@ class Numbers:
 
     def close(self):
         pass
+
+
+def test_the_clock_sees_the_host_wait_for_a_stream_of_any_kind():
+    now = FakeTime()
+    clock = Clock(now=now)
+
+    class Slow(Numbers):
+        def next(self, params):
+            now.seconds += 3
+            return super().next(params)
+
+    stream = TimedStream(Slow(), clock)
+    clock.tick(0)
+    assert stream.next(None) == 1
+    now.seconds += 1
+    clock.tick(8)
+    clock.lap()
+    assert clock.data_wait == 0.75
+    stream.set_state(stream.get_state() + "0")
+    assert stream.next(None) == 11
 
 
 class Watch:

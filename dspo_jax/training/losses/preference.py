@@ -161,12 +161,15 @@ class PreferenceLoss:
         }
 
     def passes(self, images: int) -> Passes:
-        """Passes through the denoiser for an example of `images` images."""
+        """Passes through the networks for an example of `images` images, as `forward` makes them."""
         run = images if self.objective.images == "all" else 1
+        encoded = 2 if self.objective.detaches_loser else 1  # by each network that runs the two images apart
         return Passes(
             policy=run,
             backward=1 if self.objective.detaches_loser else run,
             reference=run if self.needs_reference else 0,
+            encoded=encoded * (2 if self.needs_reference else 1),
+            encoded_backward=1,
         )
 
     def notes(self, values_per_image: int) -> list[str]:
