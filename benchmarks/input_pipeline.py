@@ -29,6 +29,7 @@ from dspo_jax import cli
 from dspo_jax.data import loader, shards
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.pipelines import published
 
 MOMENTS = (2, 64, 64, 8)
 BATCH_SIZE, PAIRS_PER_SHARD = 64, 1000
@@ -37,6 +38,7 @@ MANIFEST = {
     "resolution": 512,
     "source": {"name": "random", "arguments": {}},
 }
+FEATURES = shards.feature_spec(MOMENTS, published.architecture("sd15").conditioning_shapes(images=2))
 
 
 def make_pairs(count: int) -> Iterator[dict[str, Any]]:
@@ -66,7 +68,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def write(folder: Path, count: int) -> None:
     """Writes pairs as `dspo_jax.encode` does, with sums."""
     pairs, num_shards = make_pairs(count), -(-count // PAIRS_PER_SHARD)
-    writer = DatasetWriter(folder, shards.feature_spec(MOMENTS, 1), MANIFEST, {"train": num_shards})
+    writer = DatasetWriter(folder, FEATURES, MANIFEST, {"train": num_shards})
     for number in range(num_shards):
         writer.write_shard("train", number, itertools.islice(pairs, PAIRS_PER_SHARD))
     writer.commit()
@@ -115,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
     per_value = tfds.features.FeaturesDict(
         {
-            **shards.feature_spec(MOMENTS, 1),
+            **FEATURES,
             "moments": tfds.features.Tensor(shape=MOMENTS, dtype=np.float16),
         }
     )

@@ -9,6 +9,7 @@ from dspo_jax import spelling
 from dspo_jax.data import shards
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
+from dspo_jax.pipelines.stored import comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_datasets(path: str | Path, *, verify: bool = True) -> list[Dataset]:
     datasets = [Dataset(folder, shards.read_manifest(folder)) for folder in folders]
     first = datasets[0]
     for other in datasets[1:]:
-        models = shards.comparable(first.manifest["model"], other.manifest["model"])
+        models = comparable(first.manifest["model"], other.manifest["model"])
         ours, theirs = map(_shared, (first.manifest, other.manifest), models)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):

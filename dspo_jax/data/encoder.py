@@ -1,4 +1,4 @@
-"""Prepared rows to shard examples: the VAE over full batches on every device, token ids, bad rows counted."""
+"""Prepared rows to examples: the VAE over full batches on every device, conditioning, bad rows counted."""
 
 import time
 from collections import Counter
@@ -156,7 +156,9 @@ class PairEncoder:
         return self._moments(self._params, jax.device_put(padded, self._split))
 
     def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: _OnBadRow) -> Iterator[Example]:
-        tokens = self._pipe.tokenize([row.caption for row, _ in batch])
+        conditioning = self._pipe.make_conditioning(
+            [row.caption for row, _ in batch], [prepared.crops for _, prepared in batch]
+        )
         per_example = len(batch[0][1].pixels)
         moments = np.asarray(encoding)[: len(batch) * per_example]
         moments = moments.reshape(len(batch), per_example, *moments.shape[1:])
@@ -168,8 +170,7 @@ class PairEncoder:
                 continue
             yield {
                 "moments": rounded,
-                "tokens": np.asarray(tokens[i], np.int32),
-                "micro_conditioning": prepared.micro_conditioning,
+                **{name: array[i] for name, array in conditioning.items()},
                 "preference": np.float32(row.preference),
                 "loser_won": np.bool_(row.loser_won),
                 "caption": row.caption,

@@ -80,8 +80,7 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
     side = None if buckets else resolution // pipe.vae_scale_factor
     features = shards.feature_spec(
         (source.images_per_example, side, side, 2 * pipe.latent_channels),
-        len(pipe.tokenizers),
-        pipe.caption_length,
+        pipe.conditioning_shapes(source.images_per_example),
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
     workers = cpu_cores() if config.num_workers is None else config.num_workers

@@ -52,9 +52,10 @@ def encode_pairs(
 
     encoder = PairEncoder(pipe, Framing(((side, side),)), batch_size=min(len(pairs), 16), vae_dtype=vae_dtype)
     examples = list(encoder.examples(pairs, refuse))
-    arrays = {
-        name: np.stack([example[name] for example in examples])
-        for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won")
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    captions, keys = columns.pop("caption"), columns.pop("key")
+    return {
+        **{name: np.stack(arrays) for name, arrays in columns.items()},
+        "caption": captions,
+        "key": [key or str(number) for number, key in enumerate(keys)],
     }
-    keys = [example["key"] or str(number) for number, example in enumerate(examples)]
-    return {**arrays, "caption": [example["caption"] for example in examples], "key": keys}

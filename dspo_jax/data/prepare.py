@@ -19,7 +19,7 @@ import numpy as np
 
 from dspo_jax.data.sources.pairs import PreferencePair, decode_pair
 from dspo_jax.images.image_files import BadRow
-from dspo_jax.images.resize import prepare_image
+from dspo_jax.images.resize import Crop, prepare_image
 
 FLIPS = ("none", "random", "independent", "both")
 
@@ -44,11 +44,11 @@ class Framing:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An example before the VAE: `pixels` [P, H, W, 3] uint8 and `micro_conditioning` [P, 6] int32."""
+    """An example before the VAE: `pixels` [P, H, W, 3] uint8, and what was kept of each of the P images."""
 
     key: str
     pixels: np.ndarray
-    micro_conditioning: np.ndarray
+    crops: tuple[Crop, ...]
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
@@ -86,8 +86,8 @@ def prepare_row(row: PreferencePair, framing: Framing) -> list[Prepared]:
     prepared = []
     for key, flip in flips.items():
         framed = [prepare_image(image, size, each) for image, each in zip(images, flip, strict=True)]
-        pixels, micro_conditioning = (np.stack(arrays) for arrays in zip(*framed, strict=True))
-        prepared.append(Prepared(key, pixels, micro_conditioning))
+        pixels, crops = zip(*framed, strict=True)
+        prepared.append(Prepared(key, np.stack(pixels), crops))
     return prepared
 
 

@@ -18,8 +18,9 @@ Example = dict[str, Any]
 """An example with the arrays that `shards.feature_spec` lists, a caption and a key."""
 
 HostBatch = dict[str, Any]
-"""`moments` [B, P, h, w, 2C] float16, `tokens` [B, E, S] int32, `micro_conditioning` [B, P, 6] int32,
-`preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B strings."""
+"""`moments` [B, P, h, w, 2C] float16, what the model is conditioned on (`Pipeline.conditioning_shapes`, each
+array with an axis B before), `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B
+strings."""
 
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
@@ -39,7 +40,7 @@ def to_record(example: Example, *, sized: bool) -> bytes:
     feature[_SIZED_MOMENTS if sized else _MOMENTS].bytes_list.value.append(moments.tobytes())
     if sized:
         feature[_SIZE].int64_list.value.extend(moments.shape)
-    for name in ("tokens", "micro_conditioning"):
+    for name in example.keys() - shards.COMMON_FEATURES:
         feature[name].bytes_list.value.append(example[name].tobytes())
     feature["preference"].float_list.value.append(example["preference"])
     feature["loser_won"].int64_list.value.append(int(example["loser_won"]))
@@ -53,19 +54,23 @@ class Records:
     """The examples of one image size in a split of some datasets, numbered on from one to the next."""
 
     def __init__(self, datasets: Sequence[Dataset], split: str, bucket: str):
-        """Opens no file yet.
+        """Reads the schema of the examples, and opens no shard yet.
 
         Args:
           datasets: what is read; they fit one another (`read_datasets`).
           split: of each that has it.
           bucket: the images' size, "HEIGHTxWIDTH" in pixels.
+
+        Raises:
+          FileNotFoundError, UserError: there is no schema, or it is damaged (`shards.read_features`).
         """
         files = [file for dataset in datasets for file in dataset.files(split, bucket)]
         self._source = array_record_data_source.ArrayRecordDataSource(files)
         manifest = datasets[0].manifest
         model = manifest["model"]
         height, width = (side // model["vae_scale_factor"] for side in bucket_size(bucket))
-        self._caption_length = shards.comparable(model)[0]["caption_length"]
+        features = shards.read_features(datasets[0].folder)
+        self._conditioning = {name: features[name] for name in features.keys() - shards.COMMON_FEATURES}
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
     def read(self, numbers: Sequence[int]) -> HostBatch:
@@ -74,30 +79,34 @@ class Records:
         Raises:
           OSError, RuntimeError, ValueError: a file cannot be read, or not understood.
         """
-        images = self._moments_shape[0]
         moments = np.empty((len(numbers), *self._moments_shape), np.float16)
-        tokens, micro_conditioning, preference, loser_won, captions, keys = [], [], [], [], [], []
+        conditioning = {
+            name: np.empty((len(numbers), *feature.shape), feature.np_dtype)
+            for name, feature in self._conditioning.items()
+        }
+        preference, loser_won, captions, keys = [], [], [], []
         # All at once: array_record reads and decompresses them in parallel.
         for i, record in enumerate(self._source.__getitems__(numbers)):
             if not record:  # array_record's answer to a file that ends too early
                 raise OSError(f"example {numbers[i]} is empty")
             feature = tf_example_pb2.Example.FromString(record).features.feature
             name = _MOMENTS if _MOMENTS in feature else _SIZED_MOMENTS
-            values = np.frombuffer(feature[name].bytes_list.value[0], np.float16)
-            moments[i] = values.reshape(self._moments_shape)
-            tokens.append(np.frombuffer(feature["tokens"].bytes_list.value[0], np.int32))
-            sizes = feature["micro_conditioning"].bytes_list.value[0]
-            micro_conditioning.append(np.frombuffer(sizes, np.int32))
+            _fill(moments[i], feature[name].bytes_list.value[0])
+            for name, arrays in conditioning.items():
+                _fill(arrays[i], feature[name].bytes_list.value[0])
             preference.append(feature["preference"].float_list.value[0])
             loser_won.append(feature["loser_won"].int64_list.value[0])
             captions.append(feature["caption"].bytes_list.value[0].decode())
             keys.append(feature["key"].bytes_list.value[0].decode())
         return {
             "moments": moments,
-            "tokens": np.stack(tokens).reshape(len(numbers), -1, self._caption_length),
-            "micro_conditioning": np.stack(micro_conditioning).reshape(len(numbers), images, 6),
+            **conditioning,
             "preference": np.asarray(preference, np.float32),
             "loser_won": np.asarray(loser_won, np.bool_),
             "caption": captions,
             "key": keys,
         }
+
+
+def _fill(array: np.ndarray, stored: bytes) -> None:
+    array[...] = np.frombuffer(stored, array.dtype).reshape(array.shape)

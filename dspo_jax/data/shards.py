@@ -5,11 +5,14 @@ reading needs TensorFlow. The manifest is written last: a folder without one is 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
+from numpy.typing import DTypeLike
 
 from dspo_jax import json_files, schema
 from dspo_jax.errors import UserError
@@ -17,14 +20,20 @@ from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.json_files import JsonObject
 from dspo_jax.locks import is_empty
+from dspo_jax.pipelines.stored import comparable
 from dspo_jax.schema import REQUIRED, Key, integer
+
+if TYPE_CHECKING:  # `dspo_jax.data.inspect` reads datasets without JAX
+    import jax
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DATASET_NAME = "pairs"
 UNFINISHED = ".unfinished"
 """The folder within a dataset's that is there as long as it is being written."""
-_OLD_CAPTION_LENGTH = 77  # where a manifest has no `caption_length`
+COMMON_FEATURES = frozenset({"moments", "preference", "loser_won", "caption", "key"})
+"""Features of every dataset; the others are what the model of the dataset is conditioned on."""
+_FEATURES = "features.json"  # by TFDS
 _REMAKE = "delete the folder and run dspo_jax.encode again"
 
 _OBJECT = Key(REQUIRED, dict)
@@ -52,37 +61,55 @@ _SHARD_KEYS = {
 
 
 def feature_spec(
-    moments_shape: Sequence[int | None], num_text_encoders: int, caption_length: int = _OLD_CAPTION_LENGTH
+    moments_shape: Sequence[int | None], conditioning: Mapping[str, "jax.ShapeDtypeStruct"]
 ) -> tfds.features.FeaturesDict:
     """Returns the TFDS schema of an example.
 
     Args:
       moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images; h and w are None
         where images have several sizes.
-      num_text_encoders: E, the number of token sequences a caption has.
-      caption_length: S, the tokens of a sequence.
+      conditioning: arrays that the model is conditioned on, `Pipeline.conditioning_shapes`.
 
     Returns:
-      Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), `tokens` [E, S]
-      int32, `micro_conditioning` [P, 6] int32 (original height, width, crop top, left, target height, width;
-      pixels), `preference` float32, `loser_won` bool, `caption` and `key`.
+      Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), those of
+      `conditioning`, `preference` float32, `loser_won` bool, `caption` and `key`.
     """
 
-    def raw(shape: Sequence[int | None], dtype: type) -> tfds.features.Tensor:
+    def raw(shape: Sequence[int | None], dtype: DTypeLike) -> tfds.features.Tensor:
         # As raw bytes: the default encoding, one protobuf number per value, is a hundred times slower.
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
     return tfds.features.FeaturesDict(
         {
             "moments": raw(moments_shape, np.float16),
-            "tokens": raw((num_text_encoders, caption_length), np.int32),
-            "micro_conditioning": raw((moments_shape[0], 6), np.int32),
+            **{name: raw(each.shape, each.dtype) for name, each in conditioning.items()},
             "preference": tfds.features.Scalar(np.float32),
             "loser_won": tfds.features.Scalar(np.bool_),
             "caption": tfds.features.Text(),
             "key": tfds.features.Text(),
         }
     )
+
+
+def read_features(directory: str | Path) -> tfds.features.FeaturesDict:
+    """Reads the schema of an encoded dataset's examples, as `feature_spec` made it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it is damaged.
+    """
+    path = Path(directory) / _FEATURES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {_REMAKE}")
+    try:
+        features = tfds.features.FeaturesDict.from_config(str(directory))
+        missing = COMMON_FEATURES - set(features)
+    except (ImportError, TypeError, ValueError, ParseError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged ({reason}); {_REMAKE}") from error
+    if missing:
+        raise UserError(f"{path}: damaged (no {min(missing)!r}); {_REMAKE}")
+    return features
 
 
 def tfds_split(split: str, bucket: str | None = None) -> str:
@@ -179,20 +206,6 @@ def check_manifest(
             f"{path}: resolution = {manifest['resolution']}, but {resolution} is expected; encode the data "
             f"again with --config.resolution={resolution}"
         )
-
-
-def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
-    """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
-
-    Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, and no
-    `caption_length`, which was always 77.
-    """
-    today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
-    unread = "tokenizer_sha256" if today else "tokens_sha256"
-    return [
-        {"caption_length": _OLD_CAPTION_LENGTH} | {key: value for key, value in each.items() if key != unread}
-        for each in fingerprints
-    ]
 
 
 def verify_shards(

@@ -15,6 +15,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.stored import read_crops
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 
 WINNER_COLOUR = (44, 160, 44)
@@ -174,7 +175,7 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, Examp
 
 
 def _notes(split: str, example: Example) -> list[str]:
-    sizes = " and ".join(f"{width} x {height}" for height, width, *_ in example["micro_conditioning"])
+    sizes = " and ".join(f"{crop.width} x {crop.height}" for crop in read_crops(example))
     notes = [f"{split} {example['key']}", f"from {sizes} pixels"]
     if example["preference"] < 1:
         notes.append(f"preference {example['preference']:.2f}")

@@ -15,10 +15,11 @@ from dspo_jax import spelling
 from dspo_jax.data import shards
 from dspo_jax.data.records import Example
 from dspo_jax.errors import UserError
+from dspo_jax.images.resize import Crop
 from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.progress import Progress
+from dspo_jax.pipelines.stored import count_tokens, read_crops
 
-_ALL_BUT_MOMENTS = ("tokens", "micro_conditioning", "preference", "loser_won", "caption", "key")
 _READ_AT_ONCE = 64
 _SHOWN = 5  # repeated captions that are listed
 
@@ -35,7 +36,7 @@ class Examples:
         """
         content = manifest["splits"][split]
         self._where = f"{directory}: split {split!r}"
-        self._features = tfds.features.FeaturesDict.from_config(str(directory))
+        self._features = shards.read_features(directory)
         try:
             self._records = ArrayRecordDataSource(
                 [str(directory / each["file"]) for each in content["shards"]]
@@ -58,8 +59,9 @@ class Examples:
           OSError: a shard is damaged.
         """
         # A record can only be read whole, but what is not wanted need not be decoded.
-        names = (*_ALL_BUT_MOMENTS, "moments") if moments else _ALL_BUT_MOMENTS
-        features = tfds.features.FeaturesDict({name: self._features[name] for name in names})
+        features = tfds.features.FeaturesDict(
+            {name: feature for name, feature in self._features.items() if moments or name != "moments"}
+        )
         for start in range(0, len(numbers), _READ_AT_ONCE):
             try:
                 records = self._records.__getitems__(numbers[start : start + _READ_AT_ONCE])
@@ -114,8 +116,9 @@ class Columns(NamedTuple):
 
     captions: list[str]
     keys: list[str]
-    tokens: np.ndarray  # [N, S] of the first text encoder
-    sizes: np.ndarray  # [N * P, 6], see `shards.feature_spec`
+    num_tokens: np.ndarray  # [N]
+    num_places: np.ndarray  # [N], the most tokens that a caption can have
+    crops: list[Crop]  # of N * P images
     preferences: np.ndarray  # [N]
     loser_won: np.ndarray  # [N]
 
@@ -129,11 +132,13 @@ def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
         for example in examples.read([i * total // count for i in range(count)]):
             rows.append(example)
             progress.update(len(rows))
+    num_tokens, num_places = np.transpose([count_tokens(row) for row in rows])
     return Columns(
         [row["caption"] for row in rows],
         [row["key"] for row in rows],
-        np.stack([row["tokens"][0] for row in rows]),
-        np.concatenate([row["micro_conditioning"] for row in rows]),
+        num_tokens,
+        num_places,
+        [crop for row in rows for crop in read_crops(row)],
         np.asarray([row["preference"] for row in rows]),
         np.asarray([row["loser_won"] for row in rows]),
     )
@@ -147,32 +152,30 @@ def summarize_examples(columns: Columns) -> JsonObject:
       `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `duplicate_keys`.
     """
     captions, num_examples = Counter(columns.captions), len(columns.captions)
-    # In CLIP's vocabulary the end token follows the start token, with which each caption begins; only tokens
-    # that were added to it have higher ids. Padding comes after the first end token.
-    num_tokens = (columns.tokens == columns.tokens[:, :1] + 1).argmax(axis=1) + 1
-    height, width, _, _, target_height, target_width = columns.sizes.T
-    scale = np.maximum(target_height / height, target_width / width)
+    crops = columns.crops
     duplicates = {key: count for key, count in Counter(columns.keys).items() if count > 1}
     summary: JsonObject = {
         "examples_read": num_examples,
         "captions": {
-            "tokens": _spread(num_tokens),
-            "full": int((num_tokens == columns.tokens.shape[1]).sum()),
+            "tokens": _spread(columns.num_tokens),
+            "full": int((columns.num_tokens == columns.num_places).sum()),
             "characters": _spread([len(caption) for caption in columns.captions]),
             "empty": sum(not caption.strip() for caption in columns.captions),
             "distinct": len(captions),
             "most_repeated": {text: count for text, count in captions.most_common(_SHOWN) if count > 1},
         },
         "images": {
-            "count": len(columns.sizes),
-            "width": _spread(width),
-            "height": _spread(height),
-            "width_by_height": _spread(width / height),
-            "enlarged": int((scale > 1).sum()),
+            "count": len(crops),
+            "width": _spread([crop.width for crop in crops]),
+            "height": _spread([crop.height for crop in crops]),
+            "width_by_height": _spread([crop.width / crop.height for crop in crops]),
+            "enlarged": sum(
+                crop.target_height > crop.height or crop.target_width > crop.width for crop in crops
+            ),
         },
         "duplicate_keys": {"count": len(duplicates), "first": dict(list(duplicates.items())[:_SHOWN])},
     }
-    if len(columns.sizes) == 2 * num_examples:
+    if len(crops) == 2 * num_examples:
         soft = columns.preferences[columns.preferences < 1].round(6)  # as float32, 0.7 lies below 0.7
         edges = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
         bins = [f"{low}-{high}" for low, high in pairwise(edges)]

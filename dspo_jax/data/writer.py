@@ -19,6 +19,7 @@ from dspo_jax.data.records import Example, to_record
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, sha256
 from dspo_jax.json_files import JsonObject, member, read_object
+from dspo_jax.pipelines.stored import comparable
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -65,7 +66,7 @@ class DatasetWriter:
         if path.exists() and any(self._unfinished.glob("*-*.json")):
             fix = "delete the folder"
             there = read_object(path, fix)
-            models = shards.comparable(member(there, "model", dict, path, fix), plan["model"])
+            models = comparable(member(there, "model", dict, path, fix), plan["model"])
             pair = [each | {"model": model} for each, model in zip((there, plan), models, strict=True)]
             difference = shards.first_difference(*pair)
             if difference is not None:
@@ -115,8 +116,7 @@ class DatasetWriter:
         Args:
           split: of the shard.
           number: of the shard within the split.
-          examples: as `shards.feature_spec` says; with buckets, the last two values of `micro_conditioning`
-            say which one.
+          examples: as `shards.feature_spec` says; with buckets, the shape of `moments` says which one.
           skipped: rows left out by reason; read after the last example.
         """
         with contextlib.ExitStack() as stack:
@@ -125,8 +125,7 @@ class DatasetWriter:
                 for bucket in self._buckets or [""]
             }
             for example in examples:
-                height, width = example["micro_conditioning"][0][4:]
-                file = files[f"{height}x{width}" if self._buckets else ""]
+                file = files[self._bucket_of(example) if self._buckets else ""]
                 file.write(to_record(example, sized=bool(self._buckets)))
         records = []
         for bucket, file in files.items():
@@ -135,6 +134,11 @@ class DatasetWriter:
         note = {"files": records, "skipped": dict(sorted((skipped or {}).items()))}
         self._replace(self._note(split, number), json.dumps(note))
         return sum(record["num_examples"] for record in records)
+
+    def _bucket_of(self, example: Example) -> str:
+        scale = self._manifest["model"]["vae_scale_factor"]
+        _, height, width, _ = example["moments"].shape
+        return f"{height * scale}x{width * scale}"
 
     def commit(self, left_out: Mapping[str, Mapping[str, int]] | None = None) -> JsonObject:
         """Writes TFDS's metadata and the manifest; every shard must have been written.

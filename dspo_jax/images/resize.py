@@ -1,5 +1,7 @@
 """Resizes images to the size that a model reads."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -7,9 +9,24 @@ from dspo_jax.images.decode import MAX_PIXELS
 from dspo_jax.images.image_files import BadRow
 
 
-def prepare_image(
-    image: Image.Image, size: tuple[int, int], flip: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+class Crop(NamedTuple):
+    """What was kept of an image, in pixels: the values and the order of SDXL's conditioning (section 2.2).
+
+    Attributes:
+      height, width: of the original image.
+      top, left: where the crop lies in the resized image.
+      target_height, target_width: of the crop.
+    """
+
+    height: int
+    width: int
+    top: int
+    left: int
+    target_height: int
+    target_width: int
+
+
+def prepare_image(image: Image.Image, size: tuple[int, int], flip: bool = False) -> tuple[np.ndarray, Crop]:
     """Resizes an image (bilinear) until it just covers `size`, and keeps the centre, as released code does.
 
     Args:
@@ -18,8 +35,7 @@ def prepare_image(
       flip: whether to mirror it left to right.
 
     Returns:
-      Pixels [height, width, 3] uint8, and the micro-conditioning of SDXL, [6] int32: original height and
-      width, top and left of the crop in the resized image, target height and width.
+      Pixels [height, width, 3] uint8, and what they are of the image.
 
     Raises:
       BadRow: "image too narrow": the resized image would be over the pixel limit.
@@ -39,4 +55,4 @@ def prepare_image(
     if flip:
         resized = ImageOps.mirror(resized)
     cropped = resized.crop((left, top, left + target_width, top + target_height))
-    return np.asarray(cropped), np.asarray([height, width, top, left, *size], np.int32)
+    return np.asarray(cropped), Crop(height, width, top, left, *size)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float32, Integer, Num, PyTree
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
+from dspo_jax.images.resize import Crop
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.families import Family
@@ -188,8 +189,18 @@ class Pipeline:
         """Returns shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
         return {
             "tokens": jax.ShapeDtypeStruct(self.empty_tokens.shape, jnp.int32),
-            "micro_conditioning": jax.ShapeDtypeStruct((images, 6), jnp.int32),
+            "micro_conditioning": jax.ShapeDtypeStruct((images, len(Crop._fields)), jnp.int32),
         }
+
+    def make_conditioning(
+        self, captions: Sequence[str], crops: Sequence[Sequence[Crop]]
+    ) -> dict[str, np.ndarray]:
+        """Makes the `conditioning_inputs` of N examples from their captions and the crops of their P images.
+
+        Returns:
+          `tokens` [N, E, S] and `micro_conditioning` [N, P, 6], int32.
+        """
+        return {"tokens": self.tokenize(captions), "micro_conditioning": np.asarray(crops, np.int32)}
 
     def drop_captions(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> dict[str, jax.Array]:
         """Returns the batch with the empty caption in the examples where `drop` [B] is true."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from example_shards import conditioning_shapes
 from PIL import Image
 from tables import each_row
 
@@ -30,8 +31,6 @@ class StubPipeline:
     """Has the interface of `Pipeline` that encoding uses; a latent is the mean of 4x4 pixels, its std is
     1."""
 
-    tokenizers = ("one", "two")
-    caption_length = 77
     vae_scale_factor = 4
     latent_channels = 3
     image_side = 32
@@ -51,11 +50,14 @@ class StubPipeline:
             "tokenizer_sha256": ["b", "c"],
         }
 
-    def tokenize(self, captions):
+    def conditioning_shapes(self, images):
+        return conditioning_shapes(2, images)
+
+    def make_conditioning(self, captions, crops):
         tokens = np.zeros((len(captions), 2, 77), np.int32)
         for i, caption in enumerate(captions):
             tokens[i, :, 0] = len(caption), -len(caption)
-        return tokens
+        return {"tokens": tokens, "micro_conditioning": np.asarray(crops, np.int32)}
 
     def read_params(self, component, dtype):
         assert component == "vae"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example_shards import MANIFEST, make_example, write_dataset
+from example_shards import MANIFEST, feature_spec, make_example, write_dataset
 from PIL import Image, ImageDraw
 from tables import each_row
 
@@ -46,7 +46,7 @@ def write(
     """Writes splits of examples, each given by what is different from `make_example`."""
     writer = DatasetWriter(
         out,
-        shards.feature_spec((images, *(shape if not buckets else (None, None, shape[2]))), 1),
+        feature_spec(images, *(shape if not buckets else (None, None, shape[2]))),
         {**MANIFEST, "model": fingerprint},
         dict.fromkeys(splits, 1),
         buckets,

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from example_shards import MANIFEST, make_example, start_dataset, write_dataset
+from example_shards import MANIFEST, feature_spec, make_example, start_dataset, write_dataset
 from tables import each_row
 from tensorflow_datasets.core import example_serializer
 
@@ -111,7 +111,7 @@ def test_a_finished_shard_that_is_damaged_is_written_again(tmp_path, damage):
 
 def test_an_unfinished_dataset_of_other_settings_is_refused(tmp_path):
     start_dataset(tmp_path / "out", {"train": 2})
-    features = shards.feature_spec((2, 4, 4, 6), 1)
+    features = feature_spec(2, 4, 4)
     other = json.loads(json.dumps(MANIFEST))
     other["source"]["arguments"]["seed"] = 1
     # Nothing is written yet, so nothing is lost.
@@ -147,7 +147,7 @@ def sized(i, height, width):
 
 
 def test_images_of_several_sizes_have_files_and_tfds_splits_of_their_own(tmp_path):
-    features = shards.feature_spec((2, None, None, 6), 1)
+    features = feature_spec(2, None, None)
     buckets = ["16x16", "8x32", "32x8"]
     writer = DatasetWriter(tmp_path / "out", features, MANIFEST, {"train": 2, "validation": 1}, buckets)
     writer.write_shard("train", 0, [sized(0, 16, 16), sized(1, 8, 32), sized(2, 16, 16)])
@@ -181,7 +181,7 @@ def test_images_of_several_sizes_have_files_and_tfds_splits_of_their_own(tmp_pat
 
 @each_row("bucket", ["16x16", "8x32"])
 def test_records_are_the_bytes_that_tfds_makes(bucket):
-    features = shards.feature_spec((2, 4, 4, 6) if bucket == "16x16" else (2, None, None, 6), 1)
+    features = feature_spec(2, *((4, 4) if bucket == "16x16" else (None, None)))
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     example = make_example(3, bucket=bucket)
     theirs = serializer.get_tf_example(features.encode_example(example))

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import tensorflow_datasets as tfds
 
 from dspo_jax.data import shards
 from dspo_jax.data.writer import DatasetWriter
@@ -35,6 +37,21 @@ def make_example(i: int, *, images: int = 2, bucket: str = "16x16") -> dict[str,
     }
 
 
+def conditioning_shapes(text_encoders: int, images: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What an example holds for the denoiser."""
+    return {
+        "tokens": jax.ShapeDtypeStruct((text_encoders, 77), np.int32),
+        "micro_conditioning": jax.ShapeDtypeStruct((images, 6), np.int32),
+    }
+
+
+def feature_spec(
+    images: int, height: int | None, width: int | None, channels: int = 6
+) -> tfds.features.FeaturesDict:
+    """The schema of examples for one text encoder; latents of several sizes have no height and width."""
+    return shards.feature_spec((images, height, width, channels), conditioning_shapes(1, images))
+
+
 def start_dataset(
     out: Path,
     num_shards: Mapping[str, int],
@@ -44,8 +61,8 @@ def start_dataset(
     manifest: Mapping[str, Any] = MANIFEST,
 ) -> DatasetWriter:
     """A writer of numbered examples."""
-    size = (None, None) if buckets else (4, 4)
-    return DatasetWriter(out, shards.feature_spec((images, *size, 6), 1), manifest, num_shards, buckets)
+    features = feature_spec(images, *((None, None) if buckets else (4, 4)))
+    return DatasetWriter(out, features, manifest, num_shards, buckets)
 
 
 def write_dataset(

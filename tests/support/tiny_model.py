@@ -234,7 +234,7 @@ def write_pairs(
     pipe = load_pipeline(model)
     side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
     stored = (images, *((None, None) if buckets else (side, side)), channels)
-    features = shards.feature_spec(stored, len(pipe.tokenizers), pipe.caption_length)
+    features = shards.feature_spec(stored, pipe.conditioning_shapes(images))
     manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
     counts = {"train": train} if validation is None else {"train": train, "validation": validation}
     writer = DatasetWriter(out, features, manifest, dict.fromkeys(counts, 1), buckets)

@@ -1,0 +1,42 @@
+"""Reads what datasets store of the model that encoded them: its fingerprint, and arrays that condition it.
+
+`Pipeline.fingerprint` and `Pipeline.make_conditioning` make them; to read them needs no JAX.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dspo_jax.images.resize import Crop
+from dspo_jax.json_files import JsonObject
+
+_OLD_CAPTION_LENGTH = 77
+
+
+def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
+    """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
+
+    Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, and no
+    `caption_length`, which was always 77.
+    """
+    today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
+    unread = "tokenizer_sha256" if today else "tokens_sha256"
+    return [
+        {"caption_length": _OLD_CAPTION_LENGTH} | {key: value for key, value in each.items() if key != unread}
+        for each in fingerprints
+    ]
+
+
+def read_crops(example: Mapping[str, Any]) -> list[Crop]:
+    """Returns what was kept of each image of a stored example.
+
+    It stands where SDXL reads it, and is stored for every model.
+    """
+    return [Crop(*crop) for crop in example["micro_conditioning"].tolist()]
+
+
+def count_tokens(example: Mapping[str, Any]) -> tuple[int, int]:
+    """Counts a stored caption's tokens, start and end among them, and the places that there are for them."""
+    first = example["tokens"][0]
+    # In CLIP's vocabulary the end token follows the start token, with which each caption begins; only tokens
+    # that were added to it have higher ids. Padding comes after the first end token.
+    return int((first == first[0] + 1).argmax()) + 1, len(first)
