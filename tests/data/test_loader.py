@@ -3,17 +3,22 @@ unseen example."""
 
 import json
 import os
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from example_shards import make_example, write_dataset
+import tensorflow_datasets as tfds
+from example_shards import MANIFEST, make_example, write_dataset
 from tables import each_row
 
-from dspo_jax.data import loader
+from dspo_jax.data import loader, shards
 from dspo_jax.data.datasets import read_datasets
+from dspo_jax.data.writer import DatasetWriter
+from dspo_jax.errors import UserError
 
 NUM_TRAIN, NUM_VALIDATION = 10, 5
 
@@ -64,6 +69,49 @@ def test_a_batch_has_the_documented_arrays(train_batches):
         assert batch["caption"][row] == written["caption"]
         for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won"):
             np.testing.assert_array_equal(batch[name][row], written[name])
+
+
+def test_a_model_may_be_conditioned_on_other_arrays(tmp_path):
+    """A family whose text encoder is too large to run at each step has its states stored."""
+    conditioning = {
+        "tokens_of_both": np.arange(10, dtype=np.int32).reshape(2, 5),
+        "states": np.linspace(-1, 1, 12, dtype=np.float16).reshape(3, 4),
+    }
+    common = {name: value for name, value in make_example(0).items() if name in shards.COMMON_FEATURES}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in conditioning.items()}
+    features = shards.feature_spec(common["moments"].shape, shapes)
+    writer = DatasetWriter(tmp_path / "out", features, MANIFEST, {"train": 1})
+    writer.write_shard("train", 0, [common | conditioning])
+    writer.commit()
+    stored = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")[0]
+    with closing(loader.train_batches(read_datasets(tmp_path / "out"), batch_size=2, seed=0)) as batches:
+        batch = next(batches)
+    assert batch.keys() == common.keys() | conditioning.keys() | {"index"}
+    for name, array in conditioning.items():
+        assert batch[name].dtype == array.dtype
+        np.testing.assert_array_equal(batch[name], np.stack([array] * 2))
+        np.testing.assert_array_equal(stored[name], array)
+
+
+@each_row(
+    ("spoil", "kind", "message"),
+    [
+        (lambda text: None, FileNotFoundError, "no such file"),
+        (lambda text: text[:100], UserError, r"damaged \(.*\)"),
+        (lambda text: "[]", UserError, r"damaged \(.*\)"),
+        (lambda text: text.replace("featuresDict", "other"), UserError, r"damaged \(.*\)"),
+        (lambda text: text.replace('"int32"', '"int3"'), UserError, r"damaged \(.*\)"),
+        (lambda text: text.replace('"moments"', '"others"'), UserError, r"damaged \(no 'moments'\)"),
+        (lambda text: text.replace("features_dict.FeaturesDict", "text_feature.Text"), UserError, "damaged"),
+    ],
+)
+def test_a_dataset_without_a_schema_is_refused(spoil, kind, message, dataset, tmp_path):
+    out = shutil.copytree(dataset, tmp_path / "out")
+    schema = out / "features.json"
+    spoilt = spoil(schema.read_text())
+    schema.unlink() if spoilt is None else schema.write_text(spoilt)
+    with pytest.raises(kind, match=rf"^{re.escape(str(schema))}: {message}[^\n]*; delete the folder and run"):
+        loader.eval_batches(read_datasets(out), batch_size=2)
 
 
 def test_every_epoch_is_a_new_permutation_of_all_examples(train_batches):
