@@ -63,7 +63,7 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
     for name, field in fields.items():
         if name not in values:
             raise UserError(
-                f"{key}.{name}: missing; the recipe must begin with the keys of configs/common.py"
+                f"{key}.{name}: missing; the recipe must begin with the keys of the common.py beside it"
             )
         value, allowed = values[name], field.metadata.get("allowed")
         if make := field.metadata.get("make"):
@@ -86,7 +86,7 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
 
 def _check_group(values: object, key: str) -> None:
     if not isinstance(values, Mapping):
-        raise UserError(f"{key} = {values!r}: must be a group of keys, as in configs/common.py")
+        raise UserError(f"{key} = {values!r}: must be a group of keys, as in the common.py beside the recipe")
 
 
 def _holds(limit: Limit, value: object) -> bool:

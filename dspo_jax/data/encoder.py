@@ -21,9 +21,6 @@ from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
 
-VAE_DTYPES = ("float32", "bfloat16")
-"""In float16 SDXL's VAE gives NaN."""
-
 _Batch = list[tuple[PreferencePair, Prepared]]
 _Prepared = tuple[PreferencePair, list[Prepared] | BadRow]
 _OnBadRow = Callable[[PreferencePair, BadRow], None]
@@ -88,7 +85,7 @@ class PairEncoder:
           pipe: gives VAE and tokenizers.
           framing: of the images.
           batch_size: examples in one call of the VAE.
-          vae_dtype: what the VAE computes in, one of `VAE_DTYPES`.
+          vae_dtype: what the VAE computes in, one of `settings.VAE_DTYPES`.
           pool: from `prepare.worker_pool`.
           ahead: rows that the pool works on at a time.
         """

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
-from dspo_jax.data.encoder import VAE_DTYPES, BadRowLog, PairEncoder
-from dspo_jax.data.prepare import FLIPS, Framing, bucket_sizes, worker_pool
+from dspo_jax.data.encoder import BadRowLog, PairEncoder
+from dspo_jax.data.prepare import Framing, bucket_sizes, worker_pool
+from dspo_jax.data.settings import EncodeSettings, parse
 from dspo_jax.data.sources import PreferencePair, Source, get_source
 from dspo_jax.data.writer import DatasetWriter
 from dspo_jax.errors import UserError
@@ -44,32 +45,34 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
       FileNotFoundError: the model or a file of the source is missing.
       OSError: a shard cannot be written, or a process that decodes was ended.
     """
-    _check_values(config)
+    settings = parse(config)
     with processes.claim(out, share):
-        return _encode(config, out, share)
+        return _encode(settings, out, share)
 
 
-def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> bool:
-    source = _open_source(config)
-    splits = _choose_splits(config, source)
-    pipe = load_pipeline(config.model)
-    resolution = pipe.image_side if config.resolution is None else config.resolution
-    framing = _frame(config, resolution, pipe)
+def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) -> bool:
+    source = get_source(settings.source.name, **settings.source.arguments)
+    splits = _choose_splits(settings, source)
+    pipe = load_pipeline(settings.model)
+    resolution = pipe.image_side if settings.resolution is None else settings.resolution
+    framing = _frame(settings, resolution, pipe)
     manifest = {
         "model": pipe.fingerprint(),
         "resolution": resolution,
         "source": {
-            "name": config.source.name,
+            "name": settings.source.name,
             # Where images may lie is a matter of trust; it does not change the rows.
-            "arguments": {key: value for key, value in _arguments(config).items() if key != "allow_outside"},
+            "arguments": {
+                key: value for key, value in settings.source.arguments.items() if key != "allow_outside"
+            },
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
-        "encoding": {key: config[key] for key in _ENCODING},
+        "encoding": {key: getattr(settings, key) for key in _ENCODING},
     }
     if shards.is_complete(out, manifest, splits):
         return True
     rows = {split: source.num_examples(split) for split in splits}
-    per_shard = config.rows_per_shard
+    per_shard = settings.rows_per_shard
     num_shards = {split: math.ceil(count / per_shard) for split, count in rows.items()}
     rows_of = {
         (split, number): min(per_shard, rows[split] - number * per_shard)
@@ -83,16 +86,16 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
         pipe.conditioning_shapes(source.images_per_example),
     )
     writer = DatasetWriter(out, features, manifest, num_shards, buckets)
-    workers = cpu_cores() if config.num_workers is None else config.num_workers
+    workers = cpu_cores() if settings.num_workers is None else settings.num_workers
     # Imports of this module, which take long; each worker imports the module itself.
     with worker_pool(workers, [PairEncoder.__module__, DatasetWriter.__module__]) as pool:
         encoder = PairEncoder(
             pipe,
             framing,
-            batch_size=config.batch_size,
-            vae_dtype=config.vae_dtype,
+            batch_size=settings.batch_size,
+            vae_dtype=settings.vae_dtype,
             pool=pool,
-            ahead=max(2 * config.batch_size, 4 * workers),
+            ahead=max(2 * settings.batch_size, 4 * workers),
         )
         index, count = share or (jax.process_index(), jax.process_count())
         with _Progress(writer, encoder, rows_of, source.images_per_example) as progress:
@@ -101,7 +104,7 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
                     continue
                 first = number * per_shard
                 of_shard = source.pairs(split, first, first + rows_of[split, number])
-                log = BadRowLog(split, rows[split], config.source.max_skipped, writer.skipped(split))
+                log = BadRowLog(split, rows[split], settings.source.max_skipped, writer.skipped(split))
                 examples = encoder.examples(progress.track(of_shard), log)
                 writer.write_shard(split, number, examples, log.reasons)
             while share is None and not _is_ready(out, writer, len(rows_of)):
@@ -114,10 +117,10 @@ def _encode(config: ConfigDict, out: Path, share: tuple[int, int] | None) -> boo
     try:
         for split in splits:
             skipped = writer.skipped(split)
-            BadRowLog(split, rows[split], config.source.max_skipped, skipped).check()
+            BadRowLog(split, rows[split], settings.source.max_skipped, skipped).check()
             if skipped.total() >= rows[split]:
                 raise UserError(
-                    f"split {split!r} of source {config.source.name!r}: no usable row ({dict(skipped)})"
+                    f"split {split!r} of source {settings.source.name!r}: no usable row ({dict(skipped)})"
                 )
         writer.commit({split: source.left_out(split) for split in splits})
     except FileNotFoundError:
@@ -138,56 +141,30 @@ _ENCODING = (
 )
 
 
-def _check_values(config: ConfigDict) -> None:
-    if not config.model:
-        raise UserError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
-    if not config.source.name:
-        raise UserError("config.source.name is not set: start from a recipe in configs/encode")
-    for key, allowed in (("flip", FLIPS), ("vae_dtype", VAE_DTYPES)):
-        if config[key] not in allowed:
-            raise UserError(spelling.unknown(f"config.{key}", config[key], allowed))
-    for key in ("resolution", "batch_size", "rows_per_shard", "bucket_step", "max_aspect_ratio"):
-        if config[key] is not None and config[key] < 1:
-            raise UserError(f"config.{key} = {config[key]}: must be at least 1")
-    if config.num_workers is not None and config.num_workers < 0:
-        raise UserError(f"config.num_workers = {config.num_workers}: must be at least 0")
-
-
-def _arguments(config: ConfigDict) -> dict[str, object]:
-    """Returns the source's own."""
-    return {
-        key: value for key, value in config.source.to_dict().items() if key not in ("name", "max_skipped")
-    }
-
-
-def _open_source(config: ConfigDict) -> Source:
-    return get_source(config.source.name, **_arguments(config))
-
-
-def _choose_splits(config: ConfigDict, source: Source) -> tuple[str, ...]:
-    splits = tuple(config.splits) or tuple(source.splits)
+def _choose_splits(settings: EncodeSettings, source: Source) -> tuple[str, ...]:
+    splits = tuple(settings.splits) or tuple(source.splits)
     for split in splits:
         if split not in source.splits:
             raise UserError(spelling.unknown("config.splits", split, source.splits))
         if source.num_examples(split) == 0:
             left_out = ", ".join(f"{reason}: {count}" for reason, count in source.left_out(split).items())
             raise UserError(
-                f"config.source.name = {config.source.name!r}: split {split!r} is empty; check its arguments"
-                + (f" (left out: {left_out})" if left_out else "")
+                f"config.source.name = {settings.source.name!r}: split {split!r} is empty; check its "
+                "arguments" + (f" (left out: {left_out})" if left_out else "")
             )
     return splits
 
 
-def _frame(config: ConfigDict, resolution: int, pipe: Pipeline) -> Framing:
-    sizes = bucket_sizes(resolution, config.bucket_step, config.max_aspect_ratio)
+def _frame(settings: EncodeSettings, resolution: int, pipe: Pipeline) -> Framing:
+    sizes = bucket_sizes(resolution, settings.bucket_step, settings.max_aspect_ratio)
     units = {"resolution": resolution, "bucket_step": math.gcd(*sizes[-1])}
     for key, pixels in units.items():
         if pixels % pipe.vae_scale_factor:
             raise UserError(
-                f"config.{key} = {config[key]}: must be a multiple of {pipe.vae_scale_factor}, the pixels "
-                "per latent of this model's VAE"
+                f"config.{key} = {getattr(settings, key)}: must be a multiple of {pipe.vae_scale_factor}, "
+                "the pixels per latent of this model's VAE"
             )
-    return Framing(sizes, config.flip, config.seed)
+    return Framing(sizes, settings.flip, settings.seed)
 
 
 def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:

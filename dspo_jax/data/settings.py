@@ -1,0 +1,60 @@
+"""The keys of configs/encode/common.py as frozen values, parsed and checked once, before anything is encoded.
+
+A field is a key, with its limit beside it; configs/encode/common.py says what the keys mean.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from dspo_jax import limits
+from dspo_jax.data.prepare import FLIPS
+from dspo_jax.errors import UserError
+from dspo_jax.limits import AT_LEAST_1, Limit, choice, limited
+
+VAE_DTYPES = ("float32", "bfloat16")
+"""In float16 SDXL's VAE gives NaN."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """The keys of `config.source`; those that are the source's own are its `arguments`."""
+
+    name: str
+    max_skipped: float
+    arguments: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """A config of the encoding, its ranges checked."""
+
+    model: str
+    resolution: int | None = limited(Limit("must be at least 1", lambda side: side is None or side >= 1))
+    max_aspect_ratio: float = limited(AT_LEAST_1)
+    bucket_step: int = limited(AT_LEAST_1)
+    flip: str = choice(*FLIPS)
+    seed: int
+    vae_dtype: str = choice(*VAE_DTYPES)
+    batch_size: int = limited(AT_LEAST_1)
+    num_workers: int | None = limited(Limit("must be at least 0", lambda count: count is None or count >= 0))
+    rows_per_shard: int = limited(AT_LEAST_1)
+    splits: Sequence[str]
+    source: SourceSettings
+
+
+def parse(config: ConfigDict) -> EncodeSettings:
+    """Parses the config of an encoding.
+
+    Raises:
+      UserError: a key is unknown, missing, not set or out of range.
+    """
+    if not config.model:
+        raise UserError("config.model is not set: give --config.model=MODEL_DIR, a diffusers folder")
+    if not config.source.name:
+        raise UserError("config.source.name is not set: start from a recipe in configs/encode")
+    source = config.source.to_dict()
+    common = {key: source.pop(key) for key in ("name", "max_skipped") if key in source}
+    values = {**config.to_dict(), "source": {**common, "arguments": source}}
+    return limits.parse(EncodeSettings, values, "config")
