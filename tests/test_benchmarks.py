@@ -144,7 +144,7 @@ def test_an_objective_without_a_torch_step_is_refused(trainer):
 @each_row(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
 def test_a_published_architecture_has_no_weights(name, parameters):
     pipe = published.architecture(name)
-    assert sum(leaf.size for leaf in jax.tree.leaves(pipe.unet.abstract_params())) == parameters
+    assert sum(leaf.size for leaf in jax.tree.leaves(pipe.networks["unet"].abstract_params())) == parameters
     tokens = [[49406, 49407, *[49407] * 75], [49406, 49407, *[0] * 75]]
     np.testing.assert_array_equal(pipe.empty_tokens, np.array(tokens[: len(pipe.text_encoders)], np.int32))
     with pytest.raises(FileNotFoundError, match=f"^{name}/unet/.*: no such file"):
@@ -154,11 +154,12 @@ def test_a_published_architecture_has_no_weights(name, parameters):
 
 
 def test_random_weights_are_born_where_they_belong():
-    pipe = dataclasses.replace(
-        published.architecture("sd15"),
-        unet=build_model("UNet2DConditionModel", tiny_model.UNET | {"layers_per_block": 1}),
-        text_encoders={"text_encoder": build_model("CLIPTextModel", tiny_model.TEXT_ENCODER)},
-    )
+    pipe = published.architecture("sd15")
+    networks = {
+        "unet": build_model("UNet2DConditionModel", tiny_model.UNET | {"layers_per_block": 1}),
+        "text_encoder": build_model("CLIPTextModel", tiny_model.TEXT_ENCODER),
+    }
+    pipe = dataclasses.replace(pipe, networks={**pipe.networks, **networks})
     config = common.get_config()
     task, mesh = make_task(parse(config), pipe), make_mesh({"data": 2, "fsdp": 4})
     state, reference = train_step.random_state(task, mesh, {})

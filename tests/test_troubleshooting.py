@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tables import each_row
 
+from dspo_jax.pipelines.families import NETWORKS
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.weights.components import read_models
 
@@ -83,7 +84,7 @@ def test_a_folder_that_is_no_model_is_refused_as_the_page_says(what, cause, tiny
 def test_a_base_that_is_no_model_is_refused_as_the_page_says(tiny_model):
     message = "…: no such file; a model directory is a diffusers folder with model_index.json"
     with pytest.raises(FileNotFoundError) as caught:
-        read_models(tiny_model / "unet")
+        read_models(tiny_model / "unet", NETWORKS)
     assert str(caught.value) == message.replace(GAP, str(tiny_model / "unet" / "model_index.json"))
     assert "--base" in advice(message)
 

@@ -16,6 +16,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
+from dspo_jax.pipelines.families import NETWORKS
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.component_files import weights_file
 from dspo_jax.weights.components import fold_adapters, open_component, read_models
@@ -69,7 +70,7 @@ def export(
             return saved.step
         name = str(base or read_base(run))
         folder = find_model(name)
-        models = read_models(folder)
+        models = read_models(folder, NETWORKS)
         trained = {
             component: _trained_tensors(saved, component, folder / component, models, out, dtype)
             for component in components

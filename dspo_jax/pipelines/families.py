@@ -3,15 +3,21 @@
 import dataclasses
 from collections.abc import Mapping
 
+from dspo_jax.json_files import JsonObject
+from dspo_jax.schedules.variance_preserving import Schedule
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A class of diffusers pipelines.
 
+    The scale of the latents is the VAE's, in the config.json of each model, and no model here shifts them.
+
     Attributes:
       denoiser: component that predicts noise.
       classes: component -> names of the model classes that may take its part; the denoiser, the VAE and the
         text encoders in order.
+      process: forward process, read from scheduler_config.json.
       sample_size: side of the latents that diffusers assumes where the denoiser's config names none.
       micro_conditioning: whether the denoiser reads the penultimate states of all text encoders side by side,
         the last one's pooled state, and the image's original size, crop and target size (SDXL, section 2.2);
@@ -20,6 +26,7 @@ class Family:
 
     denoiser: str
     classes: Mapping[str, tuple[str, ...]]
+    process: type[Schedule]
     sample_size: int
     micro_conditioning: bool
 
@@ -28,6 +35,10 @@ class Family:
         """The components that encode captions."""
         return tuple(name for name in self.classes if name not in (self.denoiser, "vae"))
 
+    def zero_empty_captions(self, index: JsonObject) -> bool:
+        """Returns whether zeros stand for a missing caption: as model_index.json or diffusers says."""
+        return self.micro_conditioning and bool(index.get("force_zeros_for_empty_prompt", True))
+
 
 _STABLE_DIFFUSION = {
     "unet": ("UNet2DConditionModel",),
@@ -35,11 +46,14 @@ _STABLE_DIFFUSION = {
     "text_encoder": ("CLIPTextModel",),
 }
 FAMILIES = {
-    "StableDiffusionPipeline": Family("unet", _STABLE_DIFFUSION, 64, micro_conditioning=False),
+    "StableDiffusionPipeline": Family("unet", _STABLE_DIFFUSION, Schedule, 64, micro_conditioning=False),
     "StableDiffusionXLPipeline": Family(
         "unet",
         {**_STABLE_DIFFUSION, "text_encoder_2": ("CLIPTextModelWithProjection",)},
+        Schedule,
         128,
         micro_conditioning=True,
     ),
 }
+NETWORKS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.classes))
+"""The components of any family; others of a folder (a safety checker) are carried along."""

@@ -14,7 +14,6 @@ from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
 from dspo_jax.samplers.spacing import check_sampler_config
-from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.schema import flag
 from dspo_jax.weights import file_kinds, saved_params
 from dspo_jax.weights.components import read_models
@@ -57,7 +56,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
             f"{', '.join(FAMILIES)}"
         )
     family = FAMILIES[class_name]
-    models = read_models(path)
+    models = read_models(path, family.classes)
     for name, classes in family.classes.items():
         if name not in models or models[name].class_name not in classes:
             found = models[name].class_name if name in models else "absent"
@@ -67,7 +66,7 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(scheduler_file)
     try:
-        schedule = Schedule.from_config(scheduler_config)
+        schedule = family.process.from_config(scheduler_config)
         check_sampler_config(scheduler_config)
     except UserError as error:
         raise UserError(f"{scheduler_file}: {error}") from error
@@ -79,16 +78,12 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
     pipe = Pipeline(
         path=path,
         family=family,
-        unet=models[family.denoiser],
-        vae=models["vae"],
-        text_encoders={name: models[name] for name in family.text_encoders},
+        networks=models,
         tokenizers=tokenizers,
         empty_tokens=np.concatenate([tokenizer([""]) for tokenizer in tokenizers]),
         schedule=schedule,
         scheduler_config=scheduler_config,
-        # diffusers' pipeline class has True as its default.
-        zero_empty_captions=family.micro_conditioning
-        and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_empty_captions=family.zero_empty_captions(index),
         trained=trained,
         step=step if trained else None,
     )
@@ -97,22 +92,24 @@ def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
 
 
 def _check_sizes(pipe: Pipeline) -> None:
-    """Refuses a folder whose UNet takes something else than its VAE and text encoders give."""
-    unet, encoders = pipe.unet.settings, [model.settings for model in pipe.text_encoders.values()]
+    """Refuses a folder whose denoiser takes something else than its VAE and text encoders give."""
+    settings = pipe.networks[pipe.denoiser].settings
+    encoders = [model.settings for model in pipe.text_encoders.values()]
     given = {
         "in_channels": pipe.latent_channels,
         "out_channels": pipe.latent_channels,
         "cross_attention_dim": sum(encoder["hidden_size"] for encoder in encoders),
-        "addition_embed_type": "text_time" if len(encoders) > 1 else None,
+        "addition_embed_type": "text_time" if pipe.family.micro_conditioning else None,
     }
-    if unet["addition_embed_type"] and len(encoders) > 1:
-        pooled, numbers = encoders[1]["projection_dim"], 6 * unet["addition_time_embed_dim"]
+    if settings["addition_embed_type"] and pipe.family.micro_conditioning:
+        pooled, numbers = encoders[-1]["projection_dim"], 6 * settings["addition_time_embed_dim"]
         given["projection_class_embeddings_input_dim"] = pooled + numbers
     for key, value in given.items():
-        if unet[key] != value:
+        if settings[key] != value:
+            file = pipe.path / pipe.denoiser / "config.json"
             raise UserError(
-                f"{pipe.path / 'unet' / 'config.json'}: {key} = {unet[key]!r}, but text to image with the "
-                f"VAE and text encoders of this folder needs {value!r}; use a UNet that was made for them"
+                f"{file}: {key} = {settings[key]!r}, but text to image with the VAE and text encoders of "
+                f"this folder needs {value!r}; use a UNet that was made for them"
             )
 
 

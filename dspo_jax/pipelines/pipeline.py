@@ -51,8 +51,7 @@ class Pipeline:
     Attributes:
       path: the diffusers folder.
       family: how the components work together.
-      unet, vae: architectures.
-      text_encoders: architectures by component: "text_encoder", and SDXL's "text_encoder_2".
+      networks: architectures by component: the denoiser, "vae", and the text encoders in order.
       tokenizers: one for each text encoder, all of one length; none where only shapes are known.
       empty_tokens: token ids [E, S] int32 of the empty caption.
       schedule: the forward process and the prediction type.
@@ -66,9 +65,7 @@ class Pipeline:
 
     path: Path
     family: Family
-    unet: Model
-    vae: Model
-    text_encoders: Mapping[str, Model]
+    networks: Mapping[str, Model]
     tokenizers: tuple[CaptionTokenizer, ...]
     empty_tokens: np.ndarray
     schedule: Schedule
@@ -88,9 +85,14 @@ class Pipeline:
         return (self.denoiser, *self.text_encoders)
 
     @property
-    def networks(self) -> dict[str, Model]:
-        """All architectures by component."""
-        return {self.denoiser: self.unet, "vae": self.vae, **self.text_encoders}
+    def vae(self) -> Model:
+        """Architecture of the autoencoder."""
+        return self.networks["vae"]
+
+    @property
+    def text_encoders(self) -> dict[str, Model]:
+        """Architectures of the text encoders by component."""
+        return {name: self.networks[name] for name in self.family.text_encoders}
 
     @property
     def latent_channels(self) -> int:
@@ -108,13 +110,13 @@ class Pipeline:
 
         Where the denoiser's config names no size, that of the pipeline's class in diffusers, with a warning.
         """
-        size = self.unet.settings["sample_size"]
+        size = self.networks[self.denoiser].settings["sample_size"]
         if size is None:
             size = self.family.sample_size
             pixels = size * self.vae_scale_factor
             logging.warning(
                 "%s: no sample_size; images of %d x %d pixels are taken, as diffusers' pipelines do",
-                self.path / "unet" / "config.json",
+                self.path / self.denoiser / "config.json",
                 pixels,
                 pixels,
             )
@@ -136,10 +138,10 @@ class Pipeline:
         """
         height, width = self.image_size
         if height != width:
+            file = self.path / self.denoiser / "config.json"
             raise UserError(
-                f"{self.path / 'unet' / 'config.json'}: sample_size = {list(self.latent_size)}: images of "
-                f"{height} x {width} pixels are not square; name the resolution, e.g. "
-                f"--config.resolution={max(height, width)}"
+                f"{file}: sample_size = {list(self.latent_size)}: images of {height} x {width} pixels are "
+                f"not square; name the resolution, e.g. --config.resolution={max(height, width)}"
             )
         return height
 
@@ -149,7 +151,7 @@ class Pipeline:
         return self.vae.settings["scaling_factor"]
 
     def read_params(self, component: str, dtype: str | None = None) -> Params:
-        """Reads the weights of "unet", "vae" or a text encoder as arrays, in `dtype` or as stored."""
+        """Reads the weights of one of the `networks` as arrays, in `dtype` or as stored."""
         trained = self.trained.get(component, {})
         if trained and not lora.find_ranks(trained):
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
@@ -292,7 +294,8 @@ class Pipeline:
         if pooled is not None:
             repeats = len(latents) // len(pooled)
             more = {"text_embeds": jnp.repeat(pooled, repeats, axis=0), "time_ids": sizes}
-        return self.unet.apply(params[self.denoiser], latents, timesteps, states, **more, remat=remat)
+        denoiser = self.networks[self.denoiser]
+        return denoiser.apply(params[self.denoiser], latents, timesteps, states, **more, remat=remat)
 
     def predict_pairs(
         self,

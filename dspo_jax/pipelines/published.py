@@ -14,7 +14,7 @@ from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import build_model
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
+from dspo_jax.schedules.variance_preserving import SchedulerConfig
 
 SD15_UNET: NetworkConfig = {
     "act_fn": "silu",
@@ -155,18 +155,16 @@ def architecture(name: str) -> Pipeline:
     if name not in NETWORKS:
         raise UserError(spelling.unknown("published model", name, MODELS))
     networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
-    unet, vae = networks.pop("unet"), networks.pop("vae")
-    padding = (_END, 0)[: len(networks)]
+    family = FAMILIES[CLASSES[name]]
+    padding = (_END, 0)[: len(family.text_encoders)]
     return Pipeline(
         path=Path(name),
-        family=FAMILIES[CLASSES[name]],
-        unet=unet,
-        vae=vae,
-        text_encoders=networks,
+        family=family,
+        networks=networks,
         tokenizers=(),
         empty_tokens=np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in padding], np.int32),
-        schedule=Schedule.from_config(_SCHEDULER),
+        schedule=family.process.from_config(_SCHEDULER),
         scheduler_config=_SCHEDULER,
-        zero_empty_captions=len(networks) > 1,
+        zero_empty_captions=family.zero_empty_captions({}),
         trained={},
     )

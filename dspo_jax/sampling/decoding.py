@@ -58,7 +58,7 @@ class Decoder:
             params = pipe.read_params("vae", "float32")
         else:
             vae, params = _read_preview(Path(preview), pipe)
-            pipe = dataclasses.replace(pipe, vae=vae)
+            pipe = dataclasses.replace(pipe, networks={**pipe.networks, "vae": vae})
         mesh = mesh or make_mesh({"data": 1}, jax.local_devices()[:1])
         whole, self._split = replicated(mesh), batch_sharding(mesh)
         self._scale, self._num_devices = scale, mesh.size

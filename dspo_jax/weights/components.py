@@ -1,6 +1,6 @@
 """The networks of a diffusers folder: architectures and weights, read and written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,6 @@ from dspo_jax.weights.layout import (
 )
 from dspo_jax.weights.model_dir import read_json
 from dspo_jax.weights.tensors import Tensor, write_tensors
-
-# Components that parameters are read of; others (a safety checker) are carried along.
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def read_config(folder: Path) -> NetworkConfig:
@@ -166,15 +163,14 @@ def write_params(
     write_tensors(file, tensors)
 
 
-def read_models(folder: Path) -> dict[str, Model]:
-    """Returns the architectures of a diffusers folder's networks, by component.
+def read_models(folder: Path, names: Iterable[str]) -> dict[str, Model]:
+    """Returns the architectures of the components `names` of a diffusers folder, without absent ones.
 
     Raises:
       UserError: a config.json that is not supported, or of another class than model_index.json says.
     """
     components = model_dir.list_components(read_json(folder / "model_index.json"))
-    networks = {name: kind for name, kind in components.items() if name in _NETWORKS}
-    models = {name: read_model(folder / name, kind) for name, kind in networks.items()}
+    models = {name: read_model(folder / name, components[name]) for name in names if name in components}
     for name, model in models.items():
         if model.class_name != components[name]:
             raise UserError(

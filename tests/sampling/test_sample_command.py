@@ -150,7 +150,7 @@ def test_images_of_a_model_that_was_made_again_are_not_taken_for_its(draw, model
     pipe = load_pipeline(other)
     weights = pipe.read_params("unet")
     weights["conv_out"]["bias"] = weights["conv_out"]["bias"] + 1
-    write_params(other / "unet", pipe.unet, weights)
+    write_params(other / "unet", pipe.networks["unet"], weights)
     with pytest.raises(ValueError, match=r"out: holds images of other weights; choose another folder"):
         draw(seeds=(0,), models={"mine": other})
 
