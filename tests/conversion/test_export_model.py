@@ -24,6 +24,7 @@ from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
 from dspo_jax.files import name_write_errors
 from dspo_jax.weights import tensors
+from dspo_jax.weights.checkpoints import Checkpoints
 
 
 @pytest.mark.ci
@@ -106,6 +107,20 @@ def test_the_card_says_what_made_the_model(full_run, tiny_model, out):
         assert part in card
     assert "base_model" not in card  # it is no hub id
     assert str(full_run) not in card
+
+
+@pytest.mark.parametrize(
+    ("encoders", "prefixes"),
+    [(["text_encoder"], {"lora_te"}), (["text_encoder", "text_encoder_2"], {"lora_te1", "lora_te2"})],
+)
+def test_kohya_numbers_the_text_encoders_where_there_are_two(encoders, prefixes, tmp_path):
+    layer = {"fc1": {"lora_A": {"kernel": jnp.ones((8, 2))}, "lora_B": {"kernel": jnp.ones((2, 4))}}}
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"params": dict.fromkeys(encoders, layer)}, {}, wait=True)
+    export(tmp_path / "run", tmp_path / "lora.safetensors", adapters="kohya")
+    parts = ("alpha", "lora_down.weight", "lora_up.weight")
+    expected = {f"{prefix}_fc1.{part}" for prefix in prefixes for part in parts}
+    assert set(tensors.open_file(tmp_path / "lora.safetensors")) == expected
 
 
 def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):

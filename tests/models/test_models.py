@@ -14,7 +14,7 @@ from tables import each_row
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models import clip, clip_vision, unet, vae
-from dspo_jax.models.blocks import GroupNorm, LayerNorm
+from dspo_jax.models.blocks import GroupNorm, LayerNorm, sinusoidal_embedding
 from dspo_jax.models.model import build_model
 from dspo_jax.weights.layout import flatten
 
@@ -217,6 +217,16 @@ def test_sinusoids_without_a_frequency_are_refused():
     narrow = {"block_out_channels": [2, 4], "norm_num_groups": 2, "freq_shift": 1}
     with pytest.raises(ValueError, match="block_out_channels = 2 leaves no frequency with freq_shift = 1"):
         build_model(UNET, tiny.UNET | narrow)
+
+
+@each_row("flip_sin_to_cos", [True, False])
+def test_sinusoids_are_those_of_their_formula(flip_sin_to_cos):
+    """Frequencies 10000^(-i / (F - shift)), cosines or sines first, and a zero where the width is odd."""
+    timesteps = np.array([0.0, 1.5, 999.0])
+    angles = timesteps[:, None] * 10_000.0 ** (-np.arange(3) / (3 - 1))
+    halves = [np.cos(angles), np.sin(angles)] if flip_sin_to_cos else [np.sin(angles), np.cos(angles)]
+    ours = sinusoidal_embedding(jnp.asarray(timesteps), 7, flip_sin_to_cos=flip_sin_to_cos, freq_shift=1.0)
+    np.testing.assert_allclose(ours, np.concatenate([*halves, np.zeros((3, 1))], axis=1), atol=1e-4)
 
 
 def defaults_of_the_class(class_name):

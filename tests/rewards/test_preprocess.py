@@ -79,6 +79,16 @@ def test_hps_pads_with_black_and_does_not_clip():
     assert (ours[40].max(0) > white + 0.1).all()
 
 
+@each_row(("edge", "clip", "image_reward"), [(11, 1, 2), (13, 2, 2), (12, 2, 2), (15, 3, 4)])
+def test_the_middle_of_an_odd_rest_is_rounded_down_or_half_to_even(edge, clip, image_reward):
+    """CLIP's processor rounds half a pixel down; torchvision's CenterCrop, ImageReward's, to even."""
+    columns = np.broadcast_to(np.arange(edge, dtype=np.uint8)[None, :, None], (8, edge, 3))
+    for image in (columns, columns.transpose(1, 0, 2)):  # wide, and upright
+        for transform, first in ((clip_pixels, clip), (image_reward_pixels, image_reward)):
+            corner = transform(Image.fromarray(np.ascontiguousarray(image)), 8)[0, 0]
+            assert np.round((corner * DEVIATION + MEAN) * 255).tolist() == [first] * 3
+
+
 def test_a_picture_of_which_nothing_is_left():
     with pytest.raises(ValueError, match=re.escape("an image of 1000x2 pixels vanishes")):
         hps_pixels(noise(1000, 2), 224)

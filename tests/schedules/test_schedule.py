@@ -200,6 +200,16 @@ def test_absent_keys_have_the_defaults_of_the_class(name, betas):
     )
 
 
+def test_the_schedulers_that_diffusers_pipelines_exchange_have_defaults():
+    pytest.importorskip("diffusers")
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    # Their processes are others: noise from a stochastic differential equation, and levels of EDM.
+    others = {"DPMSolverSDEScheduler", "EDMEulerScheduler"}
+    names = {scheduler.name for scheduler in KarrasDiffusionSchedulers} - others
+    assert names <= {name for names in schedule_module._BETAS.values() for name in names}
+
+
 def test_refuses_a_scheduler_of_another_process():
     with pytest.raises(
         ValueError,
