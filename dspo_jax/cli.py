@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dspo_jax import interrupts, overrides, spelling, urls
+from dspo_jax import interrupts, overrides, spelling, urls, usage
 from dspo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -24,9 +24,13 @@ _RECIPE_ROOTS = (_PACKAGE / "recipes", _PACKAGE.parent)
 
 
 def run(
-    main: Callable[[Sequence[str]], object], commands: Sequence[str] = (), operand: str | None = None
+    main: Callable[[Sequence[str]], object],
+    *,
+    required: Sequence[str] = (),
+    commands: Sequence[str] = (),
+    operand: str | None = None,
 ) -> NoReturn:
-    """Parses the command line, calls `main(argv)` and exits; the last line of every command's module.
+    """Parses the command line, calls `main(argv)` and exits; the last line of every command.
 
     Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a UserError or an
     OSError (a file that is missing, a disk that is full), or a program too large for its device; or 130
@@ -35,20 +39,30 @@ def run(
 
     Args:
       main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
-        its flags through absl. An integer it returns becomes the exit status.
+        its flags through absl. An integer it returns becomes the exit status. It imports what takes seconds
+        itself, so that `--help` and a wrong flag are answered at once.
+      required: names of the flags that must be given.
       commands: what the first argument may be, for a program that does several things.
       operand: what the first argument stands for, e.g. "DIR", for a program that works on one thing.
     """
 
+    argument = "|".join(commands) or operand or ""
+
     def guarded_main(argv: Sequence[str]) -> object:
         if commands and len(argv) < 2:
-            _fail(f"name a command: {', '.join(commands)}")
+            _fail(f"name a command: {', '.join(commands)}; {usage.line(main, required, argument)}")
         if commands and argv[1] not in commands:
             _fail(spelling.unknown("command", argv[1], commands))
         if operand and len(argv) < 2:
             _fail(f"{operand} is missing: name it before or after the options")
         if len(argv) > (2 if commands or operand else 1):
             _fail(f"unexpected argument {argv[-1]!r}; options are written --name=value")
+        missing = [f"--{name}" for name in required if not flags.FLAGS[name].present]
+        if missing:
+            listed = " and ".join([", ".join(missing[:-1]), missing[-1]] if missing[1:] else missing)
+            _fail(
+                f"{listed} not set; usage: {usage.line(main, required, argument)}; --help lists the options"
+            )
         try:
             if operand:
                 urls.refuse_url(operand, argv[1])
@@ -83,6 +97,9 @@ def run(
     # Removes log handlers on stderr that a library's import has set up; absl finds its own by the stream.
     logging.use_absl_handler()
     _outlive_readers()
+    if not {"-h", "-help", "--help"}.isdisjoint(sys.argv[1:]):
+        print(usage.text(main, required, argument))
+        sys.exit(0)
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")
 
@@ -167,9 +184,9 @@ def _locate_recipes(argv: Sequence[str]) -> list[str]:
 
     The package's recipes can be imported from then on, which those of a user also do.
     """
-    root = next((root for root in _RECIPE_ROOTS if (root / "configs" / "common.py").is_file()), None)
-    if root is None or not _config_flag_names():
+    if not _config_flag_names():
         return list(argv)
+    root = recipe_root()
     sys.path.append(str(root))
     option = re.compile(rf"((?:--?(?:{'|'.join(_config_flag_names())})=)?)(configs/[^:]+\.py)(.*)")
 
@@ -180,6 +197,11 @@ def _locate_recipes(argv: Sequence[str]) -> list[str]:
         return f"{match[1]}{root / match[2]}{match[3]}"
 
     return [locate(argument) for argument in argv]
+
+
+def recipe_root() -> Path:
+    """Returns the folder in which the package's `configs/` lies."""
+    return next(root for root in _RECIPE_ROOTS if (root / "configs" / "common.py").is_file())
 
 
 def _config_flag_names() -> list[str]:
@@ -194,7 +216,11 @@ def _check_is_file(name: str, config_filename: str) -> None:
         _fail(str(error))
     path = config_filename.split(":", 1)[0]  # what follows a colon is get_config's argument
     if not Path(path).is_file():
-        _fail(f"--{name}={path}: no such file")
+        root = recipe_root()
+        recipes = {file.stem: file for file in sorted((root / "configs").rglob("*.py"))}
+        meant = spelling.nearest(Path(path).stem, recipes)
+        hint = f"; did you mean {recipes[meant].relative_to(root)}?" if meant else ""
+        _fail(f"--{name}={path}: no such file{hint} (python -m dspo_jax list: all recipes)")
 
 
 def _find_unknown_key(argv: Sequence[str]) -> str | None:

@@ -13,17 +13,17 @@ from pathlib import Path
 from absl import flags
 
 from dspo_jax import cli
-from dspo_jax.conversion.export_model import ADAPTER_FORMATS, export
-from dspo_jax.conversion.import_model import import_model
 from dspo_jax.errors import UserError
 from dspo_jax.locks import reserve
-from dspo_jax.weights.layout import DTYPES
 
 _COMMANDS = {"import": ("model", "base", "out"), "export": ("run", "step", "dtype", "base", "lora", "out")}
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    from dspo_jax.conversion.export_model import export
+    from dspo_jax.conversion.import_model import import_model
+
     settings = flags.FLAGS
     command = argv[1]
     for name in ("model", "run", "step", "dtype", "base", "lora"):
@@ -51,10 +51,11 @@ def main(argv: Sequence[str]) -> None:
             print(f"{out}: {kind} of {settings.run} at step {step}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags and runs the command."""
     flags.DEFINE_string("model", None, "import: a diffusers folder, a hub id, or a .safetensors checkpoint.")
     flags.DEFINE_string("run", None, "export: workdir of the training run.")
-    flags.DEFINE_string("out", None, "What to write; must not exist.", required=True)
+    flags.DEFINE_string("out", None, "What to write; must not exist.")
     flags.DEFINE_string(
         "base",
         None,
@@ -63,13 +64,20 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("step", None, "export: which checkpoint; default: the newest.")
     flags.DEFINE_enum(
-        "dtype", None, list(DTYPES), "export: of the trained components; default: as in the base model."
+        "dtype",
+        None,
+        ("float32", "bfloat16", "float16"),
+        "export: of the trained components; default: as in the base model.",
     )
     flags.DEFINE_enum(
         "lora",
         None,
-        ADAPTER_FORMATS,
+        ("diffusers", "kohya"),
         "export of a run with LoRA: only the adapters, as diffusers or as kohya names them; "
         "default: the whole model with the adapters added.",
     )
-    cli.run(main, commands=tuple(_COMMANDS))
+    cli.run(main, required=("out",), commands=tuple(_COMMANDS))
+
+
+if __name__ == "__main__":
+    run()

@@ -27,7 +27,9 @@ from dspo_jax.evaluation.run import Comparison, check_rewards, evaluate
 from dspo_jax.files import whole
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import use_cpu_cores
-from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
+from dspo_jax.parallel.process_flags import define_process_flags
+from dspo_jax.sampling.drawing_flags import define_drawing_flags
+from dspo_jax.sampling.options import read_drawing_flags
 from dspo_jax.training.run import train
 
 
@@ -92,7 +94,7 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
             print("stopped; the same command goes on from there")
             return
     evaluation = evaluate(
-        Comparison(values.config.model, models, PromptSet(found.name, tuple(prompts)), values.seeds),
+        Comparison(values.config.model, models, PromptSet(found.name, tuple(prompts)), values.num_seeds),
         out / "evaluation",
         rendering,
         rewards=values.rewards,
@@ -106,13 +108,12 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A recipe whose objective has a beta.")
-    flags.mark_flag_as_required("config")
     flags.DEFINE_list("betas", ["1000", "2000", "5000", "10000"], "Separated by commas.")
-    flags.DEFINE_string("prompts", None, "As dspo_jax.evaluate takes them.", required=True)
-    flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.", required=True)
+    flags.DEFINE_string("prompts", None, "As dspo_jax.evaluate takes them.")
+    flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.")
     flags.DEFINE_string("reward_dir", "rewards", "Folder with the weights of each reward under its name.")
-    flags.DEFINE_integer("seeds", 1, "Images of each prompt.", lower_bound=1)
-    flags.DEFINE_string("out", None, "Folder for runs, evaluation, beta.csv and beta.png.", required=True)
+    flags.DEFINE_integer("num_seeds", 1, "Images of each prompt.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder for runs, evaluation, beta.csv and beta.png.")
     define_drawing_flags()
-    processes.define_flags()
-    cli.run(main)
+    define_process_flags()
+    cli.run(main, required=("config", "prompts", "rewards", "out"))

@@ -429,7 +429,7 @@ def test_the_pipeline_makes_win_rates_of_a_model_and_pairs_and_does_nothing_twic
         "MODEL": str(shallow_model),
         "ENCODE": f"configs/encode/folder.py --config.source.path={pairs} --config.resolution=16 "
         "--config.num_workers=0 --config.source.validation_share=0.3",
-        "EVALUATE": f"--prompts={tmp_path / 'prompts.txt'} --rewards=compressibility --steps=2 --seeds=1",
+        "EVALUATE": f"--prompts={tmp_path / 'prompts.txt'} --rewards=compressibility --steps=2 --num_seeds=1",
     }
     changes = ["--config.steps=2", "--config.batch_size=2", "--config.samples.every=0"]
 

@@ -15,7 +15,6 @@ from absl import flags
 
 from dspo_jax import cli
 from dspo_jax.data.report import check_keys, format_report
-from dspo_jax.data.summary import summarize_dataset
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_text
 
@@ -36,6 +35,8 @@ def check_flags(settings: flags.FlagValues) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    from dspo_jax.data.summary import summarize_dataset
+
     settings, directory = flags.FLAGS, Path(argv[1])
     check_flags(settings)
     report = summarize_dataset(
@@ -50,10 +51,10 @@ def main(argv: Sequence[str]) -> None:
     if not settings.model:
         print("no contact sheet: --model=MODEL_DIR, the model this was encoded with, draws one")
     else:
-        from dspo_jax.data.sheet import (
+        from dspo_jax.data.sheet import (  # starts JAX, which numbers do not need
             choose_examples,
             draw_examples,
-        )  # starts JAX, which numbers do not need
+        )
 
         resolved = directory.resolve()  # "." has no name
         path = Path(settings.sheet or resolved.with_name(f"{resolved.name}-contact_sheet.png"))
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
     check_keys(report)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags and runs the command."""
     flags.DEFINE_string("split", None, "Only this split.")
     flags.DEFINE_integer("max_examples", 20_000, "Read at most so many of a split, evenly spread.")
     flags.DEFINE_bool("verify", False, "Compare the checksums of all shards, which reads every byte.")
@@ -75,3 +77,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("pairs", 12, "Random examples on the sheet.")
     flags.DEFINE_integer("seed", 0, "Of what is random: which examples are on the sheet.")
     cli.run(main, operand="DIR")
+
+
+if __name__ == "__main__":
+    run()

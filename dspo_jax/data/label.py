@@ -13,23 +13,26 @@ from pathlib import Path
 from absl import flags
 
 from dspo_jax import cli
-from dspo_jax.feedback.labelling import PAIRS, Pairing, label
-from dspo_jax.parallel import processes
-from dspo_jax.parallel.mesh import use_cpu_cores
-from dspo_jax.rewards import REWARDS, load_reward
-from dspo_jax.sampling.drawing_flags import define_drawing_flags, read_drawing_flags
-from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.parallel.process_flags import define_process_flags
+from dspo_jax.sampling.drawing_flags import define_drawing_flags
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    from dspo_jax.feedback.labelling import Pairing, label
+    from dspo_jax.parallel import processes
+    from dspo_jax.parallel.mesh import use_cpu_cores
+    from dspo_jax.rewards import load_reward
+    from dspo_jax.sampling.options import read_drawing_flags
+    from dspo_jax.sampling.prompts import read_prompts
+
     del argv
     use_cpu_cores()
     processes.initialize_from_flags()
     values = flags.FLAGS
     out = Path(values.out)
     with processes.claim(out):
-        pairing = Pairing(values.images, values.pairs, values.temperature)
+        pairing = Pairing(values.num_images, values.pairs, values.temperature)
         found = read_prompts(values.prompts, allow_outside=values.allow_outside)
         prompts, rendering = read_drawing_flags(values, found)
         reward = load_reward(values.reward, values.reward_dir, batch_size=rendering.batch_size)
@@ -42,21 +45,29 @@ def main(argv: Sequence[str]) -> None:
         )
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A diffusers folder or a training workdir.", required=True)
+def run() -> None:
+    """Defines the flags and runs the command."""
+    flags.DEFINE_string("model", None, "A diffusers folder or a training workdir.")
+    flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string(
-        "prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.", required=True
+        "reward",
+        None,
+        "FILE.py:FUNCTION, or one of compressibility, colourfulness, aesthetic, clip-h, clip-l, hpsv2.0, "
+        "hpsv2.1, imagereward, pickscore.",
     )
-    flags.DEFINE_string("reward", None, f"FILE.py:FUNCTION, or one of {', '.join(REWARDS)}.", required=True)
     flags.DEFINE_string("reward_dir", "rewards", "Folder of the rewards' weights.")
-    flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.", required=True)
-    flags.DEFINE_integer("images", 4, "Images of each prompt.")
-    flags.DEFINE_enum("pairs", "best_worst", PAIRS, "Which images of a prompt are compared.")
+    flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.")
+    flags.DEFINE_integer("num_images", 4, "Images of each prompt.")
+    flags.DEFINE_enum("pairs", "best_worst", ("best_worst", "all"), "Which images of a prompt are compared.")
     flags.DEFINE_float(
         "temperature",
         0.0,
         "Above 0 the winner is drawn, P = sigmoid(difference of the scores / temperature).",
     )
     define_drawing_flags()
-    processes.define_flags()
-    cli.run(main)
+    define_process_flags()
+    cli.run(main, required=("model", "prompts", "reward", "out"))
+
+
+if __name__ == "__main__":
+    run()

@@ -54,9 +54,9 @@ class Comparison:
           UserError: by the flag of the command.
         """
         if self.seeds < 1:
-            raise UserError(f"--seeds={self.seeds}: must be at least 1")
+            raise UserError(f"--num_seeds={self.seeds}: must be at least 1")
         if self.base_seeds is not None and self.base_seeds < self.seeds:
-            raise UserError(f"--base_seeds={self.base_seeds}: must be at least --seeds={self.seeds}")
+            raise UserError(f"--num_base_seeds={self.base_seeds}: must be at least --num_seeds={self.seeds}")
         if not self.models:
             raise UserError("nothing to compare with the base; give --model or --images")
         for label in self.models:

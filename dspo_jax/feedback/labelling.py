@@ -84,7 +84,7 @@ class Pairing:
           UserError: by the flag of the command.
         """
         if self.images_per_prompt < 2:
-            raise UserError(f"--images={self.images_per_prompt}: a pair needs at least 2 images of a prompt")
+            raise UserError(f"--num_images={self.images_per_prompt}: a pair needs at least 2 of a prompt")
         if self.pairs not in PAIRS:
             raise UserError(spelling.unknown("--pairs", self.pairs, PAIRS))
         if self.temperature < 0:

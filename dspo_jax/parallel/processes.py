@@ -23,20 +23,6 @@ from dspo_jax.errors import UserError
 from dspo_jax.parallel.mesh import MESH_AXES, replicated
 
 
-def define_flags() -> None:
-    """Defines the flags of a command that several processes may run together."""
-    flags.DEFINE_string(
-        "coordinator_address",
-        None,
-        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods say it themselves.",
-    )
-    flags.DEFINE_integer("num_processes", None, "How many processes share the run.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-    flags.DEFINE_integer(
-        "heartbeat_timeout", 100, "Seconds after which the others stop when a process is no longer heard of."
-    )
-
-
 def initialize_from_flags() -> None:
     """Joins the other processes of the run, if it has several; call it before anything asks for a device.
 

@@ -1,6 +1,18 @@
-"""Reward models: images and their prompts to scores."""
+"""Rewards: images and prompts to scores, one way of loading all of them."""
 
-from dspo_jax.rewards.registry import REWARDS, load_reward
-from dspo_jax.rewards.reward import Reward
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspo_jax.rewards.registry import REWARDS, load_reward
+    from dspo_jax.rewards.reward import Reward
 
 __all__ = ["REWARDS", "Reward", "load_reward"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the registry when it is first asked for: it takes seconds, which a command's help need not."""
+    if name in __all__:
+        from dspo_jax.rewards import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ from PIL import Image
 from processes import finish, log_of, start
 from tables import each_row
 
-from dspo_jax.evaluate import read_options
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
+from dspo_jax.evaluation.options import read_options
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.run import Comparison, evaluate
 from dspo_jax.sampling import drawing
@@ -160,8 +160,8 @@ def test_image_folders_that_are_not_what_was_asked_for(folders, tmp_path, spoil,
         ({"models": {"base": "runs/x"}}, "'base' is what the base is called; name it: --model=NAME=DIR"),
         ({"models": {"a/b": "runs/x"}}, "'a/b' cannot be a folder's name"),
         ({"models": {"x": "runs/of/none"}}, "runs/of/none"),
-        ({"seeds": 0}, "--seeds=0: must be at least 1"),
-        ({"base_seeds": 1}, "--base_seeds=1: must be at least --seeds=2"),
+        ({"seeds": 0}, "--num_seeds=0: must be at least 1"),
+        ({"base_seeds": 1}, "--num_base_seeds=1: must be at least --num_seeds=2"),
         ({"base": ImageFolder(Path("none"))}, "none: no such folder of images"),
     ],
 )
@@ -230,7 +230,7 @@ def test_models_are_drawn_once_and_their_images_given_again(shallow_model, own, 
 
 FLAGS = {
     **{"base": "b", "model": ["m"], "base_images": None, "images": [], "prompts": "a", "out": "none"},
-    **{"rewards": ["compressibility"], "reward_dir": "rewards", "seeds": 5, "base_seeds": None},
+    **{"rewards": ["compressibility"], "reward_dir": "rewards", "num_seeds": 5, "num_base_seeds": None},
     **{"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "guidance_interval": ["0", "1000"]},
     **{"batch_size": 16, "negative_prompt": None, "init_image": None, "strength": None, "height": None},
     **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 0, "overwrite": False},
@@ -276,7 +276,7 @@ def test_edits_start_from_their_pictures(tmp_path):
         ({"model": []}, "nothing to compare with the base; give --model or --images"),
         ({"prompts": "parti=none.tsv"}, "--prompts=parti=none.tsv: no such file or folder"),
         ({"strength": 0.5}, "--strength=0.5: is of editing an image"),
-        ({"base_seeds": 2}, "--base_seeds=2: must be at least --seeds=5"),
+        ({"num_base_seeds": 2}, "--num_base_seeds=2: must be at least --num_seeds=5"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(changes, message):
@@ -292,7 +292,7 @@ def test_two_processes_and_edits(shallow_model, own, tmp_path):
     lines = [json.dumps({"prompt": f"edit {i}", "image": f"{i}.png"}) for i in range(2)]
     (tmp_path / "edits.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
-    arguments = [f"--base={shallow_model}", f"--model=again={shallow_model}", "--seeds=1", "--steps=2"]
+    arguments = [f"--base={shallow_model}", f"--model=again={shallow_model}", "--num_seeds=1", "--steps=2"]
     arguments += [f"--prompts={tmp_path / 'edits.jsonl'}", f"--rewards=compressibility,{own}:redness"]
     arguments += [f"--out={out}", "--vae_tile=0"]
     started = start("dspo_jax.evaluate", arguments, tmp_path / "log-of", processes=2)
@@ -303,7 +303,7 @@ def test_two_processes_and_edits(shallow_model, own, tmp_path):
     before = (out / "win_rates.json").read_text()
     assert json.loads(before)["images"]["again"]["how"]["strength"] == 0.75
     assert (tmp_path / "log").read_text().split() == ["2", "2"]
-    changes = {"base": str(shallow_model), "model": [f"again={shallow_model}"], "seeds": 1, "steps": 2}
+    changes = {"base": str(shallow_model), "model": [f"again={shallow_model}"], "num_seeds": 1, "steps": 2}
     changes |= {"out": str(out), "prompts": str(tmp_path / "edits.jsonl")}
     evaluate(**read(**changes, rewards=["compressibility", f"{own}:redness"]))
     assert (out / "win_rates.json").read_text() == before

@@ -83,7 +83,7 @@ def test_pairs_of_others_are_not_overwritten(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images_per_prompt": 1}, "--images=1: a pair needs at least 2"),
+        ({"images_per_prompt": 1}, "--num_images=1: a pair needs at least 2"),
         ({"temperature": -1.0}, "--temperature=-1: must not be negative"),
         ({"pairs": "best"}, "--pairs = 'best': unknown; did you mean 'best_worst'"),
         (

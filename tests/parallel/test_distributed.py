@@ -5,6 +5,7 @@ from absl import flags
 from tables import each_row
 
 from dspo_jax.parallel import processes
+from dspo_jax.parallel.process_flags import define_process_flags
 
 
 @each_row(
@@ -36,7 +37,7 @@ def parsed(monkeypatch):
         monkeypatch.setattr(
             flags, define, lambda *args, original=original: original(*args, flag_values=values)
         )
-    processes.define_flags()
+    define_process_flags()
     calls = []
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **given: calls.append(given))
     monkeypatch.setattr(processes, "in_cluster", lambda environment: False)

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from tables import each_row
 
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.sample import read_options
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.drawing import draw_batches, sample
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.options import read_options
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.weights.components import write_params

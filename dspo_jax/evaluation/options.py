@@ -1,0 +1,50 @@
+"""Parsed flags of the evaluation to the models that it compares and to how they draw."""
+
+from pathlib import Path
+
+from absl import flags
+
+from dspo_jax.errors import UserError
+from dspo_jax.evaluation.image_folders import ImageFolder
+from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
+from dspo_jax.evaluation.run import PROMPT_IMAGES, Comparison, ModelOrImages, check_out
+from dspo_jax.sampling.options import read_drawing_flags
+from dspo_jax.sampling.rendering import Rendering
+
+
+def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
+    """Reads the models that the flags compare, and how they draw.
+
+    Raises:
+      UserError: a flag that is refused.
+      OSError: a file that is missing.
+    """
+    if bool(settings.base) == bool(settings.base_images):
+        raise UserError("--base or --base_images: give one of them")
+    models: dict[str, ModelOrImages] = {}
+    for flag, texts in (("model", settings.model), ("images", settings.images)):
+        for text in texts:
+            label, path = _parse_named(text)
+            if label in models:
+                raise UserError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
+            models[label] = path if flag == "model" else ImageFolder(Path(path), settings.allow_outside)
+    out = Path(settings.out)
+    check_out(out)  # before the pictures of a set of edits are unpacked into it
+    found = read_prompt_set(settings.prompts, out / PROMPT_IMAGES, allow_outside=settings.allow_outside)
+    prompts, rendering = read_drawing_flags(settings, found.prompts)
+    comparison = Comparison(
+        base=settings.base or ImageFolder(Path(settings.base_images), settings.allow_outside),
+        models=models,
+        prompts=PromptSet(found.name, tuple(prompts)),
+        seeds=settings.num_seeds,
+        base_seeds=settings.num_base_seeds,
+    )
+    return comparison, rendering
+
+
+def _parse_named(text: str) -> tuple[str, str]:
+    """Parses `DIR` or `NAME=DIR` to (label, path)."""
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return Path(text).name or Path(text).resolve().name, text
+    return name, path

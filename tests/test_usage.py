@@ -1,0 +1,133 @@
+"""What the commands say of themselves: help, usage, lists."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+from tables import each_row
+
+from dspo_jax import samplers
+from dspo_jax.__main__ import COMMANDS
+from dspo_jax.conversion.export_model import ADAPTER_FORMATS
+from dspo_jax.evaluation.prompt_sets import SETS
+from dspo_jax.feedback.labelling import PAIRS
+from dspo_jax.list import KINDS, entries
+from dspo_jax.objectives import OBJECTIVES
+from dspo_jax.pipelines import published
+from dspo_jax.rewards import REWARDS
+from dspo_jax.rewards.publish import PUBLISHED_HEAD, RECIPES
+from dspo_jax.sampling import rendering
+from dspo_jax.weights import layout
+
+# Asks every command for its help in a process of its own, and notes what had been imported by then.
+ASK = """
+import contextlib, io, json, os, runpy, sys
+
+for name in json.load(sys.stdin):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        sys.argv = [name, "-h"]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                runpy.run_module(name, run_name="__main__")
+        except SystemExit as end:
+            heavy = sorted({"jax", "numpy", "tensorflow_datasets", "transformers"} & sys.modules.keys())
+            with os.fdopen(write, "w") as file:
+                json.dump([name, end.code, said.getvalue(), heavy], file)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        print(file.read())
+"""
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Module of each command -> (exit status, help, slow packages that were imported)."""
+    result = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=ROOT,
+        input=json.dumps(list(COMMANDS.values())),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    return {name: (code, said, heavy) for name, code, said, heavy in answers}
+
+
+def test_every_command_says_at_once_what_it_takes(helps):
+    assert helps.keys() == set(COMMANDS.values())
+    for name, (code, said, heavy) in helps.items():
+        assert code == 0, name
+        assert said.startswith(f"usage: python -m {name} "), name
+        assert heavy == [], name
+    code, said, _ = helps["dspo_jax.sample"]
+    assert "--model=MODEL --prompts=PROMPTS --out=OUT [options]" in said
+    required, options, drawing, processes = said.split("\n\n")[-4:]
+    assert required.startswith("Required:\n  --model ")
+    assert "\n  --seeds=0 " in options
+    assert "\n  --steps=50 " in drawing
+    assert "\n  --num_processes " in processes
+    assert "pdb" not in said
+
+
+@each_row(
+    ("command", "names"),
+    [
+        ("dspo_jax.sample", [*samplers.SAMPLERS, *rendering.FORMATS, *rendering.DTYPES]),
+        ("dspo_jax.evaluate", [*SETS, *samplers.SAMPLERS]),
+        ("dspo_jax.data.label", [*REWARDS, *PAIRS]),
+        ("dspo_jax.rewards.convert", [*RECIPES, PUBLISHED_HEAD]),
+        ("dspo_jax.convert", [*ADAPTER_FORMATS, *layout.DTYPES]),
+        ("dspo_jax.plan", [*published.MODELS]),
+        ("dspo_jax.list", [*KINDS]),
+    ],
+)
+def test_help_names_everything_that_a_flag_can_be(command, names, helps):
+    """Help is written out, as asking the registries would take seconds."""
+    words = helps[command][1].replace(",", " ").replace(".\n", " \n").split()
+    assert [name for name in names if name not in words] == []
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dspo_jax", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_package_names_its_commands_and_runs_them():
+    said = run()
+    assert (said.returncode, said.stderr) == (0, "")
+    lines = said.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(COMMANDS)
+    wrong = run("trian")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: command = 'trian': unknown; did you mean 'train'?")
+    assert run("sample").stderr == (
+        "error: --model, --prompts and --out are not set: python -m dspo_jax.sample --model=MODEL "
+        "--prompts=PROMPTS --out=OUT [options] (--help lists all)\n"
+    )
+    assert run("train", "--config=configs/sd15_dpso.py", "--workdir=run").stderr == (
+        "error: --config=configs/sd15_dpso.py: no such file; did you mean configs/sd15_dspo.py? "
+        "(python -m dspo_jax list: all recipes)\n"
+    )
+
+
+def test_lists_have_a_line_for_everything():
+    found = {kind: dict(entries(kind)) for kind in KINDS}
+    assert found["objectives"].keys() == OBJECTIVES.keys()
+    assert found["rewards"].keys() == REWARDS.keys()
+    assert found["prompt_sets"]["hpsv2"].startswith("3,200 prompts: ")
+    assert "configs/sd15_dspo.py" in found["recipes"]
+    assert "configs/pick_a_pic.py" not in found["recipes"]
+    assert "configs/encode/folder.py" in found["encode_recipes"]
+    assert all(all(rows.values()) for rows in found.values())
+    listed = run("list", "--only=published")
+    assert listed.stdout == (
+        "published architectures, for --published:\n"
+        "  sd15  StableDiffusionPipeline\n  sdxl  StableDiffusionXLPipeline\n\n"
+    )
