@@ -4,7 +4,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from logging import WARNING
+from logging import WARNING, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,22 +86,41 @@ def run(
                 "Devices and memory"
             )
 
-    # TFDS narrates every file it opens, JAX every kind of device it does not find; warnings come through.
-    logging.get_absl_handler().addFilter(
-        lambda record: (
-            record.levelno >= WARNING or not re.search("tensorflow_datasets|xla_bridge", record.pathname)
-        )
-    )
-    interrupts.end_at_once()
-    overrides.accept_none()
+    logging.get_absl_handler().setFormatter(_Formatter())
+    logging.get_absl_handler().addFilter(_is_shown)
     # Removes log handlers on stderr that a library's import has set up; absl finds its own by the stream.
     logging.use_absl_handler()
+    interrupts.end_at_once()
+    overrides.accept_none()
     _outlive_readers()
     if not {"-h", "-help", "--help"}.isdisjoint(sys.argv[1:]):
         print(usage.text(main, required, argument))
         sys.exit(0)
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")
+
+
+def _is_verbose() -> bool:
+    return bool(flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0)
+
+
+class _Formatter(logging.PythonFormatter):
+    """Time and text of a log line; a warning says that it is one, in yellow on a terminal."""
+
+    def format(self, record: LogRecord) -> str:
+        if _is_verbose():
+            return str(super().format(record))
+        level = f"{record.levelname.lower()}: " if record.levelno >= WARNING else ""
+        text = f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
+        if level and sys.stderr.isatty():
+            text = f"\033[33m{text}\033[0m"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _is_shown(record: LogRecord) -> bool:
+    """Tells whether a log line is for the user: what libraries say below a warning is not."""
+    ours = Path(record.pathname).is_relative_to(_PACKAGE) or "-packages" not in record.pathname
+    return ours or record.levelno >= WARNING or _is_verbose()
 
 
 class _Stream(io.FileIO):

@@ -2,16 +2,21 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from absl import logging
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere, as in a log file, a plain line now and then."""
+    """A progress bar on a terminal; elsewhere, as in a log file, a plain line now and then.
+
+    The time that is left is reckoned from the first steps on that were done here: before, programs are
+    compiled. What happens inside `busy` is left out, too.
+    """
 
     def __init__(
         self,
@@ -36,10 +41,10 @@ class Progress:
           active: False shows nothing: for all processes of a run but the first.
         """
         self._active = active
-        self._label, self._total, self._start = label, total, done
+        self._label, self._total, self._done = label, total, done
         self._every_seconds, self._now = every_seconds, now
         self._console = console or Console(stderr=True)
-        self._start_time = now()
+        self._first: tuple[int, float] | None = None  # steps done and time at the first update
         self._last_line: float | None = None
         self._ended = False
         self._bar: RichProgress | None = None
@@ -49,34 +54,57 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
+                TextColumn("eta {task.fields[eta]}"),
                 TextColumn("{task.fields[metrics]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(label, total=total, completed=done, metrics="")
+            self._task = self._bar.add_task(label, total=total, completed=done, eta="-:--:--", metrics="")
 
     def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `done` steps are done, and a few numbers, e.g. `{"pairs/s": 12.3, "loss": 0.69}`."""
         if not self._active:
             return
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, metrics=shown)
-            return
         now = self._now()
+        if self._first is None and done > self._done:
+            self._first = done, now
+        self._done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, eta=self._eta(now), metrics=shown)
+            return
         ended = done >= self._total and not self._ended
         if self._last_line is None or ended or now - self._last_line >= self._every_seconds:
             self._last_line, self._ended = now, done >= self._total
-            share = f"{self._label} {done}/{self._total} ({done / max(self._total, 1):.0%})"
-            self._console.print(
-                f"{share}  eta {self._eta(done, now)}  {shown}".rstrip(), highlight=False, soft_wrap=True
-            )
+            self._print(f"eta {self._eta(now)}  {shown}".rstrip())
 
-    def _eta(self, done: int, now: float) -> str:
-        if done <= self._start:
-            return "-:--:--"
-        seconds = round((now - self._start_time) / (done - self._start) * (self._total - done))
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Says what is going on between two steps, e.g. `"validating"`; its time is left out of the eta."""
+        if not self._active:
+            yield
+            return
+        started = self._now()
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{self._label}: {doing}", refresh=True)
+        else:
+            self._print(doing)
+        try:
+            yield
+        finally:
+            if self._first is not None:
+                self._first = self._first[0], self._first[1] + self._now() - started
+            if self._bar is not None:
+                self._bar.update(self._task, description=self._label)
+
+    def _print(self, what: str) -> None:
+        share = f"{self._label} {self._done}/{self._total} ({self._done / max(self._total, 1):.0%})"
+        self._console.print(f"{share}  {what}", highlight=False, soft_wrap=True)
+
+    def _eta(self, now: float) -> str:
+        first, since = self._first or (self._done, now)
+        if self._done <= first:
+            return "0:00:00" if self._done >= self._total else "-:--:--"
+        seconds = round((now - since) / (self._done - first) * (self._total - self._done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def __enter__(self) -> "Progress":

@@ -236,7 +236,8 @@ def test_progress_prints_plain_lines_without_a_terminal():
             progress.update(done, {"pairs/s": 12.3456, "loss": 0.693147})
         progress.update(100)  # the end is said once
     lines = output.getvalue().splitlines()
-    assert lines[0] == "train 41/100 (41%)  eta 0:00:59  pairs/s 12.35  loss 0.6931"
+    assert lines[0] == "train 41/100 (41%)  eta -:--:--  pairs/s 12.35  loss 0.6931"
+    assert lines[1] == "train 51/100 (51%)  eta 0:00:49  pairs/s 12.35  loss 0.6931"
     assert [line.split()[1] for line in lines] == [
         "41/100",
         "51/100",
@@ -247,6 +248,27 @@ def test_progress_prints_plain_lines_without_a_terminal():
         "100/100",
     ]
     assert lines[-1].split()[4] == "0:00:00"
+
+
+def test_the_eta_leaves_out_what_was_compiled_and_what_came_between():
+    time, output = FakeTime(), io.StringIO()
+    with Progress("train", 10, every_seconds=0, console=Console(file=output), now=time) as progress:
+        with progress.busy("compiling the step"):
+            time.seconds += 600
+        progress.update(1)
+        time.seconds += 2
+        progress.update(2)
+        with progress.busy("validating"):
+            time.seconds += 60
+        time.seconds += 2
+        progress.update(3, {"loss": 0.5})
+    assert output.getvalue().splitlines() == [
+        "train 0/10 (0%)  compiling the step",
+        "train 1/10 (10%)  eta -:--:--",
+        "train 2/10 (20%)  eta 0:00:16",
+        "train 2/10 (20%)  validating",
+        "train 3/10 (30%)  eta 0:00:14  loss 0.5",
+    ]
 
 
 @each_row("terminal", [False, True])
@@ -262,9 +284,11 @@ def test_progress_draws_a_bar_on_a_terminal():
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
     with Progress("train", total=10, console=console) as progress:
+        with progress.busy("validating"):
+            pass
         progress.update(10, {"loss": 0.5})
     text = output.getvalue()
-    assert "train" in text
+    assert "train: validating" in text
     assert "10/10" in text
     assert "loss 0.5" in text
 

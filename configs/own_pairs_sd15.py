@@ -1,0 +1,26 @@
+"""Diffusion-DPO on your own pairs: every parameter of Stable Diffusion 1.5's UNet, one GPU of 24 GB.
+
+    python -m dspo_jax.train --config configs/own_pairs_sd15.py --workdir runs/own_pairs_sd15 \
+        --config.model=MODEL_DIR --config.data.path=DATA_DIR
+    python -m dspo_jax.convert export --run=runs/own_pairs_sd15 --out=MODEL_OUT
+
+Learning rate and beta are those of the released launcher of Diffusion-DPO for 2048 pairs an update, 1e-8 for
+each pair: a few hundred pairs of one's own are far less than what it was chosen for, so validation, and the
+checkpoint that the held-out pairs find best, matter here. The length follows from the number of pairs:
+`epochs` passes over them. Not run at this size by this project: no hours and no result to report.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import own_pairs_sd15_lora
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = own_pairs_sd15_lora.get_config()
+    config.lora.rank = 0
+    config.batch_size = 64
+    config.accumulation = 32
+    config.remat = "blocks"
+    config.optimizer.learning_rate = 1e-6
+    return config
