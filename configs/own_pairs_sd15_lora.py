@@ -2,7 +2,7 @@
 
     python -m dspo_jax.train --config configs/own_pairs_sd15_lora.py --workdir runs/own_pairs_sd15_lora \
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
-    python -m dspo_jax.convert export --run=runs/own_pairs_sd15_lora --out=adapters.safetensors --lora=diffusers
+    python -m dspo_jax.convert export --run=runs/own_pairs_sd15_lora --out=lora.safetensors --lora=diffusers
 
 Objective, rank, batch and learning rate are those of the script that diffusers ships for this model
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo.py and the command in its README), whose

@@ -19,21 +19,22 @@ from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 Records = Sequence[JsonObject]
 
 _PLAIN, _WINNER, _LOSER = "tab:blue", "tab:green", "tab:red"
-# A curve of more points is drawn pale, under its mean over windows of a twentieth of them.
-_SMOOTHED_FROM, _WINDOWS = 100, 20
+# A training curve of more points is drawn pale, under its mean over windows of a tenth of them.
+_SMOOTHED_FROM, _WINDOWS = 20, 10
 
 
 class _Panel(NamedTuple):
-    """Curves over the steps: metric -> (label, colour); and the level that means no difference."""
+    """Curves over the steps: metric -> (label, colour); the level that means no difference; whether noisy."""
 
     title: str
     lines: Mapping[str, tuple[str, str]]
     level: float | None = None
+    noisy: bool = False
 
 
 _PANELS = (
-    _Panel("training loss", {"loss": ("loss", _PLAIN)}),
-    _Panel("gradient norm, before clipping", {"grad_norm": ("gradient norm", _PLAIN)}),
+    _Panel("training loss", {"loss": ("loss", _PLAIN)}, noisy=True),
+    _Panel("gradient norm, before clipping", {"grad_norm": ("gradient norm", _PLAIN)}, noisy=True),
     _Panel(
         "held-out implicit accuracy",
         {VALIDATION_PREFIX + "implicit_accuracy": ("implicit accuracy", _PLAIN)},
@@ -68,19 +69,20 @@ _BINNED = {
 }
 
 
-def draw_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
+def draw_curves(metrics_jsonl: str | Path, png: str | Path, title: str | None = None) -> None:
     """Draws a run's `metrics.jsonl`; the picture appears whole or not at all.
 
     Args:
       metrics_jsonl: written by `MetricsWriter`; the run may still be going.
       png: the picture, 1200 pixels wide.
+      title: above it; the name of the metrics' folder unless it is given.
 
     Raises:
       FileNotFoundError: there is no such metrics file.
       UserError: it holds nothing to draw, or a damaged line.
     """
     path, png = Path(metrics_jsonl), Path(png)
-    figure = make_figure(read_metrics(path), path.parent.name)
+    figure = make_figure(read_metrics(path), title or path.parent.name)
     if not figure.axes:
         raise UserError(f"{path}: no metrics to draw yet")
     with whole(png) as partial:
@@ -132,7 +134,7 @@ def _draw_steps(axes: Axes, records: Records, panel: _Panel) -> None:
         lost = int(np.isnan(values).sum())
         if lost:
             title, colour = f"{title}: {label} not finite at {lost} of {len(values)} points", "red"
-        if len(steps) > _SMOOTHED_FROM:
+        if panel.noisy and len(steps) > _SMOOTHED_FROM:
             width = len(steps) // _WINDOWS
             axes.plot(steps, values, color=line_colour, alpha=0.3, linewidth=0.8)
             mean = np.convolve(values, np.full(width, 1 / width), mode="valid")
@@ -150,7 +152,7 @@ def _draw_steps(axes: Axes, records: Records, panel: _Panel) -> None:
         axes.axhline(panel.level, color="dimgray", linestyle="--", linewidth=1)
     axes.set_title(title, color=colour, fontsize=11)
     axes.set_xlabel("step")
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    _legend(axes)
 
 
 def _draw_timesteps(axes: Axes, profiles: Mapping[int, Mapping[int, float]], title: str) -> None:
@@ -162,7 +164,12 @@ def _draw_timesteps(axes: Axes, profiles: Mapping[int, Mapping[int, float]], tit
         axes.plot(timesteps, values, color=colour, marker="o", markersize=4, label=f"step {step}")
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("timestep (more noise to the right)")
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Puts the legend under the panel, where it covers no curve."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
 
 def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, SupportsFloat, TextIO
 
+import numpy as np
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, write_text
 from dspo_jax.json_files import JsonObject
@@ -22,7 +26,7 @@ class MetricsWriter:
     A line of `metrics.jsonl` is `{"step": ..., "wall_seconds": ..., <name>: <float>, ...}`; wall_seconds is
     the age of the run without the time between a stop and its resumption. Each line is handed to the
     operating system at once, so a killed process loses none. NaN and infinity are written as Python's json
-    reads them.
+    reads them. TensorBoard and W&B call a metric without a group `train/<name>`.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class MetricsWriter:
           active: False opens and writes nothing: for all processes of a run but the first.
           wandb_project: also log to this project of Weights & Biases. A resumed run goes on in the run whose
             id `wandb_run_id` in the workdir holds; of steps that are written again W&B keeps the first.
-          config: shown with the W&B run.
+          config: shown with the run in TensorBoard (under Text) and in W&B.
 
         Raises:
           UserError: a `wandb_project` without the package wandb.
@@ -58,6 +62,9 @@ class MetricsWriter:
         self._seconds_before = _keep_until(path, step) - time.perf_counter()
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
         self._tensorboard = _import_summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
+        if config and not step:
+            rows = [f"|{key}|{value}|" for key, value in flatten_dict(config, sep=".").items()]
+            self._tensorboard.add_text("config", "\n".join(["|key|value|", "|---|---|", *rows]), 0)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line, and one point per metric to TensorBoard and W&B.
@@ -72,10 +79,27 @@ class MetricsWriter:
         wall_seconds = round(self._seconds_before + time.perf_counter(), 3)
         with name_write_errors(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
-        for name, value in values.items():
+        tagged = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+        for name, value in tagged.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(tagged, step=step)
+
+    def write_image(self, step: int, name: str, picture: Path) -> None:
+        """Shows a picture in TensorBoard and W&B.
+
+        Args:
+          step: number of optimizer updates done.
+          name: tag, e.g. `"samples"`.
+          picture: a PNG file.
+        """
+        if not self._active:
+            return
+        with Image.open(picture) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: importlib.import_module("wandb").Image(str(picture))}, step=step)
 
     def close(self) -> None:
         """Flushes and closes what is open."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole, write_json
-from dspo_jax.images.contact_sheet import contact_sheet
+from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.json_files import read_object
 from dspo_jax.locks import is_empty
 from dspo_jax.sampling.image_sampler import ImageRequest
@@ -120,8 +120,12 @@ def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], fil
                     ],
                 )
             )
-        side = max(rows[0][1][0].shape[:2])
-        sheet = contact_sheet(rows, [(label, len(seeds)) for label in files], scale=max(1, 128 // side))
+        sheet = contact_sheet(
+            rows,
+            [(label, len(seeds)) for label in files],
+            enlargement(*rows[0][1][0].shape[:2]),
+            [f"seed {seed}" for _ in files for seed in seeds],
+        )
         with whole(out / _sheet_name(page, pages)) as partial:
             sheet.save(partial, format="PNG")
     return out / _sheet_name(0, pages)

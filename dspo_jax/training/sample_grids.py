@@ -13,7 +13,7 @@ from dspo_jax.data import loader
 from dspo_jax.data.datasets import Dataset
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole
-from dspo_jax.images.contact_sheet import contact_sheet
+from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
@@ -99,7 +99,8 @@ class SampleGrids:
             for i, prompt in enumerate(self._prompts)
         ]
         headings = [("base", columns), (f"step {step}", columns)]
-        sheet = contact_sheet(rows, headings, scale=max(1, 128 // len(images[0])))
+        labels = [f"seed {seed}" for seed in self._seeds] * 2
+        sheet = contact_sheet(rows, headings, enlargement(*images[0].shape[:2]), labels)
         with whole(self._folder / f"step_{step:06d}.png") as partial:
             sheet.save(partial, format="PNG")
 

@@ -105,9 +105,9 @@ def test_a_long_noisy_curve_is_drawn_with_its_mean():
     for record in records:
         record["loss"] = record["step"] % 2
     (label,) = panels(make_figure(records, "run"))["training loss"]
-    assert label == "loss, mean of 20 points"
+    assert label == "loss, mean of 40 points"
     steps, mean = panels(make_figure(records, "run"))["training loss"][label]
-    assert (steps[0], steps[-1]) == (20, 400)
+    assert (steps[0], steps[-1]) == (40, 400)
     np.testing.assert_allclose(mean, 0.5)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_time import FakeTime
+from PIL import Image
 from rich.console import Console
 from tables import each_row
 
@@ -142,21 +143,26 @@ def test_a_run_is_not_resumed_from_a_line_without_its_age(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
-def test_tensorboard_holds_the_same_numbers(tmp_path):
+def test_tensorboard_holds_the_same_numbers_the_config_and_pictures(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(7, {"loss": 0.25})
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
+    with MetricsWriter(tmp_path, config={"optimizer": {"name": "adamw"}}) as writer:
+        writer.write(7, {"loss": 0.25, "validation/margin": 0.5})
+        writer.write_image(7, "samples", tmp_path / "grid.png")
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
     while data:  # TFRecord: length (8 bytes), its CRC (4), payload, its CRC (4)
         length = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
-    points = [
-        (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
+    text, *points, picture = [(event.step, value) for event in events for value in event.summary.value]
+    assert text[1].tensor.string_val == [b"|key|value|\n|---|---|\n|optimizer.name|adamw|"]
+    assert [(step, value.tag, value.simple_value) for step, value in points] == [
+        (7, "train/loss", 0.25),
+        (7, "validation/margin", 0.5),
     ]
-    assert points == [(7, "loss", 0.25)]
+    assert (picture[0], picture[1].tag, picture[1].image.width) == (7, "samples", 3)
 
 
 def test_an_inactive_writer_leaves_the_files_alone(tmp_path):
@@ -196,10 +202,10 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
             writer.write(step, {"loss": np.float32(0.5)})
     assert fake.calls == [
         ("init", {**known, "id": None}),
-        ("log", {"loss": 0.5}, 1),
+        ("log", {"train/loss": 0.5}, 1),
         ("finish",),
         ("init", {**known, "id": "new-id"}),
-        ("log", {"loss": 0.5}, 2),
+        ("log", {"train/loss": 0.5}, 2),
         ("finish",),
     ]
     assert (tmp_path / "wandb_run_id").read_text() == "new-id\n"

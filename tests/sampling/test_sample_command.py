@@ -87,8 +87,8 @@ def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
         np.testing.assert_array_equal(first[name], second[name])
     assert sheet == out / "contact_sheet.png"
     with Image.open(sheet) as image:
-        assert image.width > 4 * 128
-        assert image.height > 2 * 128
+        assert image.width > 4 * 256
+        assert image.height > 2 * 256
 
 
 def test_what_is_there_is_not_drawn_again(draw, tmp_path, monkeypatch):

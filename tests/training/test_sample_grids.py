@@ -21,7 +21,7 @@ from dspo_jax.training.sample_grids import SampleGrids, first_captions
 
 PROMPTS, SEEDS = ("a red heart", "b", "c"), (0, 5)
 STEPS, GUIDANCE = 2, 7.5
-SIDE = 128  # of an image on the sheet, 8 times that of the model
+SIDE = 256  # of an image on the sheet, 16 times that of the model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def read_grid(path):
     with Image.open(path) as image:
         sheet = np.asarray(image, int)
     lefts = [4 + i * (SIDE + 4) + (4 if i >= len(SEEDS) else 0) for i in range(2 * len(SEEDS))]
-    tops = [14 + i * (14 + SIDE + 4) + 14 for i in range(len(PROMPTS))]
+    tops = [28 + i * (14 + SIDE + 4) + 14 for i in range(len(PROMPTS))]
     images = [[sheet[top : top + SIDE, left : left + SIDE] for left in lefts] for top in tops]
     return np.asarray(images).reshape(len(PROMPTS), 2, len(SEEDS), SIDE, SIDE, 3)
 
