@@ -60,9 +60,8 @@ def run(
         missing = [f"--{name}" for name in required if not flags.FLAGS[name].present]
         if missing:
             listed = " and ".join([", ".join(missing[:-1]), missing[-1]] if missing[1:] else missing)
-            _fail(
-                f"{listed} not set; usage: {usage.line(main, required, argument)}; --help lists the options"
-            )
+            are = "are" if missing[1:] else "is"
+            _fail(f"{listed} {are} not set: {usage.line(main, required, argument)} (--help lists all)")
         try:
             if operand:
                 urls.refuse_url(operand, argv[1])

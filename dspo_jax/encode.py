@@ -17,14 +17,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from dspo_jax import cli
-from dspo_jax.data import shards
-from dspo_jax.data.encoding import encode
 from dspo_jax.errors import UserError
-from dspo_jax.parallel import processes
+from dspo_jax.parallel.process_flags import define_process_flags
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    from dspo_jax.data import shards
+    from dspo_jax.data.encoding import encode
+    from dspo_jax.parallel import processes
+
     del argv
     processes.initialize_from_flags()
     started = time.perf_counter()
@@ -62,15 +64,19 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags and runs the command."""
     config_flags.DEFINE_config_file("config", None, "What to encode, e.g. configs/encode/emoji.py.")
-    flags.mark_flag_as_required("config")
-    flags.DEFINE_string("out", None, "Folder of the dataset.", required=True)
+    flags.DEFINE_string("out", None, "Folder of the dataset.")
     flags.DEFINE_string(
         "shard",
         None,
         "I/N: encode every N-th of the dataset's files from the I-th on (from 0), beside processes that do "
         "the others; the last one to end finishes the dataset.",
     )
-    processes.define_flags()
-    cli.run(main)
+    define_process_flags()
+    cli.run(main, required=("config", "out"))
+
+
+if __name__ == "__main__":
+    run()

@@ -22,15 +22,16 @@ from ml_collections import config_flags
 from dspo_jax import cli
 from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
-from dspo_jax.pipelines import published
-from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.planning import compilation
-from dspo_jax.planning.plan import describe_plan, find_devices, image_size, plan
-from dspo_jax.training.settings import parse
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command."""
+    from dspo_jax.pipelines import published
+    from dspo_jax.pipelines.loading import load_pipeline
+    from dspo_jax.planning import compilation
+    from dspo_jax.planning.plan import describe_plan, find_devices, image_size, plan
+    from dspo_jax.training.settings import parse
+
     del argv
     values, config = flags.FLAGS, flags.FLAGS.config
     if not (values.published or config.model):
@@ -63,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags and runs the command."""
     config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/sd15_dspo.py.")
-    flags.mark_flag_as_required("config")
     flags.DEFINE_string(
         "topology", None, "TPUs, e.g. v5e:2x4 or v5p:4x4x4 (default: the devices that are here)."
     )
     flags.DEFINE_enum(
-        "published", None, published.MODELS, "A published model's shapes, in place of config.model's."
+        "published", None, ("sd15", "sdxl"), "A published model's shapes, in place of config.model's."
     )
     flags.DEFINE_integer(
         "pairs_per_device", None, "In a step (default: by config.batch_size).", lower_bound=1
@@ -80,4 +81,8 @@ if __name__ == "__main__":
         "memory_only", False, "Compile only until the step's memory is known, a small part of the way."
     )
     flags.DEFINE_string("json", None, "A .json file for the numbers.")
-    cli.run(main)
+    cli.run(main, required=("config",))
+
+
+if __name__ == "__main__":
+    run()

@@ -11,22 +11,25 @@ trained and nothing written: it says what the run would take.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
-from dspo_jax.monitoring.metrics import read_validations
-from dspo_jax.parallel import processes
-from dspo_jax.parallel.mesh import use_cpu_cores
-from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.run import train
-from dspo_jax.training.settings import parse
+from dspo_jax.parallel.process_flags import define_process_flags
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status, which tells a finished run from one that was stopped."""
+    import jax
+
+    from dspo_jax.monitoring.metrics import read_validations
+    from dspo_jax.parallel import processes
+    from dspo_jax.parallel.mesh import use_cpu_cores
+    from dspo_jax.training.dry_run import dry_run
+    from dspo_jax.training.run import train
+    from dspo_jax.training.settings import parse
+
     del argv
     settings = parse(flags.FLAGS.config)
     use_cpu_cores(settings.batch_size // (settings.accumulation * (flags.FLAGS.num_processes or 1)))
@@ -63,12 +66,16 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Defines the flags and runs the command."""
     config_flags.DEFINE_config_file("config", None, "What to train, e.g. configs/emoji_dspo.py.")
-    flags.mark_flag_as_required("config")
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.")
     flags.DEFINE_bool(
         "dry_run", False, "Say what the run would take (memory, FLOPs, batches), check the data, and stop."
     )
-    processes.define_flags()
-    cli.run(main)
+    define_process_flags()
+    cli.run(main, required=("config",))
+
+
+if __name__ == "__main__":
+    run()

@@ -5,9 +5,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
+from ml_collections.config_flags import config_flags
 
 # Modules that define flags for several commands, by the heading of their flags.
 _GROUPS = {
@@ -19,7 +19,7 @@ _OF_LIBRARIES = ("absl.", "ml_collections.", "tensorflow", "orbax", "grain", "et
 _INDENT = 26
 
 
-def program(main: Callable[..., Any]) -> str:
+def program(main: Callable[..., object]) -> str:
     """Returns what a user types to start the command of `main`."""
     module = sys.modules[main.__module__]
     spec = module.__spec__
@@ -29,7 +29,7 @@ def program(main: Callable[..., Any]) -> str:
     return f"python -m {spec.name}" if spec is not None else f"python {Path(sys.argv[0]).name}"
 
 
-def line(main: Callable[..., Any], required: Sequence[str], argument: str = "") -> str:
+def line(main: Callable[..., object], required: Sequence[str], argument: str = "") -> str:
     """Returns the shortest form of the command, on one line.
 
     Args:
@@ -41,7 +41,7 @@ def line(main: Callable[..., Any], required: Sequence[str], argument: str = "") 
     return " ".join([program(main), *([argument] if argument else []), *needed, "[options]"])
 
 
-def text(main: Callable[..., Any], required: Sequence[str], argument: str = "") -> str:
+def text(main: Callable[..., object], required: Sequence[str], argument: str = "") -> str:
     """Returns the help of a command, for a terminal; arguments as of `line`."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
     groups: dict[str, list[str]] = {"Required": list(required), _OPTIONS: []}
@@ -52,6 +52,10 @@ def text(main: Callable[..., Any], required: Sequence[str], argument: str = "") 
     parts = [f"usage: {line(main, required, argument)}", (sys.modules[main.__module__].__doc__ or "").strip()]
     for heading, names in groups.items():
         rows = [row for name in names for row in _rows(flags.FLAGS[name], name in required, width)]
+        if any(config_flags.is_config_flag(flags.FLAGS[name]) for name in names):
+            rows += _row(
+                "--config.KEY=VALUE", "Changes a key of it; the folder's common.py has all keys.", width
+            )
         if heading == _OPTIONS:
             rows += _row("-h, --help", "This text.", width)
             rows += _row(
@@ -62,14 +66,14 @@ def text(main: Callable[..., Any], required: Sequence[str], argument: str = "") 
     return "\n\n".join(parts)
 
 
-def _rows(flag: Any, required: bool, width: int) -> Iterator[str]:
+def _rows(flag: flags.Flag, required: bool, width: int) -> Iterator[str]:
     """Lines for a flag: its name with the default, and what it means."""
     if flag.boolean:
         name = f"--[no]{flag.name}" if flag.default else f"--{flag.name}"
     elif required or flag.default in (None, []):
         name = f"--{flag.name}"
     else:
-        name = f"--{flag.name}={flag.default_as_str.strip(chr(39))}"
+        name = f"--{flag.name}={(flag.default_as_str or '').strip(chr(39))}"
     meaning = flag.help.split(";\n    repeat this option")[0]  # absl's own addition
     if choices := getattr(flag.parser, "enum_values", None):
         meaning = f"{meaning.split('>: ', 1)[1]} One of: {', '.join(choices)}."

@@ -10,20 +10,23 @@ Every call uses the same noise and the same timesteps, so that curves over a run
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dspo_jax import cli
 from dspo_jax.files import write_json
-from dspo_jax.parallel import processes
-from dspo_jax.parallel.mesh import use_cpu_cores
-from dspo_jax.training.validation import judge
+from dspo_jax.parallel.process_flags import define_process_flags
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    from dspo_jax.parallel import processes
+    from dspo_jax.parallel.mesh import use_cpu_cores
+    from dspo_jax.training.validation import judge
+
     del argv
     use_cpu_cores()
     processes.initialize_from_flags()
@@ -55,14 +58,14 @@ def main(argv: Sequence[str]) -> None:
     Console().print(table)
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "A training workdir or a diffusers folder.", required=True)
+def run() -> None:
+    """Defines the flags and runs the command."""
+    flags.DEFINE_string("model", None, "A training workdir or a diffusers folder.")
     flags.DEFINE_string("reference", None, "What it was trained from (default: what its workdir says).")
     flags.DEFINE_string(
         "data",
         None,
         "Pairs written by dspo_jax.encode, or several such folders, separated by commas.",
-        required=True,
     )
     flags.DEFINE_string("split", "validation", "Which of its splits.")
     flags.DEFINE_integer(
@@ -76,5 +79,9 @@ if __name__ == "__main__":
         "Of the networks (default: bfloat16 on an accelerator).",
     )
     flags.DEFINE_string("out", None, "A .json file for the numbers.")
-    processes.define_flags()
-    cli.run(main)
+    define_process_flags()
+    cli.run(main, required=("model", "data"))
+
+
+if __name__ == "__main__":
+    run()

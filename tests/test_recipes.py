@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "pick_a_pic.py")
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name not in NOT_RECIPES)
 PUBLISHED = [name for name in RECIPES if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora")]
+DIFFERENTLY_NAMED = ("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora")
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
 
@@ -41,7 +42,7 @@ def test_recipe_is_accepted(name, variant):
     objective = get_objective(arguments.pop("name"), **arguments)
     settings = limits.parse(OptimizerSettings, config.optimizer.to_dict(), "config.optimizer")
     make_optimizer(settings, config.steps, config.batch_size)
-    assert config.objective.name in name or objective.name == "dspo_sdxl" or name == "emoji_base"
+    assert config.objective.name in name or objective.name == "dspo_sdxl" or name in DIFFERENTLY_NAMED
 
 
 @each_row("name", RECIPES)
