@@ -26,6 +26,9 @@ from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_co
 
 Params = lora.Params
 
+COMPUTE_DTYPES = ("float32", "bfloat16")
+"""Dtypes that networks compute in, by name."""
+
 _Read = Callable[[NetworkConfig], NetworkConfig]
 
 # The check of a class's config, and its builder. Two functions, because JAX appends a paragraph of its own to

@@ -7,10 +7,10 @@ import jax
 
 from dspo_jax import samplers, spelling
 from dspo_jax.errors import UserError
+from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.pipelines.pipeline import Pipeline
 
 FORMATS = ("png", "webp")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Drawing:
     sampler: str = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
-    guidance_interval: tuple[int, int] = (0, 10**6)
+    guidance_interval: tuple[int, int] = (0, 1000)
     negative_prompt: str | None = None
     strength: float = 1.0
     eta: float = 0.0
@@ -64,8 +64,8 @@ class Rendering:
       drawing: from noise to latents.
       size: height and width in pixels; None is what the model was made for.
       batch_size: images in one call, over the devices of a process; filled up to a multiple of them.
-      compute_dtype: of UNet and text encoders, one of `DTYPES`; None is bfloat16 on an accelerator, else
-        float32. The VAE is float32.
+      compute_dtype: of UNet and text encoders, one of `COMPUTE_DTYPES`; None is bfloat16 on an accelerator,
+        else float32. The VAE is float32.
       image_format: one of `FORMATS`; webp without loss.
       vae_tile, preview_vae: `tile` and `preview` of `decoding.Decoder`.
     """
@@ -75,7 +75,7 @@ class Rendering:
     batch_size: int = 16
     compute_dtype: str | None = None
     image_format: str = "png"
-    vae_tile: int = 0
+    vae_tile: int = 1024
     preview_vae: str | None = None
 
     def __post_init__(self) -> None:
@@ -90,8 +90,8 @@ class Rendering:
             raise UserError(f"--vae_tile={self.vae_tile}: must be 0 (never) or a side in pixels")
         if self.image_format not in FORMATS:
             raise UserError(spelling.unknown("--format", self.image_format, FORMATS))
-        if self.compute_dtype not in (None, *DTYPES):
-            raise UserError(spelling.unknown("--compute_dtype", self.compute_dtype, DTYPES))
+        if self.compute_dtype not in (None, *COMPUTE_DTYPES):
+            raise UserError(spelling.unknown("--compute_dtype", self.compute_dtype, COMPUTE_DTYPES))
 
     def choose_dtype(self) -> str:
         """Returns the compute dtype on the devices that are here."""

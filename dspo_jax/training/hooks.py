@@ -14,7 +14,7 @@ from dspo_jax.monitoring.devices import memory_peaks
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, MetricsWriter
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
-from dspo_jax.training.loop import Hook, Moment, Stream
+from dspo_jax.training.loop import AfterStep, Hook, Stream
 from dspo_jax.training.sample_grids import SampleGrids
 from dspo_jax.training.step import TrainState
 from dspo_jax.training.task import Metrics, cast, policy_params
@@ -90,11 +90,11 @@ class Log:
         self._every, self._before, self._check = every, before, check
         self._pending: tuple[int, Metrics] | None = None
 
-    def due(self, at: Moment) -> bool:
+    def due(self, at: AfterStep) -> bool:
         """Returns True at steps that are logged, one step later, and where the other hooks are due."""
         return self._pending is not None or self._is_logged(at) or self._precedes(at)
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Writes the metrics that are pending, and those of this step if it cannot be put off."""
         self._write_pending()
         if self._is_logged(at):
@@ -103,10 +103,10 @@ class Log:
             jax.block_until_ready(state)  # steps that still run are training time
             self._write_pending()
 
-    def _is_logged(self, at: Moment) -> bool:
+    def _is_logged(self, at: AfterStep) -> bool:
         return at.step > 0 and (at.last or at.step % self._every == 0)
 
-    def _precedes(self, at: Moment) -> bool:
+    def _precedes(self, at: AfterStep) -> bool:
         return any(hook.due(at) for hook in self._before)
 
     def _write_pending(self) -> None:
@@ -155,11 +155,11 @@ class Validate:
         self._clock, self._workdir, self._every, self._steps = clock, workdir, every, steps
         self.score: tuple[int, float] | None = None
 
-    def due(self, at: Moment) -> bool:
+    def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the first or the last of the run, or one of every few."""
         return at.step == self._steps or at.step % self._every == 0
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Validates the state."""
         del metrics
         task = state.task
@@ -185,11 +185,11 @@ class DrawSamples:
         self._grids, self._reference, self._clock = grids, reference, clock
         self._every, self._steps = every, steps
 
-    def due(self, at: Moment) -> bool:
+    def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the last of the run, or one of every few."""
         return at.step > 0 and (at.step == self._steps or at.step % self._every == 0)
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Writes workdir/samples/step_000500.png or the like."""
         del metrics
         with self._clock.paused():
@@ -216,13 +216,13 @@ class Save:
         found = checkpoints.best()
         self._best = -math.inf if found is None else found[1]
 
-    def due(self, at: Moment) -> bool:
+    def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the last, one of every few, or has the best score so far."""
         score = self._score(at.step)
         better = score is not None and score > self._best
         return at.step > 0 and (at.last or at.step % self._every == 0 or better)
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Saves the state with the stream's position and the clock."""
         del metrics
         score = self._score(at.step)
@@ -242,11 +242,11 @@ class Profile:
         """Takes the profiler, which must be open while the loop runs."""
         self._profiler = profiler
 
-    def due(self, at: Moment) -> bool:
+    def due(self, at: AfterStep) -> bool:
         """Returns whether a step follows."""
         return not at.last
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Tells the profiler which step comes next."""
         del metrics
         self._profiler.before(at.step + 1, state)

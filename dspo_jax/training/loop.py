@@ -31,8 +31,8 @@ class Stream(Protocol):
         """Releases what the stream holds."""
 
 
-class Moment(NamedTuple):
-    """A moment between two steps.
+class AfterStep(NamedTuple):
+    """The time after a step, before the next one; after step 0 no update is done yet.
 
     Attributes:
       step: updates done.
@@ -46,10 +46,10 @@ class Moment(NamedTuple):
 class Hook(Protocol):
     """An action after some of the steps: logging, validation, drawing, saving."""
 
-    def due(self, at: Moment) -> bool:
-        """Returns whether to call the hook at this moment."""
+    def due(self, at: AfterStep) -> bool:
+        """Returns whether to call the hook after this step."""
 
-    def __call__(self, at: Moment, state: TrainState, metrics: Metrics) -> None:
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Looks at the state, and at the metrics of the step just made, which may still be computed."""
 
 
@@ -78,13 +78,13 @@ def fit(
     Returns:
       The state after the last step.
     """
-    start = Moment(int(state.step), last=False)
+    start = AfterStep(int(state.step), last=False)
     for hook in hooks if start.step == 0 else ():
         if hook.due(start):
             hook(start, state, {})
     for step in range(start.step + 1, steps + 1):
         state, metrics = update(state, stream.next(state.params))
-        at = Moment(step, last=stopping() or step == steps)
+        at = AfterStep(step, last=stopping() or step == steps)
         for hook in hooks:
             if hook.due(at):
                 hook(at, state, metrics)

@@ -19,7 +19,8 @@ ENDLESS_SCHEDULES = ("constant", "inverse_sqrt")
 MOMENT_DTYPES = ("bfloat16", "float32")
 FACTORED_AXES = ("largest", "released")
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+LearningRate = Callable[[jax.Array | int], jax.Array]
+"""Number of updates done -> learning rate of the next one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class OptimizerSettings:
 
 def make_optimizer(
     settings: OptimizerSettings, total_steps: int, batch_size: int
-) -> tuple[optax.GradientTransformation, Schedule]:
+) -> tuple[optax.GradientTransformation, LearningRate]:
     """Builds clipping by global norm, then the optimizer with decoupled weight decay on every parameter.
 
     "adamw" is torch's. "adafactor" is what the released trainers use for SDXL: second moments factored into
@@ -130,7 +131,7 @@ def _check_bfloat16(settings: OptimizerSettings) -> None:
         )
 
 
-def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
+def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> LearningRate:
     """Returns the learning rate as a function of the number of updates done.
 
     It rises linearly over `warmup_steps` updates, the first of which already has 1/warmup_steps of the full

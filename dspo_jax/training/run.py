@@ -115,23 +115,18 @@ class Run:
                 task.pipe.schedule,
                 mesh,
                 experiment.datasets,
+                settings.validation,
                 inputs=task.pipe.conditioning_inputs,
-                split=settings.validation.split,
-                batch_size=settings.validation.batch_size,
-                draws=settings.validation.draws,
             )
         if settings.samples.every:
-            samples = settings.samples
             split = settings.validation.split if settings.validation.every else settings.data.split
             self._grids = SampleGrids(
                 task.pipe,
                 policy_params(task, state.params, reference),
                 mesh,
                 workdir,
-                prompts=samples.prompts or first_captions(experiment.datasets, split),
-                seeds=samples.seeds,
-                num_inference_steps=samples.num_inference_steps,
-                guidance_scale=samples.guidance_scale,
+                settings.samples,
+                prompts=settings.samples.prompts or first_captions(experiment.datasets, split),
                 compute_dtype=settings.compute_dtype,
             )
 

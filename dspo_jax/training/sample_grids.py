@@ -19,6 +19,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.training.settings import SampleSettings
 
 # Images in one call; few, as most of the memory is taken by training.
 _IMAGES_PER_DEVICE = 4
@@ -51,11 +52,9 @@ class SampleGrids:
         params: Params,
         mesh: Mesh,
         workdir: str | Path,
+        settings: SampleSettings,
         *,
         prompts: Sequence[str],
-        seeds: Sequence[int],
-        num_inference_steps: int,
-        guidance_scale: float,
         compute_dtype: str,
     ):
         """Draws the images to compare with.
@@ -65,9 +64,8 @@ class SampleGrids:
           params: UNet and text encoders at the start of the run, in the compute dtype, on the mesh.
           mesh: the devices.
           workdir: of the run.
-          prompts: rows.
-          seeds: columns under either heading.
-          num_inference_steps, guidance_scale: see `Drawing`.
+          settings: `seeds`, the columns under either heading; `num_inference_steps` and `guidance_scale`.
+          prompts: rows: those of the settings, or what stands in for them.
           compute_dtype: of the networks.
 
         Raises:
@@ -76,15 +74,17 @@ class SampleGrids:
         if not prompts:
             raise UserError(f"config.samples.prompts = {prompts}: needs at least one")
         self._pipe, self._folder = pipe, Path(workdir) / "samples"
-        self._prompts, self._seeds = prompts, seeds
-        requests = [ImageRequest(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
+        self._prompts, self._seeds = prompts, settings.seeds
+        requests = [
+            ImageRequest(prompt, i, seed) for i, prompt in enumerate(prompts) for seed in settings.seeds
+        ]
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch_size = ways * min(_IMAGES_PER_DEVICE, -(-len(requests) // ways))
         self._count = len(requests)
         requests += [requests[-1]] * (-len(requests) % self._batch_size)
         self._requests = requests
         self._noise = np.asarray(initial_noise(requests, (*pipe.latent_size, pipe.latent_channels)))
-        drawing = Drawing(steps=num_inference_steps, guidance_scale=guidance_scale)
+        drawing = Drawing(steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._base = self._draw(params, "the base")
 

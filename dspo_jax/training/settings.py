@@ -14,11 +14,10 @@ from dspo_jax import limits
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, Limit, choice, limited
+from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.training.optim import OptimizerSettings
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +141,9 @@ class Settings:
     positive_ratio: float = limited(PROBABILITY)
     train_text_encoder: bool
     lora: LoraSettings
-    compute_dtype: str = choice(*DTYPES)
-    param_dtype: str = choice(*DTYPES)
-    reference_dtype: str = choice(*DTYPES, optional=True)
+    compute_dtype: str = choice(*COMPUTE_DTYPES)
+    param_dtype: str = choice(*COMPUTE_DTYPES)
+    reference_dtype: str = choice(*COMPUTE_DTYPES, optional=True)
     remat: str = choice(*POLICIES)
     timesteps: TimestepSettings
     ema_decay: float = limited(DECAY)

@@ -28,6 +28,7 @@ from dspo_jax.parallel.mesh import batch_share, make_mesh, replicated, shard_bat
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.weights.saved_params import read_base
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
@@ -72,11 +73,9 @@ class Validator:
         schedule: Schedule,
         mesh: Mesh,
         datasets: Sequence[Dataset],
+        settings: ValidationSettings,
         *,
         inputs: Sequence[str],
-        split: str,
-        batch_size: int,
-        draws: int,
     ):
         """Opens the split.
 
@@ -85,18 +84,16 @@ class Validator:
           schedule: the forward process.
           mesh: the devices, which must split a batch evenly.
           datasets: from `read_datasets`.
+          settings: `split`, the held-out one; `batch_size`, examples in one call; `draws`, (timestep, noise)
+            draws for each example, with the midpoints of so many equal bins as timesteps.
           inputs: arrays of a batch that `predict` takes (`Pipeline.conditioning_inputs`).
-          split: the held-out split.
-          batch_size: examples in one call.
-          draws: (timestep, noise) draws for each example; the timesteps are the midpoints of `draws` equal
-            bins.
 
         Raises:
           UserError: a split that is missing or empty.
         """
-        self.num_examples = sum(count_examples(datasets, split).values())
-        self._datasets, self._split, self._batch_size, self._mesh = datasets, split, batch_size, mesh
-        self._inputs = inputs
+        self.num_examples = sum(count_examples(datasets, settings.split).values())
+        self._datasets, self._split, self._batch_size = datasets, settings.split, settings.batch_size
+        self._mesh, self._inputs, draws = mesh, inputs, settings.draws
         steps = schedule.num_train_timesteps
         self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
 
@@ -283,10 +280,10 @@ def judge(
         pipes[0].schedule,
         mesh,
         datasets,
+        ValidationSettings(
+            split=split, every=1, draws=draws, batch_size=math.ceil(batch_size / mesh.size) * mesh.size
+        ),
         inputs=pipes[0].conditioning_inputs,
-        split=split,
-        batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
-        draws=draws,
     )
     with Progress("validate", validator.num_examples, active=processes.is_first()) as progress:
         return validator(place(pipes[0]), place(pipes[1]), progress.update)

@@ -12,7 +12,7 @@ from configs import emoji_dspo
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.training.settings import parse
+from dspo_jax.training.settings import ValidationSettings, parse
 from dspo_jax.training.start import make_state, make_task
 from dspo_jax.training.task import policy_params, predict
 from dspo_jax.training.validation import Validator
@@ -47,10 +47,8 @@ def test_before_the_first_update_no_held_out_pair_is_decided(compute_dtype, tmp_
         pipe.schedule,
         mesh,
         read_datasets(write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64)),
+        ValidationSettings(every=1, split="validation", batch_size=4, draws=2),
         inputs=pipe.conditioning_inputs,
-        split="validation",
-        batch_size=4,
-        draws=2,
     )
     scores = validator(policy_params(task, state.params, reference), reference)
     assert scores["winner_error"] > 0

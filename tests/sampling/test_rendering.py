@@ -4,12 +4,16 @@ import ast
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tables import each_row
 
 import dspo_jax
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling import drawing_flags
+from dspo_jax.sampling.options import read_drawing_flags
+from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
 
 
@@ -39,6 +43,21 @@ def test_what_nothing_can_be_rendered_with_is_refused(changes, message):
 def test_what_nothing_can_be_drawn_with_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Drawing(**changes)
+
+
+def test_the_flags_that_are_not_given_are_the_defaults_of_the_values(monkeypatch):
+    defaults = {}
+
+    def note(name, default, *help, **limits):
+        defaults[name] = default
+
+    kinds = ("bool", "enum", "float", "integer", "list", "string")
+    monkeypatch.setattr(drawing_flags, "flags", SimpleNamespace(**{f"DEFINE_{kind}": note for kind in kinds}))
+    drawing_flags.define_drawing_flags()
+    assert read_drawing_flags(SimpleNamespace(**defaults), [Prompt("a fox")]) == (
+        [Prompt("a fox")],
+        Rendering(),
+    )
 
 
 def test_latents_are_those_of_the_model_or_of_the_size(tiny_model):

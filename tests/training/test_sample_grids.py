@@ -18,6 +18,7 @@ from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler
 from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training import sample_grids
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
+from dspo_jax.training.settings import SampleSettings
 
 PROMPTS, SEEDS = ("a red heart", "b", "c"), (0, 5)
 STEPS, GUIDANCE = 2, 7.5
@@ -35,15 +36,10 @@ def place(pipe, mesh, dtype="float32"):
 
 
 def make_grids(pipe, params, mesh, workdir, **changes):
-    arguments = {
-        "prompts": PROMPTS,
-        "seeds": SEEDS,
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "compute_dtype": "float32",
-        **changes,
-    }
-    return SampleGrids(pipe, params, mesh, workdir, **arguments)
+    arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **changes}
+    dtype = arguments.pop("compute_dtype", "float32")
+    settings = SampleSettings(every=1, seeds=SEEDS, **arguments)
+    return SampleGrids(pipe, params, mesh, workdir, settings, prompts=settings.prompts, compute_dtype=dtype)
 
 
 def read_grid(path):

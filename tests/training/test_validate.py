@@ -13,6 +13,7 @@ from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
+from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.training.validation import Validator, judge, summarise
 
 SCHEDULE = Schedule.scaled_linear()
@@ -32,8 +33,8 @@ def linear(params, noisy, timesteps, batch):
 def make_validator(tiny_pairs):
     def make(predict=linear, *, path=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"):
         mesh = make_mesh({"data": devices}, jax.devices()[:devices])
-        datasets, how = read_datasets(path), {"split": split, "batch_size": batch_size, "draws": draws}
-        return Validator(predict, SCHEDULE, mesh, datasets, inputs=INPUTS, **how)
+        settings = ValidationSettings(every=1, split=split, batch_size=batch_size, draws=draws)
+        return Validator(predict, SCHEDULE, mesh, read_datasets(path), settings, inputs=INPUTS)
 
     return make
 
