@@ -79,7 +79,7 @@ def test_every_command_says_at_once_what_it_takes(helps):
 @each_row(
     ("command", "names"),
     [
-        ("dspo_jax.sample", [*samplers.SAMPLERS, *rendering.FORMATS, *rendering.DTYPES]),
+        ("dspo_jax.sample", [*samplers.SAMPLERS, *rendering.FORMATS, *rendering.COMPUTE_DTYPES]),
         ("dspo_jax.evaluate", [*SETS, *samplers.SAMPLERS]),
         ("dspo_jax.data.label", [*REWARDS, *PAIRS]),
         ("dspo_jax.rewards.convert", [*RECIPES, PUBLISHED_HEAD]),
