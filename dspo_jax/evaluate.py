@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
             rewards=settings.rewards,
             reward_dir=settings.reward_dir,
             overwrite=settings.overwrite,
+            single_file=settings.single_file,
         )
     if processes.is_first():
         print_report(evaluation, Console())
@@ -64,6 +65,7 @@ def run() -> None:
     flags.DEFINE_integer("num_seeds", 5, "Images of each prompt, with seeds 0, 1, ...")
     flags.DEFINE_integer("num_base_seeds", None, "More images of the base, for rejection sampling.")
     flags.DEFINE_string("out", None, "Folder for images, scores and reports.")
+    flags.DEFINE_bool("single_file", False, "Write index.html with its pictures inside it, to pass it on.")
     define_drawing_flags()
     define_process_flags()
     cli.run(main, required=("prompts", "rewards", "out"))

@@ -8,12 +8,19 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from dspo_jax.evaluation.result import BASE, Evaluation
-from dspo_jax.evaluation.tables import count_images
+from dspo_jax.evaluation.tables import MARKS, count_images
+from dspo_jax.evaluation.win_rates import Verdict
 
 _WIDTH, _COLUMNS = 11.0, 3
 _BASE_COLOUR = "lightgray"
+# Of models: none is the blue or orange of a verdict.
+_MODEL_COLOURS = ("C4", "C2", "C5", "C6", "C8", "C9")
+
+COLOURS: dict[Verdict, str] = {"better": "#0072b2", "worse": "#b84a00", "undecided": "#707070"}
+"""Colour of a verdict; blue and orange are told apart by the colour-blind too."""
 
 
 def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
@@ -28,7 +35,7 @@ def draw_figures(evaluation: Evaluation) -> dict[str, Figure]:
 
 
 def _colours(evaluation: Evaluation) -> dict[str, str]:
-    models = {label: f"C{i % 10}" for i, label in enumerate(evaluation.models)}
+    models = {label: _MODEL_COLOURS[i % len(_MODEL_COLOURS)] for i, label in enumerate(evaluation.models)}
     return {BASE: _BASE_COLOUR, **models}
 
 
@@ -37,44 +44,43 @@ def _wrap(label: str) -> str:
 
 
 def _draw_win_rates(evaluation: Evaluation) -> Figure:
-    """Returns a group of bars for each reward, a bar for each model, whose pale end is the half of the ties.
+    """Returns a bar for each reward and model: its colour is the verdict, its pale end the half of the ties.
 
     Fig. 2 of DSPO's paper, with intervals and ties.
     """
-    names, models, colours = list(evaluation.rewards), evaluation.models, _colours(evaluation)
-    height = 1.4 + len(names) * (0.3 + 0.3 * len(models))
-    figure = Figure(figsize=(_WIDTH, height), dpi=100, layout="constrained")
+    models = evaluation.models
+    rows = [(name, label) for name in evaluation.rewards for label in models]
+    found = [evaluation.win_rates[label][name] for name, label in rows]
+    places = np.arange(len(rows)) + 0.5 * (np.arange(len(rows)) // len(models))  # a gap between rewards
+    figure = Figure(figsize=(_WIDTH, 1.6 + 0.42 * (places[-1] + 1)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    thickness = 0.8 / len(models)
-    for i, label in enumerate(models):
-        found = [evaluation.win_rates[label][name] for name in names]
-        values = np.array([[each.share.low, each.share.value, each.share.high] for each in found]).T * 100
-        won, tied, lost = np.array(
-            [[each.images_won, each.images_tied, each.images_lost] for each in found]
-        ).T
-        solid = 100 * won / (won + tied + lost)
-        places = np.arange(len(names)) + (i - (len(models) - 1) / 2) * thickness
-        axes.barh(places, solid, 0.9 * thickness, color=colours[label], label=_wrap(label))
-        axes.barh(
-            places,
-            values[1] - solid,
-            0.9 * thickness,
-            left=solid,
-            color=colours[label],
-            alpha=0.45,
-            xerr=np.maximum(np.diff(values, axis=0), 0),  # rounding may put a bound beyond the mean
-            error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "0.25"},
-        )
-        for place, (_, value, high), each in zip(places, values.T, found, strict=True):
-            axes.text(high + 1, place, f"{value:.1f}  ({count_images(each)})", va="center", fontsize=9)
+    share = np.array([[each.share.low, each.share.value, each.share.high] for each in found]).T * 100
+    won, tied, lost = np.array([[each.images_won, each.images_tied, each.images_lost] for each in found]).T
+    solid = 100 * won / (won + tied + lost)
+    colours = [COLOURS[each.verdict] for each in found]
+    axes.barh(places, solid, color=colours)
+    axes.barh(
+        places,
+        share[1] - solid,
+        left=solid,
+        color=colours,
+        alpha=0.4,
+        xerr=np.maximum(np.diff(share, axis=0), 0),  # rounding may put a bound beyond the mean
+        error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "0.25"},
+    )
+    for place, value, high, each in zip(places, share[1], share[2], found, strict=True):
+        text = f"{value:.1f}  {MARKS[each.verdict]}  ({count_images(each)})"
+        axes.text(max(high, 50) + 1, place, text, va="center", fontsize=9, color=COLOURS[each.verdict])
     axes.axvline(50, color="dimgray", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(names)), list(map(_wrap, names)))
+    one = len(models) == 1
+    axes.set_yticks(places, [_wrap(name if one else f"{name}: {label}") for name, label in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 140)  # the counts stand beside the longest bar
+    axes.set_xlim(0, 150)  # the counts stand beside the longest bar
     axes.set_xticks(range(0, 101, 25))
-    axes.set_xlabel("win rate over the base, %, with its 95 % interval; pale: half of the ties")
+    axes.set_xlabel("win rate over the base, %, with its 95 % interval; pale: half of the ties", loc="left")
     _tidy(axes, "x")
-    figure.legend(loc="outside upper center", ncols=min(len(models), 4), frameon=False)
+    handles = [Patch(color=COLOURS[verdict], label=mark) for verdict, mark in MARKS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
 
 

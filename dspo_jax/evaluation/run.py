@@ -78,6 +78,7 @@ def evaluate(
     rewards: Sequence[str],
     reward_dir: str | Path = "rewards",
     overwrite: bool = False,
+    single_file: bool = False,
 ) -> Evaluation:
     """Draws and scores what is missing, compares, and writes the tables, the figures and index.html.
 
@@ -90,6 +91,7 @@ def evaluate(
       rewards: names as `load_reward` takes them.
       reward_dir: folder with the weights of the rewards.
       overwrite: whether images of other settings that are in `out` may be deleted.
+      single_file: whether index.html holds all its pictures itself.
 
     Raises:
       UserError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
@@ -130,7 +132,7 @@ def evaluate(
             scores[label][called] = of_model
     evaluation = assess(prompts, images, versions, scores, comparison.seeds)
     if processes.is_first():
-        write_report(evaluation, out)
+        write_report(evaluation, out, single_file=single_file)
     return evaluation
 
 

@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
-from dspo_jax.evaluation.win_rates import Estimate, WinRate
+from dspo_jax.evaluation.win_rates import Estimate, Verdict, WinRate
+from dspo_jax.files import hide_folders
 from dspo_jax.json_files import JsonObject
 
 # Columns of how images were drawn.
 _DRAWING = ("sampler", "steps", "guidance_scale", "eta", "strength")
 # The widest guidance interval, which is none, as commands and as code write it.
 _EVERYWHERE = ([0, 1000], [0, 10**6])
+MARKS: dict[Verdict, str] = {"better": "↑ better", "worse": "↓ worse", "undecided": "undecided"}
+"""Words for a verdict, as a line of a cell."""
 NOTE = (
     "won, tied, lost: images, a tie counts one half; [ ]: 95 % bootstrap interval over prompts; "
-    "p: sign test over prompts, two-sided"
+    "p: sign test over prompts, two-sided; ↑ better, ↓ worse: the interval is above or below 50 %, "
+    "and p < 0.05"
 )
 
 
@@ -31,6 +35,22 @@ class Table(NamedTuple):
     title: str
     heading: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def list_verdicts(win_rates: Mapping[str, WinRate]) -> list[tuple[Verdict, str]]:
+    """Lists which rewards find a model better or worse than the base: (verdict, "↑ better by r, s")."""
+    by = {
+        verdict: [name for name, found in win_rates.items() if found.verdict == verdict] for verdict in MARKS
+    }
+    return [(verdict, f"{MARKS[verdict]} by {', '.join(names)}") for verdict, names in by.items() if names]
+
+
+def summarize(evaluation: Evaluation) -> list[str]:
+    """Says in a line for each model which rewards find it better or worse than the base."""
+    return [
+        f"{label} against the base: {'; '.join(text for _, text in list_verdicts(of_model))}"
+        for label, of_model in evaluation.win_rates.items()
+    ]
 
 
 def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -44,7 +64,7 @@ def describe_evaluation(evaluation: Evaluation) -> list[tuple[str, str]]:
         more = ""
         if len(images.files[0]) > seeds:
             more = f"; {len(images.files[0])} seeds for rejection sampling"
-        lines.append((label, f"{images.source}{_describe_drawing(images.how)}{more}"))
+        lines.append((label, f"{hide_folders(images.source)}{_describe_drawing(images.how)}{more}"))
     return lines + [(f"reward {name}", version) for name, version in evaluation.rewards.items()]
 
 
@@ -85,15 +105,9 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
         )
     ]
     first = win_rates[evaluation.models[0]]
-    means = {BASE: {name: first[name].base_mean_reward for name in names}}
-    means |= {label: {name: win_rates[label][name].mean_reward for name in names} for label in win_rates}
-    tables.append(
-        Table(
-            f"mean reward, {size}",
-            ["model", *names],
-            [[label, *(_estimate(mean[name]) for name in names)] for label, mean in means.items()],
-        )
-    )
+    means = [[BASE, *(_estimate(first[name].base_mean_reward) for name in names)]]
+    means += [[label, *map(_mean_reward, of_model.values())] for label, of_model in win_rates.items()]
+    tables.append(Table(f"mean reward, {size}", ["model", *names], means))
     counts = count_categories(evaluation.prompts)
     for label, of_model in evaluation.by_category.items():
         rows = [
@@ -118,7 +132,11 @@ def _win_rate(found: WinRate) -> str:
     share = found.share
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
     interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
-    return f"{100 * share.value:.1f}\n{interval}\n{count_images(found)}\n{p}"
+    return "\n".join([f"{100 * share.value:.1f}", MARKS[found.verdict], interval, count_images(found), p])
+
+
+def _mean_reward(found: WinRate) -> str:
+    return f"{_estimate(found.mean_reward)}\n{count_images(found)}"
 
 
 def count_images(found: WinRate) -> str:
@@ -131,12 +149,12 @@ def _estimate(mean: Estimate) -> str:
 
 
 def to_markdown(evaluation: Evaluation) -> str:
-    """Formats all tables as Markdown, below the conditions of the evaluation."""
-    about = Table("", ["", ""], describe_evaluation(evaluation))
-    sections = ["# Win rates", _markdown(about)]
+    """Formats all tables as Markdown, above the conditions of the evaluation."""
+    sections = ["# Win rates", *summarize(evaluation)]
     for table in make_tables(evaluation):
         sections += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown(table)]
-    return "\n\n".join([*sections, NOTE]) + "\n"
+    about = Table("", ["", ""], describe_evaluation(evaluation))
+    return "\n\n".join([*sections, NOTE, "## How this was measured", _markdown(about)]) + "\n"
 
 
 def _markdown(table: Table) -> str:
@@ -152,6 +170,8 @@ _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "<": "$<$",
     ">": "$>$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
     "\n": " ",
 }
 
@@ -200,7 +220,7 @@ def to_csv(evaluation: Evaluation) -> str:
                 "prompts": evaluation.prompts.name,
                 "num_prompts": len(evaluation.prompts.prompts),
                 "prompts_sha256": evaluation.prompts.sha256,
-                "source": images.source,
+                "source": hide_folders(images.source),
                 **{key: images.how.get(key) for key in _DRAWING},
                 **{f"win_rate_seed_{seed}": share for seed, share in enumerate(found.per_seed)},
             }
@@ -226,7 +246,7 @@ def to_json(evaluation: Evaluation) -> str:
         },
         "seeds": evaluation.seeds,
         "images": {
-            label: {"source": images.source, "seeds": len(images.files[0]), "how": images.how}
+            label: hide_folders({"source": images.source, "seeds": len(images.files[0]), "how": images.how})
             for label, images in evaluation.images.items()
         },
         "rewards": evaluation.rewards,

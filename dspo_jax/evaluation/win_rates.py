@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from dspo_jax.errors import UserError
+
+Verdict = Literal["better", "worse", "undecided"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,13 @@ class WinRate:
     p_value: float
     mean_reward: Estimate
     base_mean_reward: Estimate
+
+    @property
+    def verdict(self) -> Verdict:
+        """Better or worse than the base, if the interval is on one side of one half and p is below 0.05."""
+        if self.p_value >= 0.05 or self.share.low <= 0.5 <= self.share.high:
+            return "undecided"
+        return "better" if self.share.low > 0.5 else "worse"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

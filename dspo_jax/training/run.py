@@ -10,6 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dspo_jax.errors import UserError
+from dspo_jax.files import hide_folders
 from dspo_jax.interrupts import stop_requests
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
@@ -160,7 +161,7 @@ class Run:
                 start,
                 active=first,
                 wandb_project=settings.wandb_project,
-                config=settings.given,
+                config=hide_folders(settings.given),
             ) as writer,
             Progress("train", settings.steps, start, active=first) as progress,
             Profiler(
