@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dspo_jax.conversion import single_file
-from dspo_jax.conversion.model_card import make_card
+from dspo_jax.conversion.model_card import GRID, find_grid, make_card
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
 from dspo_jax.models import lora
@@ -78,7 +78,9 @@ def export(
         if out.suffix == ".safetensors":
             _write_single(out, folder, trained, models)
         else:
-            model_dir.write_folder(out, folder, trained, make_card(run, name, folder, saved.step))
+            grid = find_grid(run, saved.step)
+            card = make_card(run, name, folder, saved.step)
+            model_dir.write_folder(out, folder, trained, card, {GRID: grid} if grid else {})
     return saved.step
 
 

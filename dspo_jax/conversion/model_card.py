@@ -1,63 +1,122 @@
-"""The model card of an exported run: base, objective, settings, data and metrics."""
+"""The model card of an exported run: how to draw with it, what it draws, and how it was trained."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
+from dspo_jax.files import hide_folders
+from dspo_jax.hub_cache import find_repository
 from dspo_jax.json_files import JsonObject, member
-from dspo_jax.monitoring.metrics import read_metrics
+from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
+from dspo_jax.objectives import OBJECTIVES
 from dspo_jax.weights.model_dir import is_hub_id, read_json
 from dspo_jax.weights.saved_params import read_run_config
 
-# Keys that say where a run was, how it was watched or spread over devices, and nothing about its result.
-_UNINTERESTING = ("model", "log_every", "mesh", "checkpoint", "validation", "data", "steps")
+GRID = "samples.png"
+"""The picture beside the card, which it shows."""
+
+# Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
+_SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
+_OPTIONS = ("optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay")
+_PROMPT = "a red fox in the snow"
 
 
 def make_card(run: Path, base: str, folder: Path, step: int) -> str:
     """Returns the card of a run as a Markdown text that the model hub understands.
 
     Args:
-      run: the workdir, whose config.json and metrics.jsonl are read, and the manifest of its data where it is
-        still there.
+      run: the workdir, whose config.json, metrics.jsonl and samples are read, and the manifest of its data
+        where it is still there.
       base: the model that the run started from, as the user named it.
       folder: where that model is.
       step: of the exported checkpoint.
     """
     config = read_run_config(run, "objective.name", "data.path")
+    values = flatten_dict(config, sep=".")
     objective, data = config["objective"]["name"], config["data"]["path"]
+    name, licence, grid = hide_folders(base), _read_licence(folder), find_grid(run, step)
+    tags = ["dspo_jax", objective, *(["lora"] if values.get("lora.rank") else [])]
+    published = is_hub_id(base) or find_repository(Path(base)) is not None
     header = [
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"tags: [dspo_jax, {objective}]",
+        *licence,
+        *([f"base_model: {name}"] if published else []),
+        f"tags: [{', '.join(tags)}]",
     ]
-    if is_hub_id(base):
-        header.append(f"base_model: {base}")
-    name = base if is_hub_id(base) else Path(base).name
-    settings = {
-        key: value
-        for key, value in sorted(flatten_dict(config, sep=".").items())
-        if key.partition(".")[0] not in _UNINTERESTING and value is not None
-    }
-    folders = [Path(name.strip()) for name in data.split(",")]
     sections = [
-        "---\n" + "\n".join(header) + "\n---",
-        f"# {run.name}",
+        "\n".join(["---", *header, "---"]),
+        f"# {run.resolve().name}",
         f"`{name}` after {step} steps of `{objective}`, trained with dspo_jax "
         "(`python -m dspo_jax.train`) and exported with `python -m dspo_jax.convert export`.",
-        "## Training\n\n" + _table(settings),
-        "## Data\n\n" + "\n\n".join(_table(_describe_data(folder)) for folder in folders),
     ]
-    metrics = _last_metrics(run / "metrics.jsonl", step)
-    if metrics:
-        sections.append("## Metrics\n\n" + _table(metrics))
-    sections.append(
+    if grid is not None:
+        sections.append(f"![From the same noise: the base, and step {_step(grid)}]({GRID})")
+    sections += [
+        "## Use\n\n" + _usage(values),
+        "## Training\n\n" + _table(_describe_training(values, step) | _read_accuracy(run, step)),
+        "## Data\n\n" + "\n\n".join(_table(_describe_data(Path(part.strip()))) for part in data.split(",")),
         "## Licence\n\n"
-        f"The licence of the base model ({_base_licence(folder)}) and the terms of the preference data apply "
-        "to this model too. Add the licence to the first lines of this file before you publish it."
-    )
+        "The licence of the base model and the terms of the preference data apply to this model too.",
+    ]
+    missing = [] if licence else ["`license`, as the card of the base names none"]
+    missing += [] if published else ["`base_model`, as the base was a local folder"]
+    if missing:
+        sections.append(f"Missing in the first lines of this file: {'; '.join(missing)}.")
     return "\n\n".join(sections) + "\n"
+
+
+def find_grid(run: Path, step: int) -> Path | None:
+    """Finds the newest grid of samples that a run drew up to `step`."""
+    grids = {_step(path): path for path in (run / "samples").glob("step_*.png") if path.stem[5:].isdecimal()}
+    return grids[max(drawn)] if (drawn := [each for each in grids if each <= step]) else None
+
+
+def _step(grid: Path) -> int:
+    return int(grid.stem.removeprefix("step_"))
+
+
+def _usage(values: JsonObject) -> str:
+    """Returns a program that draws an image as the run drew its samples."""
+    prompt = next(iter(values.get("samples.prompts") or ()), _PROMPT)
+    steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
+    return f"""```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the model hub
+prompt = {json.dumps(prompt, ensure_ascii=False)}
+image = pipe(prompt, num_inference_steps={steps}, guidance_scale={scale}).images[0]
+image.save("image.png")
+```"""
+
+
+def _describe_training(values: JsonObject, step: int) -> JsonObject:
+    """Lists the objective, its hyperparameters with their defaults, and the main settings, by config key."""
+    name = values["objective.name"]
+    fields = dataclasses.fields(OBJECTIVES[name]) if name in OBJECTIVES else ()
+    rows = {"objective.name": name, **{f"objective.{field.name}": field.default for field in fields}}
+    rows |= {
+        key: value for key, value in values.items() if key.startswith("objective.") and value is not None
+    }
+    rows |= {"steps": step} | {key: values.get(key) for key in _SETTINGS}
+    rows |= {key: values[key] for key in _OPTIONS if values.get(key)}
+    return {key: value for key, value in rows.items() if value is not None}
+
+
+def _read_accuracy(run: Path, step: int) -> dict[str, str]:
+    """Reads the newest held-out implicit accuracy of a run up to `step`, if it has one."""
+    path, key = run / "metrics.jsonl", f"{VALIDATION_PREFIX}implicit_accuracy"
+    records = read_metrics(path) if path.is_file() else []
+    for record in reversed(records):
+        if record["step"] <= step and key in record:
+            value = f"{record[key]:.3f}"
+            if f"{key}_low" in record:
+                value += f" [{record[f'{key}_low']:.3f}, {record[f'{key}_high']:.3f}]"
+            return {"held-out implicit accuracy": f"{value} at step {record['step']}"}
+    return {}
 
 
 def _table(rows: JsonObject) -> str:
@@ -70,9 +129,12 @@ def _describe_data(directory: Path) -> JsonObject:
         return {"name": directory.name, "manifest": "no longer where the run read it"}
     fix = "move it away to write the card without it"
     manifest = read_json(path, fix)
+    source = hide_folders(member(manifest, "source", dict, path, fix))
     rows: JsonObject = {
         "name": directory.name,
-        "source": json.dumps(member(manifest, "source", dict, path, fix), ensure_ascii=False),
+        "source": json.dumps(
+            {key: source[key] for key in ("name", "arguments") if key in source}, ensure_ascii=False
+        ),
         "resolution": member(manifest, "resolution", int, path, fix),
     }
     for split, content in member(manifest, "splits", dict, path, fix).items():
@@ -82,24 +144,9 @@ def _describe_data(directory: Path) -> JsonObject:
     return rows
 
 
-def _last_metrics(path: Path, step: int) -> dict[str, str]:
-    """Returns the newest value of every metric that had been written when `step` was saved."""
-    records = [record for record in read_metrics(path) if record["step"] <= step] if path.is_file() else []
-    newest: dict[str, str] = {}
-    for record in records:
-        for name, value in record.items():
-            if name not in ("step", "wall_seconds", "pairs_per_second"):
-                newest[name] = f"{value:.6g} (step {record['step']})"
-    return dict(sorted(newest.items()))
-
-
-def _base_licence(folder: Path) -> str:
-    """Reads the licence that the base model's own card declares in its first lines."""
+def _read_licence(folder: Path) -> list[str]:
+    """Reads the lines on the licence at the head of a model's card, such as `license: mit`."""
     card = folder / "README.md"
-    header = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        if card.is_file()
-        else None
-    )
-    declared = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
-    return f"its card says {declared[1]}" if declared else "see where you got it"
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return re.findall(r"^license(?:_name|_link)?: *\S.*$", header[1], re.MULTILINE) if header else []

@@ -221,7 +221,13 @@ def copy_model(folder: Path, files: Collection[Path], out: Path) -> None:
         write_json(out / "model_index.json", index | {name: [None, None] for name in unusable})
 
 
-def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], card: str) -> None:
+def write_folder(
+    out: Path,
+    base: Path,
+    replaced: Mapping[str, Mapping[str, Tensor]],
+    card: str,
+    pictures: Mapping[str, Path] = {},
+) -> None:
     """Writes a diffusers folder: a copy of `base` with the weights of some components replaced.
 
     Args:
@@ -229,6 +235,7 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
       base: a diffusers folder.
       replaced: component -> its tensors under torch's names, written under those that `base` has for them.
       card: README.md.
+      pictures: name beside the card -> file that is copied there.
 
     Raises:
       FileNotFoundError: `base` lacks a component that its index names.
@@ -253,6 +260,9 @@ def write_folder(out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tens
             if component.startswith("text_encoder"):
                 _load_as_float32(partial / component, class_name)
         write_text(partial / "README.md", card)
+        for name, file in pictures.items():
+            with name_write_errors(out / name):
+                shutil.copyfile(file, partial / name)
 
 
 def _load_as_float32(folder: Path, class_name: str) -> None:

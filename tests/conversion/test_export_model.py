@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from model_folders import (
     TEXT_FILE,
     UNET_FILE,
@@ -18,10 +19,12 @@ from model_folders import (
     refused,
     write_config,
 )
+from PIL import Image
 from tables import each_row
 
 from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
+from dspo_jax.conversion.model_card import make_card
 from dspo_jax.files import name_write_errors
 from dspo_jax.weights import tensors
 from dspo_jax.weights.checkpoints import Checkpoints
@@ -79,12 +82,12 @@ def test_the_card_says_what_made_the_model(full_run, tiny_model, out):
     shutil.copytree(tiny_model, out.parent / "base")
     (out.parent / "base" / "README.md").write_text("---\nlicense: openrail\n---\n# Base\n")
     (full_run / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 0.25, "validation/implicit_accuracy": 0.5}\n{"step": 3, "loss": 0.125}\n'
-        '{"step": 4, "loss": 9}\n'
+        '{"step": 1, "validation/implicit_accuracy": 0.5, "validation/implicit_accuracy_low": 0.25, '
+        '"validation/implicit_accuracy_high": 0.75}\n{"step": 4, "validation/implicit_accuracy": 0.9}\n'
     )
     (full_run / "pairs").mkdir()
     manifest = {
-        "source": {"name": "folder", "arguments": {"licence": "cc0"}},
+        "source": {"name": "folder", "arguments": {"path": str(full_run / "drawn")}},
         "resolution": 16,
         "splits": {"train": {"num_examples": 24, "skipped": {"too small": 2}}},
     }
@@ -92,21 +95,77 @@ def test_the_card_says_what_made_the_model(full_run, tiny_model, out):
     export(full_run, out, base=out.parent / "base")
     card = (out / "README.md").read_text()
     for part in (
-        "---\nlibrary_name: diffusers\n",
-        "tags: [dspo_jax, diffusion_dpo]",
         "# run\n",
         "`base` after 3 steps of `diffusion_dpo`",
         "| objective.beta | 5000.0 |",
+        "| objective.reduction | mean |",
+        "| steps | 3 |",
+        "| batch_size | 2048 |",
         "| optimizer.learning_rate | 2.048e-05 |",
+        "| seed | 0 |",
         "| split train | 24 examples, 2 skipped: too small |",
-        '| source | {"name": "folder", "arguments": {"licence": "cc0"}} |',
-        "| loss | 0.125 (step 3) |",
-        "| validation/implicit_accuracy | 0.5 (step 1) |",
-        "its card says openrail",
+        '| source | {"name": "folder", "arguments": {"path": "drawn"}} |',
+        "| held-out implicit accuracy | 0.500 [0.250, 0.750] at step 1 |",
+        "Missing in the first lines of this file: `base_model`, as the base was a local folder.",
     ):
         assert part in card
-    assert "base_model" not in card  # it is no hub id
-    assert str(full_run) not in card
+    assert read_header(card) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": "openrail",
+        "tags": ["dspo_jax", "diffusion_dpo"],
+    }
+    assert "lora.rank" not in card
+    assert str(full_run.parent) not in card
+
+
+def read_header(card):
+    """The YAML at the head of a card."""
+    before, header, _ = card.split("---\n", 2)
+    assert before == ""
+    return yaml.safe_load(header)
+
+
+def test_the_card_names_a_base_of_the_hub_and_says_that_it_has_no_licence(full_run, tiny_model, tmp_path):
+    cached = tmp_path / "models--org--name" / "snapshots" / "1a2b"
+    shutil.copytree(tiny_model, cached)
+    for base in ("org/name", str(cached)):
+        card = make_card(full_run, base, cached, 3)
+        assert read_header(card)["base_model"] == "org/name"
+        assert "license" not in read_header(card)
+        assert (
+            "Missing in the first lines of this file: `license`, as the card of the base names none." in card
+        )
+    config = json.loads((full_run / "config.json").read_text())
+    config["lora"]["rank"] = 8
+    (full_run / "config.json").write_text(json.dumps(config))
+    card = make_card(full_run, str(cached), cached, 3)
+    assert read_header(card)["tags"] == ["dspo_jax", "diffusion_dpo", "lora"]
+    assert "| lora.rank | 8 |" in card
+    (cached / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: 'own: 1'\ntags: []\n---\nlicense: mit\n"
+    )
+    header = read_header(make_card(full_run, str(cached), cached, 3))
+    assert (header["license"], header["license_name"]) == ("other", "own: 1")
+
+
+@pytest.mark.ci
+def test_the_card_shows_the_newest_samples_up_to_its_step_and_how_to_draw(
+    full_run, tiny_model, out, monkeypatch
+):
+    (full_run / "samples").mkdir()
+    for step in (1, 2, 4):
+        image = Image.new("RGB", (8, 8), (step, 0, 0))
+        image.save(full_run / "samples" / f"step_{step:06d}.png")
+    export(full_run, out)
+    card = (out / "README.md").read_text()
+    assert "![From the same noise: the base, and step 2](samples.png)" in card
+    assert (out / "samples.png").read_bytes() == (full_run / "samples" / "step_000002.png").read_bytes()
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(out)
+    exec(program.replace("num_inference_steps=25", "num_inference_steps=1"), {})
+    with Image.open(out / "image.png") as image:
+        assert image.mode == "RGB"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_images_made_elsewhere(folders, own, tmp_path):
     assert written["prompts"] == {"name": "three", "count": 3, "sha256": PROMPTS.sha256}
     lines = (out / "win_rates.md").read_text().splitlines()
     assert [line[:16] for line in lines if line.startswith(("| base | 5", "| mine | 5"))] == [
-        *("| mine | 58.3 [0", "| base | 50.00 [", "| mine | 53.33 ["),
+        *("| mine | 58.3 un", "| base | 50.00 [", "| mine | 53.33 ["),
     ]
     assert "redness: won most clearly, 3 of 3" in (out / "index.html").read_text()
     assert {path.name for path in out.iterdir()} == {
