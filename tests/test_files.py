@@ -169,3 +169,17 @@ def test_two_do_not_write_one_output(tmp_path, monkeypatch):
             pass
         assert partial.read_text() == "first"
     assert out.read_text() == "first"
+
+
+def test_what_leaves_this_machine_has_no_absolute_path_in_it():
+    cached = "/root/.cache/huggingface/hub/models--org--name/snapshots/12ab"
+    config = {
+        "model": "/home/me/models/fine",
+        "data": {"path": "/home/me/a, /home/me/b,c/d", "weights": [1, 2.5]},
+        "bases": (cached, "org/name", "runs/mine", None, "a prompt, with a comma", True),
+    }
+    assert files.hide_folders(config) == {
+        "model": "fine",
+        "data": {"path": "a,b,c/d", "weights": [1, 2.5]},
+        "bases": ["org/name", "org/name", "runs/mine", None, "a prompt, with a comma", True],
+    }

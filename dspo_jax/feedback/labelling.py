@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own images, ordered by a reward."""
+"""Preference pairs from images of the same prompts, drawn here or elsewhere and ordered by a reward."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,10 @@ import numpy as np
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
+from dspo_jax.evaluation.image_folders import ImageFolder
+from dspo_jax.feedback.existing_images import ImagesOfPrompt, gather_images, place_gathered, read_images
 from dspo_jax.files import write_text
+from dspo_jax.locks import is_empty
 from dspo_jax.parallel import processes
 from dspo_jax.rewards import Reward
 from dspo_jax.rewards.scores import score_files
@@ -23,6 +26,8 @@ from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
 
 PAIRS = ("best_worst", "all")
+# In the output: images that were not drawn here, and what encode reads.
+_GATHERED, _PAIRS_FILE = "gathered", "pairs.jsonl"
 
 
 # Evaluations count their seeds from 0: no image that a model is judged by begins with noise it trained on.
@@ -38,12 +43,12 @@ class Choice(NamedTuple):
 
 
 def choose_pairs(
-    scores: np.ndarray, pairs: str = "best_worst", temperature: float = 0.0, seed: int = 0
+    scores: Sequence[np.ndarray], pairs: str = "best_worst", temperature: float = 0.0, seed: int = 0
 ) -> list[Choice]:
     """Chooses the comparisons and their winners; images with equal scores are never compared.
 
     Args:
-      scores: [prompts, images of each].
+      scores: of each prompt, those of its images.
       pairs: "best_worst" compares a prompt's best with its worst; "all" every two of its images.
       temperature: 0: the higher score wins. Above it the winner is drawn, as the noisy judgements of the
         Bradley-Terry model are: P(a wins) = sigmoid((score of a - score of b) / temperature).
@@ -119,35 +124,74 @@ def label(
     Raises:
       UserError: a setting that is refused, or no two images of a prompt with different scores.
     """
-    name, images, path = str(model), out / "images", out / "pairs.jsonl"
-    if path.exists() and not (images / SETTINGS).is_file():
+    name, images = str(model), out / "images"
+    if (out / _PAIRS_FILE).exists() and not (images / SETTINGS).is_file():
         raise UserError(f"--out={out}: has a pairs.jsonl of others in it; choose another folder")
-    count = pairing.images_per_prompt
-    seeds = range(_FIRST_SEED, _FIRST_SEED + count)
+    seeds = range(_FIRST_SEED, _FIRST_SEED + pairing.images_per_prompt)
     sample({name: model}, prompts, images, rendering, seeds=seeds, overwrite=overwrite)
-    requests = [ImageRequest(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
-    placed = place_images(images, [name], requests, rendering.image_format)[name]
-    files = [placed[request] for request in requests]
-    texts = [request.prompt for request in requests]
-    scores = score_files(files, texts, [reward], out / "scores")[reward.name].reshape(len(prompts), count)
+    requests = [[ImageRequest(prompt.text, i, seed) for seed in seeds] for i, prompt in enumerate(prompts)]
+    files = place_images(images, [name], list(itertools.chain(*requests)), rendering.image_format)[name]
+    drawn = [ImagesOfPrompt(row[0].prompt, [files[request] for request in row]) for row in requests]
+    return _write_pairs(drawn, reward, out, pairing)
+
+
+def label_images(folder: ImageFolder, reward: Reward, out: Path, pairing: Pairing) -> dict[str, float]:
+    """Scores and orders images that exist already; writes out/pairs.jsonl, which the source `folder` reads.
+
+    Args:
+      folder: see `read_images`; prompts of which it has one image are left out.
+      reward: orders the images of a prompt.
+      out: gets images/, scores/ and pairs.jsonl.
+      pairing: which images are compared.
+
+    Returns:
+      What `label` returns.
+
+    Raises:
+      UserError: a setting or folder that is refused, or no two images of a prompt with different scores.
+      FileNotFoundError: the folder, its file of prompts, or an image.
+    """
+    if not is_empty(out) and not (out / _GATHERED).is_dir():
+        raise UserError(f"--out={out}: not empty, and not made from other images; choose another folder")
+    if folder.path.resolve().is_relative_to(out.resolve()):  # images would be overwritten by one another
+        raise UserError(f"--out={out}: holds --images_from={folder.path}; choose another folder")
+    found = [each for each in read_images(folder) if len(each.files) > 1]
+    if not found:
+        raise UserError(f"--images_from={folder.path}: has one image of each prompt; a pair needs at least 2")
+    if processes.is_first():
+        gather_images(found, out / _GATHERED)
+    processes.wait_for_all("images gathered")
+    return _write_pairs(place_gathered(found, out / _GATHERED), reward, out, pairing)
+
+
+def _write_pairs(
+    images: Sequence[ImagesOfPrompt], reward: Reward, out: Path, pairing: Pairing
+) -> dict[str, float]:
+    """Scores images in `out` and writes pairs.jsonl; returns what `label` returns."""
+    files = [file for each in images for file in each.files]
+    texts = [each.text for each in images for _ in each.files]
+    found = score_files(files, texts, [reward], out / "scores")[reward.name]
+    scores = np.split(found, np.cumsum([len(each.files) for each in images])[:-1])
     choices = choose_pairs(scores, pairing.pairs, pairing.temperature)
     if not choices:
         raise UserError(f"reward {reward.name}: gave all images of a prompt the same score; no pair is left")
     rows = []
     for prompt, *both in choices:
-        winner, loser = (files[prompt * count + image] for image in both)
+        winner, loser = (images[prompt].files[image] for image in both)
         rows.append(
             {
-                "caption": prompts[prompt].text,
+                "caption": images[prompt].text,
                 "winner": winner.relative_to(out).as_posix(),
                 "loser": loser.relative_to(out).as_posix(),
                 "key": f"{prompt}-{both[0]}-{both[1]}",
-                reward.name: [float(scores[prompt, image]) for image in both],
+                reward.name: [float(scores[prompt][image]) for image in both],
             }
         )
     if processes.is_first():
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    compared = len(prompts) * (1 if pairing.pairs == "best_worst" else math.comb(count, 2))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(out / _PAIRS_FILE, "".join(lines))
+    best_worst = pairing.pairs == "best_worst"
+    compared = sum(1 if best_worst else math.comb(len(each.files), 2) for each in images)
     won, lost = (np.mean([row[reward.name][i] for row in rows]) for i in (0, 1))
     return {
         "images": len(files),

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,9 @@ class Prompt:
     category: str = ""
 
 
-def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prompt]:
+def read_prompts(
+    text_or_file: str, *, allow_outside: bool = False, image_columns: Sequence[str] = ("image",)
+) -> list[Prompt]:
     """Returns the prompts of a file, in its order; or one prompt, if the argument ends in none of these.
 
     `.txt`: one a line, empty lines are passed over. `.jsonl`: objects with `prompt` (or `caption`, `text`)
@@ -46,6 +48,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     Args:
       text_or_file: the argument.
       allow_outside: whether images may lie outside the folder of the file that names them.
+      image_columns: what the image may be called, in lower case.
 
     Raises:
       FileNotFoundError: it ends like a file and there is none, or an image is missing.
@@ -69,7 +72,9 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
         raise FileNotFoundError(f"--prompts={path}: no such file")
     try:
         paths = ImagePaths(path.parent, COMMAND_ALLOWS_OUTSIDE, allow_outside)
-        prompts = [_parse(row, path, where, paths) for where, row in readers[path.suffix](path)]
+        prompts = [
+            _parse(row, path, where, paths, image_columns) for where, row in readers[path.suffix](path)
+        ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     if not prompts:
@@ -77,7 +82,7 @@ def read_prompts(text_or_file: str, *, allow_outside: bool = False) -> list[Prom
     return prompts
 
 
-def _parse(row: object, path: Path, where: str, paths: ImagePaths) -> Prompt:
+def _parse(row: object, path: Path, where: str, paths: ImagePaths, image_columns: Sequence[str]) -> Prompt:
     where = f"{path}: {where}"
     if isinstance(row, str):
         return Prompt(check_text(row.strip(), where))
@@ -90,17 +95,18 @@ def _parse(row: object, path: Path, where: str, paths: ImagePaths) -> Prompt:
         raise UserError(f"{where}: no text under {', '.join(_TEXT_KEYS)} (found: {found})")
     text = check_text(text.strip(), where)
     category = check_text(str(fields.get("category") or "").strip(), where)
-    name = fields.get("image")
-    if not name:
+    column = next((column for column in image_columns if fields.get(column)), None)
+    if column is None:
         return Prompt(text, category=category)
+    name = fields[column]
     if not isinstance(name, str):
-        raise UserError(f"{where}: image is a {type(name).__name__}, but must be the path of a file")
+        raise UserError(f"{where}: {column} is a {type(name).__name__}, but must be the path of a file")
     try:
         image = paths.find(name)
     except UserError as error:
-        raise UserError(f"{where}: image = {name!r}: {error}") from error
+        raise UserError(f"{where}: {column} = {name!r}: {error}") from error
     if not image.is_file():
-        raise FileNotFoundError(f"{where}: image = {name!r}: no such file")
+        raise FileNotFoundError(f"{where}: {column} = {name!r}: no such file")
     return Prompt(text, image, category)
 
 

@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from image_files import image_bytes
 from PIL import Image
 
 from dspo_jax.data.sources import get_source
+from dspo_jax.errors import UserError
+from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.feedback import labelling
-from dspo_jax.feedback.labelling import Pairing, choose_pairs, label
+from dspo_jax.feedback.labelling import Pairing, choose_pairs, label, label_images
 from dspo_jax.rewards import Reward
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
@@ -96,3 +99,84 @@ def test_what_is_refused(drawn, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         drawn(**changes)
     assert not (tmp_path / "out" / "pairs.jsonl").exists()
+
+
+def picture(path, red):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image_bytes((red, 0, 0), file_format="PNG"))
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+
+
+REDS = {"a/1.png": 10, "a/2.png": 30, "b.png": 20, "c.png": 90, "d.png": 50}
+LINES = [("bird", "a/1.png"), ("bird", "a/2.png"), ("heart", "d.png"), ("bird", "b.png"), ("sun", "c.png")]
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Three images of a bird, the second the reddest, and one each of other prompts."""
+    for name, red in REDS.items():
+        picture(tmp_path / "theirs" / name, red)
+    rows = [json.dumps({"file_name": name, "text": text}) for text, name in LINES]
+    (tmp_path / "theirs" / "metadata.jsonl").write_text("\n".join(rows))
+    return ImageFolder(tmp_path / "theirs")
+
+
+def test_images_that_exist_are_ordered_and_encode_reads_the_pairs(theirs, tmp_path):
+    out = tmp_path / "out"
+    done = label_images(theirs, REWARD, out, Pairing())
+    assert (done["images"], done["pairs"], done["ties"]) == (3, 1, 0)
+    (pair,) = get_source("folder", path=str(out), validation_share=0.0).pairs("train")
+    reds = [int(redness([np.asarray(Image.open(image))], [""])[0]) for image in (pair.winner, pair.loser)]
+    assert (pair.caption, reds) == ("bird", [30, 10])
+    # Again, of every two, and of what has changed since: the image that was the best is now the worst.
+    picture(theirs.path / "a" / "2.png", 5)
+    assert label_images(theirs, REWARD, out, Pairing(pairs="all"))["pairs"] == 3
+    assert [row["redness"] for row in rows_of(out)] == [[10, 5], [20, 10], [20, 5]]
+    # The pairs are images of prompts themselves, to be ordered by another reward.
+    paleness = Reward("paleness", "1", lambda images, prompts: -redness(images, prompts))
+    again = tmp_path / "again"
+    assert label_images(ImageFolder(out), paleness, again, Pairing())["images"] == 3
+    assert rows_of(again)[0]["paleness"] == [-5, -20]
+
+
+def test_what_sample_left_is_read_whole_or_by_model(tmp_path):
+    lines = []
+    for model in ("0-m", "1-n"):
+        for seed in range(2):
+            name = f"{model}/00000_{seed}.png"
+            picture(tmp_path / "drawn" / name, 10 * seed + (100 if model == "1-n" else 0))
+            lines.append(json.dumps({"prompt": "bird", "prompt_index": 0, "seed": seed, "file": name}))
+    (tmp_path / "drawn" / "manifest.jsonl").write_text("\n".join(lines))
+    for folder, expected in (("drawn", [110, 0]), ("drawn/0-m", [10, 0]), ("drawn/1-n", [110, 100])):
+        out = tmp_path / f"of-{folder.replace('/', '-')}"
+        label_images(ImageFolder(tmp_path / folder), REWARD, out, Pairing())
+        assert [row["redness"] for row in rows_of(out)] == [expected]
+
+
+def test_what_is_refused_of_images_that_exist(theirs, tmp_path):
+    def refuse(message, folder=theirs, out=tmp_path / "out", error=UserError):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(error, match=message):
+            label_images(folder, REWARD, out, Pairing())
+        assert sorted(tmp_path.rglob("*")) == before
+
+    label_images(theirs, REWARD, tmp_path / "done", Pairing())
+    refuse("holds --images_from=.*; choose another", ImageFolder(tmp_path / "done"), tmp_path / "done")
+    refuse("theirs: not empty, and not made from other images", out=theirs.path)
+    refuse(r"absent: no such folder", ImageFolder(tmp_path / "absent"), error=FileNotFoundError)
+    refuse(
+        r"holds none of manifest\.jsonl, metadata", ImageFolder(theirs.path / "a"), error=FileNotFoundError
+    )
+    metadata = theirs.path / "metadata.jsonl"
+    picture(tmp_path / "outside.png", 1)
+    for line, message, error in (
+        ('{"file_name": "../outside.png", "text": "bird"}', r"line 1: file_name = .*leads out of", UserError),
+        ('{"file_name": "none.png", "text": "bird"}', r"line 1: file_name = 'none\.png'", FileNotFoundError),
+        ('{"file_name": "b.png"}', "line 1: no text under prompt, caption, text", UserError),
+        ('{"file_name": "b.png", "text": "bird"}', "has one image of each prompt; a pair needs", UserError),
+    ):
+        metadata.write_text(line)
+        refuse(message, error=error)
