@@ -58,12 +58,13 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    flags.DEFINE_string("model", None, "A diffusers folder or a training workdir.")
+    flags.DEFINE_string("model", None, "Draws the images: a diffusers folder or a training workdir.")
     flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string(
         "images_from",
         None,
-        "In place of both, images that exist: a folder of sample, or one with metadata.jsonl or .csv.",
+        "In place of --model and --prompts: images that exist, a folder of sample or with metadata.jsonl "
+        "or .csv.",
     )
     flags.DEFINE_string(
         "reward",
