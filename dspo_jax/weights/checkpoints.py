@@ -363,7 +363,7 @@ class _LateWrites:
     the error of the save itself arrives as an exception.
     """
 
-    shown: Callable[[sys.UnraisableHookArgs], object]
+    shown: Callable[..., object]  # of one sys.UnraisableHookArgs, a name that only type checkers know
 
     def __call__(self, lost: sys.UnraisableHookArgs) -> None:
         if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):
