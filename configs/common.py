@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Optimizer updates of the whole run.
     config.steps = 1000
+    # In place of `steps`: how often the run goes through the training examples, for example 10.0.
+    config.epochs = config_dict.placeholder(float)
     # Pairs in an update, over all devices.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
@@ -151,6 +153,9 @@ def get_config() -> ConfigDict:
     config.validation.every = 500
     # How many (timestep, noise) draws each held-out pair is judged by; the timesteps are spread evenly.
     config.validation.draws = 8
+    # After so many validations without a better score than all before, the run ends; 0 turns that off. The
+    # score is the implicit accuracy, or, where there is no reference, the winners' error.
+    config.validation.patience = 0
     # Held-out examples in one call of the networks.
     config.validation.batch_size = 32
 
@@ -158,7 +163,8 @@ def get_config() -> ConfigDict:
     # Steps between two grids of images, drawn by the model at the start beside the current one. 0 turns it
     # off.
     config.samples.every = 500
-    # One row of the grid each; none means the first captions of the validation split.
+    # One row of the grid each, or the name of a file of them, as `sample --prompts` takes it; none means the
+    # first captions of the validation split.
     config.samples.prompts = ()
     # One column each, under either model.
     config.samples.seeds = (0,)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
     workdir = Path(flags.FLAGS.workdir)
     try:
-        step = train(settings, workdir)
+        step, finished = train(settings, workdir)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             f"another process of this run was lost, or this one failed ({str(error).splitlines()[0]}); start "
             "all of them again, and the run resumes from its last checkpoint"
         ) from error
-    status = cli.EXIT_STOPPED if step < settings.steps else 0
+    status = 0 if finished else cli.EXIT_STOPPED
     if not processes.is_first():
         return status
     print(f"{workdir}: step {step}")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
     if status == cli.EXIT_STOPPED:
-        print(f"stopped: after step {step} of {settings.steps}; the same command resumes it")
+        print(f"stopped: after step {step}; the same command resumes it")
     return status
 
 

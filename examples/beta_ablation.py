@@ -90,7 +90,7 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
         config = copy.deepcopy(values.config)
         config.objective.beta = beta
         models[f"{beta:g}"] = workdir = out / f"run_{beta:g}"
-        if train(config, workdir) < config.steps:
+        if not train(config, workdir).finished:
             print("stopped; the same command goes on from there")
             return
     evaluation = evaluate(

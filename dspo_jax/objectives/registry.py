@@ -31,13 +31,22 @@ OBJECTIVES: dict[str, type[Objective]] = {
     )
 }
 
+ALIASES = {
+    "dpo": "diffusion_dpo",
+    "diffusion-dpo": "diffusion_dpo",
+    "diffusion_kto": "kto",
+    "diffusion-kto": "kto",
+}
+"""Other names that the field has for some of them."""
+
 
 def get_objective(name: str, **arguments: object) -> Objective:
-    """Makes the objective called `name`, with the given hyperparameters and defaults for the others.
+    """Makes the objective called `name`, or by an alias, with the given hyperparameters and defaults for the others.
 
     Raises:
       UserError: Unknown name or argument, or a value out of range; the message gives the nearest valid name.
     """
+    name = ALIASES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(spelling.unknown("config.objective.name", str(name), OBJECTIVES))
     cls = OBJECTIVES[name]

@@ -12,6 +12,8 @@ from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
 
+_MANY_EPOCHS = 200
+
 
 def held(state: TrainState, reference: Params) -> dict[str, object]:
     """Trees of arrays, or shapes with their sharding, that devices hold whatever the batch, by name."""
@@ -54,6 +56,11 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
         f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     )
+    if optimizer.warmup_steps > settings.steps:
+        yield (
+            f"warning: config.optimizer.warmup_steps = {optimizer.warmup_steps}: the run has {settings.steps} "
+            "steps, and never reaches its learning rate; lower it"
+        )
     parts = held(state, reference)
     sizes = {name: bytes_per_device(part) for name, part in parts.items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
@@ -86,6 +93,11 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
         yield (
             f"warning: config.batch_size = {settings.batch_size}: every step holds each of the {examples:,} "
             "examples more than once, and takes the memory and time of as many; lower it"
+        )
+    if drawn > _MANY_EPOCHS * examples:
+        yield (
+            f"warning: {drawn / examples:,.0f} epochs of {examples:,} examples: a model forgets more than it "
+            "learns; set --config.epochs=10 or the like, in place of config.steps"
         )
     if len(datasets) > 1:
         rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()

@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
-from dspo_jax.monitoring.curves import draw_curves
 from dspo_jax.monitoring.devices import memory_peaks
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, MetricsWriter
 from dspo_jax.monitoring.progress import Progress
@@ -18,7 +16,7 @@ from dspo_jax.training.loop import AfterStep, Hook, Stream
 from dspo_jax.training.sample_grids import SampleGrids
 from dspo_jax.training.step import TrainState
 from dspo_jax.training.task import Metrics, cast, policy_params
-from dspo_jax.training.validation import Validator
+from dspo_jax.training.validation import Validator, score
 from dspo_jax.weights.checkpoints import Checkpoints
 
 
@@ -116,7 +114,8 @@ class Log:
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
         values |= self._speed.measure(step)
         self._writer.write(step, values)
-        shown = {"pairs/s": values["pairs_per_second"]}
+        speed = values["pairs_per_second"]  # 0 where only the first step, which compiled, was made
+        shown = {"pairs/s": speed} if speed else {}
         shown |= {name: values[name] for name in ("mfu", "loss", "implicit_accuracy") if name in values}
         self._progress.update(step, shown)
         self._check(step, values)
@@ -126,7 +125,7 @@ class Validate:
     """Judges the held-out pairs, writes the scalars and draws the curves.
 
     Attributes:
-      score: (step, score) of the last validation; None before the first.
+      scores: step -> score of every validation of the run.
     """
 
     def __init__(
@@ -135,10 +134,11 @@ class Validate:
         reference: Params,
         writer: MetricsWriter,
         clock: Clock,
-        workdir: Path,
+        draw: Callable[[], None],
         *,
         every: int,
         steps: int,
+        scores: Mapping[int, float],
     ):
         """Takes the validator and where its scalars go.
 
@@ -147,13 +147,14 @@ class Validate:
           reference: the frozen parameters.
           writer: gets the scalars.
           clock: leaves out the time that this takes.
-          workdir: of the run; gets curves.png.
+          draw: draws the curves of all that was written so far.
           every: steps between two validations; the first and the last step of the run are validated, too.
           steps: of the whole run.
+          scores: of validations before this process began.
         """
         self._validator, self._reference, self._writer = validator, reference, writer
-        self._clock, self._workdir, self._every, self._steps = clock, workdir, every, steps
-        self.score: tuple[int, float] | None = None
+        self._clock, self._draw, self._every, self._steps = clock, draw, every, steps
+        self.scores = dict(scores)
 
     def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the first or the last of the run, or one of every few."""
@@ -168,13 +169,27 @@ class Validate:
             reference = cast(task, self._reference) if task.loss.needs_reference else None
             scores = self._validator(policy, reference)
             self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
-            self.score = at.step, scores.get("implicit_accuracy", -scores["winner_error"])
+            self.scores[at.step] = score(scores)
             if processes.is_first():
-                draw_curves(self._workdir / "metrics.jsonl", self._workdir / "curves.png")
+                self._draw()
 
-    def score_of(self, step: int) -> float | None:
-        """Returns the score of a step; None if that step was not validated."""
-        return self.score[1] if self.score and self.score[0] == step else None
+
+@dataclasses.dataclass(frozen=True)
+class Announced:
+    """A hook whose work the progress bar names, and leaves out of the time that is left."""
+
+    hook: Hook
+    progress: Progress
+    doing: str
+
+    def due(self, at: AfterStep) -> bool:
+        """Asks the hook."""
+        return self.hook.due(at)
+
+    def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
+        """Calls the hook."""
+        with self.progress.busy(self.doing):
+            self.hook(at, state, metrics)
 
 
 class DrawSamples:
@@ -218,21 +233,21 @@ class Save:
 
     def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the last, one of every few, or has the best score so far."""
-        score = self._score(at.step)
-        better = score is not None and score > self._best
+        found = self._score(at.step)
+        better = found is not None and found > self._best
         return at.step > 0 and (at.last or at.step % self._every == 0 or better)
 
     def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Saves the state with the stream's position and the clock."""
         del metrics
-        score = self._score(at.step)
-        self._best = max(self._best, -math.inf if score is None else score)
+        found = self._score(at.step)
+        self._best = max(self._best, -math.inf if found is None else found)
         extra = {"data": self._stream.get_state(), "clock": self._clock.state()}
         with self._clock.paused():
-            self._checkpoints.save(at.step, state.arrays(), extra, score)
+            self._checkpoints.save(at.step, state.arrays(), extra, found)
 
     def _score(self, step: int) -> float | None:
-        return self._validate.score_of(step) if self._validate else None
+        return self._validate.scores.get(step) if self._validate else None
 
 
 class Profile:

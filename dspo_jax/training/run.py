@@ -1,9 +1,10 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -14,11 +15,13 @@ from dspo_jax.files import hide_folders
 from dspo_jax.interrupts import stop_requests
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
+from dspo_jax.monitoring.curves import draw_curves
 from dspo_jax.monitoring.devices import peak_flops
 from dspo_jax.monitoring.metrics import MetricsWriter
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
+from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
@@ -29,11 +32,26 @@ from dspo_jax.training.shard_stream import ShardStream
 from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.task import Batch, Metrics, policy_params, predict
-from dspo_jax.training.validation import Validator
+from dspo_jax.training.validation import Validator, exhausted, read_scores
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
 
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+_WORN_OUT = "no better score in %d validations (config.validation.patience); the best checkpoint is kept"
+
+
+class Outcome(NamedTuple):
+    """How a call of `train` ended.
+
+    Attributes:
+      step: updates done in the whole run.
+      finished: whether the run is at its end; False where it was asked to stop, and can go on.
+    """
+
+    step: int
+    finished: bool
 
 
 def open_shards(experiment: Experiment) -> ShardStream:
@@ -63,9 +81,10 @@ class Unstable(UserError):
 class Updater:
     """Compiled training steps of a run; the time that compiling takes is not training time."""
 
-    def __init__(self, step: Step, reference: Params, key: jax.Array, clock: Clock):
-        """Takes the step from `compile_step`, the frozen parameters, the key and the clock of the run."""
+    def __init__(self, step: Step, reference: Params, key: jax.Array, clock: Clock, progress: Progress):
+        """Takes the step from `compile_step`, frozen parameters, key, clock and progress bar of the run."""
         self._step, self._reference, self._key, self._clock = step, reference, key, clock
+        self._progress = progress
         self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -75,7 +94,7 @@ class Updater:
             return self._step(state, self._reference, batch, self._key)
         self._compiled.add(shapes)
         jax.block_until_ready(state)  # steps that still run are training time
-        with self._clock.paused():
+        with self._progress.busy("compiling the step"), self._clock.paused():
             return self._step(state, self._reference, batch, self._key)
 
 
@@ -127,7 +146,7 @@ class Run:
                 mesh,
                 workdir,
                 settings.samples,
-                prompts=settings.samples.prompts or first_captions(experiment.datasets, split),
+                prompts=_read_prompts(settings.samples.prompts) or first_captions(experiment.datasets, split),
                 compute_dtype=settings.compute_dtype,
             )
 
@@ -154,7 +173,6 @@ class Run:
         """
         settings, mesh, start = self._experiment.settings, self._experiment.mesh, int(state.step)
         first, vote = processes.is_first(), processes.Vote(mesh)
-        update = Updater(self._step, self._reference, self._key, clock)
         with (
             MetricsWriter(
                 self._workdir,
@@ -170,21 +188,45 @@ class Run:
         ):
             if start:  # else the hooks are called before the first step
                 profiler.before(start + 1, state)
+            validate = self._make_validate(start, clock, writer)
+            watching = self._make_hooks(validate, start, stream, clock, checkpoints, writer, progress)
+            patience = settings.validation.patience
+
+            def stopping() -> bool:
+                worn_out = validate is not None and exhausted(validate.scores, patience)
+                return vote(stop_requested() or worn_out)
+
             state = fit(
-                update,
+                Updater(self._step, self._reference, self._key, clock, progress),
                 state,
                 stream,
                 steps=settings.steps,
-                hooks=[
-                    *self._make_hooks(start, stream, clock, checkpoints, writer, progress),
-                    hooks.Profile(profiler),
-                ],
-                stopping=lambda: vote(stop_requested()),
+                hooks=[*watching, hooks.Profile(profiler)],
+                stopping=stopping,
             )
         return int(state.step)
 
+    def _make_validate(self, start: int, clock: Clock, writer: MetricsWriter) -> hooks.Validate | None:
+        settings, workdir = self._experiment.settings, self._workdir
+        if self._validator is None:
+            return None
+        chosen = {name: value for name, value in settings.given["objective"].items() if value is not None}
+        title = f"{workdir.name}: {chosen.pop('name')}"
+        title = ", ".join([title, *(f"{name} {value}" for name, value in chosen.items())])
+        return hooks.Validate(
+            self._validator,
+            self._reference,
+            writer,
+            clock,
+            partial(draw_curves, workdir / "metrics.jsonl", workdir / "curves.png", title),
+            every=settings.validation.every,
+            steps=settings.steps,
+            scores=read_scores(workdir, start),
+        )
+
     def _make_hooks(
         self,
+        validate: hooks.Validate | None,
         start: int,
         stream: Stream,
         clock: Clock,
@@ -194,31 +236,15 @@ class Run:
     ) -> list[Hook]:
         settings, mesh = self._experiment.settings, self._experiment.mesh
         watching: list[Hook] = []
-        validate = None
-        if self._validator is not None:
-            validate = hooks.Validate(
-                self._validator,
-                self._reference,
-                writer,
-                clock,
-                self._workdir,
-                every=settings.validation.every,
-                steps=settings.steps,
-            )
-            watching.append(validate)
+        if validate is not None:
+            watching.append(hooks.Announced(validate, progress, "validating"))
         if self._grids is not None:
-            watching.append(
-                hooks.DrawSamples(
-                    self._grids,
-                    self._reference,
-                    clock,
-                    every=settings.samples.every,
-                    steps=settings.steps,
-                )
+            draw = hooks.DrawSamples(
+                self._grids, self._reference, clock, every=settings.samples.every, steps=settings.steps
             )
-        watching.append(
-            hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)
-        )
+            watching.append(hooks.Announced(draw, progress, "drawing samples"))
+        save = hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)
+        watching.append(hooks.Announced(save, progress, "saving"))
         peak = peak_flops(mesh.devices.flat[0]) if settings.compute_dtype == "bfloat16" else None
         speed = hooks.Speed(clock, settings.batch_size, start, self._flops_per_pair, peak)
         log = hooks.Log(
@@ -230,6 +256,11 @@ class Run:
             check=partial(refuse_instability, settings, checkpoints),
         )
         return [log, *watching]
+
+
+def _read_prompts(given: Sequence[str]) -> list[str]:
+    """Returns the prompts of `config.samples.prompts`, in which the name of a file stands for those in it."""
+    return [prompt.text for text in given for prompt in read_prompts(text)]
 
 
 def refuse_instability(
@@ -260,8 +291,8 @@ def train(
     make_step: Callable[[TrainState], Step] = compile_step,
     make_stream: Callable[[Experiment], Stream] = open_shards,
     count_flops: Callable[..., float | None] = mean_flops_per_example,
-) -> int:
-    """Runs or resumes a training run to `config.steps` or until it is asked to stop; returns the step.
+) -> Outcome:
+    """Runs or resumes a training run to its end, or until it is asked to stop.
 
     Args:
       config: the keys of configs/common.py, or what `settings.parse` made of them.
@@ -281,13 +312,17 @@ def _train(
     make_step: Callable[[TrainState], Step],
     make_stream: Callable[[Experiment], Stream],
     count_flops: Callable[..., float | None],
-) -> int:
+) -> Outcome:
     """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)
     if processes.is_first():
         for line in describe_run(experiment, state, reference):
-            logging.info("%s", line)
+            if line.startswith("warning: "):
+                logging.warning("%s", line.removeprefix("warning: "))
+            else:
+                logging.info("%s", line)
+        logging.info("to watch it: %s, or tensorboard --logdir %s", workdir / "curves.png", workdir)
     run = Run(experiment, workdir, state, reference, make_step, count_flops)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
@@ -309,7 +344,11 @@ def _train(
                 position, clock = skip_to or extra["data"], Clock(**extra["clock"])
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
-                return step
+                return Outcome(step, finished=True)
+            patience = settings.validation.patience
+            if exhausted(read_scores(workdir, step), patience):
+                logging.info(f"ended at step %d: {_WORN_OUT}", step, patience)
+                return Outcome(step, finished=True)
             with closing(TimedStream(make_stream(experiment), clock)) as stream:
                 if position is not None:
                     stream.set_state(position)
@@ -324,7 +363,11 @@ def _train(
                     )
                     skip_to, rolled_back_to = stream.get_state(), latest
                     continue
-            if step < settings.steps:
-                checkpoints.wait()
-                logging.info("asked to stop: saved step %d; the same command resumes it", step)
-            return step
+            if step == settings.steps:
+                return Outcome(step, finished=True)
+            checkpoints.wait()
+            if exhausted(read_scores(workdir, step), patience):
+                logging.info(f"ended at step %d: {_WORN_OUT}", step, patience)
+                return Outcome(step, finished=True)
+            logging.info("asked to stop: saved step %d; the same command resumes it", step)
+            return Outcome(step, finished=False)

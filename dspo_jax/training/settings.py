@@ -89,6 +89,7 @@ class ValidationSettings:
     split: str
     every: int = limited(NOT_NEGATIVE)
     draws: int = limited(AT_LEAST_1)
+    patience: int = limited(NOT_NEGATIVE)
     batch_size: int
 
 
@@ -128,11 +129,13 @@ class Settings:
 
     Attributes:
       given: the config as config.json holds it: JSON types, and None where nothing was set.
+      steps: where there are `epochs`, of no meaning before `start.prepare` has counted the examples.
     """
 
     model: str | None
     seed: int
     steps: int = limited(AT_LEAST_1)
+    epochs: float | None = limited(Limit("must be above 0", lambda epochs: epochs is None or epochs > 0))
     batch_size: int = limited(AT_LEAST_1)
     accumulation: int = limited(AT_LEAST_1)
     caption_dropout: float = limited(PROBABILITY)
@@ -179,12 +182,14 @@ def parse(config: ConfigDict) -> Settings:
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
         )
+    given = json.loads(config.to_json())
+    given["objective"]["name"] = settings.objective.name  # not an alias
     # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
     settings = dataclasses.replace(
         settings,
         reference_dtype=settings.reference_dtype or lesser,
-        given=json.loads(config.to_json()),
+        given=given,
     )
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
     # otherwise, the two differ before the first update. (With LoRA they are one tree.)

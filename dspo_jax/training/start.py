@@ -83,14 +83,19 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     pipe = load_pipeline(settings.model)
     for line in model_dir.foresee_export(pipe.path):
         logging.warning("config.model = %s: %s", settings.model, line)
-    task = make_task(settings, pipe)
     adapters = make_adapters(settings, pipe)
     datasets: Sequence[Dataset] = ()
     if examples is None:
         datasets = open_data(settings, pipe)
+        count = sum(count_examples(datasets, settings.data.split).values())
     else:
         settings = _turn_watching_off(settings)
-        check_images(settings.objective, examples["moments"].shape[1], "the batch in memory")
+        count, images = examples["moments"].shape[:2]
+        check_images(settings.objective, images, "the batch in memory")
+    if settings.epochs is not None:
+        steps = max(1, round(settings.epochs * count / settings.batch_size))
+        settings = dataclasses.replace(settings, steps=steps)
+    task = make_task(settings, pipe)
     mesh = mesh_of(settings)
     check_batch_size(
         settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"

@@ -20,6 +20,7 @@ from dspo_jax.data.records import HostBatch
 from dspo_jax.errors import UserError
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
+from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.objectives import Predictions
 from dspo_jax.objectives.implicit_reward import error_drift, squared_error
@@ -62,6 +63,35 @@ Predict = Callable[[Params, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.
 
 
 _SEED = 20_241  # seed of the noise: changing it moves every validation curve
+
+
+def score(scores: Mapping[str, float]) -> float:
+    """Returns what models are compared by: implicit accuracy; without a reference, minus the winners' error.
+
+    Args:
+      scores: of a validation.
+    """
+    return scores.get("implicit_accuracy", -scores["winner_error"])
+
+
+def read_scores(workdir: Path, until: int) -> dict[int, float]:
+    """Returns step -> score of the validations of a run up to a step, {} where it has not begun."""
+    path = workdir / "metrics.jsonl"
+    found = read_validations(path) if path.is_file() else {}
+    return {step: score(scores) for step, scores in found.items() if step <= until}
+
+
+def exhausted(scores: Mapping[int, float], patience: int) -> bool:
+    """Tells whether none of the last `patience` validations was better than the best before them.
+
+    Args:
+      scores: by step.
+      patience: 0 never ends a run.
+    """
+    values = [scores[step] for step in sorted(scores)]
+    if not patience or len(values) <= patience:
+        return False
+    return max(values[-patience:]) <= max(values[:-patience])
 
 
 class Validator:

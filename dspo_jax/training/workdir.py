@@ -11,8 +11,8 @@ from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
-# Keys that may differ when a run is resumed, beside `steps` where the learning rate does not end with the
-# run: they decide how the run is computed and watched, not its result.
+# Keys that may differ when a run is resumed, beside `steps` and `epochs` where the learning rate does not end
+# with the run: they decide how the run is computed and watched, not its result.
 MAY_DIFFER = (
     "checkpoint",
     "log_every",
@@ -36,7 +36,8 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
       UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
     """
     optimizer = config["optimizer"]
-    may_differ = [*MAY_DIFFER, *(("steps",) if optimizer["schedule"] in ENDLESS_SCHEDULES else ())]
+    lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
+    may_differ = [*MAY_DIFFER, *lengths]
     path = workdir / "config.json"
     if path.is_file():
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")

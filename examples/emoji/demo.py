@@ -66,9 +66,9 @@ def run_demo(out: Path, console: Console) -> None:
     config.data.path = str(out / "pairs")
     config.samples.every = 0  # the sheet below shows more
     announce(f"train: {config.objective.name}, {config.steps} steps of {config.batch_size} pairs")
-    step = train(config, out / "run")
-    if step < config.steps:
-        announce(f"stopped at step {step} of {config.steps}; the same command goes on from there")
+    outcome = train(config, out / "run")
+    if not outcome.finished:
+        announce(f"stopped at step {outcome.step} of {config.steps}; the same command goes on from there")
         return
     validations = read_validations(out / "run" / "metrics.jsonl")
     for step, when in ((0, "before"), (config.steps, "after")):

@@ -14,7 +14,8 @@ from jaxtyping import TypeCheckError
 from tables import each_row
 
 from dspo_jax.errors import UserError
-from dspo_jax.objectives import Predictions, dpo, get_objective, registry
+from dspo_jax.objectives import OBJECTIVES, Predictions, dpo, get_objective, registry
+from dspo_jax.objectives.registry import ALIASES
 from dspo_jax.schedules.variance_preserving import Schedule
 
 OF_PAIRS = ("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "dspo", "dspo_ref", "dspo_sdxl")
@@ -289,3 +290,9 @@ def test_a_limit_holds_however_an_objective_is_made():
         dpo.DiffusionDPO(beta=-1.0)
     with pytest.raises(UserError, match=r"config\.objective\.reduction = 'median': unknown"):
         dataclasses.replace(dpo.DiffusionDPO(), reduction="median")
+
+
+def test_the_fields_short_names_are_known():
+    assert get_objective("dpo", beta=2.0) == get_objective("diffusion_dpo", beta=2.0)
+    assert get_objective("diffusion-kto").name == "kto"
+    assert ALIASES.keys().isdisjoint(OBJECTIVES)

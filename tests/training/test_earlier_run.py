@@ -25,7 +25,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_same_numbers(tmp_path, mon
     config = make_config(Path("tiny"), Path("pairs"))
     config.update(begun)
     config.steps = 8
-    assert train(config, Path("stopped")) == 8
+    assert train(config, Path("stopped")).step == 8
     whole = tmp_path / "whole"
     whole.mkdir()
     (tmp_path / "metrics_of_the_whole_run.jsonl").rename(whole / "metrics.jsonl")

@@ -71,7 +71,7 @@ def config(shallow_model, tiny_pairs):
 
 def test_a_run_writes_its_config_metrics_and_checkpoints(config, train, fake_step, tmp_path):
     config.log_every = 5
-    assert train(config, tmp_path / "run") == 12
+    assert train(config, tmp_path / "run").step == 12
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(config.to_json())
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(record["step"], record["loss"]) for record in records] == [(5, 5), (10, 10), (12, 12)]
@@ -88,15 +88,15 @@ def test_what_is_said_before_the_first_step(config, train, tmp_path, caplog):
     assert "dspo: " in said
     assert "learning rate 0.001 for 8 examples a step, which is 0.000125 an example" in said
     assert "reward_scale = 0.001 (mean, with 1/2) over 64 values an image is 0.001 (mean, with 1/2)" in said
-    assert "warning: dspo: the preference term's coefficient s * G is at most score_weight = 0.001" in said
+    assert "dspo: the preference term's coefficient s * G is at most score_weight = 0.001" in said
 
 
 def test_a_finished_run_does_nothing_and_can_be_prolonged(config, train, fake_step, tmp_path):
     train(config, tmp_path / "run")
-    assert train(config, tmp_path / "run") == 12
+    assert train(config, tmp_path / "run").step == 12
     assert len(fake_step.seen) == 12
     config.steps = 14
-    assert train(config, tmp_path / "run") == 14
+    assert train(config, tmp_path / "run").step == 14
     assert fake_step.seen[12:] == np.arange(12 * 8, 14 * 8).reshape(2, 8).tolist()
 
 
@@ -111,10 +111,10 @@ def test_a_stop_request_saves_and_the_data_goes_on_at_the_next_unseen_example(
     handler = signal.getsignal(number)
 
     fake_step.interrupt = {6: number}
-    assert train(config, stopped) == 6
+    assert train(config, stopped).step == 6
     assert saved_steps(stopped) == [4, 6]
     assert signal.getsignal(number) is handler
-    assert train(config, stopped) == 12
+    assert train(config, stopped).step == 12
     assert fake_step.seen == expected
     assert read_reproducible(stopped) == read_reproducible(undisturbed)
 
@@ -133,7 +133,7 @@ def test_being_asked_to_stop_again_does_not_cut_the_last_checkpoint_short(
     monkeypatch.setattr(Checkpoints, "close", close_and_be_asked_again)
     fake_step.interrupt = {3: signal.SIGTERM}
     try:
-        assert train(config, tmp_path / "run") == 3
+        assert train(config, tmp_path / "run").step == 3
     finally:
         signal.signal(signal.SIGTERM, default)
     assert saved_steps(tmp_path / "run")[-1] == 3
@@ -245,7 +245,7 @@ def test_rolling_back_goes_on_from_the_checkpoint_with_later_examples(config, tr
     config.stability.max_skipped = 2
     config.stability.rollback = True
     fake_step.bad = set(range(5 * 8, 8 * 8))
-    assert train(config, tmp_path / "run") == 12
+    assert train(config, tmp_path / "run").step == 12
     batches = np.arange(30 * 8).reshape(-1, 8).tolist()
     # On from step 4 with what had not been seen.
     assert fake_step.seen == batches[:16]
@@ -276,13 +276,38 @@ def test_the_best_model_by_held_out_pairs_is_saved_and_kept(config, train, tmp_p
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
 
 
+def test_a_run_ends_where_validations_find_no_better_model(config, train, fake_step, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.75, 0.75, 0.625, 0.5])
+    monkeypatch.setattr(
+        Validator, "__call__", lambda *given: {"implicit_accuracy": next(accuracies), "winner_error": 1.0}
+    )
+    config.validation.every, config.validation.patience, config.steps = 2, 2, 100
+    # Steps 4 and 6 were no better than step 2; the step that is then made is saved.
+    assert train(config, tmp_path / "run") == (7, True)
+    assert saved_steps(tmp_path / "run")[-1] == 7
+    assert train(config, tmp_path / "run") == (7, True)
+    assert len(fake_step.seen) == 7
+
+
+def test_a_run_of_epochs_is_as_long_as_its_data(config, train, tmp_path, caplog):
+    config.epochs, config.optimizer.warmup_steps = 2.0, 1000  # of 24 examples, 8 a step
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert train(config, tmp_path / "two") == (6, True)
+    assert "config.optimizer.warmup_steps = 1000: the run has 6 steps, and never reaches" in caplog.text
+    caplog.clear()
+    config.epochs, config.optimizer.warmup_steps = 201.0, 0
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert train(config, tmp_path / "many") == (603, True)
+    assert "201 epochs of 24 examples: a model forgets more than it learns" in caplog.text
+
+
 def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, train, fake_step, tmp_path):
     train(config, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "12" / "extra" / "metadata").unlink()
     with pytest.raises(ValueError, match=r"checkpoints/12: damaged checkpoint"):
         train(config, tmp_path / "run")
     config.checkpoint.fallback = True
-    assert train(config, tmp_path / "run") == 12
+    assert train(config, tmp_path / "run").step == 12
     assert len(fake_step.seen) == 16
 
 

@@ -45,7 +45,7 @@ def test_a_run_reads_all_of_its_datasets_and_image_sizes(shallow_model, tiny_pai
 
     watched = {"validation.every": 4, "validation.batch_size": 8, "validation.draws": 2}
     config = make_config(shallow_model, f"{tiny_pairs},{tall}", {**watched, "steps": 4})
-    assert train(config, tmp_path / "run", make_step=make_step) == 4
+    assert train(config, tmp_path / "run", make_step=make_step).step == 4
     # 36 of the 48 examples are square.
     assert sorted(shapes) == [(8, 2, 2, 8, 8)] + 3 * [(8, 2, 4, 4, 8)]
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
