@@ -41,7 +41,7 @@ ALIASES = {
 
 
 def get_objective(name: str, **arguments: object) -> Objective:
-    """Makes the objective called `name`, or by an alias, with the given hyperparameters and defaults for the others.
+    """Makes the objective of a name or alias, with the given hyperparameters and defaults for the others.
 
     Raises:
       UserError: Unknown name or argument, or a value out of range; the message gives the nearest valid name.

@@ -58,8 +58,8 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     )
     if optimizer.warmup_steps > settings.steps:
         yield (
-            f"warning: config.optimizer.warmup_steps = {optimizer.warmup_steps}: the run has {settings.steps} "
-            "steps, and never reaches its learning rate; lower it"
+            f"warning: config.optimizer.warmup_steps = {optimizer.warmup_steps}: the run has "
+            f"{settings.steps} steps, and never reaches its learning rate; lower it"
         )
     parts = held(state, reference)
     sizes = {name: bytes_per_device(part) for name, part in parts.items()}

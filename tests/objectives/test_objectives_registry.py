@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from tables import each_row
 
 from dspo_jax.errors import UserError
-from dspo_jax.objectives import OBJECTIVES, Predictions, dpo, get_objective, registry
+from dspo_jax.objectives import Predictions, dpo, get_objective, registry
 from dspo_jax.objectives.registry import ALIASES
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -295,4 +295,4 @@ def test_a_limit_holds_however_an_objective_is_made():
 def test_the_fields_short_names_are_known():
     assert get_objective("dpo", beta=2.0) == get_objective("diffusion_dpo", beta=2.0)
     assert get_objective("diffusion-kto").name == "kto"
-    assert ALIASES.keys().isdisjoint(OBJECTIVES)
+    assert ALIASES.keys().isdisjoint(registry.OBJECTIVES)

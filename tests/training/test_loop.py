@@ -171,7 +171,7 @@ def test_a_check_of_the_metrics_ends_the_run(logged):
 def test_a_better_score_is_saved_and_a_worse_one_is_not():
     scores, saved = {1: 0.3, 2: 0.5, 3: 0.25, 5: 0.75}, []  # the first is below the best of an earlier part
     checkpoints = SimpleNamespace(best=lambda: (0, 0.4), save=lambda *given: saved.append(given))
-    validate = SimpleNamespace(score_of=scores.get)
+    validate = SimpleNamespace(scores=scores)
     save = Save(checkpoints, Numbers(), Clock(), every=4, validate=validate)
     fit(count, start(), Numbers(), steps=6, hooks=[save])
     assert [(step, score) for step, _, _, score in saved] == [(2, 0.5), (4, None), (5, 0.75), (6, None)]
