@@ -233,7 +233,7 @@ FLAGS = {
     **{"rewards": ["compressibility"], "reward_dir": "rewards", "num_seeds": 5, "num_base_seeds": None},
     **{"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "guidance_interval": ["0", "1000"]},
     **{"batch_size": 16, "negative_prompt": None, "init_image": None, "strength": None, "height": None},
-    **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 0, "overwrite": False},
+    **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 1024, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0},
 }
 
@@ -252,8 +252,7 @@ def test_flags_become_arguments(tmp_path):
     }
     assert (comparison.base, comparison.seeds, comparison.base_seeds) == ("b", 5, None)
     assert comparison.prompts == PromptSet("a text", (Prompt("a"),))
-    drawing = Drawing(guidance_interval=(0, 1000))
-    assert rendering == Rendering(drawing, size=(24, 40), batch_size=16, image_format="webp")
+    assert rendering == Rendering(Drawing(), size=(24, 40), batch_size=16, image_format="webp")
     assert list(read(model=["."])[0].models) == [Path.cwd().name]
     assert read(base=None, base_images="x")[0].base == ImageFolder(Path("x"))
 
@@ -294,7 +293,7 @@ def test_two_processes_and_edits(shallow_model, own, tmp_path):
     out = tmp_path / "out"
     arguments = [f"--base={shallow_model}", f"--model=again={shallow_model}", "--num_seeds=1", "--steps=2"]
     arguments += [f"--prompts={tmp_path / 'edits.jsonl'}", f"--rewards=compressibility,{own}:redness"]
-    arguments += [f"--out={out}", "--vae_tile=0"]
+    arguments += [f"--out={out}"]
     started = start("dspo_jax.evaluate", arguments, tmp_path / "log-of", processes=2)
     log = log_of(tmp_path / "log-of", 0)
     assert finish(started) == [0, 0], log.read_text()
@@ -305,5 +304,6 @@ def test_two_processes_and_edits(shallow_model, own, tmp_path):
     assert (tmp_path / "log").read_text().split() == ["2", "2"]
     changes = {"base": str(shallow_model), "model": [f"again={shallow_model}"], "num_seeds": 1, "steps": 2}
     changes |= {"out": str(out), "prompts": str(tmp_path / "edits.jsonl")}
-    evaluate(**read(**changes, rewards=["compressibility", f"{own}:redness"]))
+    comparison, rendering = read(**changes)
+    evaluate(comparison, out, rendering, rewards=["compressibility", f"{own}:redness"])
     assert (out / "win_rates.json").read_text() == before
