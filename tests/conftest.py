@@ -45,14 +45,25 @@ TYPECHECKED: tuple[str, ...] = (
     "dspo_jax.pipelines",
     "dspo_jax.samplers",
     "dspo_jax.sampling.decoding",
+    "dspo_jax.sampling.drawing",
+    "dspo_jax.sampling.folder",
     "dspo_jax.sampling.image_sampler",
+    "dspo_jax.sampling.init_latents",
+    "dspo_jax.sampling.prompts",
+    "dspo_jax.sampling.rendering",
     "dspo_jax.schedules",
     "dspo_jax.training.losses",
+    "dspo_jax.training.step",
+    "dspo_jax.training.task",
 )
 install_import_hook(TYPECHECKED, "beartype.beartype")
 
-# Folders of tests in which no dtype may be promoted silently. Elsewhere optimizers of optax promote.
-STRICT_DTYPES = ("objectives", "samplers", "schedules")
+# Tests in which no dtype may be promoted silently: folders, and files of training/. Elsewhere optax promotes.
+STRICT_FOLDERS = (
+    *("kernels", "models", "objectives", "parity", "pipelines", "rewards"),
+    *("samplers", "sampling", "schedules"),
+)
+STRICT_FILES = ("test_stability", "test_step", "test_step_objectives", "test_step_state")
 
 # A shell without job control ignores Ctrl-C in what it puts in the background, and the commands that tests
 # interrupt would inherit that.
@@ -68,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Refuses to mix dtypes in the tests of the mathematics."""
-    if request.path.parent.name not in STRICT_DTYPES:
+    if request.path.parent.name not in STRICT_FOLDERS and request.path.stem not in STRICT_FILES:
         yield
         return
     import jax  # not before the settings above

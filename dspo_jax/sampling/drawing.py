@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from dspo_jax.errors import UserError
 from dspo_jax.images.decode import decode_image
@@ -108,7 +109,9 @@ def sample(
     return write_sheets(out, prompts, seeds, files)
 
 
-def _read_latents(latents: np.ndarray, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+def _read_latents(
+    latents: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
+) -> Float32[np.ndarray, "prompts h w C"]:
     """Returns the noise to start from in float32, if it has the shape that each model needs and is finite."""
     where = f"--init_latents={latents.filename}" if isinstance(latents, np.memmap) else "--init_latents"
     for label, shape in shapes.items():
@@ -150,10 +153,10 @@ def draw_batches(
     requests: Sequence[ImageRequest],
     rendering: Rendering,
     *,
-    init_latents: np.ndarray | None = None,
+    init_latents: Float32[np.ndarray, "prompts h w C"] | None = None,
     images: Sequence[Path | None] = (),
     model: str | Path | None = None,
-) -> Iterator[list[tuple[ImageRequest, np.ndarray]]]:
+) -> Iterator[list[tuple[ImageRequest, UInt8[np.ndarray, "H W 3"]]]]:
     """Draws on all devices of this process; yields each batch of requests with images [H, W, 3] uint8.
 
     The last batch is filled up, so that nothing is compiled twice.
@@ -199,7 +202,7 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _read_image(path: Path | None, shape: tuple[int, int, int], scale: int) -> np.ndarray:
+def _read_image(path: Path | None, shape: tuple[int, int, int], scale: int) -> Float32[np.ndarray, "H W 3"]:
     """Returns the picture to start from, covering the size and cropped to it: [H, W, 3] in [-1, 1]."""
     assert path is not None
     try:

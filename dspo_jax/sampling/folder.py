@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 from PIL import Image
 
 from dspo_jax.errors import UserError
@@ -71,7 +72,7 @@ def place_images(
     }
 
 
-def save_image(image: np.ndarray, file: Path) -> None:
+def save_image(image: UInt8[np.ndarray, "H W 3"], file: Path) -> None:
     """Writes an image [H, W, 3] uint8; the file appears when it is whole."""
     with whole(file) as partial:
         Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
@@ -131,7 +132,7 @@ def write_sheets(out: Path, prompts: Sequence[Prompt], seeds: Sequence[int], fil
     return out / _sheet_name(0, pages)
 
 
-def _thumbnail(file: Path) -> np.ndarray:
+def _thumbnail(file: Path) -> UInt8[np.ndarray, "H W 3"]:
     with Image.open(file) as image:
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         return np.asarray(image)

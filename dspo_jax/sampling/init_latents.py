@@ -4,6 +4,7 @@ from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
+from jaxtyping import Float
 
 from dspo_jax.errors import UserError
 
@@ -20,7 +21,7 @@ _NPY_ERRORS = (
 )
 
 
-def map_latents(path: str) -> np.ndarray:
+def map_latents(path: str) -> Float[np.ndarray, "prompts h w C"]:
     """Opens the file of `--init_latents` without reading its numbers, so that a lying header costs no memory.
 
     Returns:

@@ -5,13 +5,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Float32, Integer, Key, PyTree
+from jaxtyping import Float32, Key, PyTree
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
@@ -35,10 +34,11 @@ class TrainState:
       task: static configuration; it is not saved.
     """
 
-    step: Integer[jax.Array, ""]
+    # Not an array each: JAX also makes states of shapes and of shardings.
+    step: PyTree
     params: Params
     opt_state: PyTree
-    ema: Params | None
+    ema: PyTree
     health: stability.Health
     task: Task = dataclasses.field(metadata={"static": True})
 
@@ -93,8 +93,11 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     updates_made = state.health.updates
     good, health = stability.judge(state.health, loss, grad_norm, rule.loss_spike)
-    updates, opt_state = rule.optimizer.update(grads, state.opt_state, _float32(state.params))
-    params = optax.apply_updates(state.params, updates)
+    params = _float32(state.params)
+    updates, opt_state = rule.optimizer.update(grads, state.opt_state, params)
+    params = jax.tree.map(
+        lambda new, old: new.astype(old.dtype), optax.apply_updates(params, updates), state.params
+    )
     ema = None
     if state.ema is not None:
         decay = rule.ema_decay
@@ -140,8 +143,7 @@ def mean_gradient(
 def compile_step(state: TrainState) -> jax.stages.Wrapped:
     """Jits `train_step` for the mesh of `state`, which is donated; the new state has the same layout."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    sharding: Any = state.step.sharding
-    mesh = sharding.mesh
+    mesh = state.step.sharding.mesh
     for_cpu: dict[str, str | int] = {
         # By default XLA orders the program for concurrency, at up to twice the temporaries.
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",

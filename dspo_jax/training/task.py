@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -35,6 +35,7 @@ class Passes(NamedTuple):
     encoded_backward: int
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A loss of a batch, with the facts that start-up and cost estimates need."""
 

@@ -1,13 +1,12 @@
 """A training task whose network compiles in a moment: three dense layers on every pixel."""
 
 import dataclasses
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+from promoting_optimizer import promote_dtypes
 
 from dspo_jax.objectives import get_objective
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -19,15 +18,28 @@ from dspo_jax.training.task import Precision, Task, UpdateRule
 PAIRS, SIDE, CHANNELS, WIDTH = 8, 4, 4, 64
 
 
-def apply_network(params, latents, timesteps, text, remat):
-    """Three dense layers on every pixel."""
-    params = params["unet"]
-    hidden = (
-        latents @ params["in"]
-        + (timesteps / 1000)[:, None, None, None]
-        + jnp.repeat(text.mean((1, 2)), len(latents) // len(text))[:, None, None, None]
-    )
-    return jnp.tanh(jnp.tanh(hidden) @ params["middle"]) @ params["out"]
+class DensePipeline(Pipeline):
+    """Three dense layers on every pixel in place of a model's networks."""
+
+    def __init__(self):
+        fields = {"schedule": Schedule.scaled_linear(), "empty_tokens": np.zeros((1, 77), np.int32)}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # a `Pipeline` is frozen
+
+    def encode_conditioning(self, params, batch, *, remat):
+        """Ids, scaled."""
+        scale = params["text_encoder"]["scale"]
+        return scale * batch["tokens"][:, 0, :, None].astype(scale.dtype)
+
+    def predict(self, params, latents, timesteps, text, *, remat):
+        """Three dense layers on every pixel."""
+        params = params["unet"]
+        hidden = (
+            latents @ params["in"]
+            + (timesteps / 1000).astype(latents.dtype)[:, None, None, None]
+            + jnp.repeat(text.mean((1, 2)), len(latents) // len(text))[:, None, None, None]
+        )
+        return jnp.tanh(jnp.tanh(hidden) @ params["middle"]) @ params["out"]
 
 
 def make_params(seed):
@@ -42,23 +54,13 @@ def make_params(seed):
 
 def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameters):
     """A task with an objective; `changes` are of the fields of its parts."""
-    pipe = SimpleNamespace(
-        schedule=Schedule.scaled_linear(),
-        encode_conditioning=lambda params, batch, remat: (
-            params["text_encoder"]["scale"] * batch["tokens"][:, 0, :, None].astype(jnp.float32)
-        ),
-        predict=apply_network,
-        empty_tokens=np.zeros((1, 77), np.int32),
-    )
-    pipe.image_inputs = ("micro_conditioning",)
-    for name in ("predict_pairs", "drop_captions"):
-        setattr(pipe, name, partial(getattr(Pipeline, name), pipe))
     draws = Draws((0, 999), caption_dropout=0.2, share_timesteps=True, share_noise=True, positive_ratio=0.8)
     rate = UpdateRule(optax.sgd(0.1), lambda count: jnp.float32(0.1), 1, ema_decay=0.0, loss_spike=0.0)
     precision = Precision("float32", "float32", "float32", "none")
     draws, rate, precision = (change(part, changes or {}) for part in (draws, rate, precision))
+    rate = dataclasses.replace(rate, optimizer=promote_dtypes(rate.optimizer))
     loss = PreferenceLoss(get_objective(objective, **hyperparameters), draws)
-    return Task(pipe, loss, rate, precision, train_text_encoder=False, adapters=False)
+    return Task(DensePipeline(), loss, rate, precision, train_text_encoder=False, adapters=False)
 
 
 def change(part, changes):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from promoting_optimizer import promote_dtypes
 from tiny_run import make_config, read_batches
 
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
@@ -50,7 +51,9 @@ class Run:
     def __init__(self, config, pipe, mesh_sizes):
         count = int(np.prod(list(mesh_sizes.values())))
         self.mesh = make_mesh(mesh_sizes, jax.devices()[:count])
-        self.task = make_task(parse(config), pipe)
+        task = make_task(parse(config), pipe)
+        rule = dataclasses.replace(task.update, optimizer=promote_dtypes(task.update.optimizer))
+        self.task = dataclasses.replace(task, update=rule)
         self.state, self.reference = make_state(self.task, self.mesh)
         self.step = compile_step(self.state)
         self.key = jax.device_put(jax.random.key(config.seed), replicated(self.mesh))
@@ -275,7 +278,7 @@ def test_examples_and_runs_draw_differently(draws):
 def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(draws, share_timesteps, share_noise):
     draws = dataclasses.replace(draws, share_timesteps=share_timesteps, share_noise=share_noise)
     latents, noise, timesteps, _ = make_draws(draws, np.arange(64), np.ones((64, 2, 2, 2, 8)))
-    assert np.mean(noise[:, 0] == noise[:, 1]) == share_noise
+    assert np.mean(noise[:, 0] == noise[:, 1]) == float(share_noise)
     same_timestep = np.mean(timesteps[:, 0] == timesteps[:, 1])
     assert same_timestep == 1 if share_timesteps else same_timestep < 0.1
     # The posterior's noise is each image's own.
