@@ -45,6 +45,10 @@ def test_what_nothing_can_be_drawn_with_is_refused(changes, message):
         Drawing(**changes)
 
 
+def test_an_interval_of_one_timestep_is_guided():
+    assert Drawing(guidance_interval=(500, 500)).guidance_interval == (500, 500)
+
+
 def test_the_flags_that_are_not_given_are_the_defaults_of_the_values(monkeypatch):
     defaults = {}
 
