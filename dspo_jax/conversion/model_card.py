@@ -81,7 +81,8 @@ def _step(grid: Path) -> int:
 
 def _usage(values: JsonObject) -> str:
     """Returns a program that draws an image as the run drew its samples."""
-    prompt = next(iter(values.get("samples.prompts") or ()), _PROMPT)
+    prompts = values.get("samples.prompts") or ()  # texts, and names of files of them
+    prompt = next((text for text in prompts if not Path(text).suffix), _PROMPT)
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
     return f"""```python
 from diffusers import DiffusionPipeline

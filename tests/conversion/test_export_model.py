@@ -138,10 +138,12 @@ def test_the_card_names_a_base_of_the_hub_and_says_that_it_has_no_licence(full_r
         )
     config = json.loads((full_run / "config.json").read_text())
     config["lora"]["rank"] = 8
+    config["samples"]["prompts"] = ["/home/me/prompts.txt", "a bird"]
     (full_run / "config.json").write_text(json.dumps(config))
     card = make_card(full_run, str(cached), cached, 3)
     assert read_header(card)["tags"] == ["dspo_jax", "diffusion_dpo", "lora"]
     assert "| lora.rank | 8 |" in card
+    assert 'prompt = "a bird"\n' in card
     (cached / "README.md").write_text(
         "---\nlicense: other\nlicense_name: 'own: 1'\ntags: []\n---\nlicense: mit\n"
     )
