@@ -3,9 +3,6 @@
 `Pipeline.fingerprint` and `Pipeline.make_conditioning` make them; to read them needs no JAX.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from dspo_jax.images.resize import Crop
 from dspo_jax.json_files import JsonObject
 
@@ -26,7 +23,7 @@ def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
     ]
 
 
-def read_crops(example: Mapping[str, Any]) -> list[Crop]:
+def read_crops(example: JsonObject) -> list[Crop]:
     """Returns what was kept of each image of a stored example.
 
     It stands where SDXL reads it, and is stored for every model.
@@ -34,7 +31,7 @@ def read_crops(example: Mapping[str, Any]) -> list[Crop]:
     return [Crop(*crop) for crop in example["micro_conditioning"].tolist()]
 
 
-def count_tokens(example: Mapping[str, Any]) -> tuple[int, int]:
+def count_tokens(example: JsonObject) -> tuple[int, int]:
     """Counts a stored caption's tokens, start and end among them, and the places that there are for them."""
     first = example["tokens"][0]
     # In CLIP's vocabulary the end token follows the start token, with which each caption begins; only tokens

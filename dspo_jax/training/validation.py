@@ -311,7 +311,11 @@ def judge(
         mesh,
         datasets,
         ValidationSettings(
-            split=split, every=1, draws=draws, batch_size=math.ceil(batch_size / mesh.size) * mesh.size
+            split=split,
+            every=1,
+            draws=draws,
+            patience=0,
+            batch_size=math.ceil(batch_size / mesh.size) * mesh.size,
         ),
         inputs=pipes[0].conditioning_inputs,
     )

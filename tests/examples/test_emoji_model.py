@@ -47,7 +47,7 @@ def test_before_the_first_update_no_held_out_pair_is_decided(compute_dtype, tmp_
         pipe.schedule,
         mesh,
         read_datasets(write_pairs(tmp_path / "pairs", MODEL, validation=5, resolution=64)),
-        ValidationSettings(every=1, split="validation", batch_size=4, draws=2),
+        ValidationSettings(every=1, split="validation", batch_size=4, draws=2, patience=0),
         inputs=pipe.conditioning_inputs,
     )
     scores = validator(policy_params(task, state.params, reference), reference)

@@ -33,7 +33,7 @@ def linear(params, noisy, timesteps, batch):
 def make_validator(tiny_pairs):
     def make(predict=linear, *, path=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"):
         mesh = make_mesh({"data": devices}, jax.devices()[:devices])
-        settings = ValidationSettings(every=1, split=split, batch_size=batch_size, draws=draws)
+        settings = ValidationSettings(every=1, split=split, batch_size=batch_size, draws=draws, patience=0)
         return Validator(predict, SCHEDULE, mesh, read_datasets(path), settings, inputs=INPUTS)
 
     return make
