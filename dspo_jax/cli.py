@@ -12,15 +12,13 @@ from absl import app, flags, logging
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
-from dspo_jax import interrupts, overrides, spelling, urls, usage
+from dspo_jax import interrupts, overrides, recipes, spelling, urls, usage
 from dspo_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
 
 _PACKAGE = Path(__file__).parent
-# Where the folder configs/ lies: in an installed package, in a clone.
-_RECIPE_ROOTS = (_PACKAGE / "recipes", _PACKAGE.parent)
 
 
 def run(
@@ -204,8 +202,8 @@ def _locate_recipes(argv: Sequence[str]) -> list[str]:
     """
     if not _config_flag_names():
         return list(argv)
-    root = recipe_root()
-    sys.path.append(str(root))
+    root = recipes.ROOT
+    recipes.make_importable()
     option = re.compile(rf"((?:--?(?:{'|'.join(_config_flag_names())})=)?)(configs/[^:]+\.py)(.*)")
 
     def locate(argument: str) -> str:
@@ -215,11 +213,6 @@ def _locate_recipes(argv: Sequence[str]) -> list[str]:
         return f"{match[1]}{root / match[2]}{match[3]}"
 
     return [locate(argument) for argument in argv]
-
-
-def recipe_root() -> Path:
-    """Returns the folder in which the package's `configs/` lies."""
-    return next(root for root in _RECIPE_ROOTS if (root / "configs" / "common.py").is_file())
 
 
 def _config_flag_names() -> list[str]:
@@ -234,10 +227,9 @@ def _check_is_file(name: str, config_filename: str) -> None:
         _fail(str(error))
     path = config_filename.split(":", 1)[0]  # what follows a colon is get_config's argument
     if not Path(path).is_file():
-        root = recipe_root()
-        recipes = {file.stem: file for file in sorted((root / "configs").rglob("*.py"))}
-        meant = spelling.nearest(Path(path).stem, recipes)
-        hint = f"; did you mean {recipes[meant].relative_to(root)}?" if meant else ""
+        files = {file.stem: file for file in sorted((recipes.ROOT / "configs").rglob("*.py"))}
+        meant = spelling.nearest(Path(path).stem, files)
+        hint = f"; did you mean {files[meant].relative_to(recipes.ROOT)}?" if meant else ""
         _fail(f"--{name}={path}: no such file{hint} (python -m dspo_jax list: all recipes)")
 
 

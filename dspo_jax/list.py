@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from dspo_jax import cli
+from dspo_jax import cli, recipes
 
 KINDS = ("recipes", "encode_recipes", "objectives", "samplers", "rewards", "prompt_sets", "published")
 _HEADINGS = {
@@ -25,13 +25,13 @@ _HEADINGS = {
 def entries(kind: str) -> Iterator[tuple[str, str]]:
     """Yields name and description of everything of one of `KINDS`."""
     if kind in ("recipes", "encode_recipes"):
-        folder = cli.recipe_root() / ("configs" if kind == "recipes" else "configs/encode")
+        folder = recipes.ROOT / ("configs" if kind == "recipes" else "configs/encode")
         for path in sorted(folder.glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
             if "get_config" in functions and path.name != "common.py":
                 summary = (ast.get_docstring(tree) or "").splitlines()[0]
-                yield path.relative_to(cli.recipe_root()).as_posix(), summary
+                yield path.relative_to(recipes.ROOT).as_posix(), summary
     elif kind == "objectives":
         from dspo_jax.objectives import OBJECTIVES
 

@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     use_cpu_cores(settings.batch_size // (settings.accumulation * (flags.FLAGS.num_processes or 1)))
     processes.initialize_from_flags()
     if flags.FLAGS.dry_run:
-        print(dry_run(settings))
+        for line in dry_run(settings):
+            print(line, flush=True)
         return 0
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")

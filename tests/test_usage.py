@@ -132,3 +132,11 @@ def test_lists_have_a_line_for_everything():
         "published architectures, for --published:\n"
         "  sd15  StableDiffusionPipeline\n  sdxl  StableDiffusionXLPipeline\n\n"
     )
+
+
+def test_recipes_are_modules_in_a_clone_too():
+    from dspo_jax.recipes import emoji_diffusion_dpo
+
+    assert emoji_diffusion_dpo.get_config().objective.name == "diffusion_dpo"
+    with pytest.raises(ImportError, match="cannot import name 'emoji_dpo'"):
+        from dspo_jax.recipes import emoji_dpo  # noqa: F401

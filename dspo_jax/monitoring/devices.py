@@ -1,6 +1,7 @@
 """Devices: peak FLOP/s, memory and bandwidth; FLOPs and memory of programs."""
 
 import dataclasses
+import os
 import re
 import resource
 import sys
@@ -131,6 +132,17 @@ def peak_bytes(memory: Any) -> int:
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     own = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + results + own
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Returns the bytes that a device may hold, or None where it does not say.
+
+    The devices of a CPU share the machine's memory.
+    """
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // len(jax.local_devices(backend="cpu"))
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def in_units(size: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from dspo_jax.errors import UserError
 from dspo_jax.images.decode import decode_image
@@ -146,6 +147,23 @@ def _settings(
         "vae_tile": rendering.vae_tile,
         "preview_vae": rendering.preview_vae,
     }
+
+
+def draw(pipe: Pipeline, prompt: str, rendering: Rendering | None = None, *, seed: int = 0) -> Image.Image:
+    """Draws one image, for a notebook.
+
+    Args:
+      pipe: the model.
+      prompt: the text.
+      rendering: how; the defaults of `Rendering` unless it is given.
+      seed: of the noise.
+
+    Raises:
+      UserError: as `draw_batches`.
+    """
+    rendering = dataclasses.replace(rendering or Rendering(), batch_size=1)
+    ((_, image),) = next(draw_batches(pipe, [ImageRequest(prompt, 0, seed)], rendering))
+    return Image.fromarray(image)
 
 
 def draw_batches(

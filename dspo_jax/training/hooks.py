@@ -195,9 +195,27 @@ class Announced:
 class DrawSamples:
     """Draws a grid of images, those of the model at the start beside those of the current model."""
 
-    def __init__(self, grids: SampleGrids, reference: Params, clock: Clock, *, every: int, steps: int):
-        """Takes the grids, the frozen parameters, a clock that stops for the drawing, and when to draw."""
-        self._grids, self._reference, self._clock = grids, reference, clock
+    def __init__(
+        self,
+        grids: SampleGrids,
+        reference: Params,
+        writer: MetricsWriter,
+        clock: Clock,
+        *,
+        every: int,
+        steps: int,
+    ):
+        """Takes the grids, and when to draw them.
+
+        Args:
+          grids: of the run.
+          reference: the frozen parameters.
+          writer: shows each grid.
+          clock: leaves out the time that this takes.
+          every: steps between two grids; there is one of the last step, too.
+          steps: of the whole run.
+        """
+        self._grids, self._reference, self._writer, self._clock = grids, reference, writer, clock
         self._every, self._steps = every, steps
 
     def due(self, at: AfterStep) -> bool:
@@ -208,7 +226,9 @@ class DrawSamples:
         """Writes workdir/samples/step_000500.png or the like."""
         del metrics
         with self._clock.paused():
-            self._grids.write(at.step, policy_params(state.task, state.result, self._reference))
+            picture = self._grids.write(at.step, policy_params(state.task, state.result, self._reference))
+            if picture is not None:
+                self._writer.write_image(at.step, "samples", picture)
 
 
 class Save:

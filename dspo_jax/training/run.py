@@ -240,7 +240,12 @@ class Run:
             watching.append(hooks.Announced(validate, progress, "validating"))
         if self._grids is not None:
             draw = hooks.DrawSamples(
-                self._grids, self._reference, clock, every=settings.samples.every, steps=settings.steps
+                self._grids,
+                self._reference,
+                writer,
+                clock,
+                every=settings.samples.every,
+                steps=settings.steps,
             )
             watching.append(hooks.Announced(draw, progress, "drawing samples"))
         save = hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)

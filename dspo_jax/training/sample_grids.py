@@ -88,11 +88,15 @@ class SampleGrids:
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._base = self._draw(params, "the base")
 
-    def write(self, step: int, params: Params) -> None:
-        """Writes workdir/samples/step_000500.png or the like: the base's images, and those of `params`."""
+    def write(self, step: int, params: Params) -> Path | None:
+        """Writes workdir/samples/step_000500.png or the like: the base's images, and those of `params`.
+
+        Returns:
+          The picture's path; None in other processes than the first.
+        """
         images = self._draw(params, f"step {step}")
         if not images:
-            return
+            return None
         columns = len(self._seeds)
         rows = [
             (prompt, self._base[i * columns :][:columns] + images[i * columns :][:columns])
@@ -101,8 +105,10 @@ class SampleGrids:
         headings = [("base", columns), (f"step {step}", columns)]
         labels = [f"seed {seed}" for seed in self._seeds] * 2
         sheet = contact_sheet(rows, headings, enlargement(*images[0].shape[:2]), labels)
-        with whole(self._folder / f"step_{step:06d}.png") as partial:
+        picture = self._folder / f"step_{step:06d}.png"
+        with whole(picture) as partial:
             sheet.save(partial, format="PNG")
+        return picture
 
     @functools.cached_property
     def _decoder(self) -> Decoder:

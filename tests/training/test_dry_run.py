@@ -21,7 +21,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     monkeypatch.chdir(tmp_path)
     changes = {"mesh.data": 2, "mesh.fsdp": 4, "accumulation": 2, "batch_size": 16, "ema_decay": 0.9}
     changes["param_dtype"] = "bfloat16"
-    said = dry_run(make_config(shallow_model, tiny_pairs, changes))
+    said = "\n".join(dry_run(make_config(shallow_model, tiny_pairs, changes)))
     for line in (
         "8 cpu device(s) of 1 process(es), mesh data 2 x fsdp 4 x tensor 1",
         "24 examples, 16 a step: 2 part(s) of 1 on each of 8 device(s) or groups of them; 5 steps are 3.33 "
@@ -34,6 +34,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     for words in ("12,364 trainable parameters", "moving average ", "TFLOP a pair", "the step compiles in"):
         assert words in said
     assert "temporaries" in said
+    assert "fits into the " in said
     assert "warning: parameters kept in bfloat16" in said
     assert "more than once" not in said
     assert not list(tmp_path.iterdir())
@@ -74,4 +75,4 @@ def test_what_would_stop_the_run_stops_the_dry_run(shallow_model, tiny_pairs):
     with pytest.raises(
         ValueError, match=r"config\.batch_size / config\.accumulation = 12: not a multiple of 8"
     ):
-        dry_run(make_config(shallow_model, tiny_pairs, {"batch_size": 12}))
+        list(dry_run(make_config(shallow_model, tiny_pairs, {"batch_size": 12})))

@@ -128,7 +128,9 @@ def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, messa
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("start_run", [train, lambda config, _: dry_run(config)], ids=["train", "dry run"])
+@pytest.mark.parametrize(
+    "start_run", [train, lambda config, _: list(dry_run(config))], ids=["train", "dry run"]
+)
 def test_data_without_held_out_examples_say_which_keys_to_set(shallow_model, tmp_path, start_run):
     data = write_pairs(tmp_path / "pairs", shallow_model, train=8, validation=None)
     changes = {"steps": 1, "validation.every": 1, "samples.every": 1, "samples.num_inference_steps": 1}

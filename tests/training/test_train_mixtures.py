@@ -86,20 +86,20 @@ def test_the_first_captions_of_two_image_sizes_are_those_of_the_first(tall):
 
 
 def test_a_dry_run_names_the_image_sizes_and_compiles_the_largest(shallow_model, tall):
-    said = dry_run(make_config(shallow_model, tall)).splitlines()
+    said = list(dry_run(make_config(shallow_model, tall)))
     assert "2 image sizes, and the step is compiled for each: 16x16 (12), 8x32 (12)" in said
     assert "batch: moments float16[8, 2, 4, 4, 8]" in said
     assert not any("holds examples twice" in line for line in said)
 
 
 def test_a_dry_run_warns_of_image_sizes_with_less_than_a_batch(shallow_model, tall):
-    said = dry_run(make_config(shallow_model, tall, {"batch_size": 16})).splitlines()
+    said = list(dry_run(make_config(shallow_model, tall, {"batch_size": 16})))
     assert "warning: a batch holds examples twice where a size has fewer than it: 16x16, 8x32" in said
 
 
 def test_a_dry_run_names_the_share_and_the_epochs_of_each_dataset(shallow_model, tiny_pairs, tall):
     config = make_config(shallow_model, f"{tiny_pairs},{tall}", {"data.weights": (1, 3), "steps": 12})
-    said = dry_run(config).splitlines()
+    said = list(dry_run(config))
     assert f"of them 24 from {tiny_pairs}, 0.25 of what is drawn: 1 epochs" in said
     assert f"of them 24 from {tall}, 0.75 of what is drawn: 3 epochs" in said
 
