@@ -153,8 +153,9 @@ def get_config() -> ConfigDict:
     config.validation.every = 500
     # How many (timestep, noise) draws each held-out pair is judged by; the timesteps are spread evenly.
     config.validation.draws = 8
-    # After so many validations without a better score than all before, the run ends; 0 turns that off. The
-    # score is the implicit accuracy, or, where there is no reference, the winners' error.
+    # After so many validations without a better score than all before, the run ends with the next step (with
+    # several processes, the one after); 0 turns that off. The score is the implicit accuracy, or, where there
+    # is no reference, the winners' error.
     config.validation.patience = 0
     # Held-out examples in one call of the networks.
     config.validation.batch_size = 32

@@ -4,10 +4,11 @@
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
     python -m dspo_jax.convert export --run=runs/own_pairs_sd15 --out=MODEL_OUT
 
-Learning rate and beta are those of the released launcher of Diffusion-DPO for 2048 pairs an update, 1e-8 for
-each pair: a few hundred pairs of one's own are far less than what it was chosen for, so validation, and the
-checkpoint that the held-out pairs find best, matter here. The length follows from the number of pairs:
-`epochs` passes over them. Not run at this size by this project: no hours and no result to report.
+Beta is that of the released launcher of Diffusion-DPO. The learning rate, 1e-6, is this project's choice: the
+launcher's 1e-8 for each pair would be 6.4e-7. A few hundred pairs are far less than what the launcher was
+made for, so the checkpoint that the held-out pairs find best matters (`convert export --step=STEP`). The
+length follows from the number of pairs: `epochs` passes over them. Not run at this size by this project: no
+hours and no result to report.
 """
 
 from ml_collections import ConfigDict

@@ -85,7 +85,7 @@ def run(
 
     logging.get_absl_handler().setFormatter(_Formatter())
     logging.get_absl_handler().addFilter(_is_shown)
-    # Removes log handlers on stderr that a library's import has set up; absl finds its own by the stream.
+    # Removes log handlers on stderr that a library which was imported already has set up.
     logging.use_absl_handler()
     interrupts.end_at_once()
     overrides.accept_none()

@@ -9,14 +9,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dspo_jax import locks
 from dspo_jax.errors import UserError
-from dspo_jax.hub_cache import find_repository
 
 
 class NotWritten(OSError):
@@ -130,26 +128,3 @@ def sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def hide_folders(value: Any) -> Any:
-    """Returns a JSON value in which absolute paths are cut to their last part: for what leaves this machine.
-
-    A path in the hub's cache becomes the id of its repository; relative paths stay. A text may hold several
-    paths, separated by commas.
-    """
-    if isinstance(value, Mapping):
-        return {key: hide_folders(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [hide_folders(inner) for inner in value]
-    if isinstance(value, str):
-        return ",".join(map(_hide_folder, value.split(",")))
-    return value
-
-
-def _hide_folder(text: str) -> str:
-    path = Path(text.strip())
-    if not path.is_absolute():
-        return text
-    repository = find_repository(path)
-    return repository.name.partition("--")[2].replace("--", "/") if repository else path.name

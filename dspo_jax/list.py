@@ -1,6 +1,8 @@
 """Lists what there is to choose from: recipes, objectives, samplers, rewards, prompt sets, published models.
 
-python -m dspo_jax.list --only=objectives
+    python -m dspo_jax.list --only=objectives
+
+Names are given to other commands as the headings say.
 """
 
 import ast

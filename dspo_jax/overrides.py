@@ -34,7 +34,8 @@ def settle(values: flags.FlagValues) -> list[str]:
     """Finishes the configs of all config flags after their overrides were parsed.
 
     Where an override changes the `name` of a group of keys, such as `config.objective.name`, what the recipe
-    set for the old name among the group's optional keys is unset; what was overridden stays.
+    set for the old name among the group's optional keys is unset; what was overridden stays. Where `steps` is
+    overridden, the recipe's `epochs` are unset.
 
     Args:
       values: the parsed flags; their configs are changed.
@@ -51,6 +52,9 @@ def settle(values: flags.FlagValues) -> list[str]:
         if not config_flags.is_config_flag(flag) or flag.value is None:
             continue
         overridden = config_flags.get_override_values(flag)
+        if "steps" in overridden and "epochs" not in overridden and flag.value.get("epochs") is not None:
+            lines.append(f"{flag_name}.steps: dropped what the recipe sets: epochs = {flag.value.epochs:g}")
+            flag.value.epochs = None
         for key, value in overridden.items():
             *path, last = config_path.split(key)
             group = flag.value

@@ -12,6 +12,7 @@ import pytest
 from tables import each_row
 
 from dspo_jax import files, json_files, locks
+from dspo_jax.hub_cache import hide_folders
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,10 +177,12 @@ def test_what_leaves_this_machine_has_no_absolute_path_in_it():
     config = {
         "model": "/home/me/models/fine",
         "data": {"path": "/home/me/a, /home/me/b,c/d", "weights": [1, 2.5]},
+        "samples": {"prompts": ["/imagine a/b"]},
         "bases": (cached, "org/name", "runs/mine", None, "a prompt, with a comma", True),
     }
-    assert files.hide_folders(config) == {
+    assert hide_folders(config) == {
         "model": "fine",
         "data": {"path": "a,b,c/d", "weights": [1, 2.5]},
+        "samples": {"prompts": ["/imagine a/b"]},
         "bases": ["org/name", "org/name", "runs/mine", None, "a prompt, with a comma", True],
     }

@@ -124,3 +124,11 @@ def test_another_source_says_that_its_arguments_are_in_its_own_recipe():
     with pytest.raises(ValueError, match=r"take one of 'folder' in configs/encode/"):
         get_source(config.source.name, **arguments)
     assert lines == []
+
+
+def test_a_number_of_steps_replaces_the_recipes_epochs():
+    config, lines = parse("own_pairs_sd15_lora.py", "--config.steps=100")
+    assert (config.steps, config.epochs) == (100, None)
+    assert lines == ["config.steps: dropped what the recipe sets: epochs = 10"]
+    config, lines = parse("own_pairs_sd15_lora.py", "--config.steps=100", "--config.epochs=2.0")
+    assert (config.epochs, lines) == (2.0, [])

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
-from dspo_jax.files import hide_folders
-from dspo_jax.hub_cache import find_repository
+from dspo_jax.hub_cache import find_repository, hide_folders
 from dspo_jax.json_files import JsonObject, member
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 from dspo_jax.objectives import OBJECTIVES
@@ -82,7 +81,7 @@ def _step(grid: Path) -> int:
 def _usage(values: JsonObject) -> str:
     """Returns a program that draws an image as the run drew its samples."""
     prompts = values.get("samples.prompts") or ()  # texts, and names of files of them
-    prompt = next((text for text in prompts if not Path(text).suffix), _PROMPT)
+    prompt = next((text for text in prompts if " " in text or not Path(text).suffix), _PROMPT)
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
     return f"""```python
 from diffusers import DiffusionPipeline

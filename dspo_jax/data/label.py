@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     drawn = (values.model, values.prompts)
     if not (all(drawn) if values.images_from is None else not any(drawn)):
         raise UserError("give --model and --prompts, or --images_from alone, whose folder names its prompts")
+    if values.images_from is not None and values["num_images"].present:
+        raise UserError("--num_images: is of drawing; leave it out with --images_from")
     with processes.claim(out):
         pairing = Pairing(values.num_images, values.pairs, values.temperature)
         if values.images_from is not None:
@@ -74,7 +76,7 @@ def run() -> None:
     )
     flags.DEFINE_string("reward_dir", "rewards", "Folder of the rewards' weights.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.")
-    flags.DEFINE_integer("num_images", 4, "Images to draw of each prompt.")
+    flags.DEFINE_integer("num_images", 4, "Images to draw of each prompt, with --model.")
     flags.DEFINE_enum("pairs", "best_worst", ("best_worst", "all"), "Which images of a prompt are compared.")
     flags.DEFINE_float(
         "temperature",

@@ -12,6 +12,7 @@ from dspo_jax.data import shards
 from dspo_jax.data.records import Example
 from dspo_jax.data.summary import Examples
 from dspo_jax.errors import UserError
+from dspo_jax.images.contact_sheet import wrap
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -82,9 +83,9 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
         draw.text((left + column * cell + FRAME, 4), heading, "black", font)
     top = HEADING_HEIGHT
     for (caption, notes, _), images, height in zip(rows, fitted, heights, strict=True):
-        lines = [(line, "dimgray") for note in notes for line in _wrap(note, font)]
+        lines = [(line, "dimgray") for note in notes for line in wrap(note, TEXT_WIDTH, font)]
         room = max(1, height // _LINE_HEIGHT - len(lines))
-        wrapped = _wrap(caption, font)
+        wrapped = wrap(caption, TEXT_WIDTH, font)
         if len(wrapped) > room:
             wrapped[room - 1 :] = ["..."]
         lines = [(line, "black") for line in wrapped] + lines
@@ -108,23 +109,6 @@ def _fit(pixels: np.ndarray) -> Image.Image:
         return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
     return image
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Returns lines no wider than the column; a word that is, as in writing without spaces, is broken."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= TEXT_WIDTH:
-            lines[-1] = longer
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if font.getlength(lines[-1] + letter) > TEXT_WIDTH:
-                lines.append("")
-            lines[-1] += letter
-    return lines
 
 
 def choose_examples(

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
 from dspo_jax.evaluation.win_rates import Estimate, Verdict, WinRate
-from dspo_jax.files import hide_folders
+from dspo_jax.hub_cache import hide_folders
 from dspo_jax.json_files import JsonObject
 
 # Columns of how images were drawn.

@@ -30,7 +30,7 @@ class ImagesOfPrompt(NamedTuple):
 
 
 def read_images(folder: ImageFolder) -> list[ImagesOfPrompt]:
-    """Reads which images a folder has of each prompt, in the order in which its file names them.
+    """Reads which images a folder has of each prompt, in the order of its file; of pairs, winners first.
 
     The file is manifest.jsonl, which `sample` writes, of all models or, in the folder of one, of that one;
     metadata.jsonl or .csv, as the hub's image folders have; or pairs.jsonl or .csv, as `encode` reads them.

@@ -141,7 +141,7 @@ def label_images(folder: ImageFolder, reward: Reward, out: Path, pairing: Pairin
     Args:
       folder: see `read_images`; prompts of which it has one image are left out.
       reward: orders the images of a prompt.
-      out: gets images/, scores/ and pairs.jsonl.
+      out: gets gathered/, scores/ and pairs.jsonl.
       pairing: which images are compared.
 
     Returns:

@@ -1,10 +1,11 @@
 """Contact sheets: images in a grid under headings."""
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 CELL = 256
 """The least side of an image on a sheet, in pixels: smaller ones are enlarged by a whole number."""
@@ -35,7 +36,7 @@ def contact_sheet(
     count = len(rows[0][1])
     font = ImageFont.load_default(11)
     sheet_width = count * width + _MARGIN * (count + 1) + _MARGIN * (len(columns) - 1)
-    prompts = [_wrap(prompt, sheet_width - 2 * _MARGIN, font) for prompt, _ in rows]
+    prompts = [wrap(prompt, sheet_width - 2 * _MARGIN, font) for prompt, _ in rows]
     head = _LINE * (2 if labels else 1)
     row_heights = [_LINE * len(lines) + height + _MARGIN for lines in prompts]
     sheet = Image.new("RGB", (sheet_width, head + sum(row_heights) + _MARGIN), "white")
@@ -60,13 +61,18 @@ def contact_sheet(
     return sheet
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels."""
-    characters = max(len(text), 1)
-    while characters > 1:
-        lines = textwrap.wrap(text, characters) or [""]
-        widest = max(font.getlength(line) for line in lines)
-        if widest <= width:
-            return lines
-        characters = max(1, min(characters - 1, int(characters * width / widest)))
-    return textwrap.wrap(text, 1) or [""]
+def wrap(text: str, width: int, font: Font) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels; a word that is wider, as in Chinese, is broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines

@@ -1,6 +1,6 @@
 """Flags of how images are drawn, shared by several commands; options.py reads them.
 
-Values are checked there, as what is allowed stands in modules whose import takes seconds.
+What is allowed is written out: the modules that know take seconds to import, and tests/test_usage.py compares.
 """
 
 from absl import flags
@@ -8,10 +8,11 @@ from absl import flags
 
 def define_drawing_flags() -> None:
     """Defines the drawing flags; a command calls this once."""
-    flags.DEFINE_string(
+    flags.DEFINE_enum(
         "sampler",
         "ddim",
-        "How noise becomes an image: ddim, ddpm, dpmpp_2m, euler, euler_ancestral or pndm.",
+        ("ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral", "pndm"),
+        "How noise becomes an image.",
     )
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
     flags.DEFINE_float("eta", 0.0, "Of ddim: from 0, no noise in its steps, to 1, as much as ddpm adds.")
@@ -26,12 +27,12 @@ def define_drawing_flags() -> None:
     flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
     flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
     flags.DEFINE_integer("width", None, "In pixels.")
-    flags.DEFINE_string("format", "png", "Of the images: png, or webp without loss.")
-    flags.DEFINE_string(
+    flags.DEFINE_enum("format", "png", ("png", "webp"), "Of the images; webp without loss.")
+    flags.DEFINE_enum(
         "compute_dtype",
         None,
-        "Of UNet and text encoders, float32 or bfloat16; the VAE is float32 (default: bfloat16 on an "
-        "accelerator).",
+        ("float32", "bfloat16"),
+        "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
     )
     flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
     flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")

@@ -15,7 +15,7 @@ from dspo_jax.sampling.rendering import Drawing, Rendering
 
 
 class Options(NamedTuple):
-    """Parsed options of the command."""
+    """Parsed options of `sample`."""
 
     prompts: Sequence[Prompt]
     rendering: Rendering

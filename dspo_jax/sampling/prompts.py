@@ -2,8 +2,9 @@
 
 import csv
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ COMMAND_ALLOWS_OUTSIDE = "--allow_outside"
 """The option of the commands that allows images outside their folder, as messages name it."""
 
 _TEXT_KEYS = ("prompt", "caption", "text")
+_SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Prompt:
     text: str
     image: Path | None = None
     category: str = ""
+
+
+def names_file(text: str) -> bool:
+    """Tells whether `read_prompts` takes a text for the name of a file. A sentence may end in ".json", too."""
+    path = Path(text)
+    return path.suffix in _SUFFIXES and (" " not in text or path.is_file())
 
 
 def read_prompts(
@@ -55,16 +63,15 @@ def read_prompts(
       UserError: no prompt, a file that cannot be understood, by line, or an image outside the folder.
     """
     path = Path(text_or_file)
-    readers = {
+    readers: dict[str, Callable[[Path], Iterable[tuple[str, object]]]] = {
         ".txt": _read_lines,
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".tsv": _read_table,
         ".csv": _read_table,
-        ".parquet": _read_parquet,
+        ".parquet": functools.partial(_read_parquet, image_columns=image_columns),
     }
-    # A sentence may well end in ".json".
-    if path.suffix not in readers or (" " in text_or_file and not path.is_file()):
+    if not names_file(text_or_file):
         if not text_or_file.strip():
             raise UserError("--prompts: empty; give a text or a file")
         return [Prompt(check_text(text_or_file.strip(), "--prompts"))]
@@ -164,10 +171,10 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise UserError(f"{path}: after line {reader.line_num}: not CSV ({error}); mend it") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _read_parquet(path: Path, image_columns: Sequence[str]) -> Iterator[tuple[str, dict[str, object]]]:
     try:
         names = pq.read_schema(path).names
-        wanted = [name for name in names if name.lower() in (*_TEXT_KEYS, "image", "category")]
+        wanted = [name for name in names if name.lower() in (*_TEXT_KEYS, *image_columns, "category")]
         # Other columns may hold gigabytes of images.
         rows = pq.read_table(path, columns=wanted).to_pylist() if wanted else [dict.fromkeys(names)]
     except (pa.ArrowException, OSError) as error:

@@ -1,6 +1,6 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dspo_jax.errors import UserError
-from dspo_jax.files import hide_folders
+from dspo_jax.hub_cache import hide_folders
 from dspo_jax.interrupts import stop_requests
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
@@ -21,7 +21,6 @@ from dspo_jax.monitoring.metrics import MetricsWriter
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
-from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
@@ -37,9 +36,6 @@ from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
 
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
-
-
-_WORN_OUT = "no better score in %d validations (config.validation.patience); the best checkpoint is kept"
 
 
 class Outcome(NamedTuple):
@@ -146,7 +142,7 @@ class Run:
                 mesh,
                 workdir,
                 settings.samples,
-                prompts=_read_prompts(settings.samples.prompts) or first_captions(experiment.datasets, split),
+                prompts=experiment.prompts or first_captions(experiment.datasets, split),
                 compute_dtype=settings.compute_dtype,
             )
 
@@ -190,9 +186,9 @@ class Run:
                 profiler.before(start + 1, state)
             validate = self._make_validate(start, clock, writer)
             watching = self._make_hooks(validate, start, stream, clock, checkpoints, writer, progress)
-            patience = settings.validation.patience
 
             def stopping() -> bool:
+                patience = settings.validation.patience
                 worn_out = validate is not None and exhausted(validate.scores, patience)
                 return vote(stop_requested() or worn_out)
 
@@ -263,11 +259,6 @@ class Run:
         return [log, *watching]
 
 
-def _read_prompts(given: Sequence[str]) -> list[str]:
-    """Returns the prompts of `config.samples.prompts`, in which the name of a file stands for those in it."""
-    return [prompt.text for text in given for prompt in read_prompts(text)]
-
-
 def refuse_instability(
     settings: Settings, checkpoints: Checkpoints, step: int, values: Mapping[str, float]
 ) -> None:
@@ -332,6 +323,11 @@ def _train(
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
     )
+
+    def worn_out(step: int) -> bool:
+        # Of what the first process wrote, others on a network's disk may not see everything yet.
+        return processes.Vote(mesh).now(exhausted(read_scores(workdir, step), settings.validation.patience))
+
     skip_to: str | None = None  # position in the data after a rollback
     rolled_back_to: int | None = None
     with (
@@ -350,9 +346,8 @@ def _train(
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
                 return Outcome(step, finished=True)
-            patience = settings.validation.patience
-            if exhausted(read_scores(workdir, step), patience):
-                logging.info(f"ended at step %d: {_WORN_OUT}", step, patience)
+            if worn_out(step):
+                _say_worn_out(experiment, workdir, step, checkpoints)
                 return Outcome(step, finished=True)
             with closing(TimedStream(make_stream(experiment), clock)) as stream:
                 if position is not None:
@@ -371,8 +366,19 @@ def _train(
             if step == settings.steps:
                 return Outcome(step, finished=True)
             checkpoints.wait()
-            if exhausted(read_scores(workdir, step), patience):
-                logging.info(f"ended at step %d: {_WORN_OUT}", step, patience)
+            if worn_out(step):
+                _say_worn_out(experiment, workdir, step, checkpoints)
                 return Outcome(step, finished=True)
             logging.info("asked to stop: saved step %d; the same command resumes it", step)
             return Outcome(step, finished=False)
+
+
+def _say_worn_out(experiment: Experiment, workdir: Path, step: int, checkpoints: Checkpoints) -> None:
+    best = checkpoints.best()
+    hint = f"; the best is step {best[0]}: convert export --run={workdir} --step={best[0]}" if best else ""
+    logging.info(
+        "ended at step %d: no better score in %d validations (config.validation.patience)%s",
+        step,
+        experiment.settings.validation.patience,
+        hint,
+    )

@@ -184,6 +184,10 @@ def parse(config: ConfigDict) -> Settings:
         )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias
+    if not settings.validation.every:
+        settings = dataclasses.replace(
+            settings, validation=dataclasses.replace(settings.validation, patience=0)
+        )
     # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
     settings = dataclasses.replace(

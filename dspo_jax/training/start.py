@@ -28,6 +28,7 @@ from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.samplers.spacing import check_steps
+from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.settings import Settings, parse
@@ -47,6 +48,7 @@ class Experiment:
       mesh: the devices.
       datasets: read and verified; none where there are `examples`.
       examples: N encoded pairs in memory, in place of datasets.
+      prompts: of `config.samples`, those of files among them; none where captions are drawn.
       adapters: LoRA's trained parameters at their start; {} where whole networks are trained.
     """
 
@@ -55,6 +57,7 @@ class Experiment:
     mesh: Mesh
     datasets: Sequence[Dataset]
     examples: HostBatch | None
+    prompts: Sequence[str]
     adapters: Params
 
     def count_examples(self) -> dict[str, int]:
@@ -102,14 +105,20 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     )
     if settings.validation.every:
         check_batch_size(settings.validation.batch_size, mesh, "config.validation.batch_size")
+    prompts: list[str] = []
     if settings.samples.every:
+        try:
+            for text in settings.samples.prompts:
+                prompts += [prompt.text for prompt in read_prompts(text)]
+        except (UserError, FileNotFoundError) as error:
+            raise type(error)(f"config.samples.prompts = {text!r}: {error}") from error
         try:
             check_steps(pipe.schedule.num_train_timesteps, settings.samples.num_inference_steps)
         except UserError as error:
             raise UserError(f"config.samples.{error}") from error
     if settings.wandb_project:
         import_wandb(settings.wandb_project)
-    return Experiment(settings, task, mesh, datasets, examples, adapters)
+    return Experiment(settings, task, mesh, datasets, examples, prompts, adapters)
 
 
 def _turn_watching_off(settings: Settings) -> Settings:

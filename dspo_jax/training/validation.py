@@ -88,8 +88,8 @@ def exhausted(scores: Mapping[int, float], patience: int) -> bool:
       scores: by step.
       patience: 0 never ends a run.
     """
-    values = [scores[step] for step in sorted(scores)]
-    if not patience or len(values) <= patience:
+    values = [-math.inf if math.isnan(scores[step]) else scores[step] for step in sorted(scores)]
+    if patience < 1 or len(values) <= patience:
         return False
     return max(values[-patience:]) <= max(values[:-patience])
 

@@ -27,8 +27,7 @@ from dspo_jax.weights.tensors import Tensor
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOTICES = re.compile(r"(readme|license|licence|notice)", re.IGNORECASE)
 _INDICES = re.compile(r"\.index(\.\w+)?\.json$")
-# Components without which no picture is drawn; for the others diffusers takes null. The rule is
-# diffusers', for schedulers and tokenizers too, and five functions need it: not worth an argument of each.
+# Components without which no picture is drawn, by diffusers' rule; for the others it takes null.
 _NEEDED = re.compile(r"unet|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
 _LINK = (
     "{0}: a link to a file outside the model's folder, which is not copied; put the file itself there "

@@ -43,6 +43,10 @@ def config(shallow_model, tiny_pairs):
             "config.batch_size / config.accumulation = 12: not a multiple of 8, the ways the mesh splits a "
             "batch (data 8 x fsdp 1); nearest: 8 or 16",
         ),
+        (
+            {"samples.every": 1, "samples.prompts": ("absent.txt",)},
+            "config.samples.prompts = 'absent.txt': --prompts=absent.txt: no such file",
+        ),
         ({"epochs": 0.0}, "config.epochs = 0.0: must be above 0"),
         ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),

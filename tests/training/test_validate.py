@@ -1,5 +1,7 @@
 """The validation scalars against NumPy, and that they do not depend on how the split is batched."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import ValidationSettings
-from dspo_jax.training.validation import Validator, judge, summarise
+from dspo_jax.training.validation import Validator, exhausted, judge, summarise
 
 SCHEDULE = Schedule.scaled_linear()
 
@@ -193,3 +195,11 @@ def test_the_command_refuses_single_images_and_another_model(shallow_model, tiny
     pairs = write_pairs(tmp_path / "pairs", shallow_model, validation=2)
     with pytest.raises(ValueError, match="its denoiser is another one than that of"):
         judge(shallow_model, tiny_model, pairs, **options)
+
+
+def test_a_run_is_exhausted_where_the_last_validations_bettered_nothing():
+    scores = {0: 0.5, 10: 0.6, 20: 0.6, 30: 0.55}
+    found = [exhausted(scores, patience) for patience in (-1, 0, 1, 2, 3, 4)]
+    assert found == [False, False, True, True, False, False]
+    assert exhausted({0: -0.1, 10: math.nan, 20: math.nan}, 2)
+    assert not exhausted({0: math.nan, 10: -0.1}, 1)
