@@ -38,7 +38,7 @@ class Prompt:
 
 
 def names_file(text: str) -> bool:
-    """Tells whether `read_prompts` takes a text for the name of a file. A sentence may end in ".json", too."""
+    """Tells whether `read_prompts` takes a text for a file's name; a sentence may end in ".json", too."""
     path = Path(text)
     return path.suffix in _SUFFIXES and (" " not in text or path.is_file())
 
