@@ -1,6 +1,6 @@
 """Flags of how images are drawn, shared by several commands; options.py reads them.
 
-What is allowed is written out: the modules that know take seconds to import, and tests/test_usage.py compares.
+What is allowed is written out, as modules that know it take seconds to import; tests/test_usage.py compares.
 """
 
 from absl import flags

@@ -111,7 +111,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
             for text in settings.samples.prompts:
                 prompts += [prompt.text for prompt in read_prompts(text)]
         except (UserError, FileNotFoundError) as error:
-            raise type(error)(f"config.samples.prompts = {text!r}: {error}") from error
+            raise UserError(f"config.samples.prompts = {text!r}: {error}") from error
         try:
             check_steps(pipe.schedule.num_train_timesteps, settings.samples.num_inference_steps)
         except UserError as error:

@@ -532,7 +532,7 @@ def test_a_wrong_folder_is_refused_in_one_line(arguments, message):
 @pytest.mark.ci
 def test_help_names_the_folder_and_the_options():
     done = run("--help")
-    for word in ("inspect DIR", "--model", "--sheet", "--pairs", "--max_examples", "--[no]verify", "--json"):
+    for word in ("inspect DIR", "--model", "--sheet", "--pairs", "--max_examples", "--verify", "--json"):
         assert word in done.stdout
 
 
