@@ -48,12 +48,21 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
+def _is_import(frame: FrameType | None) -> bool:
+    """Tells whether a module is being imported by the code that a signal has stopped."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Makes Ctrl-C a KeyboardInterrupt, which cleans up, where it is as `end_at_once` leaves it.
 
-    A second one ends the process at once, and so does one that is raised where nothing can catch it, as in a
-    destructor.
+    A second one ends the process at once, and so does one during an import, as libraries swallow what
+    interrupts theirs or print it, and one that is raised where nothing can catch it, as in a destructor.
 
     Raises:
       KeyboardInterrupt: also where a library has made another exception of it.
@@ -61,9 +70,10 @@ def interruptible() -> Iterator[None]:
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        del frame
         received.append(number)
         signal.signal(signal.SIGINT, _end)
+        if _is_import(frame):
+            _end(number, frame)
         raise KeyboardInterrupt
 
     def look(lost: "sys.UnraisableHookArgs") -> None:

@@ -75,7 +75,7 @@ def by_another(monkeypatch):
 @pytest.mark.parametrize("module", FOLDERS)
 def test_a_command_on_a_folder_in_use_is_refused(module, run, by_another, tmp_path):
     with by_another(locks.claim(tmp_path)) as refused, refused:
-        run(module, out=str(tmp_path), model="absent", reward="absent", betas=["1"])
+        run(module, out=str(tmp_path), model="absent", prompts="absent", reward="absent", betas=["1"])
 
 
 @pytest.mark.parametrize(("module", "command"), NEW)
