@@ -145,6 +145,12 @@ def memory_of(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+def has_bfloat16(device: jax.Device) -> bool:
+    """Returns whether a device computes in bfloat16 itself: NVIDIA's do since Ampere (compute capability 8)."""
+    capability = getattr(device, "compute_capability", "8.0")
+    return device.platform != "gpu" or float(capability) >= 8
+
+
 def in_units(size: int) -> str:
     """Returns bytes as people read them."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")

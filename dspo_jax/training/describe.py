@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dspo_jax.data.datasets import mixing_weights
 from dspo_jax.models.model import Params
-from dspo_jax.monitoring.devices import in_units
+from dspo_jax.monitoring.devices import has_bfloat16, in_units
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
@@ -68,6 +68,11 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
         yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"
+    if settings.compute_dtype == "bfloat16" and not has_bfloat16(device):
+        yield (
+            f"warning: {device.device_kind} has no bfloat16 arithmetic and emulates it slowly; set "
+            "--config.compute_dtype=float32"
+        )
     if settings.param_dtype == "bfloat16":
         yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
     if examples is None:

@@ -1,6 +1,7 @@
 """The clock, the count of FLOPs against counts by hand, the table of peaks, memory and traces."""
 
 import json
+import os
 import types
 
 import jax
@@ -11,7 +12,7 @@ from tables import each_row
 
 from dspo_jax.monitoring import devices
 from dspo_jax.monitoring.clock import Clock, Profiler
-from dspo_jax.monitoring.devices import count_flops, memory_peaks, peak_flops
+from dspo_jax.monitoring.devices import count_flops, has_bfloat16, memory_of, memory_peaks, peak_flops
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh
 
 
@@ -157,6 +158,30 @@ def test_without_a_backend_that_counts_there_is_no_number(monkeypatch):
 def test_peaks_by_device(kind, teraflops):
     peak = peak_flops(types.SimpleNamespace(device_kind=kind))
     assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+@each_row(
+    ("platform", "capability", "found"),
+    [
+        ("gpu", "7.5", False),
+        ("gpu", "8.0", True),
+        ("gpu", "12.0", True),
+        ("cpu", None, True),
+        ("tpu", None, True),
+    ],
+)
+def test_cards_before_ampere_have_no_bfloat16(platform, capability, found):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    assert has_bfloat16(device) is found
+
+
+def test_a_cpus_devices_share_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**21}.__getitem__)
+    assert memory_of(jax.devices()[0]) == 2**33 // jax.local_device_count()
+    of_gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 7})
+    assert memory_of(of_gpu) == 7
 
 
 def test_memory_peaks(monkeypatch):
