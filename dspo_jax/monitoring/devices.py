@@ -146,7 +146,7 @@ def memory_of(device: jax.Device) -> int | None:
 
 
 def has_bfloat16(device: jax.Device) -> bool:
-    """Tells whether a device computes in bfloat16 itself: NVIDIA's do from compute capability 8 (Ampere) on."""
+    """Tells whether a device computes in bfloat16 itself; NVIDIA's do from compute capability 8 on."""
     capability = getattr(device, "compute_capability", "8.0")
     return device.platform != "gpu" or float(capability) >= 8
 
