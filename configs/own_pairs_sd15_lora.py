@@ -7,9 +7,9 @@
 Objective, rank, batch and learning rate are those of the script that diffusers ships for this model
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo.py and the command in its README), whose
 --beta_dpo=2500 is beta = 5000 here. The length follows from the number of pairs: `epochs` passes over them.
-Held-out pairs are judged every 25 steps, and the checkpoint that they find best is kept: the last lines of
-`validate` and curves.png show which, and `convert export --step=STEP` takes it. Not run at this size by this
-project: no hours and no result to report.
+Held-out pairs are judged every 25 steps, and the checkpoint that they find best is kept: the last line of
+`train` says which, and `convert export --step=STEP` takes it. Not run at this size by this project: no hours
+and no result to report.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.compute_dtype = "bfloat16"
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 0
+    config.log_every = 5
     config.checkpoint.every = 25
     config.validation.every = 25
     config.samples.every = 50

@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags, config_path, tuple_parser
 
+from dspo_jax import spelling
 from dspo_jax.errors import UserError
 
 _UNSET = "None"
@@ -64,6 +65,8 @@ def settle(values: flags.FlagValues) -> list[str]:
                 raise UserError(
                     f"--{flag_name}.{key}=None: needs a value; without the option it is the recipe's"
                 )
+            if key == "objective.name":
+                group[last] = value = spelling.OBJECTIVE_ALIASES.get(value, value)
             old_name = values[f"{flag_name}.{key}"].default
             if last == "name" and value != old_name:
                 given = {name for *where, name in map(config_path.split, overridden) if where == path}

@@ -3,6 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
+OBJECTIVE_ALIASES = {
+    "dpo": "diffusion_dpo",
+    "diffusion-dpo": "diffusion_dpo",
+    "diffusion_kto": "kto",
+    "diffusion-kto": "kto",
+}
+"""Other names that the field has for some objectives."""
+
 
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed name that `value` most resembles, or None when nothing is close."""

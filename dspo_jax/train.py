@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
     workdir = Path(flags.FLAGS.workdir)
     try:
-        step, finished = train(settings, workdir)
+        step, finished, best = train(settings, workdir)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -62,6 +62,11 @@ def main(argv: Sequence[str]) -> int:
                 f"held-out implicit accuracy {when}: "
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
             )
+    if best is not None and best != step:
+        print(
+            f"the held-out pairs find step {best} best: "
+            f"python -m dspo_jax.convert export --run={workdir} --step={best} --out=DIR"
+        )
     if status == cli.EXIT_STOPPED:
         print(f"stopped: after step {step}; the same command resumes it")
     return status

@@ -56,7 +56,7 @@ TYPECHECKED: tuple[str, ...] = (
     "dspo_jax.training.step",
     "dspo_jax.training.task",
 )
-install_import_hook(TYPECHECKED, "beartype.beartype")
+install_import_hook(TYPECHECKED, "typechecker.check")
 
 # Tests in which no dtype may be promoted silently: folders, and files of training/. Elsewhere optax promotes.
 STRICT_FOLDERS = (

@@ -135,7 +135,8 @@ def test_the_quickstart_as_it_stands(tmp_path):
 
 # What a tiny model on ten pairs needs to be quick, by module; what comes last counts.
 SMALL = {
-    "train": "--config.batch_size=2 --config.steps=2 --config.samples.every=0 --config.validation.draws=1",
+    "train": "--config.batch_size=2 --config.accumulation=1 --config.steps=2 --config.samples.every=0 "
+    "--config.validation.draws=1",
     "encode": "--config.resolution=16 --config.num_workers=0 --config.source.validation_share=0.3",
     "sample": "--steps=2",
     "evaluate": "--steps=2",

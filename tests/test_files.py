@@ -173,7 +173,7 @@ def test_two_do_not_write_one_output(tmp_path, monkeypatch):
 
 
 def test_what_leaves_this_machine_has_no_absolute_path_in_it():
-    cached = "/root/.cache/huggingface/hub/models--org--name/snapshots/12ab"
+    cached = "/cache/hub/models--org--name/snapshots/12ab"
     config = {
         "model": "/home/me/models/fine",
         "data": {"path": "/home/me/a, /home/me/b,c/d", "weights": [1, 2.5]},

@@ -132,3 +132,8 @@ def test_a_number_of_steps_replaces_the_recipes_epochs():
     assert lines == ["config.steps: dropped what the recipe sets: epochs = 10"]
     config, lines = parse("own_pairs_sd15_lora.py", "--config.steps=100", "--config.epochs=2.0")
     assert (config.epochs, lines) == (2.0, [])
+
+
+def test_an_alias_of_the_recipes_own_objective_changes_nothing():
+    config, lines = parse("emoji_diffusion_dpo.py", "--config.objective.name=dpo")
+    assert (config.objective.name, config.objective.beta, lines) == ("diffusion_dpo", 2000.0, [])

@@ -1,4 +1,4 @@
-"""What the commands say of themselves: help, usage, lists."""
+"""Help, usage lines and lists of the commands."""
 
 import json
 import re

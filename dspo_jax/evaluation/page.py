@@ -53,7 +53,7 @@ figcaption small { color: #666; }
 """
 
 Address = Callable[[Path], str]
-"""Where the page finds a picture: a link, or the picture itself as a data: URI."""
+"""Address of a picture on the page, by its file: a link, or a data: URI that holds it."""
 
 
 def make_page(evaluation: Evaluation, out: Path, figures: Sequence[str], *, single_file: bool = False) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dspo_jax.evaluation.image_folders import ImageFolder
-from dspo_jax.files import whole
+from dspo_jax.files import sha256, whole
 from dspo_jax.sampling.folder import MANIFEST
 from dspo_jax.sampling.prompts import read_prompts
 
@@ -64,9 +64,12 @@ def read_images(folder: ImageFolder) -> list[ImagesOfPrompt]:
 
 
 def place_gathered(images: Sequence[ImagesOfPrompt], out: Path) -> list[ImagesOfPrompt]:
-    """Returns where `gather_images` puts the images: 00012_3.png is of prompt 12, both counted from 0."""
+    """Returns where `gather_images` puts the images: 00012_3f0c….png is of prompt 12, counted from 0.
+
+    The rest of a name is of the content, as scores that were kept are found by the file's name.
+    """
     return [
-        ImagesOfPrompt(text, [out / f"{number:05d}_{i}{file.suffix}" for i, file in enumerate(files)])
+        ImagesOfPrompt(text, [out / f"{number:05d}_{sha256(file)[:16]}{file.suffix}" for file in files])
         for number, (text, files) in enumerate(images)
     ]
 

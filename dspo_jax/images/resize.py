@@ -10,7 +10,7 @@ from dspo_jax.images.image_files import BadRow
 
 
 class Crop(NamedTuple):
-    """What was kept of an image, in pixels: the values and the order of SDXL's conditioning (section 2.2).
+    """Crop of an image, in pixels, with the values of SDXL's conditioning in their order (SDXL, section 2.2).
 
     Attributes:
       height, width: of the original image.

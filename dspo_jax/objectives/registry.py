@@ -31,14 +31,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     )
 }
 
-ALIASES = {
-    "dpo": "diffusion_dpo",
-    "diffusion-dpo": "diffusion_dpo",
-    "diffusion_kto": "kto",
-    "diffusion-kto": "kto",
-}
-"""Other names that the field has for some of them."""
-
 
 def get_objective(name: str, **arguments: object) -> Objective:
     """Makes the objective of a name or alias, with the given hyperparameters and defaults for the others.
@@ -46,7 +38,7 @@ def get_objective(name: str, **arguments: object) -> Objective:
     Raises:
       UserError: Unknown name or argument, or a value out of range; the message gives the nearest valid name.
     """
-    name = ALIASES.get(name, name)
+    name = spelling.OBJECTIVE_ALIASES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(spelling.unknown("config.objective.name", str(name), OBJECTIVES))
     cls = OBJECTIVES[name]

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -39,8 +40,7 @@ class Prompt:
 
 def names_file(text: str) -> bool:
     """Tells whether `read_prompts` takes a text for a file's name; a sentence may end in ".json", too."""
-    path = Path(text)
-    return path.suffix in _SUFFIXES and (" " not in text or path.is_file())
+    return Path(text).suffix in _SUFFIXES and (" " not in text or os.path.isfile(text))
 
 
 def read_prompts(

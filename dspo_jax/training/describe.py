@@ -1,4 +1,4 @@
-"""What a run is and holds, in lines for the user before its first step."""
+"""Describes a run before its first step: model, data, optimizer, memory on each device."""
 
 from collections.abc import Iterator
 

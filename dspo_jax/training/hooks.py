@@ -250,21 +250,31 @@ class Save:
         self._every, self._validate = every, validate
         found = checkpoints.best()
         self._best = -math.inf if found is None else found[1]
+        self._owed = False
 
     def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the last, one of every few, or has the best score so far."""
-        found = self._score(at.step)
-        better = found is not None and found > self._best
-        return at.step > 0 and (at.last or at.step % self._every == 0 or better)
+        periodic = at.step % self._every == 0 or self._owed
+        return at.step > 0 and (at.last or periodic or self._is_better(at.step))
 
     def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
-        """Saves the state with the stream's position and the clock."""
+        """Saves the state with the stream's position and the clock.
+
+        Where updates are being skipped it waits until one is made again, as a rollback goes to the newest.
+        """
         del metrics
+        self._owed = not (at.last or self._is_better(at.step)) and int(state.health.skipped_in_a_row) > 0
+        if self._owed:
+            return
         found = self._score(at.step)
         self._best = max(self._best, -math.inf if found is None else found)
         extra = {"data": self._stream.get_state(), "clock": self._clock.state()}
         with self._clock.paused():
             self._checkpoints.save(at.step, state.arrays(), extra, found)
+
+    def _is_better(self, step: int) -> bool:
+        found = self._score(step)
+        return found is not None and found > self._best
 
     def _score(self, step: int) -> float | None:
         return self._validate.scores.get(step) if self._validate else None

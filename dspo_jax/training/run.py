@@ -38,16 +38,21 @@ from dspo_jax.weights.checkpoints import Checkpoints
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
+_ROLLBACK = "go on from there past these examples with --config.stability.rollback=true"
+
+
 class Outcome(NamedTuple):
-    """How a call of `train` ended.
+    """Outcome of a call of `train`.
 
     Attributes:
       step: updates done in the whole run.
       finished: whether the run is at its end; False where it was asked to stop, and can go on.
+      best: step of the checkpoint that the held-out pairs find best; None where none was judged.
     """
 
     step: int
     finished: bool
+    best: int | None
 
 
 def open_shards(experiment: Experiment) -> ShardStream:
@@ -275,8 +280,8 @@ def refuse_instability(
             f"(config.stability.max_skipped = {allowed}): their losses or gradients were not finite, or the "
             "loss a spike; the last good checkpoint is "
             + ("none" if newest is None else f"{checkpoints.directory / str(newest)}")
-            + "; lower config.optimizer.learning_rate, or go on from there past these examples with "
-            "--config.stability.rollback=true"
+            + "; lower config.optimizer.learning_rate"
+            + ("" if settings.stability.rollback else f", or {_ROLLBACK}")
         )
 
 
@@ -326,7 +331,15 @@ def _train(
 
     def worn_out(step: int) -> bool:
         # Of what the first process wrote, others on a network's disk may not see everything yet.
-        return processes.Vote(mesh).now(exhausted(read_scores(workdir, step), settings.validation.patience))
+        patience = settings.validation.patience
+        found = processes.Vote(mesh).now(exhausted(read_scores(workdir, step), patience))
+        if found:
+            logging.info("ended at step %d: config.validation.patience = %d is exhausted", step, patience)
+        return found
+
+    def outcome(step: int, *, finished: bool) -> Outcome:
+        best = checkpoints.best()
+        return Outcome(step, finished, None if best is None else best[0])
 
     skip_to: str | None = None  # position in the data after a rollback
     rolled_back_to: int | None = None
@@ -345,10 +358,9 @@ def _train(
                 position, clock = skip_to or extra["data"], Clock(**extra["clock"])
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)
-                return Outcome(step, finished=True)
+                return outcome(step, finished=True)
             if worn_out(step):
-                _say_worn_out(experiment, workdir, step, checkpoints)
-                return Outcome(step, finished=True)
+                return outcome(step, finished=True)
             with closing(TimedStream(make_stream(experiment), clock)) as stream:
                 if position is not None:
                     stream.set_state(position)
@@ -363,22 +375,8 @@ def _train(
                     )
                     skip_to, rolled_back_to = stream.get_state(), latest
                     continue
-            if step == settings.steps:
-                return Outcome(step, finished=True)
+            if step == settings.steps or worn_out(step):
+                return outcome(step, finished=True)
             checkpoints.wait()
-            if worn_out(step):
-                _say_worn_out(experiment, workdir, step, checkpoints)
-                return Outcome(step, finished=True)
             logging.info("asked to stop: saved step %d; the same command resumes it", step)
-            return Outcome(step, finished=False)
-
-
-def _say_worn_out(experiment: Experiment, workdir: Path, step: int, checkpoints: Checkpoints) -> None:
-    best = checkpoints.best()
-    hint = f"; the best is step {best[0]}: convert export --run={workdir} --step={best[0]}" if best else ""
-    logging.info(
-        "ended at step %d: no better score in %d validations (config.validation.patience)%s",
-        step,
-        experiment.settings.validation.patience,
-        hint,
-    )
+            return outcome(step, finished=False)

@@ -135,7 +135,9 @@ class Settings:
     model: str | None
     seed: int
     steps: int = limited(AT_LEAST_1)
-    epochs: float | None = limited(Limit("must be above 0", lambda epochs: epochs is None or epochs > 0))
+    epochs: float | None = limited(
+        Limit("must be above 0 and at most a million", lambda epochs: epochs is None or 0 < epochs <= 1e6)
+    )
     batch_size: int = limited(AT_LEAST_1)
     accumulation: int = limited(AT_LEAST_1)
     caption_dropout: float = limited(PROBABILITY)

@@ -88,9 +88,9 @@ def exhausted(scores: Mapping[int, float], patience: int) -> bool:
       scores: by step.
       patience: 0 never ends a run.
     """
-    values = [-math.inf if math.isnan(scores[step]) else scores[step] for step in sorted(scores)]
-    if patience < 1 or len(values) <= patience:
+    if patience < 1 or len(scores) <= patience:
         return False
+    values = [-math.inf if math.isnan(scores[step]) else scores[step] for step in sorted(scores)]
     return max(values[-patience:]) <= max(values[:-patience])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -140,6 +141,22 @@ def test_images_that_exist_are_ordered_and_encode_reads_the_pairs(theirs, tmp_pa
     again = tmp_path / "again"
     assert label_images(ImageFolder(out), paleness, again, Pairing())["images"] == 3
     assert rows_of(again)[0]["paleness"] == [-5, -20]
+
+
+def test_images_that_changed_places_are_scored_anew(tmp_path):
+    """Of one size and one time, as an archive is unpacked: nothing but the content tells them apart."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name, red in (("a.bmp", 10), ("b.bmp", 90)):
+        (folder / name).write_bytes(image_bytes((red, 0, 0), file_format="BMP"))
+        os.utime(folder / name, (1e9, 1e9))
+    for names in (("a.bmp", "b.bmp"), ("b.bmp", "a.bmp")):
+        rows = [json.dumps({"file_name": name, "prompt": "bird"}) for name in names]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+        label_images(ImageFolder(folder), REWARD, tmp_path / "out", Pairing())
+        (row,) = rows_of(tmp_path / "out")
+        winner = np.asarray(Image.open(tmp_path / "out" / row["winner"]))
+        assert (int(winner[0, 0, 0]), row["redness"]) == (90, [90, 10])
 
 
 def test_what_sample_left_is_read_whole_or_by_model(tmp_path):

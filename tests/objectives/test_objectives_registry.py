@@ -15,8 +15,8 @@ from tables import each_row
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import Predictions, dpo, get_objective, registry
-from dspo_jax.objectives.registry import ALIASES
 from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.spelling import OBJECTIVE_ALIASES
 
 OF_PAIRS = ("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "dspo", "dspo_ref", "dspo_sdxl")
 PAIRWISE = (*OF_PAIRS, "mapo")
@@ -295,4 +295,4 @@ def test_a_limit_holds_however_an_objective_is_made():
 def test_the_fields_short_names_are_known():
     assert get_objective("dpo", beta=2.0) == get_objective("diffusion_dpo", beta=2.0)
     assert get_objective("diffusion-kto").name == "kto"
-    assert ALIASES.keys().isdisjoint(registry.OBJECTIVES)
+    assert OBJECTIVE_ALIASES.keys().isdisjoint(registry.OBJECTIVES)

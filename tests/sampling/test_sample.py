@@ -43,7 +43,8 @@ def _train(model: Path, pairs: Path, workdir: Path) -> Path:
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-2, 0
     config.train_text_encoder = True
     config.validation.every = config.samples.every = 0
-    train(config, workdir)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        train(config, workdir)
     return workdir
 
 

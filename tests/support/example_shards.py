@@ -38,7 +38,7 @@ def make_example(i: int, *, images: int = 2, bucket: str = "16x16") -> dict[str,
 
 
 def conditioning_shapes(text_encoders: int, images: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What an example holds for the denoiser."""
+    """Shapes and dtypes of the arrays of an example that the denoiser is conditioned on."""
     return {
         "tokens": jax.ShapeDtypeStruct((text_encoders, 77), np.int32),
         "micro_conditioning": jax.ShapeDtypeStruct((images, 6), np.int32),

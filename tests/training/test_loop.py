@@ -66,7 +66,7 @@ class Watch:
 
 
 def start(step=0):
-    return SimpleNamespace(step=step, params=None, arrays=dict)
+    return SimpleNamespace(step=step, params=None, arrays=dict, health=SimpleNamespace(skipped_in_a_row=0))
 
 
 def count(state, batch):
