@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from dspo_jax import spelling
+from dspo_jax import spelling, usage
 from dspo_jax.cli import EXIT_USER_ERROR
 
 COMMANDS = {
@@ -24,7 +24,10 @@ COMMANDS = {
 def run() -> None:
     """Runs the command that the first argument names, or prints all of them."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
+    if name == usage.VERSION_FLAG:
+        print(usage.version())
+        return
+    if usage.asks_for_help(name):
         print("usage: python -m dspo_jax COMMAND [options]        (COMMAND --help says which)\n")
         for name, module in COMMANDS.items():
             summary = (importlib.import_module(module).__doc__ or "").splitlines()[0]

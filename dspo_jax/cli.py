@@ -19,6 +19,16 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: asked to stop, and saved; schedulers take it for "start it again"
 
 _PACKAGE = Path(__file__).parent
+# Patterns in the messages of absl's parsers, and how the refusals of this project say it.
+_WORDS_OF_ABSL = {
+    r"^flag --": "--",
+    r"invalid literal for int\(\) with base 10: .*": "must be a whole number",
+    r"could not convert string to float: .*": "must be a number",
+    r"\('Non-boolean argument to boolean flag', .*\)": "must be true or false",
+    r"value should be one of <(.*)>": r"must be one of \1",
+    r"^Missing value for flag (\S+)$": r"\1: needs a value",
+    r"^Found (\S+) in argv before a value for (\S+) was specified$": r"\1: must stand behind \2",
+}
 
 
 def run(
@@ -30,10 +40,11 @@ def run(
 ) -> NoReturn:
     """Parses the command line, calls `main(argv)` and exits; the last line of every command.
 
-    Exit status: 0; or 2 after one line `error: ...` for a bad flag, a bad `--config.KEY`, a UserError or an
-    OSError (a file that is missing, a disk that is full), or a program too large for its device; or 130
-    after Ctrl-C; or 143 where the command was asked to stop and the same command goes on. Any other exception
-    is a bug and keeps its traceback. `--verbosity=1` shows the traceback of those one-line errors too.
+    Exit status: 0, also of `--help` and `--version`; or 2 after one line `error: ...` for a bad flag, a bad
+    `--config.KEY`, a UserError or an OSError (a file that is missing, a disk that is full), or a program too
+    large for its device; or 130 after Ctrl-C; or 143 where the command was asked to stop and the same command
+    goes on. Any other exception is a bug and keeps its traceback. `--verbosity=1` shows the traceback of
+    those one-line errors too.
 
     Args:
       main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
@@ -90,11 +101,21 @@ def run(
     interrupts.end_at_once()
     overrides.accept_none()
     _outlive_readers()
-    if not {"-h", "-help", "--help"}.isdisjoint(sys.argv[1:]):
+    if any(map(usage.asks_for_help, sys.argv[1:])):
         print(usage.text(main, required, argument))
+        sys.exit(0)
+    if usage.VERSION_FLAG in sys.argv[1:]:
+        print(usage.version())
         sys.exit(0)
     app.run(guarded_main, flags_parser=_parse_flags)
     raise AssertionError("absl.app.run always exits")
+
+
+def define_config(meaning: str) -> None:
+    """Defines `--config`, a recipe whose keys `--config.KEY=VALUE` changes; `meaning` is its help."""
+    # Files of flags are read when the flag is defined, to look for the recipe.
+    arguments = [*sys.argv[:1], *_expand_flag_files(sys.argv[1:])]
+    config_flags.DEFINE_config_file("config", None, meaning, sys_argv=arguments)
 
 
 def _is_verbose() -> bool:
@@ -169,7 +190,8 @@ def _describe(error: UserError | OSError) -> str:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    argv = _locate_recipes(argv)
+    _refuse_repeated(argv)
+    argv = _locate_recipes([argv[0], *_expand_flag_files(argv[1:])])
     try:
         positional = flags.FLAGS(argv)
     except flags.Error as error:
@@ -179,6 +201,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if "get_config() takes 0 positional arguments" in message:
             named = next(argument for argument in argv if re.search(r"\.py:", argument))
             message = f"{named}: the recipe has no variants; leave out the colon and what follows"
+        elif isinstance(error, flags.UnrecognizedFlagError):
+            message = _explain_unknown_flag(error.flagname)
+        for words, ours in _WORDS_OF_ABSL.items():
+            message = re.sub(words, ours, message)
         _fail(message)
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError):
         # What config_flags raises for an override when the key or the file does not exist. If the fault lies
@@ -193,6 +219,44 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if flag.value is not None:
             _check_is_file(name, flag.config_filename)  # config_flags itself reports it only when first read
     return positional
+
+
+def _refuse_repeated(argv: Sequence[str]) -> None:
+    """Refuses a flag of one value that is given twice, of which absl would drop the first.
+
+    Where the other stands in a file of flags the last one holds: such a file may be a default.
+    """
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.boolean or isinstance(flag, flags.MultiFlag):
+            continue
+        given = [argument for argument in argv[1:] if re.fullmatch(rf"--?{re.escape(name)}(=.*)?", argument)]
+        if len(given) > 1:
+            commas = (
+                ", or several values separated by commas" if isinstance(flag.parser, flags.ListParser) else ""
+            )
+            _fail(f"--{name} is given twice; give it once{commas}")
+
+
+def _expand_flag_files(arguments: Sequence[str]) -> list[str]:
+    """Replaces every `--flagfile=FILE` by the flags in the file."""
+    try:
+        return list(flags.FLAGS.read_flags_from_files(list(arguments), force_gnu=False))
+    except flags.CantOpenFlagFileError as error:
+        cause = error.__context__
+        _fail(f"--flagfile={cause.filename}: {cause.strerror}" if isinstance(cause, OSError) else str(error))
+    except flags.Error:
+        _fail("--flagfile: needs a value, the name of a file")
+    except UnicodeDecodeError as error:
+        _fail(f"--flagfile: holds no text ({error}); write a flag in each line, as on the command line")
+
+
+def _explain_unknown_flag(name: str) -> str:
+    group = name.split(".", 1)[0]
+    if group != name and group in _config_flag_names():
+        return f"--{name}: changes a key of a recipe; name the recipe before it with --{group}=FILE"
+    meant = spelling.nearest(name, usage.own_flags())
+    return f"--{name}: unknown flag{f'; did you mean --{meant}?' if meant else ''} (--help lists all)"
 
 
 def _locate_recipes(argv: Sequence[str]) -> list[str]:
@@ -235,14 +299,13 @@ def _check_is_file(name: str, config_filename: str) -> None:
 
 def _find_unknown_key(argv: Sequence[str]) -> str | None:
     """Explains in one line the first `--FLAG.KEY=...` whose KEY the config file does not define."""
-    arguments = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
     for name in _config_flag_names():
         filename = flags.FLAGS[name].default
         overrides = []
-        for position, argument in enumerate(arguments):
+        for position, argument in enumerate(argv):
             option, _, value = argument.partition("=")
             if re.fullmatch(f"--?{name}", option):
-                filename = value or "".join(arguments[position + 1 : position + 2])
+                filename = value or "".join(argv[position + 1 : position + 2])
             elif match := re.fullmatch(rf"--?(?:no)?{name}\.(.+)", option):
                 overrides.append(match[1])
         if not filename or not overrides:

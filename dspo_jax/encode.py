@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -66,7 +65,7 @@ def parse_share(text: str | None) -> tuple[int, int] | None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    config_flags.DEFINE_config_file("config", None, "What to encode, e.g. configs/encode/emoji.py.")
+    cli.define_config("What to encode, e.g. configs/encode/emoji.py.")
     flags.DEFINE_string("out", None, "Folder of the dataset.")
     flags.DEFINE_string(
         "shard",

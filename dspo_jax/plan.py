@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/sd15_dspo.py.")
+    cli.define_config("The run, e.g. configs/sd15_dspo.py.")
     flags.DEFINE_string(
         "topology", None, "TPUs, e.g. v5e:2x4 or v5p:4x4x4 (default: the devices that are here)."
     )

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -74,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    config_flags.DEFINE_config_file("config", None, "What to train, e.g. configs/emoji_dspo.py.")
+    cli.define_config("What to train, e.g. configs/emoji_dspo.py.")
     flags.DEFINE_string("workdir", None, "Folder of the run; a run that is there is resumed.")
     flags.DEFINE_bool(
         "dry_run", False, "Say what the run would take (memory, FLOPs, batches), check the data, and stop."

@@ -1,13 +1,17 @@
 """The help of a command: its docstring, then its flags in groups, each with its default."""
 
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from absl import flags
 from ml_collections.config_flags import config_flags
+
+from dspo_jax import __version__
 
 # Modules that define flags for several commands, by the heading of their flags.
 _GROUPS = {
@@ -17,6 +21,28 @@ _GROUPS = {
 _OPTIONS = "Options"
 _OF_LIBRARIES = ("absl.", "ml_collections.", "tensorflow", "orbax", "grain", "etils")
 _INDENT = 26
+
+VERSION_FLAG = "--version"
+
+
+def asks_for_help(argument: str) -> bool:
+    """Tells whether a word of a command line asks for help, in any of absl's spellings."""
+    return bool(re.fullmatch(r"--?(h|\?|help|helpshort|helpfull)(=(1|t|true))?", argument))
+
+
+def version() -> str:
+    """Returns a line with the versions of this package and of those that decide its numbers."""
+    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax"))
+    return f"dspo_jax {__version__} ({others})"
+
+
+def own_flags() -> list[str]:
+    """Returns the names of the flags that a command defines, without those of libraries."""
+    return [
+        name
+        for name in flags.FLAGS
+        if not (flags.FLAGS.find_module_defining_flag(name) or "").startswith(_OF_LIBRARIES)
+    ]
 
 
 def program(main: Callable[..., object]) -> str:
@@ -45,9 +71,9 @@ def text(main: Callable[..., object], required: Sequence[str], argument: str = "
     """Returns the help of a command, for a terminal; arguments as of `line`."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
     groups: dict[str, list[str]] = {"Required": list(required), _OPTIONS: []}
-    for name in flags.FLAGS:
-        module = flags.FLAGS.find_module_defining_flag(name) or ""
-        if name not in required and not module.startswith(_OF_LIBRARIES):
+    for name in own_flags():
+        if name not in required:
+            module = flags.FLAGS.find_module_defining_flag(name) or ""
             groups.setdefault(_GROUPS.get(module, _OPTIONS), []).append(name)
     parts = [f"usage: {line(main, required, argument)}", (sys.modules[main.__module__].__doc__ or "").strip()]
     for heading, names in groups.items():
@@ -58,6 +84,7 @@ def text(main: Callable[..., object], required: Sequence[str], argument: str = "
             )
         if heading == _OPTIONS:
             rows += _row("-h, --help", "This text.", width)
+            rows += _row(VERSION_FLAG, "Versions of this package, jax and flax.", width)
             rows += _row(
                 "--verbosity=0", "1 shows more, and the traceback of an error; -1 warnings alone.", width
             )

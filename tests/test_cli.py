@@ -11,14 +11,17 @@ from tables import each_row
 COMMAND = """
 import logging
 logging.basicConfig()  # as orbax does when it is imported
-from ml_collections import config_flags
+from absl import flags
 from dspo_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config")
+cli.define_config("A recipe.")
+flags.DEFINE_enum("only", None, ["a", "b"], "One.")
+flags.DEFINE_list("listed", None, "Several.")
+flags.DEFINE_multi_string("many", None, "Several, too.")
 
 
 def main(argv):
-    config = CONFIG.value
+    config = flags.FLAGS.config
     print(config.objective.name, config.batch_size, config.flip)
     if config.batch_size == 6:
         from pathlib import Path
@@ -94,6 +97,8 @@ def folder(tmp_path_factory):
     (folder / "toy.py").write_text(CONFIG)
     (folder / "optional.py").write_text(OPTIONAL)
     (folder / "raises.py").write_text('def get_config():\n    raise ValueError("config.a = 3: too large")\n')
+    (folder / "binary.txt").write_bytes(b"\xff\xfe")
+    (folder / "flags.txt").write_text("--config=toy.py\n--only=a\n")
     (folder / "broken.py").write_text('def get_config():\n    return {}["absent"]\n')
     return folder
 
@@ -118,6 +123,11 @@ def test_flags_reach_the_command(run):
         "--config=toy.py", "--config.objective.name=sft", "--noconfig.flip", "--config.batch_size", "5"
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "sft 5 False\n", "")
+
+
+def test_flags_of_several_values_repeat_and_others_take_the_place_of_a_files(run):
+    result = run("--flagfile=flags.txt", "--only=b", "--many=a", "--many=b")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_what_a_new_name_drops_is_said(run):
@@ -160,9 +170,38 @@ def test_what_a_new_name_drops_is_said(run):
         ),
         (
             ["--config=toy.py", "--config.batch_size=many"],
-            "flag --config.batch_size=many: invalid literal for int() with base 10: 'many'",
+            "--config.batch_size=many: must be a whole number",
         ),
-        (["--config=toy.py", "--confg=x"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        (["--config=toy.py", "--config.objective.beta=x"], "--config.objective.beta=x: must be a number"),
+        (["--config=toy.py", "--config.flip=x"], "--config.flip=x: must be true or false"),
+        (["--config=toy.py", "--only=x"], "--only=x: must be one of a|b"),
+        (["--config=toy.py", "--only"], "--only: needs a value"),
+        (
+            ["--config=toy.py", "--confg=x"],
+            "--confg: unknown flag; did you mean --config? (--help lists all)",
+        ),
+        (["--config=toy.py", "--zzzzz=x"], "--zzzzz: unknown flag (--help lists all)"),
+        (["--config=toy.py", "--only=a", "-only", "b"], "--only is given twice; give it once"),
+        (
+            ["--listed=a", "--config=toy.py", "--listed=b"],
+            "--listed is given twice; give it once, or several values separated by commas",
+        ),
+        (
+            ["--config=toy.py", "--config", "toy.py", "--config.flip=0"],
+            "--config is given twice; give it once",
+        ),
+        (
+            ["--config.flip=false"],
+            "--config.flip: changes a key of a recipe; name the recipe before it with --config=FILE",
+        ),
+        (["--config.flip=0", "--config=toy.py"], "--config.flip=0: must stand behind --config"),
+        (["--flagfile=absent.txt"], "--flagfile=absent.txt: No such file or directory"),
+        (["--flagfile"], "--flagfile: needs a value, the name of a file"),
+        (
+            ["--flagfile=binary.txt"],
+            "--flagfile: holds no text ('utf-8' codec can't decode byte 0xff in position 0: invalid start "
+            "byte); write a flag in each line, as on the command line",
+        ),
         (["--config=absent.py"], ABSENT),
         (
             ["--config=absent.py", "--config.batch_size=1"],

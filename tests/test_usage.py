@@ -9,6 +9,7 @@ import pytest
 from processes import ROOT
 from tables import each_row
 
+import dspo_jax
 from dspo_jax import samplers
 from dspo_jax.__main__ import COMMANDS
 from dspo_jax.conversion.export_model import ADAPTER_FORMATS
@@ -92,6 +93,24 @@ def test_help_names_everything_that_a_flag_can_be(command, names, helps):
     """Help is written out, as asking the registries would take seconds."""
     words = re.findall(r"[\w.+-]*\w", helps[command][1])
     assert [name for name in names if name not in words] == []
+
+
+@each_row(
+    ("arguments", "beginning"),
+    [
+        (["-?"], "usage: python -m dspo_jax COMMAND "),
+        (["--version"], f"dspo_jax {dspo_jax.__version__} (jax "),
+        (["sample", "-?"], "usage: python -m dspo_jax.sample "),
+        (["sample", "--helpshort"], "usage: python -m dspo_jax.sample "),
+        (["sample", "--model=a", "--help=1"], "usage: python -m dspo_jax.sample "),
+        (["sample", "--helpfull"], "usage: python -m dspo_jax.sample "),
+        (["sample", "--version"], f"dspo_jax {dspo_jax.__version__} (jax "),
+    ],
+)
+def test_every_spelling_of_help_and_the_version_are_answered(arguments, beginning):
+    said = run(*arguments)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.startswith(beginning)
 
 
 def run(*arguments):
