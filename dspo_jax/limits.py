@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -24,6 +24,14 @@ FINITE = Limit("must be a finite number", math.isfinite)
 FINITE_NOT_NEGATIVE = Limit("must be finite and not negative", lambda value: 0 <= value < math.inf)
 PROBABILITY = Limit("must be between 0 and 1", lambda value: 0 <= value <= 1)
 DECAY = Limit("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+_ELEMENTS = {
+    str: Limit("must be a list of texts, each in quotes", lambda each: isinstance(each, str)),
+    int: Limit("must be a list of whole numbers", lambda each: type(each) is int),
+    float: Limit("must be a list of numbers", lambda each: type(each) in (int, float)),
+}
+"""What each element of a `Sequence[...]` must be, by the type in the brackets."""
 
 
 def limited(limit: Limit) -> Any:
@@ -48,7 +56,8 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
       key: name of the group, for messages.
 
     Raises:
-      UserError: a key is unknown or missing, or a value is outside its limit.
+      UserError: a key is unknown or missing, or a value is outside its limit; a value of a field
+        `Sequence[...]` is no list, or has an element of another type.
     """
     _check_group(values, key)
     fields = {
@@ -80,6 +89,10 @@ def parse(kind: type[Settings], values: Mapping[str, Any], key: str) -> Settings
         is_off = values.get("every") == 0 and name != "every"
         if limit and not is_off and not _holds(limit, value):
             raise UserError(f"{key}.{name} = {value}: {limit.words}")
+        if get_origin(field.type) is Sequence and not is_off:
+            elements = _ELEMENTS[get_args(field.type)[0]]
+            if not isinstance(value, list | tuple) or not all(map(elements.holds, value)):
+                raise UserError(f"{key}.{name} = {value!r}: {elements.words}")
         parsed[name] = value
     return kind(**parsed)
 

@@ -1,6 +1,7 @@
 """Settings parsed from a config: what is refused, by key, and what is not looked at."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from tables import each_row
@@ -13,6 +14,14 @@ from dspo_jax.limits import AT_LEAST_1, NOT_NEGATIVE, choice, limited, parse
 class Group:
     every: int = limited(NOT_NEGATIVE)
     draws: int = limited(AT_LEAST_1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lists:
+    every: int
+    names: Sequence[str]
+    weights: Sequence[float]
+    seeds: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,3 +63,26 @@ def test_other_keys_and_values_are_refused(changes, message):
 
 def test_limits_of_a_group_that_is_off_are_not_looked_at():
     assert parse(Whole, CONFIG | {"group": {"every": 0, "draws": 0}}, "config").group.draws == 0
+
+
+LISTS = {"every": 1, "names": ("a", "b"), "weights": (1, 0.5), "seeds": [0, 2]}
+
+
+@each_row(
+    ("changes", "message"),
+    [
+        ({"names": (1, 2)}, r"config\.names = \(1, 2\): must be a list of texts, each in quotes"),
+        ({"names": ("a", None)}, r"config\.names = \('a', None\): must be a list of texts"),
+        ({"names": "ab"}, r"config\.names = 'ab': must be a list of texts"),
+        ({"names": None}, r"config\.names = None: must be a list of texts"),
+        ({"weights": ("a",)}, r"config\.weights = \('a',\): must be a list of numbers"),
+        ({"weights": (True,)}, r"config\.weights = \(True,\): must be a list of numbers"),
+        ({"weights": 1.0}, r"config\.weights = 1\.0: must be a list of numbers"),
+        ({"seeds": (0.5,)}, r"config\.seeds = \(0\.5,\): must be a list of whole numbers"),
+    ],
+)
+def test_elements_of_another_type_are_refused(changes, message):
+    assert parse(Lists, LISTS, "config") == Lists(**LISTS)
+    with pytest.raises(UserError, match=f"^{message}"):
+        parse(Lists, LISTS | changes, "config")
+    assert parse(Lists, LISTS | changes | {"every": 0}, "config")

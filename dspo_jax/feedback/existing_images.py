@@ -56,7 +56,8 @@ def read_images(folder: ImageFolder) -> list[ImagesOfPrompt]:
     groups = [[column] for column in columns] if file.stem == "pairs" else [columns]
     by_prompt: dict[str, dict[Path, None]] = {}
     for group in groups:
-        for prompt in read_prompts(str(file), allow_outside=folder.allow_outside, image_columns=group):
+        rows = read_prompts(str(file), allow_outside=folder.allow_outside, image_columns=group, option=None)
+        for prompt in rows:
             image = prompt.image
             if image is not None and (file.parent == path or image.parent.name == path.resolve().name):
                 by_prompt.setdefault(prompt.text, {})[image] = None

@@ -44,7 +44,11 @@ def names_file(text: str) -> bool:
 
 
 def read_prompts(
-    text_or_file: str, *, allow_outside: bool = False, image_columns: Sequence[str] = ("image",)
+    text_or_file: str,
+    *,
+    allow_outside: bool = False,
+    image_columns: Sequence[str] = ("image",),
+    option: str | None = "--prompts",
 ) -> list[Prompt]:
     """Returns the prompts of a file, in its order; or one prompt, if the argument ends in none of these.
 
@@ -57,12 +61,14 @@ def read_prompts(
       text_or_file: the argument.
       allow_outside: whether images may lie outside the folder of the file that names them.
       image_columns: what the image may be called, in lower case.
+      option: how messages call the argument; None where the command has no option for it.
 
     Raises:
       FileNotFoundError: it ends like a file and there is none, or an image is missing.
       UserError: no prompt, a file that cannot be understood, by line, or an image outside the folder.
     """
     path = Path(text_or_file)
+    where, named = (option, f"{option}={path}") if option else ("prompt", str(path))
     readers: dict[str, Callable[[Path], Iterable[tuple[str, object]]]] = {
         ".txt": _read_lines,
         ".jsonl": _read_jsonl,
@@ -73,19 +79,19 @@ def read_prompts(
     }
     if not names_file(text_or_file):
         if not text_or_file.strip():
-            raise UserError("--prompts: empty; give a text or a file")
-        return [Prompt(check_text(text_or_file.strip(), "--prompts"))]
+            raise UserError(f"{where}: empty; give a text or a file")
+        return [Prompt(check_text(text_or_file.strip(), where))]
     if not path.is_file():
-        raise FileNotFoundError(f"--prompts={path}: no such file")
+        raise FileNotFoundError(f"{named}: no such file")
     try:
         paths = ImagePaths(path.parent, COMMAND_ALLOWS_OUTSIDE, allow_outside)
         prompts = [
-            _parse(row, path, where, paths, image_columns) for where, row in readers[path.suffix](path)
+            _parse(row, path, place, paths, image_columns) for place, row in readers[path.suffix](path)
         ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     if not prompts:
-        raise UserError(f"--prompts={path}: no prompt in it")
+        raise UserError(f"{named}: no prompt in it")
     return prompts
 
 

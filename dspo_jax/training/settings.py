@@ -113,7 +113,7 @@ class SampleSettings:
 class ProfileSettings:
     """The keys of `config.profile`."""
 
-    start: int
+    start: int = limited(NOT_NEGATIVE)
     steps: int = limited(NOT_NEGATIVE)
 
 

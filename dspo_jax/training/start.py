@@ -109,7 +109,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     if settings.samples.every:
         try:
             for text in settings.samples.prompts:
-                prompts += [prompt.text for prompt in read_prompts(text)]
+                prompts += [prompt.text for prompt in read_prompts(text, option=None)]
         except (UserError, FileNotFoundError) as error:
             raise UserError(f"config.samples.prompts = {text!r}: {error}") from error
         try:

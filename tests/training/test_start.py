@@ -45,8 +45,17 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"samples.every": 1, "samples.prompts": ("absent.txt",)},
-            "config.samples.prompts = 'absent.txt': --prompts=absent.txt: no such file",
+            "config.samples.prompts = 'absent.txt': absent.txt: no such file",
         ),
+        (
+            {"samples.every": 1, "samples.prompts": ("",)},
+            "config.samples.prompts = '': prompt: empty; give a text or a file",
+        ),
+        (
+            {"samples.every": 1, "samples.prompts": (1, 2)},
+            "config.samples.prompts = (1, 2): must be a list of texts, each in quotes",
+        ),
+        ({"profile.start": -1}, "config.profile.start = -1: must not be negative"),
         ({"epochs": 0.0}, "config.epochs = 0.0: must be above 0 and at most a million"),
         ({"epochs": math.inf}, "config.epochs = inf: must be above 0 and at most a million"),
         ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
