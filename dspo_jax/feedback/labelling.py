@@ -14,7 +14,8 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.feedback.existing_images import ImagesOfPrompt, gather_images, place_gathered, read_images
-from dspo_jax.files import write_text
+from dspo_jax.files import write_json, write_text
+from dspo_jax.json_files import member, read_object
 from dspo_jax.locks import is_empty
 from dspo_jax.parallel import processes
 from dspo_jax.rewards import Reward
@@ -28,6 +29,7 @@ from dspo_jax.sampling.rendering import Rendering
 PAIRS = ("best_worst", "all")
 # In the output: images that were not drawn here, and what encode reads.
 _GATHERED, _PAIRS_FILE = "gathered", "pairs.jsonl"
+_ORIGIN = "origin.json"  # beside gathered images: the folder that they are from
 
 
 # Evaluations count their seeds from 0: no image that a model is judged by begins with noise it trained on.
@@ -148,7 +150,8 @@ def label_images(folder: ImageFolder, reward: Reward, out: Path, pairing: Pairin
       What `label` returns.
 
     Raises:
-      UserError: a setting or folder that is refused, or no two images of a prompt with different scores.
+      UserError: a setting or folder that is refused, an output of other images, an image that cannot be read,
+        or no two images of a prompt with different scores.
       FileNotFoundError: the folder, its file of prompts, or an image.
     """
     if not is_empty(out) and not (out / _GATHERED).is_dir():
@@ -158,19 +161,45 @@ def label_images(folder: ImageFolder, reward: Reward, out: Path, pairing: Pairin
     found = [each for each in read_images(folder) if len(each.files) > 1]
     if not found:
         raise UserError(f"--images_from={folder.path}: has one image of each prompt; a pair needs at least 2")
+    gathered = out / _GATHERED
+    _refuse_other_origin(folder, out)
+    processes.wait_for_all("origin checked")
     if processes.is_first():
-        gather_images(found, out / _GATHERED)
+        gathered.mkdir(parents=True, exist_ok=True)
+        write_json(gathered / _ORIGIN, {"images_from": str(folder.path.resolve())})
+        gather_images(found, gathered)
     processes.wait_for_all("images gathered")
-    return _write_pairs(place_gathered(found, out / _GATHERED), reward, out, pairing)
+    return _write_pairs(place_gathered(found, gathered), reward, out, pairing, originals=found)
+
+
+def _refuse_other_origin(folder: ImageFolder, out: Path) -> None:
+    """Refuses an output whose images are from another folder; an earlier version noted none.
+
+    Raises:
+      UserError: by the name of the other folder.
+    """
+    path = out / _GATHERED / _ORIGIN
+    if path.is_file():
+        fix = f"delete {out}, or choose another folder"
+        origin = member(read_object(path, fix), "images_from", str, path, fix)
+        if origin != str(folder.path.resolve()):
+            raise UserError(f"--out={out}: holds pairs of --images_from={origin}; choose another folder")
 
 
 def _write_pairs(
-    images: Sequence[ImagesOfPrompt], reward: Reward, out: Path, pairing: Pairing
+    images: Sequence[ImagesOfPrompt],
+    reward: Reward,
+    out: Path,
+    pairing: Pairing,
+    *,
+    originals: Sequence[ImagesOfPrompt] | None = None,
 ) -> dict[str, float]:
-    """Scores images in `out` and writes pairs.jsonl; returns what `label` returns."""
-    files = [file for each in images for file in each.files]
+    """Scores images in `out`, which may be copies, and writes pairs.jsonl; returns what `label` returns."""
+    files, named = (
+        [file for each in group for file in each.files] for group in (images, originals or images)
+    )
     texts = [each.text for each in images for _ in each.files]
-    found = score_files(files, texts, [reward], out / "scores")[reward.name]
+    found = score_files(files, texts, [reward], out / "scores", originals=named)[reward.name]
     scores = np.split(found, np.cumsum([len(each.files) for each in images])[:-1])
     choices = choose_pairs(scores, pairing.pairs, pairing.temperature)
     if not choices:

@@ -20,7 +20,12 @@ _CHUNK = 256  # images that are read at a time, and lost when the process is kil
 
 
 def score_files(
-    files: Sequence[Path], prompts: Sequence[str], rewards: Sequence[Reward], cache: Path
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    rewards: Sequence[Reward],
+    cache: Path,
+    *,
+    originals: Sequence[Path] | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores of N image files: reward's name -> [N] float32.
 
@@ -32,6 +37,7 @@ def score_files(
       rewards: with different names.
       cache: folder for what has been scored, a line each; a file that has changed, or another version of a
         reward or of its treatment of transparency, is scored anew.
+      originals: where `files` are copies, what they are copies of, which messages name.
 
     Raises:
       UserError: an image that cannot be read, or scores that are refused.
@@ -52,7 +58,7 @@ def score_files(
                 lines.write("\n")  # ends a line that was cut short
             for start in range(0, len(missing), _CHUNK):
                 part = missing[start : start + _CHUNK]
-                images = [read_image(files[i], keep_alpha=reward.reads_alpha) for i in part]
+                images = [read_image((originals or files)[i], keep_alpha=reward.reads_alpha) for i in part]
                 scores = reward.score(images, [prompts[i] for i in part])
                 for i, score in zip(part, scores.tolist(), strict=True):
                     row = {"file": names[i], "prompt": prompts[i], **_how(reward), "score": score}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -181,6 +182,8 @@ def test_what_is_refused_of_images_that_exist(theirs, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
     label_images(theirs, REWARD, tmp_path / "done", Pairing())
+    others = ImageFolder(shutil.copytree(theirs.path, tmp_path / "others"))
+    refuse(f"done: holds pairs of --images_from={theirs.path}; choose", others, tmp_path / "done")
     refuse("holds --images_from=.*; choose another", ImageFolder(tmp_path / "done"), tmp_path / "done")
     refuse("theirs: not empty, and not made from other images", out=theirs.path)
     refuse(r"absent: no such folder", ImageFolder(tmp_path / "absent"), error=FileNotFoundError)
@@ -197,3 +200,23 @@ def test_what_is_refused_of_images_that_exist(theirs, tmp_path):
     ):
         metadata.write_text(line)
         refuse(message, error=error)
+    metadata.write_text("")
+    refuse(f"^{metadata}: no prompt in it")
+
+
+def test_a_damaged_image_is_named_as_its_owner_calls_it(theirs, tmp_path):
+    damaged = theirs.path / "a" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:30])
+    with pytest.raises(UserError, match=f"^{damaged}: "):
+        label_images(theirs, REWARD, tmp_path / "out", Pairing())
+    picture(damaged, 70)
+    assert label_images(theirs, REWARD, tmp_path / "out", Pairing())["pairs"] == 1
+    assert rows_of(tmp_path / "out")[0]["redness"] == [70, 10]
+
+
+def test_an_output_of_an_earlier_version_that_notes_no_origin_is_gone_on_with(theirs, tmp_path):
+    label_images(theirs, REWARD, tmp_path / "out", Pairing())
+    origin = tmp_path / "out" / "gathered" / "origin.json"
+    origin.unlink()
+    label_images(theirs, REWARD, tmp_path / "out", Pairing())
+    assert json.loads(origin.read_text()) == {"images_from": str(theirs.path.resolve())}
