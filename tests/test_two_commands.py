@@ -143,6 +143,7 @@ def test_an_empty_file_of_ours_is_named_with_the_remedy(tmp_path):
         find_images(ImageFolder(tmp_path), [], 1)
 
     (tmp_path / "config.json").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     config = {"optimizer": {"schedule": "constant"}}
     with pytest.raises(ValueError, match=r"config\.json: empty, .*; it says how the run was started"):
         claim_workdir(tmp_path, config)

@@ -8,6 +8,7 @@ from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.files import write_json
 from dspo_jax.json_files import JsonObject
+from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.parallel import processes
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
@@ -28,6 +29,9 @@ MAY_DIFFER = (
 def claim_workdir(workdir: Path, config: JsonObject) -> None:
     """Writes config.json into a fresh workdir, or checks that it is the one this run was started with.
 
+    Where a run failed before its first step, as one that does not fit into memory does, it left nothing to go
+    on with, and the workdir is fresh.
+
     Args:
       workdir: folder of the run.
       config: `Settings.given`.
@@ -39,7 +43,7 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
     lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
     may_differ = [*MAY_DIFFER, *lengths]
     path = workdir / "config.json"
-    if path.is_file():
+    if path.is_file() and _has_begun(workdir):
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
         mine, theirs = (flatten_dict(each, sep=".") for each in (config, written))
         # Keys that older runs did not have, by what those runs did.
@@ -60,3 +64,11 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
     if processes.is_first():
         write_json(path, config, sort_keys=True)
     processes.wait_for_all("config written")
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Tells whether a run has saved a checkpoint, or finished a step that was logged."""
+    if any(entry.name.isdecimal() for entry in workdir.glob("checkpoints/*")):
+        return True
+    metrics = workdir / "metrics.jsonl"
+    return metrics.is_file() and any(record["step"] > 0 for record in read_metrics(metrics))

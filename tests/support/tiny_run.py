@@ -13,6 +13,8 @@ from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
+from dspo_jax.training.settings import parse
+from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.components import write_params
 
 # One level and one layer of what the tiny model has two of; text reaches the image in the middle block only.
@@ -81,6 +83,12 @@ def read_reproducible(workdir: Path) -> list[dict[str, Any]]:
     }
     records = read_metrics(workdir / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in measured} for record in records]
+
+
+def begin(workdir: Path, config: ConfigDict) -> None:
+    """Leaves a workdir as a run does whose first step is finished."""
+    claim_workdir(workdir, parse(config).given)
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "wall_seconds": 1.0, "loss": 0.5}\n')
 
 
 def saved_steps(workdir: Path) -> list[int]:

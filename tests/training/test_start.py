@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_model import write_model, write_pairs
-from tiny_run import make_config
+from tiny_run import begin, make_config
 
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
@@ -216,6 +216,7 @@ def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
 
 
 def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
+    begin(tmp_path, config)
     path = tmp_path / "config.json"
     path.write_text('{"steps": 5')
     with pytest.raises(
@@ -225,7 +226,7 @@ def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
 
 
 def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
     config.update_from_flattened_dict(changes)
     claim_workdir(tmp_path, parse(config).given)
@@ -233,7 +234,7 @@ def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path
 
 
 def test_a_run_from_before_weights_has_none(config, tmp_path):
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
     assert saved["data"].pop("weights") == []
@@ -255,7 +256,7 @@ def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, k
     config.share_noise, config.optimizer.name = False, "adafactor"
     config.update_from_flattened_dict({key: then})
     path = tmp_path / "config.json"
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     saved = json.loads(path.read_text())
     *groups, last = key.split(".")
     assert (saved[groups[0]] if groups else saved).pop(last) == then
@@ -269,7 +270,7 @@ def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, k
 
 def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_path):
     config.optimizer.factored_axes = "released"  # as in the recipes for SDXL, that with AdamW too
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
     assert (saved["optimizer"].pop("factored_axes"), saved["optimizer"]["name"]) == ("released", "adamw")
@@ -279,7 +280,34 @@ def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_p
 
 def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
     config.optimizer.schedule = "cosine"
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     config.steps = 99
     with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
         claim_workdir(tmp_path, parse(config).given)
+
+
+@pytest.mark.parametrize(
+    ("left", "fresh"),
+    [
+        ({}, True),
+        (
+            {"checkpoints/4.orbax-checkpoint-tmp/state": "", "metrics.jsonl": '{"step": 0, "loss": 0.7}\n'},
+            True,
+        ),
+        ({"metrics.jsonl": '{"step": 0}\n{"step": 1}\n'}, False),
+        ({"checkpoints/4/state": ""}, False),
+    ],
+    ids=["nothing", "unfinished", "a step", "a checkpoint"],
+)
+def test_a_run_that_never_began_gives_its_workdir_to_a_corrected_config(config, tmp_path, left, fresh):
+    claim_workdir(tmp_path, parse(config).given)
+    for name, text in left.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    config.lora.rank = 4
+    if fresh:
+        claim_workdir(tmp_path, parse(config).given)
+        assert json.loads((tmp_path / "config.json").read_text())["lora"]["rank"] == 4
+    else:
+        with pytest.raises(ValueError, match=r"config\.lora\.rank = 0, now it is 4"):
+            claim_workdir(tmp_path, parse(config).given)

@@ -9,15 +9,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tiny_run import make_config, read_reproducible, saved_steps
+from tiny_run import begin, make_config, read_reproducible, saved_steps
 
 from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.training import run
-from dspo_jax.training.settings import parse
 from dspo_jax.training.validation import Validator
-from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
 
 
@@ -213,7 +211,7 @@ def test_a_checkpoint_folder_that_is_none_is_refused(config, train, tmp_path):
     ],
 )
 def test_resuming_with_another_config_is_refused(config, train, tmp_path, changes, named):
-    claim_workdir(tmp_path, parse(config).given)
+    begin(tmp_path, config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match="this run was started with") as caught:
         train(config, tmp_path)
@@ -223,6 +221,15 @@ def test_resuming_with_another_config_is_refused(config, train, tmp_path, change
         "(what may differ: checkpoint, epochs, log_every, mesh, profile, remat, samples, steps, validation, "
         "wandb_project)"
     )
+
+
+def test_a_run_that_failed_in_its_first_step_starts_with_another_config(config, train, fake_step, tmp_path):
+    fake_step.interrupt = {1: RuntimeError("RESOURCE_EXHAUSTED: as of a batch that is too large")}
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        train(config, tmp_path / "run")
+    config.seed = 3
+    assert train(config, tmp_path / "run").step == 12
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
 
 
 def test_too_many_skipped_updates_stop_the_run_and_name_the_last_good_checkpoint(
