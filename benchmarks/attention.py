@@ -65,7 +65,7 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     queries, keys, heads, size = case
     tiling = flash.Tiling.of(queries, keys, size)
     operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]
-    chip, peak = find_chip(device), peak_flops(device)
+    chip, peak = find_chip(device), peak_flops(device.device_kind)
     if chip is None or peak is None:
         raise UserError(f"--topology: nothing is known of a {device.device_kind}")
     names = ("splash_mha_fwd", "splash_mha_dkv")

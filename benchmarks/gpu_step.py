@@ -50,13 +50,15 @@ def main(argv: Sequence[str]) -> None:
     values, config = flags.FLAGS, flags.FLAGS.config
     device = absent_gpu.find_devices(values.topology)[0]
     pipe = published.architecture(values.published)
-    config.batch_size, config.accumulation = values.pairs, 1
+    if values.pairs:
+        config.batch_size, config.accumulation = values.pairs, 1
     with absent_gpu.as_if_here(device):
         lowered = lower_step(config, pipe, pipe.image_side, make_mesh({}, [device]))
     start = time.perf_counter()
     program = absent_gpu.compile_lowered(lowered)
     memory: Any = program.memory_analysis()
-    print(f"{config.objective.name} of {values.published}, {values.pairs} pairs, one {device.device_kind}")
+    pairs = f"{config.batch_size} pairs in {config.accumulation} part(s)"
+    print(f"{config.objective.name} of {values.published}, {pairs}, one {device.device_kind}")
     print(
         f"arguments {in_units(memory.argument_size_in_bytes)}, temporaries "
         f"{in_units(memory.temp_size_in_bytes)}; compiled in {time.perf_counter() - start:.0f} s"
@@ -71,5 +73,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", "configs/sd15_dspo.py", "The run.")
     flags.DEFINE_enum("published", "sd15", published.MODELS, "The model, without weights.")
     flags.DEFINE_string("topology", "h100", "The card: h100 or a100.")
-    flags.DEFINE_integer("pairs", 2, "In the batch.", lower_bound=1)
+    flags.DEFINE_integer(
+        "pairs", None, "In a batch that is not split (default: the recipe's).", lower_bound=1
+    )
     cli.run(main)

@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
 
     seconds = measuring.time_steps(update, jax.block_until_ready, values.steps)
     side = values.resolution or task.pipe.image_side
-    flops, peak = flops_per_example(task, 2, (side, side)), peak_flops(device)
+    flops, peak = flops_per_example(task, 2, (side, side)), peak_flops(device.device_kind)
     rate = None if flops is None else flops * config.batch_size / np.median(seconds) / mesh.size
     peaks = memory_peaks()
     result = measuring.make_result(

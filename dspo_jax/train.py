@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.monitoring.metrics import read_validations
     from dspo_jax.parallel import processes
     from dspo_jax.parallel.mesh import use_cpu_cores
-    from dspo_jax.training.dry_run import dry_run
+    from dspo_jax.pipelines import published
+    from dspo_jax.pipelines.loading import load_pipeline
+    from dspo_jax.training.dry_run import dry_run, estimate
     from dspo_jax.training.run import train
     from dspo_jax.training.settings import parse
 
@@ -33,7 +35,18 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(flags.FLAGS.config)
     use_cpu_cores(settings.batch_size // (settings.accumulation * (flags.FLAGS.num_processes or 1)))
     processes.initialize_from_flags()
-    if flags.FLAGS.dry_run:
+    values = flags.FLAGS
+    without_data = values.published or values.pairs or values.gpu
+    if without_data and not values.dry_run:
+        raise UserError("--published, --pairs and --gpu: only go with --dry_run")
+    if without_data:
+        if not (values.published or settings.model):
+            raise UserError("--dry_run: needs a model: --published=sd15 or sdxl, or --config.model=DIR")
+        pipe = published.architecture(values.published) if values.published else load_pipeline(settings.model)
+        for line in estimate(settings, pipe, values.pairs, values.gpu):
+            print(line, flush=True)
+        return 0
+    if values.dry_run:
         for line in dry_run(settings):
             print(line, flush=True)
         return 0
@@ -78,6 +91,9 @@ def run() -> None:
     flags.DEFINE_bool(
         "dry_run", False, "Say what the run would take (memory, FLOPs, batches), check the data, and stop."
     )
+    flags.DEFINE_enum("published", None, ("sd15", "sdxl"), "For --dry_run before a model is at hand.")
+    flags.DEFINE_integer("pairs", None, "For --dry_run before data are at hand: how many.", lower_bound=1)
+    flags.DEFINE_string("gpu", None, "For --dry_run before a GPU is at hand, e.g. rtx4090 or h100.")
     define_process_flags()
     cli.run(main, required=("config",))
 

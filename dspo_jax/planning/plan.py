@@ -178,7 +178,7 @@ def plan(
 
 def _judge(facts: JsonObject, device: jax.Device, pairs: int, flops: float | None) -> JsonObject:
     """Computes the fields of a `Plan` for one device from the facts of its compilation."""
-    chip, peak_rate = find_chip(device), peak_flops(device)
+    chip, peak_rate = find_chip(device), peak_flops(device.device_kind)
     hbm = facts["hbm_bytes"]
     if hbm is None:
         hbm = int(chip.hbm) if chip else (device.memory_stats() or {}).get("bytes_limit")

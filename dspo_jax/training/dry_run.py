@@ -1,18 +1,82 @@
-"""Memory, batches and FLOPs of a run, from its compiled step and without its weights."""
+"""What a run would take, without its weights: at once from shapes, or from its data and its compiled step."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 
+import jax
 from ml_collections import ConfigDict
 
+from dspo_jax import spelling
 from dspo_jax.data.datasets import bucket_size
-from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes
-from dspo_jax.training.costs import abstract_batch, mean_flops_per_example
-from dspo_jax.training.describe import describe_run
+from dspo_jax.errors import UserError
+from dspo_jax.monitoring.devices import GPUS, in_units, memory_of, peak_bytes, peak_flops, time_product
+from dspo_jax.parallel.rules import bytes_per_device
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.costs import abstract_batch, flops_per_example, mean_flops_per_example
+from dspo_jax.training.describe import describe_run, held
 from dspo_jax.training.settings import Settings
-from dspo_jax.training.start import make_state, prepare
-from dspo_jax.training.step import lower_step
+from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
+from dspo_jax.training.step import TrainState, lower_step
+
+# Share of a device's peak that a run is taken to reach: a guess, as none was timed on these devices.
+_EFFICIENCY = 1 / 3
+# Share of a GPU's memory that JAX takes (docs.jax.dev/en/latest/gpu_memory_allocation.html), unless
+# XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_FRACTION = 0.75
+_SMALLER = (
+    "train adapters with --config.lora.rank=8, or share the state with several devices: --config.mesh.fsdp=N"
+)
+
+
+def estimate(
+    settings: Settings, pipe: Pipeline, pairs: int | None = None, gpu: str | None = None
+) -> Iterator[str]:
+    """Yields what a run would hold and compute on one device, a line each; nothing is compiled.
+
+    Args:
+      settings: of the run; model and data may be unset.
+      pipe: the model, whose weights are not read.
+      pairs: examples to train on; by default the run is as long as `config.steps`.
+      gpu: a name in `devices.GPUS`; by default the first device that is here.
+
+    Raises:
+      UserError: an unknown GPU, or settings that do not fit the model or each other.
+    """
+    if gpu is not None and gpu not in GPUS:
+        raise UserError(spelling.unknown("--gpu", gpu, GPUS))
+    if settings.epochs is not None and pairs is not None:
+        steps = max(1, round(settings.epochs * pairs / settings.batch_size))
+        settings = dataclasses.replace(settings, steps=steps, epochs=None)
+    task = make_task(settings, pipe)
+    state, reference = make_state(
+        task, mesh_of(settings, jax.devices()[:1]), make_adapters(settings, pipe), abstract=True
+    )
+    side, part = pipe.image_side, settings.batch_size // settings.accumulation
+    yield (
+        f"{settings.objective.name} of {pipe.path}, {side}x{side} pixels: {settings.batch_size} pairs a "
+        f"step, {part} at a time"
+    )
+    if settings.epochs is None:
+        epochs = (
+            ""
+            if pairs is None
+            else f", {settings.steps * settings.batch_size / pairs:.3g} epochs of {pairs:,} pairs"
+        )
+        yield f"{settings.steps:,} steps{epochs}"
+    sizes = {name: bytes_per_device(tree) for name, tree in held(state, reference).items()}
+    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+    yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
+    device = jax.devices()[0]
+    kind, memory = GPUS[gpu] if gpu else (device.device_kind, memory_of(device))
+    if memory is not None:
+        usable = int(memory * (_FRACTION if gpu else 1))
+        yield from _describe_room(kind, usable, sum(sizes.values()), part)
+    yield _describe_checkpoints(settings, state)
+    flops = flops_per_example(task, 2, (side, side))
+    if flops is not None:
+        yield from _describe_time(settings, flops, kind)
 
 
 def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
@@ -34,10 +98,12 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
     yield from describe_run(experiment, state, reference)
     yield from (f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items())
+    yield _describe_checkpoints(settings, state)
+    device = mesh.local_devices[0]
     flops = mean_flops_per_example(task, experiment.datasets, settings.data)
     if flops is not None:
-        yield f"{flops / 1e12:.4g} TFLOP a pair, {flops * settings.batch_size / 1e12:.4g} a step"
-    limit = memory_of(mesh.local_devices[0])
+        yield from _describe_time(settings, flops, device.device_kind, mesh.size)
+    limit = memory_of(device)
     if limit is not None:
         yield f"a device has {in_units(limit)}"
     yield "compiling the step, which tells the rest; for a full-size model that takes minutes"
@@ -59,3 +125,41 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
                 "adapters with --config.lora.rank=8"
             )
     yield "no step was made, nothing was written"
+
+
+def _describe_room(kind: str, usable: int, needed: int, part: int) -> Iterator[str]:
+    """Whether what a run holds fits, and what it leaves for the activations of the pairs of a part."""
+    if needed >= usable:
+        yield f"does not fit into the {in_units(usable)} of {kind} that JAX may use: {_SMALLER}"
+    else:
+        yield (
+            f"{kind}: JAX may use {in_units(usable)}, which leaves {in_units(usable - needed)} for the "
+            f"activations of {part} pair(s); where these need more, raise config.accumulation or set "
+            "--config.remat=blocks"
+        )
+
+
+def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
+    """Disk of the checkpoints that a run keeps."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.arrays()))
+    number = settings.checkpoint.max_to_keep + bool(settings.validation.every)
+    return f"checkpoints: {number} of {in_units(size)}, {in_units(number * size)} of disk"
+
+
+def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1) -> Iterator[str]:
+    """FLOPs of a pair, and the time of all steps, by the peak of the device or by a product that is timed."""
+    per_step = flops * settings.batch_size
+    yield f"{flops / 1e12:.4g} TFLOP a pair, {per_step / 1e12:.4g} a step"
+    peak = peak_flops(kind) if settings.compute_dtype == "bfloat16" else None
+    if peak is not None:
+        rate = devices * peak * _EFFICIENCY
+        how = f"at a third, which is a guess, of the {peak / 1e12:.4g} TFLOP/s of {kind}"
+    elif kind == "cpu":
+        rate = time_product()
+        how = f"at the {rate / 1e9:.3g} GFLOP/s that a product of matrices reaches on this CPU now"
+    else:
+        return
+    whole = (
+        "" if settings.epochs is not None else f", the run {settings.steps * per_step / rate / 3600:.3g} h"
+    )
+    yield f"{per_step / rate:.3g} s a step{whole}, {how}; what reads data, validates and draws comes on top"

@@ -251,7 +251,7 @@ class Run:
             watching.append(hooks.Announced(draw, progress, "drawing samples"))
         save = hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)
         watching.append(hooks.Announced(save, progress, "saving"))
-        peak = peak_flops(mesh.devices.flat[0]) if settings.compute_dtype == "bfloat16" else None
+        peak = peak_flops(mesh.devices.flat[0].device_kind) if settings.compute_dtype == "bfloat16" else None
         speed = hooks.Speed(clock, settings.batch_size, start, self._flops_per_pair, peak)
         log = hooks.Log(
             writer,

@@ -149,14 +149,15 @@ def test_without_a_backend_that_counts_there_is_no_number(monkeypatch):
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
         ("NVIDIA L40", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("TPU v4 lite", None),
         ("TPU v2", None),
         ("cpu", None),
     ],
 )
 def test_peaks_by_device(kind, teraflops):
-    peak = peak_flops(types.SimpleNamespace(device_kind=kind))
+    peak = peak_flops(kind)
     assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
 

@@ -7,9 +7,14 @@ from tiny_run import make_config
 
 from dspo_jax.data import loader
 from dspo_jax.data.datasets import read_datasets
+from dspo_jax.errors import UserError
+from dspo_jax.monitoring import devices
+from dspo_jax.pipelines import published
+from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.describe import describe_run
-from dspo_jax.training.dry_run import dry_run
+from dspo_jax.training.dry_run import dry_run, estimate
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, prepare
 
 
@@ -76,3 +81,42 @@ def test_what_would_stop_the_run_stops_the_dry_run(shallow_model, tiny_pairs):
         ValueError, match=r"config\.batch_size / config\.accumulation = 12: not a multiple of 8"
     ):
         list(dry_run(make_config(shallow_model, tiny_pairs, {"batch_size": 12})))
+
+
+def test_before_data_and_gpu_are_at_hand_an_estimate_says_steps_memory_disk_and_time(shallow_model):
+    changes = {"epochs": 10.0, "batch_size": 16, "accumulation": 4, "compute_dtype": "bfloat16"}
+    changes |= {"validation.every": 5, "data.path": None}
+    settings, pipe = parse(make_config(shallow_model, "", changes)), load_pipeline(shallow_model)
+    said = list(estimate(settings, pipe, 500, "rtx4090"))
+    assert f"dspo of {shallow_model}, 16x16 pixels: 16 pairs a step, 4 at a time" in said
+    assert "312 steps, 9.98 epochs of 500 pairs" in said
+    (room,) = (line for line in said if line.startswith("NVIDIA GeForce RTX 4090: "))
+    assert "JAX may use 16.8 GiB" in room  # 3/4 of 24e9
+    assert "for the activations of 4 pair(s)" in room
+    kept, step = settings.checkpoint.max_to_keep + 1, 12_364 * 3 * 4  # parameters and two moments in float32
+    (disk,) = (line for line in said if line.startswith("checkpoints: "))
+    assert disk.startswith(f"checkpoints: {kept} of {devices.in_units(step)[:3]}")
+    # The time follows from what is said to be computed, at a third of the card's peak.
+    (tera,) = (float(line.split()[4]) for line in said if "TFLOP a pair" in line)
+    assert said[-1].startswith(
+        f"{3 * tera / 165.2:.3g} s a step, the run {312 * 3 * tera / 165.2 / 3600:.3g} h"
+    )
+
+
+def test_what_no_card_of_a_name_can_hold_is_said_with_what_to_change():
+    changes = {"epochs": 1.0, "compute_dtype": "bfloat16"}
+    lines = estimate(parse(make_config(None, "", changes)), published.architecture("sdxl"), None, "rtx4090")
+    said = [next(lines) for _ in range(3)]  # before the networks are traced
+    assert said[-1].startswith("does not fit into the 16.8 GiB of NVIDIA GeForce RTX 4090 that JAX may use: ")
+    assert "--config.lora.rank=8" in said[-1]
+    with pytest.raises(UserError, match="--gpu = 'rtx490': unknown; did you mean 'rtx4090'"):
+        next(estimate(parse(make_config(None, "", changes)), published.architecture("sd15"), None, "rtx490"))
+
+
+def test_a_cpu_s_time_is_by_a_product_that_is_timed(shallow_model, monkeypatch):
+    monkeypatch.setattr("dspo_jax.training.dry_run.time_product", lambda: 1e9)
+    changes = {"batch_size": 16, "data.path": None, "steps": 4}
+    said = list(estimate(parse(make_config(shallow_model, "", changes)), load_pipeline(shallow_model)))
+    (tera,) = (float(line.split()[4]) for line in said if "TFLOP a pair" in line)
+    assert float(said[-1].split()[0]) == pytest.approx(tera * 1e3, rel=0.01)
+    assert "at the 1 GFLOP/s that a product of matrices reaches on this CPU now" in said[-1]
