@@ -66,6 +66,7 @@ def find_devices(card: str, count: int = 1) -> Sequence[Any]:
         raise UserError(spelling.unknown("--topology", card, tuple(_CARDS)))
     name, numbers = _CARDS[card]
     config = _CARD.format(name=name, numbers=numbers)
+    jax.config.update("jax_platforms", "cpu")  # or JAX insists on a driver
     try:
         devices: Sequence[Any] = topologies.get_topology_desc(
             card, "cuda", target_config=config, topology=f"1x1x{count}"

@@ -1,4 +1,4 @@
-"""Diffusion-DPO on your own pairs: SDXL, adapters of rank 8, one GPU of 24 GB.
+"""Diffusion-DPO on your own pairs: SDXL, adapters of rank 8, one GPU of 16 GB.
 
     python -m dspo_jax.train --config configs/own_pairs_sdxl_lora.py --workdir runs/own_pairs_sdxl_lora \
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
@@ -6,8 +6,9 @@
 
 As own_pairs_sd15_lora.py, with batch and beta of the script that diffusers ships for SDXL
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py), whose --beta_dpo=5000 is beta = 10000
-here. One pair is worked on at a time, and blocks are computed again in the backward pass, to save memory. Not
-run at this size by this project: no hours and no result to report.
+here. One pair is worked on at a time, and blocks are computed again in the backward pass, to save memory:
+compiled for a GPU, the step takes 8.4 GiB (docs/measurements.md). Not run at this size by this project: no
+hours and no result to report.
 """
 
 from ml_collections import ConfigDict

@@ -86,6 +86,7 @@ def test_every_command_says_at_once_what_it_takes(helps):
         ("dspo_jax.rewards.convert", [*RECIPES, PUBLISHED_HEAD]),
         ("dspo_jax.convert", [*ADAPTER_FORMATS, *layout.DTYPES]),
         ("dspo_jax.plan", [*published.MODELS]),
+        ("dspo_jax.train", [*published.MODELS]),
         ("dspo_jax.list", [*KINDS]),
     ],
 )
@@ -134,6 +135,9 @@ def test_the_package_names_its_commands_and_runs_them():
     assert run("train", "--config=configs/sd15_dpso.py", "--workdir=run").stderr == (
         "error: --config=configs/sd15_dpso.py: no such file; did you mean configs/sd15_dspo.py? "
         "(python -m dspo_jax list: all recipes)\n"
+    )
+    assert run("train", "--config=configs/sd15_dspo.py", "--published=sd15").stderr == (
+        "error: --published, --pairs and --gpu: only go with --dry_run\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator
 
@@ -22,9 +23,8 @@ from dspo_jax.training.step import TrainState, lower_step
 
 # Share of a device's peak that a run is taken to reach: a guess, as none was timed on these devices.
 _EFFICIENCY = 1 / 3
-# Share of a GPU's memory that JAX takes (docs.jax.dev/en/latest/gpu_memory_allocation.html), unless
-# XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-_FRACTION = 0.75
+# Share of a GPU's memory that JAX takes: docs.jax.dev/en/latest/gpu_memory_allocation.html.
+_FRACTION, _FRACTION_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _SMALLER = (
     "train adapters with --config.lora.rank=8, or share the state with several devices: --config.mesh.fsdp=N"
 )
@@ -71,8 +71,10 @@ def estimate(
     device = jax.devices()[0]
     kind, memory = GPUS[gpu] if gpu else (device.device_kind, memory_of(device))
     if memory is not None:
-        usable = int(memory * (_FRACTION if gpu else 1))
-        yield from _describe_room(kind, usable, sum(sizes.values()), part)
+        share = float(os.environ.get(_FRACTION_VARIABLE, _FRACTION)) if gpu else 1.0
+        if gpu:
+            yield f"JAX takes {share:.0%} of a GPU's memory ({_FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
+        yield from _describe_room(kind, int(memory * share), sum(sizes.values()), part)
     yield _describe_checkpoints(settings, state)
     flops = flops_per_example(task, 2, (side, side))
     if flops is not None:
@@ -130,12 +132,11 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
 def _describe_room(kind: str, usable: int, needed: int, part: int) -> Iterator[str]:
     """Whether what a run holds fits, and what it leaves for the activations of the pairs of a part."""
     if needed >= usable:
-        yield f"does not fit into the {in_units(usable)} of {kind} that JAX may use: {_SMALLER}"
+        yield f"does not fit into the {in_units(usable)} of {kind}: {_SMALLER}"
     else:
         yield (
-            f"{kind}: JAX may use {in_units(usable)}, which leaves {in_units(usable - needed)} for the "
-            f"activations of {part} pair(s); where these need more, raise config.accumulation or set "
-            "--config.remat=blocks"
+            f"{kind}: {in_units(usable)}, which leaves {in_units(usable - needed)} for the activations of "
+            f"{part} pair(s); where these need more, raise config.accumulation or set --config.remat=blocks"
         )
 
 
