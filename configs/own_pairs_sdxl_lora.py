@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
     config.batch_size = 16
     config.accumulation = 16
     config.remat = "blocks"
+    config.validation.batch_size = 8
     return config
