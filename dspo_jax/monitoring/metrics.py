@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ class MetricsWriter:
     A line of `metrics.jsonl` is `{"step": ..., "wall_seconds": ..., <name>: <float>, ...}`; wall_seconds is
     the age of the run without the time between a stop and its resumption. Each line is handed to the
     operating system at once, so a killed process loses none. NaN and infinity are written as Python's json
-    reads them. TensorBoard and W&B call a metric without a group `train/<name>`.
+    reads them, and left out of TensorBoard. TensorBoard and W&B call a metric without a group `train/<name>`.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, "wall_seconds": wall_seconds, **values}) + "\n")
         tagged = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         for name, value in tagged.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if math.isfinite(value):  # at any other tensorboardX warns, each time
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(tagged, step=step)
 

@@ -143,12 +143,12 @@ def test_a_run_is_not_resumed_from_a_line_without_its_age(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
-def test_tensorboard_holds_the_same_numbers_the_config_and_pictures(tmp_path):
+def test_tensorboard_holds_the_same_finite_numbers_the_config_and_pictures(tmp_path, caplog):
     from tensorboardX.proto.event_pb2 import Event
 
     Image.new("RGB", (3, 2), "red").save(tmp_path / "grid.png")
     with MetricsWriter(tmp_path, config={"optimizer": {"name": "adamw"}}) as writer:
-        writer.write(7, {"loss": 0.25, "validation/margin": 0.5})
+        writer.write(7, {"loss": 0.25, "validation/margin": 0.5, "grad_norm": math.inf, "score": math.nan})
         writer.write_image(7, "samples", tmp_path / "grid.png")
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
@@ -163,6 +163,7 @@ def test_tensorboard_holds_the_same_numbers_the_config_and_pictures(tmp_path):
         (7, "validation/margin", 0.5),
     ]
     assert (picture[0], picture[1].tag, picture[1].image.width) == (7, "samples", 3)
+    assert not caplog.records
 
 
 def test_an_inactive_writer_leaves_the_files_alone(tmp_path):
