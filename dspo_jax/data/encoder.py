@@ -67,6 +67,7 @@ class PairEncoder:
 
     Attributes:
       seconds_waiting: for images to be decoded.
+      seconds_compiling: in calls with the first batch of an image size.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class PairEncoder:
           pool: from `prepare.worker_pool`.
           ahead: rows that the pool works on at a time.
         """
-        self.seconds_waiting = 0.0
+        self.seconds_waiting = self.seconds_compiling = 0.0
+        self._compiled: set[tuple[int, ...]] = set()  # shapes of batches
         self._pipe, self._framing, self._batch_size = pipe, framing, batch_size
         self._pool, self._ahead = pool, ahead
         self._devices = jax.local_devices()
@@ -150,7 +152,12 @@ class PairEncoder:
         full += -full % len(self._devices)
         padded = np.zeros((full, *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
-        return self._moments(self._params, jax.device_put(padded, self._split))
+        started = time.perf_counter()
+        moments = self._moments(self._params, jax.device_put(padded, self._split))
+        if padded.shape not in self._compiled:
+            self._compiled.add(padded.shape)
+            self.seconds_compiling += time.perf_counter() - started
+        return moments
 
     def _finish(self, batch: _Batch, encoding: jax.Array, on_bad_row: _OnBadRow) -> Iterator[Example]:
         conditioning = self._pipe.make_conditioning(

@@ -184,7 +184,9 @@ class _Progress:
         self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images
         self._started = self._looked = time.perf_counter()
         self._before = self._finished_rows()
-        self._bar = Progress("encode", sum(rows_of.values()), self._before, active=processes.is_first())
+        self._bar = Progress(
+            "encode", sum(rows_of.values()), self._before, first="compiling", active=processes.is_first()
+        )
 
     def __enter__(self) -> Self:
         self._bar.__enter__()
@@ -204,7 +206,8 @@ class _Progress:
     def look(self, taken: int = 0) -> None:
         """Counts the finished shards of all processes and the rows taken of the one in work."""
         self._looked = time.perf_counter()
-        done, seconds = self._finished_rows() + taken, self._looked - self._started
+        done = self._finished_rows() + taken
+        seconds = self._looked - self._started - self._encoder.seconds_compiling
         waiting = self._encoder.seconds_waiting / seconds
         speed = (done - self._before) * self._images / seconds
         self._bar.update(done, {"images/s": speed, "waiting for images": waiting})

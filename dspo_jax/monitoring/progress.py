@@ -27,6 +27,7 @@ class Progress:
         console: Console | None = None,
         now: Callable[[], float] = time.monotonic,
         *,
+        first: str = "",
         active: bool = True,
     ):
         """Prepares the bar; use it as a context manager.
@@ -38,9 +39,10 @@ class Progress:
           every_seconds: pause between two plain lines; the first and the last step always get one.
           console: where to draw; standard error by default.
           now: a clock in seconds.
+          first: what the first step waits for, e.g. `"compiling"`, shown until it is done.
           active: False shows nothing: for all processes of a run but the first.
         """
-        self._active = active
+        self._active, self._doing_first = active, first
         self._label, self._total, self._done = label, total, done
         self._every_seconds, self._now = every_seconds, now
         self._console = console or Console(stderr=True)
@@ -58,6 +60,7 @@ class Progress:
                 TextColumn("{task.fields[metrics]}"),
                 console=self._console,
             )
+            label = self._waiting_label()
             self._task = self._bar.add_task(label, total=total, completed=done, eta="-:--:--", metrics="")
 
     def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -70,7 +73,8 @@ class Progress:
             self._first = done, now
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, eta=self._eta(now), metrics=shown)
+            label = self._label if self._first else self._waiting_label()
+            self._bar.update(self._task, description=label, completed=done, eta=self._eta(now), metrics=shown)
             return
         ended = done >= self._total and not self._ended
         if self._last_line is None or ended or now - self._last_line >= self._every_seconds:
@@ -96,6 +100,9 @@ class Progress:
             if self._bar is not None:
                 self._bar.update(self._task, description=self._label)
 
+    def _waiting_label(self) -> str:
+        return f"{self._label}: {self._doing_first}" if self._doing_first else self._label
+
     def _print(self, what: str) -> None:
         share = f"{self._label} {self._done}/{self._total} ({self._done / max(self._total, 1):.0%})"
         self._console.print(f"{share}  {what}", highlight=False, soft_wrap=True)
@@ -113,6 +120,8 @@ class Progress:
             # Rich moves the bar out of the way of what goes through sys.stderr; absl's handler kept the old
             # stream.
             logging.get_absl_handler().python_handler.setStream(sys.stderr)
+        elif self._active and self._doing_first and self._done < self._total:
+            self._print(self._doing_first)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -39,16 +39,17 @@ class Speed:
     peak_flops: float | None = None
 
     def measure(self, step: int) -> dict[str, float]:
-        """Metrics of the time since the last call; call it when `step` has been computed."""
+        """Metrics of the time since the last call; call it when `step` has been computed.
+
+        Speeds are left out where only the first step was made, which compiled.
+        """
         self.clock.tick((step - self.step) * self.batch_size)
         self.step = step
         pairs_per_second = self.clock.lap()
-        values = {
-            "pairs_per_second": pairs_per_second,
-            "examples_seen": step * self.batch_size,
-            "data_wait": self.clock.data_wait,
-            **memory_peaks(),
-        }
+        values = {"examples_seen": float(step * self.batch_size), **memory_peaks()}
+        if not pairs_per_second:
+            return values
+        values |= {"pairs_per_second": pairs_per_second, "data_wait": self.clock.data_wait}
         if self.flops_per_pair is not None:
             flops = self.flops_per_pair * pairs_per_second
             values["tflops_per_device"] = flops / 1e12
@@ -114,9 +115,12 @@ class Log:
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
         values |= self._speed.measure(step)
         self._writer.write(step, values)
-        speed = values["pairs_per_second"]  # 0 where only the first step, which compiled, was made
-        shown = {"pairs/s": speed} if speed else {}
-        shown |= {name: values[name] for name in ("mfu", "loss", "implicit_accuracy") if name in values}
+        names = {"pairs_per_second": "pairs/s"}
+        shown = {
+            names.get(name, name): values[name]
+            for name in ("pairs_per_second", "mfu", "loss", "implicit_accuracy")
+            if name in values
+        }
         self._progress.update(step, shown)
         self._check(step, values)
 

@@ -319,5 +319,7 @@ def judge(
         ),
         inputs=pipes[0].conditioning_inputs,
     )
-    with Progress("validate", validator.num_examples, active=processes.is_first()) as progress:
+    with Progress(
+        "validate", validator.num_examples, first="compiling", active=processes.is_first()
+    ) as progress:
         return validator(place(pipes[0]), place(pipes[1]), progress.update)

@@ -3,10 +3,13 @@ kept."""
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from PIL import Image
 from tables import each_row
 
 from configs.encode import common
-from dspo_jax.data import encoding, loader, shards, sources
+from dspo_jax.data import encoder, encoding, loader, shards, sources
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
@@ -176,6 +179,26 @@ def test_the_vae_is_compiled_once(pipe, config, tmp_path):
     config.source.broken, config.source.max_skipped = (2,), 0.2
     encode(config, tmp_path / "out")
     assert pipe.batch_shapes == [(8, 16, 16, 3)]  # of tracing
+
+
+def test_the_speed_that_is_shown_leaves_compiling_out(pipe, config, tmp_path, monkeypatch, capsys):
+    compiling = 0.0
+
+    def encode_moments(params, images):  # called where it is compiled
+        nonlocal compiling
+        compiling += 1000
+        return StubPipeline.encode_moments(pipe, params, images)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + compiling, sleep=time.sleep)
+    monkeypatch.setattr(pipe, "encode_moments", encode_moments)
+    monkeypatch.setattr(encoder, "time", clock)
+    monkeypatch.setattr(encoding, "time", clock)
+    encode(config, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert said.startswith("encode 0/12 (0%)  compiling\n")
+    (speed,) = re.findall(r"12/12 .* images/s (\S+)", said)
+    assert compiling == 1000
+    assert float(speed) > 24 / 500
 
 
 def test_a_batch_is_filled_up_to_the_devices(pipe, config, tmp_path):

@@ -279,6 +279,21 @@ def test_the_eta_leaves_out_what_was_compiled_and_what_came_between():
 
 
 @each_row("terminal", [False, True])
+def test_what_the_first_step_waits_for_is_said_until_it_is_done(terminal):
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120)
+    with Progress("validate", 9, every_seconds=0, console=console, first="compiling") as progress:
+        progress.update(0)
+        before = output.tell()
+        progress.update(4)
+        progress.update(9)
+    said = output.getvalue()
+    assert "compiling" in said[:before]
+    assert "compiling" not in said[before:]
+    assert "9/9" in said[before:]
+
+
+@each_row("terminal", [False, True])
 def test_inactive_progress_shows_nothing(terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal)
