@@ -100,6 +100,7 @@ def interruptible() -> Iterator[None]:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and Ctrl-C into a question to ask between steps; a second Ctrl-C interrupts at once.
 
+    Where Ctrl-C is ignored, as in what a script has started in the background, it stays so.
     It says so when the signal comes, from a thread of its own: Python's handlers wait until a step, or what
     compiles it, has returned.
     """
@@ -112,7 +113,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     interrupt = signal.getsignal(signal.SIGINT)
     with _announcements():
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        heeded = (signal.SIGTERM,) if interrupt is signal.SIG_IGN else (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, note) for number in heeded}
         try:
             yield lambda: bool(received)
         finally:
