@@ -192,10 +192,14 @@ class Run:
             validate = self._make_validate(start, clock, writer)
             watching = self._make_hooks(validate, start, stream, clock, checkpoints, writer, progress)
 
+            patience = settings.validation.patience
+
             def stopping() -> bool:
-                patience = settings.validation.patience
                 worn_out = validate is not None and exhausted(validate.scores, patience)
                 return vote(stop_requested() or worn_out)
+
+            # The vote of the step before, which an unbroken run would have cast.
+            vote(exhausted(read_scores(self._workdir, start - 1), patience))
 
             state = fit(
                 Updater(self._step, self._reference, self._key, clock, progress),
@@ -330,9 +334,12 @@ def _train(
     )
 
     def worn_out(step: int) -> bool:
+        # A run ends with the step that follows its last validation; with several processes the one after, as
+        # their vote is known a step later. One that was killed before goes on to there.
+        until = step - min(jax.process_count(), 2)
         # Of what the first process wrote, others on a network's disk may not see everything yet.
         patience = settings.validation.patience
-        found = processes.Vote(mesh).now(exhausted(read_scores(workdir, step), patience))
+        found = processes.Vote(mesh).now(exhausted(read_scores(workdir, until), patience))
         if found:
             logging.info("ended at step %d: config.validation.patience = %d is exhausted", step, patience)
         return found

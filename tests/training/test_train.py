@@ -307,6 +307,20 @@ def test_a_run_ends_where_validations_find_no_better_model(config, train, fake_s
     assert len(fake_step.seen) == 7
 
 
+def test_a_run_that_is_killed_after_its_last_validation_ends_with_the_same_step(
+    config, train, fake_step, tmp_path, monkeypatch
+):
+    accuracies = iter([0.5, 0.75, 0.75, 0.625])
+    monkeypatch.setattr(
+        Validator, "__call__", lambda *given: {"implicit_accuracy": next(accuracies), "winner_error": 1.0}
+    )
+    config.validation.every, config.validation.patience, config.steps = 2, 2, 100
+    config.checkpoint.every, fake_step.interrupt = 2, {7: RuntimeError("killed")}
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run") == (7, True, 4)
+
+
 def test_a_run_of_epochs_is_as_long_as_its_data(config, train, tmp_path, caplog):
     config.epochs, config.optimizer.warmup_steps = 2.0, 1000  # of 24 examples, 8 a step
     with caplog.at_level(logging.WARNING, "absl"):
