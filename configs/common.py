@@ -154,8 +154,8 @@ def get_config() -> ConfigDict:
     # How many (timestep, noise) draws each held-out pair is judged by; the timesteps are spread evenly.
     config.validation.draws = 8
     # After so many validations without a better score than all before, the run ends with the next step (with
-    # several processes, the one after); 0 turns that off. The score is the implicit accuracy, or, where there
-    # is no reference, the winners' error.
+    # several processes, the one after); 0 turns that off. The score is the implicit accuracy, and the margin
+    # where that is equal; or, where there is no reference, the winners' error.
     config.validation.patience = 0
     # Held-out examples in one call of the networks.
     config.validation.batch_size = 32

@@ -16,7 +16,7 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import ValidationSettings
-from dspo_jax.training.validation import Validator, exhausted, judge, summarise
+from dspo_jax.training.validation import Validator, exhausted, judge, score, summarise
 
 SCHEDULE = Schedule.scaled_linear()
 
@@ -195,6 +195,20 @@ def test_the_command_refuses_single_images_and_another_model(shallow_model, tiny
     pairs = write_pairs(tmp_path / "pairs", shallow_model, validation=2)
     with pytest.raises(ValueError, match="its denoiser is another one than that of"):
         judge(shallow_model, tiny_model, pairs, **options)
+
+
+def test_of_equal_accuracies_the_higher_margin_is_better_and_no_more_than_that():
+    pairs = 10_000
+
+    def of(accuracy, margin):
+        return score({"implicit_accuracy": accuracy, "winner_error": 1.0, "margin": margin})
+
+    rising = [of(0.5, -math.inf), of(0.5, 1e-6), of(0.5, 2e-6), of(0.5, 1e3), of(0.5 + 0.5 / pairs, -1e3)]
+    assert rising[1:] == sorted(set(rising[1:]))
+    assert of(0.5, math.nan) == rising[0] == 0.5
+    assert not exhausted({0: of(0.5, 0.0), 10: of(0.75, 1e-4), 20: of(0.75, 1.01e-4)}, 1)
+    assert exhausted({0: of(0.5, 0.0), 10: of(0.75, 1e-4), 20: of(0.75, 1e-4)}, 1)
+    assert score({"winner_error": 0.25}) == -0.25
 
 
 def test_a_run_is_exhausted_where_the_last_validations_bettered_nothing():
