@@ -40,9 +40,12 @@ def main(argv: Sequence[str]) -> int:
     if without_data and not values.dry_run:
         raise UserError("--published, --pairs and --gpu: only go with --dry_run")
     if without_data:
-        if not (values.published or settings.model):
+        if values.published:
+            pipe = published.architecture(values.published)
+        elif settings.model:
+            pipe = load_pipeline(settings.model)
+        else:
             raise UserError("--dry_run: needs a model: --published=sd15 or sdxl, or --config.model=DIR")
-        pipe = published.architecture(values.published) if values.published else load_pipeline(settings.model)
         for line in estimate(settings, pipe, values.pairs, values.gpu):
             print(line, flush=True)
         return 0
