@@ -109,7 +109,8 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     if settings.samples.every:
         try:
             for text in settings.samples.prompts:
-                prompts += [prompt.text for prompt in read_prompts(text, option=None)]
+                found = read_prompts(text, image_columns=(), option=None)
+                prompts += [prompt.text for prompt in found]
         except (UserError, FileNotFoundError) as error:
             raise UserError(f"config.samples.prompts = {text!r}: {error}") from error
         try:

@@ -12,6 +12,7 @@ from tiny_run import begin, make_config
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
+from dspo_jax.training.start import prepare
 from dspo_jax.training.workdir import claim_workdir
 
 
@@ -139,6 +140,12 @@ def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, messa
     assert str(caught.value) == message
     # Had it been claimed, the corrected command would be refused as another run's.
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_of_edits_are_drawn_without_their_images(config, tmp_path):
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "a hat", "image": "/absent/of another folder.png"}\n')
+    config.samples.every, config.samples.prompts = 1, (str(tmp_path / "edits.jsonl"), "a dog")
+    assert prepare(config).prompts == ["a hat", "a dog"]
 
 
 @pytest.mark.ci
