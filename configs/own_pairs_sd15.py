@@ -2,17 +2,17 @@
 
     python -m dspo_jax.train --config configs/own_pairs_sd15.py --workdir runs/own_pairs_sd15 \
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
-    python -m dspo_jax.convert export --run=runs/own_pairs_sd15 --out=MODEL_OUT
+    python -m dspo_jax.convert export --run=runs/own_pairs_sd15 --step=best --out=MODEL_OUT
 
 Beta is that of the released launcher of Diffusion-DPO. The learning rate, 1e-6, is this project's choice: the
 launcher's 1e-8 for each pair would be 6.4e-7. A few hundred pairs are far less than what the launcher was
-made for, so the checkpoint that the held-out pairs find best matters (`convert export --step=STEP`). The
-length follows from the number of pairs: `epochs` passes over them.
+made for, so the checkpoint that the held-out pairs find best matters (`--step=best`). The length follows from
+the number of pairs: `epochs` passes over them.
 
-Compiled for a GPU, the step takes 18.9 GiB (docs/measurements.md), with AdamW's first moment in
-bfloat16, two pairs at a time, and blocks computed again in the backward pass. A card of 24 GB has that much
-with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment. Not run at this size by this project: no hours and
-no result to report.
+Compiled for a GPU, the step takes 20.4 GiB (docs/measurements.md), with two pairs at a time and blocks
+computed again in the backward pass. A card of 24 GB has that with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the
+environment and nothing else on it; --config.optimizer.moment_dtype=bfloat16 saves 1.6 GiB. Not run at this
+size by this project: no hours and no result to report.
 """
 
 from ml_collections import ConfigDict
@@ -28,5 +28,4 @@ def get_config() -> ConfigDict:
     config.accumulation = 32
     config.remat = "blocks"
     config.optimizer.learning_rate = 1e-6
-    config.optimizer.moment_dtype = "bfloat16"
     return config

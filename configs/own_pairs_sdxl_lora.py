@@ -2,7 +2,8 @@
 
     python -m dspo_jax.train --config configs/own_pairs_sdxl_lora.py --workdir runs/own_pairs_sdxl_lora \
         --config.model=MODEL_DIR --config.data.path=DATA_DIR
-    python -m dspo_jax.convert export --run=runs/own_pairs_sdxl_lora --out=lora.safetensors --lora=diffusers
+    python -m dspo_jax.convert export --run=runs/own_pairs_sdxl_lora --out=lora.safetensors --lora=diffusers \
+        --step=best
 
 As own_pairs_sd15_lora.py, with batch and beta of the script that diffusers ships for SDXL
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py), whose --beta_dpo=5000 is beta = 10000

@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.conversion.export_model import export
     from dspo_jax.conversion.import_model import import_model
+    from dspo_jax.weights.saved_params import find_best_step
 
     settings = flags.FLAGS
     command = argv[1]
@@ -38,17 +39,30 @@ def main(argv: Sequence[str]) -> None:
             import_model(settings.model, out, base=settings.base)
             print(f"{out}: diffusers folder of {settings.model}")
         else:
+            run = Path(settings.run)
+            best = find_best_step(run / "checkpoints")
             step = export(
-                Path(settings.run),
+                run,
                 out,
-                step=settings.step,
+                step=_parse_step(settings.step, best, run),
                 dtype=settings.dtype,
                 base=settings.base,
                 adapters=settings.lora,
             )
             kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
             kind = f"adapters for {settings.lora}" if settings.lora else kind
-            print(f"{out}: {kind} of {settings.run} at step {step}")
+            print(f"{out}: {kind} of {run} at step {step}")
+            if settings.step is None and best not in (None, step):
+                print(f"the held-out pairs find step {best} better: --step=best exports it")
+
+
+def _parse_step(text: str | None, best: int | None, run: Path) -> int | None:
+    """Returns the checkpoint that `--step` asks for; None is the newest."""
+    if text == "best" and best is None:
+        raise UserError(f"--step=best: no checkpoint in {run} has a held-out score; name one by its number")
+    if text not in (None, "best") and not text.isdecimal():
+        raise UserError(f"--step={text}: must be a whole number, or best")
+    return best if text == "best" else None if text is None else int(text)
 
 
 def run() -> None:
@@ -62,7 +76,9 @@ def run() -> None:
         "import of a single file: a diffusers folder or hub id of the same architecture. "
         "export: the model that the run started from; default: where the run found it.",
     )
-    flags.DEFINE_integer("step", None, "export: which checkpoint; default: the newest.")
+    flags.DEFINE_string(
+        "step", None, "export: which checkpoint, or best, by the held-out pairs; default: the newest."
+    )
     flags.DEFINE_enum(
         "dtype",
         None,

@@ -1,4 +1,4 @@
-"""Lists what there is to choose from: recipes, objectives, samplers, rewards, prompt sets, published models.
+"""Lists what there is to choose from: recipes, keys, objectives, samplers, rewards, prompt sets, models.
 
     python -m dspo_jax.list --only=objectives
 
@@ -6,16 +6,20 @@ Names are given to other commands as the headings say.
 """
 
 import ast
+import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from dspo_jax import cli, recipes
+from dspo_jax import cli, recipes, spelling
 
-KINDS = ("recipes", "encode_recipes", "objectives", "samplers", "rewards", "prompt_sets", "published")
+KINDS = ("recipes", "encode_recipes", "keys", "objectives", "samplers", "rewards", "prompt_sets", "published")
 _HEADINGS = {
     "recipes": "recipes, for train and plan --config",
     "encode_recipes": "recipes, for encode --config",
+    "keys": "keys of a run, set with --config.KEY=VALUE, with their defaults",
     "objectives": "objectives, for --config.objective.name (formulas: docs/objectives.md)",
     "samplers": "samplers, for --sampler, and the diffusers scheduler each is equal to",
     "rewards": "rewards, for --reward and --rewards; one of your own is FILE.py:FUNCTION",
@@ -34,11 +38,15 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
             if "get_config" in functions and path.name != "common.py":
                 summary = (ast.get_docstring(tree) or "").splitlines()[0]
                 yield path.relative_to(recipes.ROOT).as_posix(), summary
+    elif kind == "keys":
+        yield from _keys((recipes.ROOT / "configs" / "common.py").read_text(encoding="utf-8"))
     elif kind == "objectives":
         from dspo_jax.objectives import OBJECTIVES
 
         for name, objective in OBJECTIVES.items():
-            yield name, (objective.__doc__ or "").splitlines()[0]
+            also = [alias for alias, meant in spelling.OBJECTIVE_ALIASES.items() if meant == name]
+            summary = (objective.__doc__ or "").splitlines()[0]
+            yield name, f"{summary} Also: {', '.join(also)}." if also else summary
     elif kind == "samplers":
         from dspo_jax.samplers import SAMPLERS
 
@@ -61,16 +69,37 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
         yield from CLASSES.items()
 
 
+def _keys(source: str) -> Iterator[tuple[str, str]]:
+    """Yields each key of the schema's source with its default and the comment above or behind it."""
+    comment: list[str] = []
+    for line in source.splitlines():
+        text = line.strip()
+        if text.startswith("# "):
+            comment.append(text[2:])
+        elif found := re.fullmatch(r'"(\w+)": \w+,  # (.*)', text):  # a hyperparameter of objectives
+            yield f"objective.{found[1]}", f"None. {found[2]}"
+        elif found := re.fullmatch(r"config\.([\w.]+) = (.*)", text):
+            if found[2] == "ConfigDict()":
+                continue  # what is said of a group stands with its first key
+            default = "None" if found[2].startswith("config_dict.placeholder") else found[2]
+            yield found[1], f"{default}. {' '.join(comment)}".strip()
+            comment = []
+        else:
+            comment = []
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     del argv
     only = flags.FLAGS.only
-    for kind in [only] if only else KINDS:
+    for kind in [only] if only else [kind for kind in KINDS if kind != "keys"]:  # there are many
         rows = list(entries(kind))
         width = max(len(name) for name, _ in rows)
         print(f"{_HEADINGS[kind]}:")
+        room = max(shutil.get_terminal_size((120, 24)).columns - width - 4, 40)
         for name, description in rows:
-            print(f"  {name:{width}}  {description}")
+            for number, part in enumerate(textwrap.wrap(description, room)):
+                print(f"  {'' if number else name:{width}}  {part}")
         print()
 
 

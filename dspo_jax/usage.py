@@ -80,7 +80,9 @@ def text(main: Callable[..., object], required: Sequence[str], argument: str = "
         rows = [row for name in names for row in _rows(flags.FLAGS[name], name in required, width)]
         if any(config_flags.is_config_flag(flags.FLAGS[name]) for name in names):
             rows += _row(
-                "--config.KEY=VALUE", "Changes a key of it; the folder's common.py has all keys.", width
+                "--config.KEY=VALUE",
+                "Changes a key of it; `python -m dspo_jax list --only=keys`: all of train.",
+                width,
             )
         if heading == _OPTIONS:
             rows += _row("-h, --help", "This text.", width)

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from flax.traverse_util import flatten_dict
 from processes import ROOT
 from tables import each_row
 
 import dspo_jax
+from configs import common
 from dspo_jax import samplers
 from dspo_jax.__main__ import COMMANDS
 from dspo_jax.conversion.export_model import ADAPTER_FORMATS
@@ -150,6 +152,12 @@ def test_lists_have_a_line_for_everything():
     assert "configs/pick_a_pic.py" not in found["recipes"]
     assert "configs/encode/folder.py" in found["encode_recipes"]
     assert all(all(rows.values()) for rows in found.values())
+    assert found["objectives"]["diffusion_dpo"].endswith(" Also: dpo, diffusion-dpo.")
+    defaults = flatten_dict(common.get_config().to_dict(), sep=".")
+    assert found["keys"].keys() == defaults.keys()
+    assert found["keys"]["optimizer.b2"] == "0.999."
+    assert found["keys"]["lora.rank"].startswith("0. Adapters are trained in place of whole networks")
+    assert found["keys"]["objective.kappa"] == "None. mapo: k of its score"
     listed = run("list", "--only=published")
     assert listed.stdout == (
         "published architectures, for --published:\n"

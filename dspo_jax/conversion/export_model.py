@@ -13,7 +13,7 @@ import numpy as np
 from dspo_jax.conversion import single_file
 from dspo_jax.conversion.model_card import GRID, find_grid, make_card
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, refuse_existing
+from dspo_jax.files import appear, refuse_existing, write_text
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
 from dspo_jax.pipelines.families import NETWORKS
@@ -21,7 +21,7 @@ from dspo_jax.weights import model_dir
 from dspo_jax.weights.component_files import weights_file
 from dspo_jax.weights.components import fold_adapters, open_component, read_models
 from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
-from dspo_jax.weights.model_dir import find_model, read_json
+from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
 from dspo_jax.weights.saved_params import SavedParams, read_base
 from dspo_jax.weights.tensors import Tensor, write_tensors
 
@@ -44,12 +44,13 @@ def export(
 
     Args:
       run: the workdir.
-      out: a diffusers folder or, if it ends in `.safetensors`, a single file in the original layout; must not
-        exist.
+      out: a diffusers folder or, if it ends in `.safetensors`, a single file in the original layout, with its
+        model card beside it as NAME.md; must not exist, nor the card.
       step: which checkpoint; None means the newest.
       dtype: of the trained components; None means as the base has them.
       base: the model that the run started from (folder or hub id), if it is no longer where the run found it.
-      adapters: of a run with LoRA: write no model but its adapters, "diffusers" or "kohya", into one file.
+      adapters: of a run with LoRA: write no model but its adapters, "diffusers" or "kohya", into one file,
+        which the base need not be here for.
 
     Returns:
       The exported step.
@@ -60,28 +61,48 @@ def export(
       UserError: `out` exists, the base is another model, a weight is not finite or does not fit `dtype`, or
         there are no adapters.
     """
-    refuse_existing(out)
+    single = out.suffix == ".safetensors"
+    for path in (out, *([_card_of(out)] if single else [])):
+        refuse_existing(path)
     if adapters and out.suffix != ".safetensors":
         raise UserError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
     with SavedParams(run / "checkpoints", step) as saved:
         components = sorted({path.partition(".")[0] for path in saved.arrays})
+        name = str(base or read_base(run))
         if adapters:
             _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out))
+            card = make_card(run, name, _cached(name), saved.step, file=out.name, adapters=True)
+            write_text(_card_of(out), card)
             return saved.step
-        name = str(base or read_base(run))
         folder = find_model(name)
         models = read_models(folder, NETWORKS)
         trained = {
             component: _trained_tensors(saved, component, folder / component, models, out, dtype)
             for component in components
         }
-        if out.suffix == ".safetensors":
+        if single:
             _write_single(out, folder, trained, models)
+            write_text(_card_of(out), make_card(run, name, folder, saved.step, file=out.name))
         else:
             grid = find_grid(run, saved.step)
             card = make_card(run, name, folder, saved.step)
             model_dir.write_folder(out, folder, trained, card, {GRID: grid} if grid else {})
     return saved.step
+
+
+def _card_of(file: Path) -> Path:
+    """Returns where the model card of an exported file is written."""
+    return file.with_suffix(".md")
+
+
+def _cached(name: str) -> Path:
+    """Returns a model's folder, of a hub id as much of it as is in the cache: nothing is downloaded."""
+    if not is_hub_id(name):
+        return Path(name)
+    import huggingface_hub  # slow to import, and needed here only
+
+    card = huggingface_hub.try_to_load_from_cache(name, "README.md")
+    return Path(card).parent if isinstance(card, str) else Path(name)
 
 
 def _trained_tensors(

@@ -23,20 +23,25 @@ _OPTIONS = ("optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay"
 _PROMPT = "a red fox in the snow"
 
 
-def make_card(run: Path, base: str, folder: Path, step: int) -> str:
+def make_card(
+    run: Path, base: str, folder: Path, step: int, *, file: str = "", adapters: bool = False
+) -> str:
     """Returns the card of a run as a Markdown text that the model hub understands.
 
     Args:
       run: the workdir, whose config.json, metrics.jsonl and samples are read, and the manifest of its data
         where it is still there.
       base: the model that the run started from, as the user named it.
-      folder: where that model is.
+      folder: where that model is; without a model there the card names no licence.
       step: of the exported checkpoint.
+      file: name of what is exported, where it is one file; by default it is a folder, with the picture in it.
+      adapters: whether the file holds adapters alone.
     """
     config = read_run_config(run, "objective.name", "data.path")
     values = flatten_dict(config, sep=".")
     objective, data = config["objective"]["name"], config["data"]["path"]
-    name, licence, grid = hide_folders(base), _read_licence(folder), find_grid(run, step)
+    name, licence = hide_folders(base), _read_licence(folder)
+    grid = None if file else find_grid(run, step)
     tags = ["dspo_jax", objective, *(["lora"] if values.get("lora.rank") else [])]
     published = is_hub_id(base) or find_repository(Path(base)) is not None
     header = [
@@ -55,7 +60,7 @@ def make_card(run: Path, base: str, folder: Path, step: int) -> str:
     if grid is not None:
         sections.append(f"![From the same noise: the base, and step {_step(grid)}]({GRID})")
     sections += [
-        "## Use\n\n" + _usage(values),
+        "## Use\n\n" + _usage(values, _loading(name, folder, file, adapters)),
         "## Training\n\n" + _table(_describe_training(values, step) | _read_accuracy(run, step)),
         "## Data\n\n" + "\n\n".join(_table(_describe_data(Path(part.strip()))) for part in data.split(",")),
         "## Licence\n\n"
@@ -78,15 +83,33 @@ def _step(grid: Path) -> int:
     return int(grid.stem.removeprefix("step_"))
 
 
-def _usage(values: JsonObject) -> str:
+def _loading(base: str, folder: Path, file: str, adapters: bool) -> str:
+    """Returns the lines that load in diffusers what is exported."""
+    if not file:
+        return """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the model hub"""
+    if adapters:
+        return f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})  # the base, where it is with you
+pipe.load_lora_weights(".", weight_name={json.dumps(file)})"""
+    kind = read_json(folder / "model_index.json")["_class_name"]
+    return f"""from diffusers import {kind}
+
+pipe = {kind}.from_single_file(
+    {json.dumps(file)},
+    config={json.dumps(base)},  # a folder or hub id with the base's configs and tokenizers
+)"""
+
+
+def _usage(values: JsonObject, loading: str) -> str:
     """Returns a program that draws an image as the run drew its samples."""
     prompts = values.get("samples.prompts") or ()  # texts, and names of files of them
     prompt = next((text for text in prompts if " " in text or not Path(text).suffix), _PROMPT)
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
     return f"""```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the model hub
+{loading}
 prompt = {json.dumps(prompt, ensure_ascii=False)}
 image = pipe(prompt, num_inference_steps={steps}, guidance_scale={scale}).images[0]
 image.save("image.png")
@@ -132,8 +155,8 @@ def _describe_data(directory: Path) -> JsonObject:
     source = hide_folders(member(manifest, "source", dict, path, fix))
     rows: JsonObject = {
         "name": directory.name,
-        "source": json.dumps(
-            {key: source[key] for key in ("name", "arguments") if key in source}, ensure_ascii=False
+        "source": ", ".join(
+            [str(source.get("name", "unknown")), *(f"{key} {value}" for key, value in _given(source).items())]
         ),
         "resolution": member(manifest, "resolution", int, path, fix),
     }
@@ -142,6 +165,17 @@ def _describe_data(directory: Path) -> JsonObject:
         skipped = "".join(f", {count} skipped: {reason}" for reason, count in reasons.items())
         rows[f"split {split}"] = f"{member(content, 'num_examples', int, path, fix)} examples{skipped}"
     return rows
+
+
+def _given(source: JsonObject) -> JsonObject:
+    """Returns the arguments of a source that say something: not None, and no list or text that is empty."""
+    arguments = source.get("arguments") or {}
+    empty = ("", [], {})
+    return {
+        key: value
+        for key, value in arguments.items()
+        if value is not None and value is not False and value not in empty
+    }
 
 
 def _read_licence(folder: Path) -> list[str]:

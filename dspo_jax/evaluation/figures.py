@@ -52,7 +52,7 @@ def _draw_win_rates(evaluation: Evaluation) -> Figure:
     rows = [(name, label) for name in evaluation.rewards for label in models]
     found = [evaluation.win_rates[label][name] for name, label in rows]
     places = np.arange(len(rows)) + 0.5 * (np.arange(len(rows)) // len(models))  # a gap between rewards
-    figure = Figure(figsize=(_WIDTH, 1.6 + 0.42 * (places[-1] + 1)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.6 + 0.42 * (places[-1] + 2)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     share = np.array([[each.share.low, each.share.value, each.share.high] for each in found]).T * 100
     won, tied, lost = np.array([[each.images_won, each.images_tied, each.images_lost] for each in found]).T
@@ -74,7 +74,7 @@ def _draw_win_rates(evaluation: Evaluation) -> Figure:
     axes.axvline(50, color="dimgray", linestyle="--", linewidth=1)
     one = len(models) == 1
     axes.set_yticks(places, [_wrap(name if one else f"{name}: {label}") for name, label in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(places[-1] + 1, -1)  # a single bar is no thicker than one of many
     axes.set_xlim(0, 150)  # the counts stand beside the longest bar
     axes.set_xticks(range(0, 101, 25))
     axes.set_xlabel("win rate over the base, %, with its 95 % interval; pale: half of the ties", loc="left")

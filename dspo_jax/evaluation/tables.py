@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
-from dspo_jax.evaluation.win_rates import Estimate, Verdict, WinRate
+from dspo_jax.evaluation.win_rates import Estimate, Rejection, Verdict, WinRate
 from dspo_jax.hub_cache import hide_folders
 from dspo_jax.json_files import JsonObject
 
@@ -117,13 +117,20 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
         if rows:
             tables.append(Table(f"win rate of {label} by category, %", ["category", "prompts", *names], rows))
     rows = [
-        [label, name, f"{found.mean_draws:.1f}", f"{found.median_draws}", f"{100 * found.never:.1f} %"]
+        [
+            label,
+            name,
+            f"{found.mean_draws:.1f}",
+            f"{found.median_draws}",
+            f"{100 * found.never:.1f} %",
+            count_images(found),
+        ]
         for label, of_model in evaluation.rejection.items()
         for name, found in of_model.items()
     ]
     if rows:
         draws = len(evaluation.images[BASE].files[0])
-        heading = ["model", "reward", "mean", "median", f"not in {draws}"]
+        heading = ["model", "reward", "mean", "median", f"not in {draws}", f"by the best of {draws}"]
         tables.append(Table("draws of the base until one scores higher than the model's", heading, rows))
     return tables
 
@@ -139,7 +146,7 @@ def _mean_reward(found: WinRate) -> str:
     return f"{_estimate(found.mean_reward)}\n{count_images(found)}"
 
 
-def count_images(found: WinRate) -> str:
+def count_images(found: WinRate | Rejection) -> str:
     """Says how many images won, tied and lost: "56 won, 118 tied, 18 lost"."""
     return f"{found.images_won:,} won, {found.images_tied:,} tied, {found.images_lost:,} lost"
 

@@ -63,12 +63,16 @@ class Rejection:
       win_rate: [D] of the best of 1, 2, ... D draws; ties count one half.
       mean_draws, median_draws: until one scores higher than the model's; where no draw does it counts D.
       never: share of the prompts (and the model's seeds) for which no draw does.
+      images_won, images_tied, images_lost: by the best of all D draws, of the model's images.
     """
 
     win_rate: np.ndarray
     mean_draws: float
     median_draws: int
     never: float
+    images_won: int
+    images_tied: int
+    images_lost: int
 
 
 def compare(model: np.ndarray, base: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> WinRate:
@@ -148,6 +152,9 @@ def reject(model: np.ndarray, base: np.ndarray) -> Rejection:
         mean_draws=float(no_higher[:-1].sum()),
         median_draws=int(np.argmax(np.append(no_higher[1:-1], 0.0) <= 0.5 + 1e-9)) + 1,
         never=float(no_higher[-1]),
+        images_won=int((not_higher < draws).sum()),
+        images_tied=int(((lower < draws) & (not_higher == draws)).sum()),
+        images_lost=int((lower == draws).sum()),
     )
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from dspo_jax.data.datasets import mixing_weights
+from dspo_jax.data.datasets import count_examples, mixing_weights
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import has_bfloat16, in_units
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
 
-_MANY_EPOCHS = 200
+_MANY_EPOCHS, _FEW_HELD_OUT = 200, 30
 
 
 def held(state: TrainState, reference: Params) -> dict[str, object]:
@@ -104,6 +104,14 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
             f"warning: {drawn / examples:,.0f} epochs of {examples:,} examples: a model forgets more than it "
             "learns; set --config.epochs=10 or the like, in place of config.steps"
         )
+    if settings.validation.every:
+        held_out = sum(count_examples(datasets, settings.validation.split).values())
+        yield f"{held_out:,} held-out examples, split {settings.validation.split!r}"
+        if held_out < _FEW_HELD_OUT:
+            yield (
+                f"warning: {held_out} held-out examples: the interval of their implicit accuracy is about "
+                f"±{100 / held_out**0.5:.0f} points; hold more out when the data are encoded"
+            )
     if len(datasets) > 1:
         rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()
         for dataset, column in zip(datasets, zip(*rows, strict=True), strict=True):

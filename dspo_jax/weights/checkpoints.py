@@ -31,7 +31,7 @@ from dspo_jax.parallel import processes
 
 STATE = "state"
 _EXTRA = "extra"
-_SCORE = "score"
+SCORE = "score"
 _UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Devices that hold copies of an array each write a part, if the part has at least so many bytes.
@@ -113,7 +113,7 @@ class Checkpoints:
             items = ocp.args.Composite(
                 **{STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
             )
-            metrics = {_SCORE: score if score is not None and math.isfinite(score) else _UNKNOWN}
+            metrics = {SCORE: score if score is not None and math.isfinite(score) else _UNKNOWN}
             self._manager.save(step, args=items, metrics=metrics, force=True)
         if wait:
             self.wait()
@@ -240,7 +240,7 @@ class Checkpoints:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return metrics[_SCORE]
+    return metrics[SCORE]
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

@@ -104,7 +104,7 @@ def test_the_card_says_what_made_the_model(full_run, tiny_model, out):
         "| optimizer.learning_rate | 2.048e-05 |",
         "| seed | 0 |",
         "| split train | 24 examples, 2 skipped: too small |",
-        '| source | {"name": "folder", "arguments": {"path": "drawn"}} |',
+        "| source | folder, path drawn |",
         "| held-out implicit accuracy | 0.500 [0.250, 0.750] at step 1 |",
         "Missing in the first lines of this file: `base_model`, as the base was a local folder.",
     ):
@@ -178,10 +178,36 @@ def test_kohya_numbers_the_text_encoders_where_there_are_two(encoders, prefixes,
     layer = {"fc1": {"lora_A": {"kernel": jnp.ones((8, 2))}, "lora_B": {"kernel": jnp.ones((2, 4))}}}
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": dict.fromkeys(encoders, layer)}, {}, wait=True)
+    config = {"model": "base", "objective": {"name": "dspo"}, "data": {"path": "pairs"}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     export(tmp_path / "run", tmp_path / "lora.safetensors", adapters="kohya")
     parts = ("alpha", "lora_down.weight", "lora_up.weight")
     expected = {f"{prefix}_fc1.{part}" for prefix in prefixes for part in parts}
     assert set(tensors.open_file(tmp_path / "lora.safetensors")) == expected
+
+
+@pytest.mark.parametrize("style", [None, "kohya"], ids=["whole", "adapters"])
+def test_a_file_has_its_card_beside_it(style, full_run, tiny_model, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    if style:
+        layer = {"lora_A": {"kernel": jnp.ones((8, 2))}, "lora_B": {"kernel": jnp.ones((2, 4))}}
+        with Checkpoints(full_run / "checkpoints") as checkpoints:
+            checkpoints.save(5, {"params": {"unet": {"fc1": layer}}}, {}, wait=True)
+    export(full_run, file, adapters=style)
+    card = file.with_suffix(".md").read_text()
+    assert read_header(card)["library_name"] == "diffusers"
+    assert "![" not in card
+    lines = {
+        None: 'pipe = StableDiffusionPipeline.from_single_file(\n    "mine.safetensors",\n',
+        "kohya": 'pipe.load_lora_weights(".", weight_name="mine.safetensors")\n',
+    }
+    assert lines[style] in card
+    assert str(tmp_path) not in card
+    assert str(tiny_model.parent) not in card
+    file.unlink()
+    with refused(f"--out={file.with_suffix('.md')}: exists already; choose another name or delete it"):
+        export(full_run, file, adapters=style)
+    assert not file.exists()
 
 
 def test_a_run_is_exported_over_its_own_base_only(full_run, model, out):

@@ -422,14 +422,32 @@ def test_the_command_imports(tiny_model, out):
 
 
 @pytest.mark.ci
+def test_the_command_exports_the_best_checkpoint_and_names_it(model, tmp_path, out):
+    run = make_run(tmp_path / "source" / "run", model, steps=(1, 3), scores={1: 0.7, 3: 0.6})
+    newest = command("export", f"--run={run}", f"--out={out}")
+    assert newest.stdout == (
+        f"{out}: diffusers folder of {run} at step 3\n"
+        "the held-out pairs find step 1 better: --step=best exports it\n"
+    )
+    best = out.with_name("best")
+    said = command("export", f"--run={run}", "--step=best", f"--out={best}").stdout
+    assert said == f"{best}: diffusers folder of {run} at step 1\n"
+
+
+@pytest.mark.ci
 @each_row(
     ("arguments", "message"),
     [
         (["export"], "--run is missing: name what to export"),
         (["import", "--model=x", "--dtype=float16"], "--dtype=float16: not an option of import"),
+        (["export", "--run=absent", "--step=bst"], "--step=bst: must be a whole number, or best"),
+        (
+            ["export", "--run=absent", "--step=best"],
+            "--step=best: no checkpoint in absent has a held-out score; name one by its number",
+        ),
     ],
 )
-def test_the_command_refuses_options_of_the_other(arguments, message, out):
+def test_the_command_refuses_options_that_it_cannot_follow(arguments, message, out):
     result = command(*arguments, f"--out={out}")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: {message}\n"

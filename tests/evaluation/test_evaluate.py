@@ -129,6 +129,9 @@ def test_more_draws_of_the_base(folders, own, tmp_path):
     lines = (tmp_path / "out" / "rejection.csv").read_text().splitlines()
     assert lines[:2] == ["model,reward,draws,win_rate", f"mine,redness,1,{rejection.win_rate[0]}"]
     assert (tmp_path / "out" / "rejection.png").is_file()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "by the best of 3" in page
+    assert "4 won, 1 tied, 1 lost" in page
 
 
 @pytest.mark.parametrize(

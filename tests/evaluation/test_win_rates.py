@@ -108,6 +108,8 @@ def test_rejection_against_every_subset(draws):
     assert found.mean_draws == pytest.approx(np.mean(needed))
     assert found.median_draws == np.percentile(needed, 50, method="inverted_cdf")
     assert found.never == pytest.approx(np.mean([max(row) <= m for m, row in pairs]))
+    counts = [sum(np.sign(max(row) - m) == sign for m, row in pairs) for sign in (1, 0, -1)]
+    assert [found.images_won, found.images_tied, found.images_lost] == counts
 
 
 def test_rejection_with_a_hundred_draws_by_hand():

@@ -80,7 +80,7 @@ def publish(model):
     return model
 
 
-def make_run(workdir, model, steps=(3,), trained=("unet", "text_encoder"), change=0.0):
+def make_run(workdir, model, steps=(3,), trained=("unet", "text_encoder"), change=0.0, scores=None):
     """A workdir whose checkpoints hold the model's own weights in float32, plus `change` times the step."""
     config = common.get_config()
     config.model, config.data.path = str(model), str(workdir / "pairs")
@@ -96,7 +96,8 @@ def make_run(workdir, model, steps=(3,), trained=("unet", "text_encoder"), chang
                 )
                 for name, tree in params.items()
             }
-            checkpoints.save(step, {"params": moved, "opt_state": jnp.zeros(3)}, {}, wait=True)
+            state = {"params": moved, "opt_state": jnp.zeros(3)}
+            checkpoints.save(step, state, {}, (scores or {}).get(step), wait=True)
     return workdir
 
 

@@ -53,6 +53,20 @@ def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
     assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
 
 
+def test_few_held_out_examples_are_warned_of(shallow_model, tiny_pairs):
+    said = list(dry_run_lines(shallow_model, tiny_pairs, {"validation.every": 5}))
+    count = sum(read_datasets(tiny_pairs)[0].buckets("validation").values())
+    assert f"{count} held-out examples, split 'validation'" in said
+    assert any(line.startswith(f"warning: {count} held-out examples: the interval ") for line in said)
+    assert not any("held-out examples" in line for line in dry_run_lines(shallow_model, tiny_pairs, {}))
+
+
+def dry_run_lines(model, pairs, changes):
+    experiment = prepare(make_config(model, pairs, changes))
+    state, reference = make_state(experiment.task, experiment.mesh, abstract=True)
+    return list(describe_run(experiment, state, reference))
+
+
 def test_examples_in_memory_are_described_and_what_they_leave_unused_is_said(
     shallow_model, tiny_pairs, caplog
 ):

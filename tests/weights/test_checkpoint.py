@@ -21,7 +21,7 @@ from tables import each_row
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
 from dspo_jax.weights.checkpoints import Checkpoints, DamagedCheckpoint
-from dspo_jax.weights.saved_params import restore_params
+from dspo_jax.weights.saved_params import find_best_step, restore_params
 
 
 @functools.partial(
@@ -149,6 +149,20 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
     with Checkpoints(tmp_path / "checkpoints", max_to_keep=2) as checkpoints:  # as a resumed run finds it
         assert checkpoints.best() == (2, 0.7)
+
+
+def test_the_best_is_found_beside_a_run_that_goes_on(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert find_best_step(folder) is None
+    with Checkpoints(folder) as checkpoints:
+        for step, score in ((1, None), (2, 0.7), (4, 0.7), (5, 0.6)):
+            checkpoints.save(step, {"params": {"w": jnp.ones(2)}}, {}, score, wait=True)
+            expected = {1: None, 2: 2, 4: 4, 5: 4}[step]
+            assert find_best_step(folder) == expected
+        unfinished = folder / "6.orbax-checkpoint-tmp"
+        unfinished.mkdir()
+        assert find_best_step(folder) == 4
+        assert unfinished.is_dir()  # nothing is cleared, as another process may be writing it
 
 
 def test_what_leaves_a_run_is_the_moving_average_where_there_is_one(tmp_path):
