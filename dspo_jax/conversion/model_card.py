@@ -170,11 +170,10 @@ def _describe_data(directory: Path) -> JsonObject:
 def _given(source: JsonObject) -> JsonObject:
     """Returns the arguments of a source that say something: not None, and no list or text that is empty."""
     arguments = source.get("arguments") or {}
-    empty = ("", [], {})
     return {
         key: value
         for key, value in arguments.items()
-        if value is not None and value is not False and value not in empty
+        if value is not None and value is not False and value != "" and value != []
     }
 
 
