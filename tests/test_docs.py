@@ -74,6 +74,7 @@ def all_commands(packages: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("packages", "count"),
     # Benchmarks import torch and what they compare with, which takes a while.

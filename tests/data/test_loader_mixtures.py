@@ -138,6 +138,7 @@ def test_any_number_of_processes_sees_the_same_batches(train_batches, kind, proc
     assert {batches.get_state() for batches in together} == {alone.get_state()}
 
 
+@pytest.mark.ci
 @each_row("kind", KINDS)
 @each_row("stop_after", [1, 8])
 def test_a_run_that_is_resumed_sees_what_one_that_was_not_sees(train_batches, kind, stop_after):

@@ -61,6 +61,13 @@ def test_few_held_out_examples_are_warned_of(shallow_model, tiny_pairs):
     assert not any("held-out examples" in line for line in dry_run_lines(shallow_model, tiny_pairs, {}))
 
 
+def test_very_many_epochs_are_warned_of(shallow_model, tiny_pairs):
+    said = dry_run_lines(shallow_model, tiny_pairs, {"epochs": 201.0})
+    assert any("201 epochs of 24 examples: a model forgets more than it learns" in line for line in said)
+    said = dry_run_lines(shallow_model, tiny_pairs, {"epochs": 200.0})
+    assert not any("forgets" in line for line in said)
+
+
 def dry_run_lines(model, pairs, changes):
     experiment = prepare(make_config(model, pairs, changes))
     state, reference = make_state(experiment.task, experiment.mesh, abstract=True)

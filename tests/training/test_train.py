@@ -326,11 +326,6 @@ def test_a_run_of_epochs_is_as_long_as_its_data(config, train, tmp_path, caplog)
     with caplog.at_level(logging.WARNING, "absl"):
         assert train(config, tmp_path / "two")[:2] == (6, True)
     assert "config.optimizer.warmup_steps = 1000: the run has 6 steps, and never reaches" in caplog.text
-    caplog.clear()
-    config.epochs, config.optimizer.warmup_steps = 201.0, 0
-    with caplog.at_level(logging.WARNING, "absl"):
-        assert train(config, tmp_path / "many")[:2] == (603, True)
-    assert "201 epochs of 24 examples: a model forgets more than it learns" in caplog.text
 
 
 def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, train, fake_step, tmp_path):
