@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -44,7 +44,7 @@ COLUMNS = {
 
 def define_flags() -> None:
     """Defines the flags of a step's benchmark, the same for this project's step and for torch's."""
-    config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/emoji_diffusion_dpo.py.")
+    cli.define_config("The recipe, e.g. configs/emoji_diffusion_dpo.py.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("published", None, "sd15 or sdxl: random weights in place of config.model's.")
     flags.DEFINE_integer("resolution", None, "Side of the images in pixels; the UNet's own by default.")

@@ -111,11 +111,11 @@ def run(
     raise AssertionError("absl.app.run always exits")
 
 
-def define_config(meaning: str) -> None:
+def define_config(meaning: str, default: str | None = None) -> None:
     """Defines `--config`, a recipe whose keys `--config.KEY=VALUE` changes; `meaning` is its help."""
     # Files of flags are read when the flag is defined, to look for the recipe.
     arguments = [*sys.argv[:1], *_expand_flag_files(sys.argv[1:])]
-    config_flags.DEFINE_config_file("config", None, meaning, sys_argv=arguments)
+    config_flags.DEFINE_config_file("config", default, meaning, sys_argv=arguments)
 
 
 def _is_verbose() -> bool:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.conversion.export_model import export
     from dspo_jax.conversion.import_model import import_model
-    from dspo_jax.weights.saved_params import find_best_step
+    from dspo_jax.weights.checkpoints import find_best
 
     settings = flags.FLAGS
     command = argv[1]
@@ -40,11 +40,10 @@ def main(argv: Sequence[str]) -> None:
             print(f"{out}: diffusers folder of {settings.model}")
         else:
             run = Path(settings.run)
-            best = find_best_step(run / "checkpoints")
             step = export(
                 run,
                 out,
-                step=_parse_step(settings.step, best, run),
+                step=_parse_step(settings.step, run),
                 dtype=settings.dtype,
                 base=settings.base,
                 adapters=settings.lora,
@@ -52,17 +51,23 @@ def main(argv: Sequence[str]) -> None:
             kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
             kind = f"adapters for {settings.lora}" if settings.lora else kind
             print(f"{out}: {kind} of {run} at step {step}")
-            if settings.step is None and best not in (None, step):
-                print(f"the held-out pairs find step {best} better: --step=best exports it")
+            best = None if settings.step else find_best(run / "checkpoints")
+            if best is not None and best[0] != step:
+                print(f"the held-out pairs find step {best[0]} better: --step=best exports it")
 
 
-def _parse_step(text: str | None, best: int | None, run: Path) -> int | None:
+def _parse_step(text: str | None, run: Path) -> int | None:
     """Returns the checkpoint that `--step` asks for; None is the newest."""
-    if text == "best" and best is None:
-        raise UserError(f"--step=best: no checkpoint in {run} has a held-out score; name one by its number")
-    if text not in (None, "best") and not text.isdecimal():
+    from dspo_jax.weights.checkpoints import find_best
+
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text != "best":
         raise UserError(f"--step={text}: must be a whole number, or best")
-    return best if text == "best" else None if text is None else int(text)
+    best = find_best(run / "checkpoints")
+    if best is None:
+        raise UserError(f"--step=best: no checkpoint in {run} has a held-out score; name one by its number")
+    return best[0]
 
 
 def run() -> None:

@@ -31,7 +31,7 @@ _ELEMENTS = {
     int: Limit("must be a list of whole numbers", lambda each: type(each) is int),
     float: Limit("must be a list of numbers", lambda each: type(each) in (int, float)),
 }
-"""What each element of a `Sequence[...]` must be, by the type in the brackets."""
+"""Limits of the elements of a `Sequence[...]` field, by their type."""
 
 
 def limited(limit: Limit) -> Any:

@@ -32,10 +32,9 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.training.settings import parse
 
     del argv
-    settings = parse(flags.FLAGS.config)
-    use_cpu_cores(settings.batch_size // (settings.accumulation * (flags.FLAGS.num_processes or 1)))
+    values, settings = flags.FLAGS, parse(flags.FLAGS.config)
+    use_cpu_cores(settings.batch_size // (settings.accumulation * (values.num_processes or 1)))
     processes.initialize_from_flags()
-    values = flags.FLAGS
     without_data = values.published or values.pairs or values.gpu
     if without_data and not values.dry_run:
         raise UserError("--published, --pairs and --gpu: only go with --dry_run")
@@ -53,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
         for line in dry_run(settings):
             print(line, flush=True)
         return 0
-    if not flags.FLAGS.workdir:
+    if not values.workdir:
         raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = Path(values.workdir)
     try:
         step, finished, best = train(settings, workdir)
     except jax.errors.JaxRuntimeError as error:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -107,7 +106,7 @@ def ablate(values: Any, betas: Sequence[float], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "A recipe whose objective has a beta.")
+    cli.define_config("A recipe whose objective has a beta.")
     flags.DEFINE_list("betas", ["1000", "2000", "5000", "10000"], "Separated by commas.")
     flags.DEFINE_string("prompts", None, "As dspo_jax.evaluate takes them.")
     flags.DEFINE_list("rewards", None, "As dspo_jax.evaluate takes them.")

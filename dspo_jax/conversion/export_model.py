@@ -13,7 +13,7 @@ import numpy as np
 from dspo_jax.conversion import single_file
 from dspo_jax.conversion.model_card import GRID, find_grid, make_card
 from dspo_jax.errors import UserError
-from dspo_jax.files import appear, refuse_existing, write_text
+from dspo_jax.files import appear, refuse_existing
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
 from dspo_jax.pipelines.families import NETWORKS
@@ -62,17 +62,17 @@ def export(
         there are no adapters.
     """
     single = out.suffix == ".safetensors"
-    for path in (out, *([_card_of(out)] if single else [])):
-        refuse_existing(path)
-    if adapters and out.suffix != ".safetensors":
+    refuse_existing(out)
+    if single:
+        refuse_existing(_card_of(out))
+    if adapters and not single:
         raise UserError(f"--out={out}: adapters are one file; give it a name that ends in .safetensors")
     with SavedParams(run / "checkpoints", step) as saved:
         components = sorted({path.partition(".")[0] for path in saved.arrays})
         name = str(base or read_base(run))
         if adapters:
-            _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out))
             card = make_card(run, name, _cached(name), saved.step, file=out.name, adapters=True)
-            write_text(_card_of(out), card)
+            _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out), card)
             return saved.step
         folder = find_model(name)
         models = read_models(folder, NETWORKS)
@@ -81,8 +81,8 @@ def export(
             for component in components
         }
         if single:
-            _write_single(out, folder, trained, models)
-            write_text(_card_of(out), make_card(run, name, folder, saved.step, file=out.name))
+            card = make_card(run, name, folder, saved.step, file=out.name)
+            _write_single(out, folder, trained, models, card)
         else:
             grid = find_grid(run, saved.step)
             card = make_card(run, name, folder, saved.step)
@@ -156,7 +156,11 @@ def _dtype(asked: str | None, tensor: Tensor) -> np.dtype:
 
 
 def _write_single(
-    out: Path, base: Path, replaced: Mapping[str, Mapping[str, Tensor]], models: Mapping[str, Model]
+    out: Path,
+    base: Path,
+    replaced: Mapping[str, Mapping[str, Tensor]],
+    models: Mapping[str, Model],
+    card: str,
 ) -> None:
     """Writes a single-file checkpoint in the original layout: `base` with some components replaced.
 
@@ -175,14 +179,15 @@ def _write_single(
     if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
         # Without this tensor web user interfaces and ComfyUI take the model for one of epsilon.
         single[single_file.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
-    _write_file(out, single)
+    _write_file(out, single, card)
 
 
-def _write_file(out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, however large; it appears when it is complete."""
+def _write_file(out: Path, tensors: Mapping[str, Tensor], card: str) -> None:
+    """Writes one safetensors file, however large, and its model card; both appear when they are complete."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     model_dir.require_space(out, size)
-    with appear(out) as partial:
+    with appear(_card_of(out)) as partial_card, appear(out) as partial:
+        partial_card.write_text(card, encoding="utf-8")
         write_tensors(partial, tensors, max_shard_bytes=size)
 
 

@@ -93,7 +93,7 @@ pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the m
         return f"""from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})  # the base, where it is with you
-pipe.load_lora_weights(".", weight_name={json.dumps(file)})"""
+pipe.load_lora_weights(".", weight_name={json.dumps(file)})  # kohya's names too"""
     kind = read_json(folder / "model_index.json")["_class_name"]
     return f"""from diffusers import {kind}
 

@@ -1,6 +1,5 @@
-"""What a run would take, without its weights: at once from shapes, or from its data and its compiled step."""
+"""Estimates memory, FLOPs and time of a run without its weights: from shapes, or from its compiled step."""
 
-import dataclasses
 import math
 import os
 import time
@@ -46,9 +45,8 @@ def estimate(
     """
     if gpu is not None and gpu not in GPUS:
         raise UserError(spelling.unknown("--gpu", gpu, GPUS))
-    if settings.epochs is not None and pairs is not None:
-        steps = max(1, round(settings.epochs * pairs / settings.batch_size))
-        settings = dataclasses.replace(settings, steps=steps, epochs=None)
+    if pairs is not None:
+        settings = settings.for_examples(pairs)
     task = make_task(settings, pipe)
     state, reference = make_state(
         task, mesh_of(settings, jax.devices()[:1]), make_adapters(settings, pipe), abstract=True
@@ -59,22 +57,21 @@ def estimate(
         f"step, {part} at a time"
     )
     if settings.epochs is None:
-        epochs = (
-            ""
-            if pairs is None
-            else f", {settings.steps * settings.batch_size / pairs:.3g} epochs of {pairs:,} pairs"
-        )
+        drawn = settings.steps * settings.batch_size
+        epochs = f", {drawn / pairs:.3g} epochs of {pairs:,} pairs" if pairs else ""
         yield f"{settings.steps:,} steps{epochs}"
     sizes = {name: bytes_per_device(tree) for name, tree in held(state, reference).items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
-    device = jax.devices()[0]
-    kind, memory = GPUS[gpu] if gpu else (device.device_kind, memory_of(device))
-    if memory is not None:
-        share = float(os.environ.get(_FRACTION_VARIABLE, _FRACTION)) if gpu else 1.0
-        if gpu:
-            yield f"JAX takes {share:.0%} of a GPU's memory ({_FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
-        yield from _describe_room(kind, int(memory * share), sum(sizes.values()), part)
+    if gpu:
+        kind, memory = GPUS[gpu]
+        share = float(os.environ.get(_FRACTION_VARIABLE, _FRACTION))
+        yield f"JAX takes {share:.0%} of a GPU's memory ({_FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
+        usable: int | None = int(memory * share)
+    else:
+        kind, usable = jax.devices()[0].device_kind, memory_of(jax.devices()[0])
+    if usable is not None:
+        yield _describe_room(kind, usable, sum(sizes.values()), part)
     yield _describe_checkpoints(settings, state)
     flops = flops_per_example(task, 2, (side, side))
     if flops is not None:
@@ -129,15 +126,14 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     yield "no step was made, nothing was written"
 
 
-def _describe_room(kind: str, usable: int, needed: int, part: int) -> Iterator[str]:
-    """Whether what a run holds fits, and what it leaves for the activations of the pairs of a part."""
+def _describe_room(kind: str, usable: int, needed: int, part: int) -> str:
+    """Says whether the arrays of a run fit, and how much memory is left for the pairs worked on at a time."""
     if needed >= usable:
-        yield f"does not fit into the {in_units(usable)} of {kind}: {_SMALLER}"
-    else:
-        yield (
-            f"{kind}: {in_units(usable)}, which leaves {in_units(usable - needed)} for the activations of "
-            f"{part} pair(s); where these need more, raise config.accumulation or set --config.remat=blocks"
-        )
+        return f"does not fit into the {in_units(usable)} of {kind}: {_SMALLER}"
+    return (
+        f"{kind}: {in_units(usable)}, which leaves {in_units(usable - needed)} for the activations of "
+        f"{part} pair(s); where these need more, raise config.accumulation or set --config.remat=blocks"
+    )
 
 
 def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
@@ -160,7 +156,6 @@ def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1
         how = f"at the {rate / 1e9:.3g} GFLOP/s that a product of matrices reaches on this CPU now"
     else:
         return
-    whole = (
-        "" if settings.epochs is not None else f", the run {settings.steps * per_step / rate / 3600:.3g} h"
-    )
+    hours = settings.steps * per_step / rate / 3600
+    whole = f", the run {hours:.3g} h" if settings.epochs is None else ""
     yield f"{per_step / rate:.3g} s a step{whole}, {how}; what reads data, validates and draws comes on top"

@@ -129,7 +129,7 @@ class Settings:
 
     Attributes:
       given: the config as config.json holds it: JSON types, and None where nothing was set.
-      steps: where there are `epochs`, of no meaning before `start.prepare` has counted the examples.
+      steps: of no meaning where there are `epochs`, until `for_examples` has made steps of them.
     """
 
     model: str | None
@@ -164,6 +164,13 @@ class Settings:
     samples: SampleSettings
     profile: ProfileSettings
     given: JsonObject = dataclasses.field(default_factory=dict)
+
+    def for_examples(self, count: int) -> "Settings":
+        """Returns the settings with `epochs`, if there are any, turned into the steps of so many examples."""
+        if self.epochs is None:
+            return self
+        steps = max(1, round(self.epochs * count / self.batch_size))
+        return dataclasses.replace(self, steps=steps, epochs=None)
 
 
 def parse(config: ConfigDict) -> Settings:

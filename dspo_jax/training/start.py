@@ -95,9 +95,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         settings = _turn_watching_off(settings)
         count, images = examples["moments"].shape[:2]
         check_images(settings.objective, images, "the batch in memory")
-    if settings.epochs is not None:
-        steps = max(1, round(settings.epochs * count / settings.batch_size))
-        settings = dataclasses.replace(settings, steps=steps)
+    settings = settings.for_examples(count)
     task = make_task(settings, pipe)
     mesh = mesh_of(settings)
     check_batch_size(

@@ -25,13 +25,14 @@ from absl import logging
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
 
 STATE = "state"
 _EXTRA = "extra"
-SCORE = "score"
+_SCORE = "score"
 _UNKNOWN = float("-inf")  # Orbax warns about a checkpoint without metrics
 _UNFINISHED = ".orbax-checkpoint-tmp"
 # Devices that hold copies of an array each write a part, if the part has at least so many bytes.
@@ -113,7 +114,7 @@ class Checkpoints:
             items = ocp.args.Composite(
                 **{STATE: ocp.args.PyTreeSave(state), _EXTRA: ocp.args.JsonSave(extra)}
             )
-            metrics = {SCORE: score if score is not None and math.isfinite(score) else _UNKNOWN}
+            metrics = {_SCORE: score if score is not None and math.isfinite(score) else _UNKNOWN}
             self._manager.save(step, args=items, metrics=metrics, force=True)
         if wait:
             self.wait()
@@ -136,9 +137,7 @@ class Checkpoints:
     def best(self) -> tuple[int, float] | None:
         """Returns step and score of the best checkpoint that is kept, or None where none has a score."""
         self.wait()
-        scores = [(_score(self._manager.metrics(step)), step) for step in self._manager.all_steps()]
-        score, step = max(scores, default=(_UNKNOWN, 0))
-        return None if score == _UNKNOWN else (step, score)
+        return find_best(self.directory)
 
     def restore_newest(
         self, abstract_state: PyTree, fallback: bool, agree: Callable[[bool], bool] = bool
@@ -240,7 +239,7 @@ class Checkpoints:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return metrics[SCORE]
+    return metrics[_SCORE]
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
@@ -269,6 +268,30 @@ def refuse_foreign_folder(directory: Path) -> None:
             f"{directory}: not a checkpoint directory: it holds {entries[0]!r} and no step folders; "
             "name the `checkpoints` folder of a run, or an empty one"
         )
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, in any order."""
+    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+
+
+def find_best(directory: Path) -> tuple[int, float] | None:
+    """Returns step and score of the best complete checkpoint, of equal ones the newest; None without scores.
+
+    Nothing is changed in the folder, to which another process may be writing.
+
+    Raises:
+      UserError: a score is damaged.
+    """
+    scores = []
+    for step in complete_steps(directory) if directory.is_dir() else ():
+        path = directory / str(step) / "metrics" / "metrics"  # as Orbax lays it out
+        if path.is_file():
+            fix = f"delete {path}, and that checkpoint counts as one without a score"
+            score = json_files.member(json_files.read_object(path, fix), _SCORE, float, path, fix)
+            scores.append((score, step))
+    score, step = max(scores, default=(_UNKNOWN, 0))
+    return None if score == _UNKNOWN else (step, score)
 
 
 def choose_step(directory: Path, steps: list[int], step: int | None) -> int:

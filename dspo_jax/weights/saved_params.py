@@ -1,6 +1,5 @@
 """The trained parameters of a run without the rest of its state, as NumPy arrays: for sampling and export."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -34,7 +33,7 @@ class SavedParams:
         if not directory.exists():
             raise FileNotFoundError(f"{directory}: no such checkpoint directory")
         checkpoints.refuse_foreign_folder(directory)
-        self.step = checkpoints.choose_step(directory, _complete_steps(directory), step)
+        self.step = checkpoints.choose_step(directory, checkpoints.complete_steps(directory), step)
         self.path = directory / str(self.step)
         handler = ocp.PyTreeCheckpointHandler()
         with checkpoints.name_restore_errors(self.path):
@@ -123,32 +122,6 @@ def restore_params(
     """
     with SavedParams(directory, step, subtree) as saved:
         return saved.read_all(), saved.step
-
-
-def _complete_steps(directory: Path) -> list[int]:
-    return [int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir()]
-
-
-def find_best_step(directory: Path) -> int | None:
-    """Finds the checkpoint that the held-out examples find best, of equal ones the newest.
-
-    Nothing is changed, as the run may be going on. None where no checkpoint has a score.
-
-    Args:
-      directory: the `checkpoints` folder of a run.
-
-    Raises:
-      UserError: a checkpoint's score is damaged.
-    """
-    scores = []
-    for step in _complete_steps(directory) if directory.is_dir() else ():
-        path = directory / str(step) / "metrics" / "metrics"  # as Orbax lays it out
-        if path.is_file():
-            fix = "name a checkpoint with --step=STEP"
-            score = json_files.member(json_files.read_object(path, fix), checkpoints.SCORE, float, path, fix)
-            scores.append((score, step))
-    known = [(score, step) for score, step in scores if math.isfinite(score)]
-    return max(known)[1] if known else None
 
 
 def read_run_config(run: Path, *texts: str) -> JsonObject:

@@ -187,7 +187,7 @@ def test_kohya_numbers_the_text_encoders_where_there_are_two(encoders, prefixes,
 
 
 @pytest.mark.parametrize("style", [None, "kohya"], ids=["whole", "adapters"])
-def test_a_file_has_its_card_beside_it(style, full_run, tiny_model, tmp_path):
+def test_a_file_has_its_card_beside_it(style, full_run, tiny_model, tmp_path, monkeypatch):
     file = tmp_path / "mine.safetensors"
     if style:
         layer = {"lora_A": {"kernel": jnp.ones((8, 2))}, "lora_B": {"kernel": jnp.ones((2, 4))}}
@@ -199,12 +199,25 @@ def test_a_file_has_its_card_beside_it(style, full_run, tiny_model, tmp_path):
     assert "![" not in card
     lines = {
         None: 'pipe = StableDiffusionPipeline.from_single_file(\n    "mine.safetensors",\n',
-        "kohya": 'pipe.load_lora_weights(".", weight_name="mine.safetensors")\n',
+        "kohya": 'pipe.load_lora_weights(".", weight_name="mine.safetensors")',
     }
     assert lines[style] in card
     assert str(tmp_path) not in card
     assert str(tiny_model.parent) not in card
+    if not style:
+        (tmp_path / tiny_model.name).symlink_to(tiny_model)
+        monkeypatch.chdir(tmp_path)
+        (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(program.replace("num_inference_steps=25", "num_inference_steps=1"), {})
+        assert (tmp_path / "image.png").is_file()
     file.unlink()
+    file.with_suffix(".md").unlink()
+    (full_run / "pairs").mkdir()
+    (full_run / "pairs" / "manifest.json").write_text("{")
+    with refused(f"{full_run}/pairs/manifest.json: "):
+        export(full_run, file, adapters=style)
+    assert not list(tmp_path.glob("*mine*"))  # neither the file nor its card
+    file.with_suffix(".md").write_text(card)
     with refused(f"--out={file.with_suffix('.md')}: exists already; choose another name or delete it"):
         export(full_run, file, adapters=style)
     assert not file.exists()

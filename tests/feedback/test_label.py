@@ -145,7 +145,7 @@ def test_images_that_exist_are_ordered_and_encode_reads_the_pairs(theirs, tmp_pa
 
 
 def test_images_that_changed_places_are_scored_anew(tmp_path):
-    """Of one size and one time, as an archive is unpacked: nothing but the content tells them apart."""
+    """Scores follow the content of a file, also where its size and time stay, as in an unpacked archive."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     for name, red in (("a.bmp", 10), ("b.bmp", 90)):

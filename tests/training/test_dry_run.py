@@ -62,6 +62,8 @@ def test_few_held_out_examples_are_warned_of(shallow_model, tiny_pairs):
 
 
 def test_very_many_epochs_are_warned_of(shallow_model, tiny_pairs):
+    settings = prepare(make_config(shallow_model, tiny_pairs, {"epochs": 201.0})).settings
+    assert (settings.steps, settings.epochs) == (603, None)  # so that its time can be said
     said = dry_run_lines(shallow_model, tiny_pairs, {"epochs": 201.0})
     assert any("201 epochs of 24 examples: a model forgets more than it learns" in line for line in said)
     said = dry_run_lines(shallow_model, tiny_pairs, {"epochs": 200.0})

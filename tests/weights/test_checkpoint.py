@@ -20,8 +20,8 @@ from tables import each_row
 
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
-from dspo_jax.weights.checkpoints import Checkpoints, DamagedCheckpoint
-from dspo_jax.weights.saved_params import find_best_step, restore_params
+from dspo_jax.weights.checkpoints import Checkpoints, DamagedCheckpoint, find_best
+from dspo_jax.weights.saved_params import restore_params
 
 
 @functools.partial(
@@ -153,15 +153,14 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
 
 def test_the_best_is_found_beside_a_run_that_goes_on(tmp_path):
     folder = tmp_path / "checkpoints"
-    assert find_best_step(folder) is None
+    assert find_best(folder) is None
     with Checkpoints(folder) as checkpoints:
         for step, score in ((1, None), (2, 0.7), (4, 0.7), (5, 0.6)):
             checkpoints.save(step, {"params": {"w": jnp.ones(2)}}, {}, score, wait=True)
-            expected = {1: None, 2: 2, 4: 4, 5: 4}[step]
-            assert find_best_step(folder) == expected
+            assert find_best(folder) == {1: None, 2: (2, 0.7), 4: (4, 0.7), 5: (4, 0.7)}[step]
         unfinished = folder / "6.orbax-checkpoint-tmp"
         unfinished.mkdir()
-        assert find_best_step(folder) == 4
+        assert find_best(folder) == (4, 0.7)
         assert unfinished.is_dir()  # nothing is cleared, as another process may be writing it
 
 
