@@ -107,6 +107,7 @@ def count_in_step(pipe: Pipeline, model: Any, size: int) -> tuple[int, int]:
     return calls.count(""), calls.count("Backward")
 
 
+@pytest.mark.ci
 def test_a_whole_step_is_lowered(shallow_model, card):
     # The policy's and the reference's middle block: of itself, and of 77 tokens.
     assert count_in_step(load_pipeline(shallow_model), shallow_model, 16) == (4, 2)

@@ -122,6 +122,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.ci
 def test_the_package_names_its_commands_and_runs_them():
     said = run()
     assert (said.returncode, said.stderr) == (0, "")

@@ -451,6 +451,7 @@ def test_large_images_are_fitted_and_long_captions_stay_in_their_column():
     assert (gap == 255).all()  # the first caption does not run into the second
 
 
+@pytest.mark.ci
 def test_the_shipped_model_gives_the_encoded_picture_back(tmp_path):
     pipe = load_pipeline(REPOSITORY / "examples" / "emoji" / "model")
     disc = Image.new("RGB", (64, 64), "white")

@@ -117,6 +117,7 @@ def test_what_is_there_is_not_drawn_again(draw, tmp_path, monkeypatch):
     assert drawn == [1, 4, 2, 2]
 
 
+@pytest.mark.ci
 def test_images_of_other_settings_are_refused_or_deleted_on_request(draw, tmp_path):
     draw(seeds=(0,))
     out = tmp_path / "out"
@@ -171,6 +172,7 @@ def test_other_peoples_files_are_not_touched(draw, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.ci
 def test_any_size_format_and_noise(draw, model, tmp_path):
     noise = np.random.default_rng(0).standard_normal((2, 6, 10, 4)).astype(np.float32)
     changes = {"models": {"base": model}, "seeds": (3,), "size": (24, 40), "image_format": "webp"}

@@ -56,6 +56,7 @@ def test_flops_of_a_pair_are_those_of_its_passes(shallow_model, changes, denoise
     assert counted == pytest.approx(denoiser_passes * denoiser + text_passes * encoder)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "changes",
     [

@@ -52,6 +52,7 @@ def read_grid(path):
     return np.asarray(images).reshape(len(PROMPTS), 2, len(SEEDS), SIDE, SIDE, 3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
 def test_the_base_stays_and_the_current_columns_follow_the_parameters(pipe, tmp_path, sizes):
     mesh = make_mesh(sizes)
@@ -87,6 +88,7 @@ def test_many_images_are_drawn_in_several_calls(pipe, tmp_path, monkeypatch):
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
+@pytest.mark.ci
 def test_bfloat16_draws_nearly_the_same(pipe, tmp_path):
     mesh = make_mesh({"data": 8})
     grids = []

@@ -131,7 +131,8 @@ def test_policy_and_reference_predict_the_same_bits_at_the_start(make_run, batch
 
 
 @pytest.mark.parametrize(
-    ("variant", "rounding"), [("diffusion_dpo", 1e-6), ("diffusion_dpo in bfloat16", 1e-3)]
+    ("variant", "rounding"),
+    [("diffusion_dpo", 1e-6), pytest.param("diffusion_dpo in bfloat16", 1e-3, marks=pytest.mark.ci)],
 )
 def test_diffusion_dpo_starts_at_ln_2(make_run, batches, variant, rounding):
     _, [metrics] = make_run(variant).steps(batches[:1])
@@ -141,7 +142,10 @@ def test_diffusion_dpo_starts_at_ln_2(make_run, batches, variant, rounding):
     assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("variant", "rounding"), [("dspo", 1e-6), ("dspo in bfloat16", 1e-3)])
+@pytest.mark.parametrize(
+    ("variant", "rounding"),
+    [("dspo", 1e-6), pytest.param("dspo in bfloat16", 1e-3, marks=pytest.mark.ci)],
+)
 def test_dspo_starts_at_the_winners_error(make_run, batches, variant, rounding):
     _, [metrics] = make_run(variant).steps(batches[:1])
     assert metrics["loss"] == pytest.approx(metrics["winner_error"], rel=rounding)

@@ -102,6 +102,7 @@ def settings(name):
     return parse(OptimizerSettings, config | changes, "config.optimizer")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_every_optimizer_moves_every_parameter_in_its_dtype_and_not_the_reference(name, param_dtype, request):

@@ -137,6 +137,7 @@ def test_being_asked_to_stop_again_does_not_cut_the_last_checkpoint_short(
     assert saved_steps(tmp_path / "run")[-1] == 3
 
 
+@pytest.mark.ci
 def test_a_crash_goes_back_to_the_last_checkpoint(config, train, fake_step, tmp_path):
     undisturbed, crashed = tmp_path / "undisturbed", tmp_path / "crashed"
     train(config, undisturbed)
@@ -307,6 +308,7 @@ def test_a_run_ends_where_validations_find_no_better_model(config, train, fake_s
     assert len(fake_step.seen) == 7
 
 
+@pytest.mark.ci
 def test_a_run_that_is_killed_after_its_last_validation_ends_with_the_same_step(
     config, train, fake_step, tmp_path, monkeypatch
 ):
@@ -328,6 +330,7 @@ def test_a_run_of_epochs_is_as_long_as_its_data(config, train, tmp_path, caplog)
     assert "config.optimizer.warmup_steps = 1000: the run has 6 steps, and never reaches" in caplog.text
 
 
+@pytest.mark.ci
 def test_resuming_from_a_damaged_checkpoint_is_asked_for_by_the_config(config, train, fake_step, tmp_path):
     train(config, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "12" / "extra" / "metadata").unlink()

@@ -92,6 +92,7 @@ def test_a_dry_run_names_the_image_sizes_and_compiles_the_largest(shallow_model,
     assert not any("holds examples twice" in line for line in said)
 
 
+@pytest.mark.ci
 def test_a_dry_run_warns_of_image_sizes_with_less_than_a_batch(shallow_model, tall):
     said = list(dry_run(make_config(shallow_model, tall, {"batch_size": 16})))
     assert "warning: a batch holds examples twice where a size has fewer than it: 16x16, 8x32" in said

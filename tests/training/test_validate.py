@@ -65,6 +65,7 @@ def test_a_policy_that_improves_on_winners_only_is_always_right(make_validator):
     assert scores["margin"] > 50
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 4), (1, 1), (2, 4), (4, 8)])
 def test_neither_the_batch_size_nor_the_mesh_changes_the_scores(make_validator, devices, batch_size):
     params, reference = {"w": jnp.float32(0.7)}, {"w": jnp.float32(0.6)}

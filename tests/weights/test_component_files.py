@@ -147,6 +147,7 @@ def test_a_variants_index_is_not_copied(model, out):
     assert {path.name for path in (out / "text_encoder").iterdir()} == {"config.json", "model.safetensors"}
 
 
+@pytest.mark.ci
 @each_row("place", ["vae/config.json", "text_encoder/model.safetensors", "LICENSE", "vae"])
 def test_links_out_of_the_folder_are_not_copied(place, model, tmp_path, out):
     elsewhere = tmp_path / "elsewhere"
