@@ -118,6 +118,12 @@ def define_config(meaning: str, default: str | None = None) -> None:
     config_flags.DEFINE_config_file("config", default, meaning, sys_argv=arguments)
 
 
+def recipe_name() -> str:
+    """Returns the name of the file that `--config` names, without its folder and ".py"."""
+    flag: Any = flags.FLAGS["config"]
+    return Path(flag.config_filename.partition(":")[0]).stem
+
+
 def _is_verbose() -> bool:
     return bool(flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0)
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.conversion.export_model import export
     from dspo_jax.conversion.import_model import import_model
-    from dspo_jax.weights.checkpoints import find_best
+    from dspo_jax.weights.checkpoints import find_best, parse_step
 
     settings = flags.FLAGS
     command = argv[1]
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
             step = export(
                 run,
                 out,
-                step=_parse_step(settings.step, run),
+                step=None if settings.step is None else parse_step(settings.step, run),
                 dtype=settings.dtype,
                 base=settings.base,
                 adapters=settings.lora,
@@ -54,20 +54,6 @@ def main(argv: Sequence[str]) -> None:
             best = None if settings.step else find_best(run / "checkpoints")
             if best is not None and best[0] != step:
                 print(f"the held-out pairs find step {best[0]} better: --step=best exports it")
-
-
-def _parse_step(text: str | None, run: Path) -> int | None:
-    """Returns the checkpoint that `--step` asks for; None is the newest."""
-    from dspo_jax.weights.checkpoints import find_best
-
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    if text != "best":
-        raise UserError(f"--step={text}: must be a whole number, or best")
-    best = find_best(run / "checkpoints")
-    if best is None:
-        raise UserError(f"--step=best: no checkpoint in {run} has a held-out score; name one by its number")
-    return best[0]
 
 
 def run() -> None:

@@ -47,6 +47,10 @@ def main(argv: Sequence[str]) -> None:
         count, files = content["num_examples"], len(content["shards"])
         print(", ".join([f"{out}: {split}: {count} examples in {files} shards", *notes]))
     print("already encoded, verified" if already_there else f"encoded in {seconds:.1f} s")
+    print(
+        f"next: python -m dspo_jax.train --config=RECIPE --config.model={flags.FLAGS.config.model} "
+        f"--config.data.path={out} --workdir=DIR"
+    )
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:

@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    flags.DEFINE_string("base", None, "What is compared with: a diffusers folder or a training workdir.")
+    flags.DEFINE_string(
+        "base", None, "What is compared with: a diffusers folder or a training workdir (or WORKDIR@best)."
+    )
     flags.DEFINE_multi_string("model", [], "Such a folder, or NAME=DIR; may be repeated.")
     flags.DEFINE_string("base_images", None, "In place of --base, a folder of images made elsewhere.")
     flags.DEFINE_multi_string("images", [], "In place of --model, the same; may be repeated.")

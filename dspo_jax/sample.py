@@ -45,7 +45,11 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    flags.DEFINE_multi_string("model", None, "A diffusers folder or a training workdir; may be repeated.")
+    flags.DEFINE_multi_string(
+        "model",
+        None,
+        "A diffusers folder or a training workdir (WORKDIR@best: its best step); may be repeated.",
+    )
     flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there already is not drawn again.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image of each prompt for each.")

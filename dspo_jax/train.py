@@ -8,6 +8,7 @@ config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png and samples/.
 trained and nothing written: it says what the run would take.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.training.settings import parse
 
     del argv
-    values, settings = flags.FLAGS, parse(flags.FLAGS.config)
+    values = flags.FLAGS
+    settings = dataclasses.replace(parse(values.config), recipe=cli.recipe_name())
     use_cpu_cores(settings.batch_size // (settings.accumulation * (values.num_processes or 1)))
     processes.initialize_from_flags()
     without_data = values.published or values.pairs or values.gpu
@@ -75,14 +77,20 @@ def main(argv: Sequence[str]) -> int:
             print(
                 f"held-out implicit accuracy {when}: "
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+                + (f" of {scores['num_pairs']:.0f} pairs" if "num_pairs" in scores else "")
             )
-    if best is not None and best != step:
-        print(
-            f"the held-out pairs find step {best} best: "
-            f"python -m dspo_jax.convert export --run={workdir} --step={best} --out=DIR"
-        )
     if status == cli.EXIT_STOPPED:
         print(f"stopped: after step {step}; the same command resumes it")
+        return status
+    chosen, of_best = workdir, ""
+    if best is not None and best != step:
+        print(f"the held-out pairs find step {best} best")
+        chosen, of_best = Path(f"{workdir}@best"), " --step=best"
+    print(
+        f"next: python -m dspo_jax.evaluate --base={settings.model} --model={chosen} --prompts=FILE "
+        f"--rewards=NAMES --out=DIR\n"
+        f"  or: python -m dspo_jax.convert export --run={workdir}{of_best} --out=DIR"
+    )
     return status
 
 

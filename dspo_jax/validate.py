@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if values.out:
         write_json(Path(values.out), scores, shared=True)
-    table = Table(title=f"{values.data}, {values.split}: {values.draws} draw(s) for each pair, {dtype}")
+    pairs = f"{scores['num_pairs']:,} pairs, {values.draws} draw(s) for each, {dtype}"
+    table = Table(title=f"{values.data}, {values.split}: {pairs}")
     for heading in ("timestep", "implicit accuracy", "margin"):
         table.add_column(heading, justify="right")
     for name in scores:
@@ -60,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    flags.DEFINE_string("model", None, "A training workdir or a diffusers folder.")
+    flags.DEFINE_string(
+        "model", None, "A training workdir (WORKDIR@best: its best step) or a diffusers folder."
+    )
     flags.DEFINE_string("reference", None, "What it was trained from (default: what its workdir says).")
     flags.DEFINE_string(
         "data",

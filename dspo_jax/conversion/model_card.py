@@ -138,6 +138,8 @@ def _read_accuracy(run: Path, step: int) -> dict[str, str]:
             value = f"{record[key]:.3f}"
             if f"{key}_low" in record:
                 value += f" [{record[f'{key}_low']:.3f}, {record[f'{key}_high']:.3f}]"
+            if f"{VALIDATION_PREFIX}num_pairs" in record:
+                value += f" of {record[f'{VALIDATION_PREFIX}num_pairs']:.0f} pairs"
             return {"held-out implicit accuracy": f"{value} at step {record['step']}"}
     return {}
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from dspo_jax.data.encoder import PairEncoder
 from dspo_jax.data.prepare import Framing
-from dspo_jax.data.records import HostBatch
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
@@ -19,7 +18,7 @@ def encode_pairs(
     *,
     resolution: int | None = None,
     vae_dtype: str = "float32",
-) -> HostBatch:
+) -> dict[str, np.ndarray]:
     """Encodes pairs as `dspo_jax.encode` does, and returns the arrays of all of them as one batch.
 
     Args:
@@ -29,8 +28,7 @@ def encode_pairs(
       vae_dtype: compute dtype of the VAE, "float32" or "bfloat16".
 
     Returns:
-      A batch of N examples in the order of `pairs`, as the loader gives it (`data.records.HostBatch`). A pair
-      without a key is named by its number.
+      The arrays of a batch of N examples (`data.records.HostBatch`), in the order of `pairs`.
 
     Raises:
       UserError: no pairs, pairs beside single images, a pair that cannot be used (by its key), or a
@@ -52,10 +50,5 @@ def encode_pairs(
 
     encoder = PairEncoder(pipe, Framing(((side, side),)), batch_size=min(len(pairs), 16), vae_dtype=vae_dtype)
     examples = list(encoder.examples(pairs, refuse))
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
-    captions, keys = columns.pop("caption"), columns.pop("key")
-    return {
-        **{name: np.stack(arrays) for name, arrays in columns.items()},
-        "caption": captions,
-        "key": [key or str(number) for number, key in enumerate(keys)],
-    }
+    names = examples[0].keys() - {"caption", "key"}
+    return {name: np.stack([example[name] for example in examples]) for name in sorted(names)}

@@ -15,7 +15,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
 from dspo_jax.samplers.spacing import check_sampler_config
 from dspo_jax.schema import flag
-from dspo_jax.weights import file_kinds, saved_params
+from dspo_jax.weights import checkpoints, file_kinds, saved_params
 from dspo_jax.weights.components import read_models
 from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.saved_params import read_base
@@ -23,18 +23,19 @@ from dspo_jax.weights.saved_params import read_base
 _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
-def load_pipeline(path: str | Path, step: int | None = None) -> Pipeline:
+def load_pipeline(path: str | Path) -> Pipeline:
     """Reads a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
     Args:
-      path: the folder, or the hub id of one.
-      step: which checkpoint of a workdir; None means the newest.
+      path: the folder, or the hub id of one. Of a workdir the newest checkpoint is read, of `WORKDIR@STEP`
+        and `WORKDIR@best` the one that is named (`weights.checkpoints.split_run`).
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
       UserError: a pipeline, component or config value that is not supported.
     """
-    path = find_model(path)
+    name, step = checkpoints.split_run(path)
+    path = find_model(name)
     trained: Mapping[str, Params] = {}
     if (path / "checkpoints").is_dir():
         base = find_model(read_base(path))

@@ -7,13 +7,15 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import CLIPTokenizer
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.config import NetworkConfig
+
+if TYPE_CHECKING:  # it takes a second, and not every command reads a model
+    from transformers import CLIPTokenizer
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -38,7 +40,7 @@ class CaptionTokenizer:
     """
 
     folder: Path
-    tokenizer: CLIPTokenizer
+    tokenizer: "CLIPTokenizer"
     length: int
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
@@ -88,6 +90,8 @@ class CaptionTokenizer:
 
         Shards that were encoded before dspo_jax wrote `digest` have it in their manifest.
         """
+        from transformers import CLIPTokenizer
+
         files = [self.folder / name for name in _VOCABULARY]
         if not all(file.is_file() for file in files):
             return None
@@ -102,7 +106,7 @@ def is_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in _VOCABULARY)
 
 
-def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
+def open_tokenizer(folder: Path, vocab_size: int) -> "CLIPTokenizer":
     """Reads a tokenizer from tokenizer.json, or from vocab.json and merges.txt where that is not there.
 
     Args:
@@ -113,6 +117,8 @@ def open_tokenizer(folder: Path, vocab_size: int) -> CLIPTokenizer:
       FileNotFoundError: the folder has neither.
       UserError: they are damaged, of another kind of tokenizer, or have tokens beyond `vocab_size`.
     """
+    from transformers import CLIPTokenizer
+
     if not is_tokenizer(folder):
         missing = next(name for name in _VOCABULARY if not (folder / name).is_file())
         raise FileNotFoundError(
@@ -153,6 +159,8 @@ def read_tokenizer(folder: Path, text_config: NetworkConfig) -> CaptionTokenizer
     Raises:
       FileNotFoundError, UserError: as `open_tokenizer`; a `model_max_length` that the encoder cannot take.
     """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
     tokenizer = open_tokenizer(folder, text_config["vocab_size"])
     length, positions = tokenizer.model_max_length, text_config["max_position_embeddings"]
     if isinstance(length, int | float) and length >= VERY_LARGE_INTEGER:  # transformers' word for none
@@ -165,7 +173,7 @@ def read_tokenizer(folder: Path, text_config: NetworkConfig) -> CaptionTokenizer
     return CaptionTokenizer(folder, tokenizer, length)
 
 
-def _digest(tokenizer: CLIPTokenizer) -> str:
+def _digest(tokenizer: "CLIPTokenizer") -> str:
     special = {getattr(tokenizer, key) for key in _SPECIAL}
     # Whether a special token is normalised differs between versions of the same published tokenizer.
     added = [

@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from transformers import BertTokenizer
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
@@ -28,6 +28,9 @@ from dspo_jax.weights.components import read_model, read_params
 from dspo_jax.weights.layout import cast, torch_shapes
 from dspo_jax.weights.tensors import Tensor
 from dspo_jax.weights.torch_files import open_weights
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 _NAME = "imagereward"
 _CLASS = "ImageReward"
@@ -208,8 +211,10 @@ def _read_vocabulary(file: Path) -> list[str]:
         raise UserError(f"{file}: not a text file; give vocab.txt of bert-base-uncased") from error
 
 
-def _read_tokenizer(file: Path, embeddings: int) -> BertTokenizer:
+def _read_tokenizer(file: Path, embeddings: int) -> "BertTokenizer":
     """Reads BERT's uncased tokenizer with the tokens of BLIP; ids must be below `embeddings`."""
+    from transformers import BertTokenizer
+
     rows = {token: row for row, token in enumerate(_read_vocabulary(file))}
     missing = [token for token in _SPECIAL if token not in rows]
     fault = f"has no {missing[0]}" if missing else f"has {len(rows)} tokens"

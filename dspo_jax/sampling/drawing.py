@@ -43,7 +43,7 @@ def sample(
     """Draws every prompt with every seed from every model, except images that are there already.
 
     Args:
-      models: heading of its columns -> model directory.
+      models: heading of its columns -> model directory, as `load_pipeline` takes it.
       prompts: rows of the contact sheet; those with an image are edited.
       out: gets a folder of images for each model, manifest.jsonl and contact_sheet.png.
       rendering: how images are drawn and written.
@@ -73,7 +73,9 @@ def sample(
     files = place_images(out, list(models), requests, rendering.image_format)
     # Each process draws a part of the images by itself.
     mine = requests[jax.process_index() :: jax.process_count()]
-    with Progress("sample", len(mine) * len(models), active=processes.is_first()) as progress:
+    with Progress(
+        "sample", len(mine) * len(models), first="compiling", active=processes.is_first()
+    ) as progress:
         done = 0
         for label, pipe in pipes.items():
             missing = [request for request in mine if not files[label][request].exists()]

@@ -12,7 +12,7 @@ from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
 
-_MANY_EPOCHS, _FEW_HELD_OUT = 200, 30
+_MANY_EPOCHS, _FEW_HELD_OUT, _FEW_UPDATES = 200, 30, 50
 
 
 def held(state: TrainState, reference: Params) -> dict[str, object]:
@@ -98,6 +98,11 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
         yield (
             f"warning: config.batch_size = {settings.batch_size}: every step holds each of the {examples:,} "
             "examples more than once, and takes the memory and time of as many; lower it"
+        )
+    elif settings.steps < _FEW_UPDATES and (epochs := settings.given.get("epochs")):
+        yield (
+            f"warning: config.epochs = {epochs:g}: of {examples:,} examples that is {settings.steps} "
+            "updates, which hardly move a model; raise it, or lower config.batch_size"
         )
     if drawn > _MANY_EPOCHS * examples:
         yield (

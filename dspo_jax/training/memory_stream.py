@@ -1,11 +1,11 @@
 """Batches of examples in memory for the training loop."""
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import Mesh
 
-from dspo_jax.data.records import HostBatch
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_share, shard_batch
 from dspo_jax.training.task import Batch
@@ -18,7 +18,7 @@ class MemoryStream:
     comes once an epoch, as with shards. Several processes must hold the same examples.
     """
 
-    def __init__(self, examples: HostBatch, mesh: Mesh, *, batch_size: int, seed: int = 0):
+    def __init__(self, examples: Mapping[str, np.ndarray], mesh: Mesh, *, batch_size: int, seed: int = 0):
         """Starts at the first batch.
 
         Args:
@@ -27,7 +27,7 @@ class MemoryStream:
           batch_size: examples in a batch, over all processes; it may be larger than N.
           seed: of the order.
         """
-        self._arrays = {name: array for name, array in examples.items() if isinstance(array, np.ndarray)}
+        self._arrays = dict(examples)
         self._count = len(self._arrays["moments"])
         self._mesh, self._batch_size, self._seed = mesh, batch_size, seed
         self._next_batch = 0

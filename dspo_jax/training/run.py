@@ -216,8 +216,9 @@ class Run:
         if self._validator is None:
             return None
         chosen = {name: value for name, value in settings.given["objective"].items() if value is not None}
-        title = f"{workdir.name}: {chosen.pop('name')}"
-        title = ", ".join([title, *(f"{name} {value}" for name, value in chosen.items())])
+        objective = [chosen.pop("name"), *(f"{name} {value}" for name, value in chosen.items())]
+        recipe = [settings.recipe] if settings.recipe else []
+        title = f"{workdir.name}: {', '.join([*recipe, *objective])}"
         return hooks.Validate(
             self._validator,
             self._reference,

@@ -18,6 +18,7 @@ from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.training.optim import OptimizerSettings
+from dspo_jax.weights.checkpoints import split_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class Settings:
 
     Attributes:
       given: the config as config.json holds it: JSON types, and None where nothing was set.
+      recipe: name of its file, for titles.
       steps: of no meaning where there are `epochs`, until `for_examples` has made steps of them.
     """
 
@@ -164,6 +166,7 @@ class Settings:
     samples: SampleSettings
     profile: ProfileSettings
     given: JsonObject = dataclasses.field(default_factory=dict)
+    recipe: str = ""
 
     def for_examples(self, count: int) -> "Settings":
         """Returns the settings with `epochs`, if there are any, turned into the steps of so many examples."""
@@ -181,10 +184,10 @@ def parse(config: ConfigDict) -> Settings:
         workdir.
     """
     settings = limits.parse(Settings, config.to_dict(), "config")
-    if settings.model and (Path(settings.model) / "checkpoints").is_dir():
+    if settings.model and (run := Path(split_run(settings.model)[0]) / "checkpoints").is_dir():
         raise UserError(
             f"config.model = {settings.model!r}: a training workdir; write its model out, and name that: "
-            f"python -m dspo_jax.convert export --run={settings.model} --out=DIR"
+            f"python -m dspo_jax.convert export --run={run.parent} --out=DIR"
         )
     if settings.batch_size % settings.accumulation:
         raise UserError(

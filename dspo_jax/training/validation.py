@@ -30,6 +30,7 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.settings import ValidationSettings
+from dspo_jax.weights.checkpoints import split_run
 from dspo_jax.weights.saved_params import read_base
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
@@ -182,7 +183,7 @@ class Validator:
         `winner_error` and, with a reference, `winner_drift` (error of the policy minus the reference's); for
         pairs `loser_error`, `loser_drift`, `margin` (reward of the winner minus the loser's, no scale), and
         `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one
-        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent).
+        half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent); `num_pairs`.
 
         With `_t500` and the like at the end, those of one timestep bin: the drifts, margin and accuracy, or
         the errors where there is no reference.
@@ -251,6 +252,7 @@ def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
         "implicit_accuracy": float(correct_N.mean()),
         "implicit_accuracy_low": low,
         "implicit_accuracy_high": high,
+        "num_pairs": len(correct_N),
     }
     for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
         summary[f"margin_t{timestep}"] = float(margins_N.mean())
@@ -276,7 +278,7 @@ def judge(
     """Validates a model against its reference on all devices, with the scalars of `Validator`.
 
     Args:
-      model: a training workdir or a diffusers folder.
+      model: a training workdir or a diffusers folder, as `load_pipeline` takes it.
       reference: the model that it was trained from; None takes the one in the workdir's config.
       data: a dataset of pairs written by `dspo_jax.encode`, or several separated by commas.
       split, draws: see `Validator`.
@@ -288,11 +290,12 @@ def judge(
       FileNotFoundError: a folder is missing.
     """
     if reference is None:
-        if not (Path(model) / "checkpoints").is_dir():
+        run = Path(split_run(model)[0])
+        if not (run / "checkpoints").is_dir():
             raise UserError(
                 f"--model={model}: no training workdir; give --reference, what it was trained from"
             )
-        reference = read_base(Path(model))
+        reference = read_base(run)
     pipes = load_pipeline(model), load_pipeline(reference)
     datasets = read_datasets(data)
     count_examples(datasets, split, "--split", "choose another with --split=NAME")

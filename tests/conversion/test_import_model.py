@@ -440,10 +440,10 @@ def test_the_command_exports_the_best_checkpoint_and_names_it(model, tmp_path, o
     [
         (["export"], "--run is missing: name what to export"),
         (["import", "--model=x", "--dtype=float16"], "--dtype=float16: not an option of import"),
-        (["export", "--run=absent", "--step=bst"], "--step=bst: must be a whole number, or best"),
+        (["export", "--run=absent", "--step=bst"], "absent: step 'bst': must be a whole number, or best"),
         (
             ["export", "--run=absent", "--step=best"],
-            "--step=best: no checkpoint in absent has a held-out score; name one by its number",
+            "absent: no checkpoint has a held-out score to be the best; name one by its number",
         ),
     ],
 )

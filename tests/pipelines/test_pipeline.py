@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from model_folders import make_run
 from tables import each_row
 from tiny_model import RESOLUTION, TINY_VAE, VAE, random_params, write_model, write_tokenizer
 
@@ -341,6 +342,14 @@ def test_a_missing_file_is_named(name, model):
     (model / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(model / name))}: no such file; [^\n]+$"):
         load_pipeline(model)
+
+
+def test_a_run_is_read_at_the_step_that_its_name_asks_for(model, tmp_path):
+    run = make_run(tmp_path / "run", model, steps=(1, 2, 3), scores={1: 0.7, 2: 0.5, 3: 0.6})
+    asked = [str(run), f"{run}@2", f"{run}@best"]
+    assert [load_pipeline(name).step for name in asked] == [3, 2, 1]
+    with pytest.raises(FileNotFoundError, match=re.escape("holds no step 4 (it has: 1, 2, 3)")):
+        load_pipeline(f"{run}@4")
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

@@ -70,6 +70,16 @@ def test_very_many_epochs_are_warned_of(shallow_model, tiny_pairs):
     assert not any("forgets" in line for line in said)
 
 
+def test_a_run_of_few_updates_is_warned_of_where_its_length_follows_from_the_data(shallow_model, tiny_pairs):
+    said = dry_run_lines(shallow_model, tiny_pairs, {"epochs": 16.0})
+    assert (
+        "warning: config.epochs = 16: of 24 examples that is 48 updates, which hardly move a model; "
+        "raise it, or lower config.batch_size"
+    ) in said
+    for changes in ({"epochs": 17.0}, {"steps": 48}):
+        assert not any("hardly" in line for line in dry_run_lines(shallow_model, tiny_pairs, changes))
+
+
 def dry_run_lines(model, pairs, changes):
     experiment = prepare(make_config(model, pairs, changes))
     state, reference = make_state(experiment.task, experiment.mesh, abstract=True)

@@ -199,9 +199,11 @@ def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_m
 def test_a_run_cannot_start_from_a_checkpoint_over_another_model(config, tmp_path):
     config.model = str(tmp_path / "earlier")
     (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="a training workdir") as caught:
-        train(config, tmp_path / "run")
-    assert str(caught.value).endswith(f"dspo_jax.convert export --run={config.model} --out=DIR")
+    for name in (config.model, f"{config.model}@3"):
+        config.model = name
+        with pytest.raises(ValueError, match="a training workdir") as caught:
+            train(config, tmp_path / "run")
+        assert str(caught.value).endswith(f"dspo_jax.convert export --run={tmp_path / 'earlier'} --out=DIR")
 
 
 def test_an_empty_split_is_refused(config, tiny_model, tmp_path):

@@ -115,8 +115,9 @@ def test_the_command_reports_the_held_out_accuracy_before_and_after(undisturbed)
     lines = output.splitlines()
     assert lines[0] == f"{workdir}: step {STEPS}"
     # Wilson's interval for three of the six pairs: at step 0 every one of them is a tie.
-    assert lines[1] == "held-out implicit accuracy before: 0.500 [0.188, 0.812]"
+    assert lines[1] == "held-out implicit accuracy before: 0.500 [0.188, 0.812] of 6 pairs"
     assert lines[2].startswith("held-out implicit accuracy after: 0.")
+    assert lines[-1].startswith(f"  or: python -m dspo_jax.convert export --run={workdir} ")
     first = read_metrics(workdir / "metrics.jsonl")[0]
     assert (first["step"], first["validation/margin"], first["validation/implicit_accuracy"]) == (0, 0, 0.5)
     assert first["validation/winner_drift"] == 0

@@ -123,6 +123,7 @@ def test_summary_of_pairs_by_hand():
             "loser_drift": 1 / 3,
             "margin": 0.5,
             "implicit_accuracy": 0.5,  # right, wrong, tie
+            "num_pairs": 3,
             "winner_drift_t250": 1 / 3,
             "loser_drift_t250": 0,
             "margin_t250": -1 / 3,
