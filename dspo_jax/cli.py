@@ -1,5 +1,6 @@
 """Start and failure of every command: absl flags; one line on stderr for errors that the user can mend."""
 
+import errno
 import io
 import re
 import sys
@@ -148,12 +149,14 @@ def _is_shown(record: LogRecord) -> bool:
 
 
 class _Stream(io.FileIO):
-    """A standard stream whose reader may be gone, as `head` is: what is written then is dropped."""
+    """A standard stream; what is written when its reader is gone, be it `head` or a terminal, is dropped."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             return memoryview(data).nbytes
 
 
@@ -268,21 +271,28 @@ def _explain_unknown_flag(name: str) -> str:
 def _locate_recipes(argv: Sequence[str]) -> list[str]:
     """Replaces every `configs/NAME.py` on the command line that is not in this folder by the package's.
 
-    The package's recipes can be imported from then on, which those of a user also do.
+    So is a NAME alone after `--config`. The package's recipes can be imported from then on, which those of a
+    user also do.
     """
     if not _config_flag_names():
         return list(argv)
     root = recipes.ROOT
     recipes.make_importable()
-    option = re.compile(rf"((?:--?(?:{'|'.join(_config_flag_names())})=)?)(configs/[^:]+\.py)(.*)")
+    names = "|".join(_config_flag_names())
+    option = re.compile(rf"((?:--?(?:{names})=)?)(configs/[^:]+\.py)(.*)")
+    alone = re.compile(rf"(--?(?:{names})[= ])(\w+)")
 
-    def locate(argument: str) -> str:
+    def locate(argument: str, before: str) -> str:
+        match = alone.fullmatch(argument if "=" in argument else f"{before} {argument}")
+        if match and not Path(match[2]).exists():
+            file = f"configs/{match[2]}.py"
+            argument = f"{match[1]}{file}" if "=" in argument else file
         match = option.fullmatch(argument)
         if match is None or Path(match[2]).is_file() or not (root / match[2]).is_file():
             return argument
         return f"{match[1]}{root / match[2]}{match[3]}"
 
-    return [locate(argument) for argument in argv]
+    return [locate(argument, before) for before, argument in zip(["", *argv], argv, strict=False)]
 
 
 def _config_flag_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: end a command with one line and status 130, or ask a run to stop."""
+"""Ctrl-C, SIGTERM and SIGHUP: end a command with one line and status 130, or ask a run to stop."""
 
 import os
 import signal
@@ -98,11 +98,12 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and Ctrl-C into a question to ask between steps; a second Ctrl-C interrupts at once.
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a question to ask between steps.
 
-    Where Ctrl-C is ignored, as in what a script has started in the background, it stays so.
-    It says so when the signal comes, from a thread of its own: Python's handlers wait until a step, or what
-    compiles it, has returned.
+    SIGHUP comes when a terminal closes or a connection breaks. A second Ctrl-C interrupts at once. Where
+    Ctrl-C or SIGHUP is ignored, as in what a script or nohup has started, it stays so. What is asked is said
+    when the signal comes, from a thread of its own: Python's handlers wait until a step, or what compiles it,
+    has returned.
     """
     received: list[int] = []
 
@@ -113,7 +114,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     interrupt = signal.getsignal(signal.SIGINT)
     with _announcements():
-        heeded = (signal.SIGTERM,) if interrupt is signal.SIG_IGN else (signal.SIGTERM, signal.SIGINT)
+        optional = (signal.SIGINT, signal.SIGHUP)
+        heeded = [number for number in optional if signal.getsignal(number) is not signal.SIG_IGN]
+        heeded.append(signal.SIGTERM)
         previous = {number: signal.signal(number, note) for number in heeded}
         try:
             yield lambda: bool(received)
@@ -130,7 +133,7 @@ def _announcements() -> Iterator[None]:
 
     def announce() -> None:
         while number := os.read(reader, 1):
-            if number[0] in (signal.SIGTERM, signal.SIGINT):
+            if number[0] in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 again = "; once more to stop without saving" if number[0] == signal.SIGINT else ""
                 print(f"stopping after this step{again}", file=sys.stderr, flush=True)
                 return

@@ -3,9 +3,9 @@
     python -m dspo_jax.train --config configs/emoji_dspo.py --workdir runs/emoji
 
 Every key of the config, with its default, stands in configs/common.py. The same command resumes a run that
-was stopped, by Ctrl-C, SIGTERM (either way saved, with exit status 143) or a crash. The workdir holds
-config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png and samples/. With --dry_run nothing is
-trained and nothing written: it says what the run would take.
+was stopped: by Ctrl-C, SIGTERM or a terminal that closed (saved then, with exit status 143), or by a crash.
+The workdir holds config.json, checkpoints/, metrics.jsonl, tensorboard/, curves.png and samples/. With
+--dry_run nothing is trained and nothing written: it says what the run would take.
 """
 
 import dataclasses
@@ -54,8 +54,13 @@ def main(argv: Sequence[str]) -> int:
         for line in dry_run(settings):
             print(line, flush=True)
         return 0
-    if not values.workdir:
-        raise UserError("--workdir is not set: give --workdir=DIR, the folder of the run")
+    needed = {
+        "--config.model=DIR, a diffusers folder": settings.model,
+        "--config.data.path=DIR, written by dspo_jax.encode": settings.data.path,
+        "--workdir=DIR, the folder of the run": values.workdir,
+    }
+    if missing := [name for name, value in needed.items() if not value]:
+        raise UserError(f"give {'; '.join(missing)}")
     workdir = Path(values.workdir)
     try:
         step, finished, best = train(settings, workdir)

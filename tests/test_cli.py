@@ -227,7 +227,15 @@ def test_a_bad_command_line_is_one_line(run, arguments, message):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {message}\n")
 
 
-@each_row("option", [["--config=configs/emoji_dspo.py"], ["--config", "configs/emoji_dspo.py"]])
+@each_row(
+    "option",
+    [
+        ["--config=configs/emoji_dspo.py"],
+        ["--config", "configs/emoji_dspo.py"],
+        ["--config=emoji_dspo"],
+        ["--config", "emoji_dspo"],
+    ],
+)
 def test_a_recipe_that_is_not_in_this_folder_is_that_of_the_package(run, option):
     assert (
         "--config.bach_size: unknown key 'bach_size'; did you mean --config.batch_size?"

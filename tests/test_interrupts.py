@@ -190,6 +190,7 @@ def test_an_error_of_ones_own_passes_through():
     [
         (signal.SIGINT, "stopping after this step; once more to stop without saving\n"),
         (signal.SIGTERM, "stopping after this step\n"),
+        (signal.SIGHUP, "stopping after this step\n"),
     ],
 )
 def test_a_stop_is_announced_while_the_step_runs(number, message, capfd):

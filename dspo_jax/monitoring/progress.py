@@ -15,7 +15,7 @@ class Progress:
     """A progress bar on a terminal; elsewhere, as in a log file, a plain line now and then.
 
     The time that is left is reckoned from the first steps on that were done here: before, programs are
-    compiled. What happens inside `busy` is left out, too.
+    compiled.
     """
 
     def __init__(
@@ -82,8 +82,13 @@ class Progress:
             self._print(f"eta {self._eta(now)}  {shown}".rstrip())
 
     @contextmanager
-    def busy(self, doing: str) -> Iterator[None]:
-        """Says what is going on between two steps, e.g. `"validating"`; its time is left out of the eta."""
+    def busy(self, doing: str, *, once: bool = False) -> Iterator[None]:
+        """Says what is going on between two steps, e.g. `"validating"`.
+
+        Args:
+          doing: shown until it is done.
+          once: it will not happen again, as compiling: its time is left out of what is reckoned.
+        """
         if not self._active:
             yield
             return
@@ -95,7 +100,7 @@ class Progress:
         try:
             yield
         finally:
-            if self._first is not None:
+            if once and self._first is not None:
                 self._first = self._first[0], self._first[1] + self._now() - started
             if self._bar is not None:
                 self._bar.update(self._task, description=self._label)

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from dspo_jax.data.datasets import Dataset, bucket_size, mixing_weights
 from dspo_jax.monitoring.devices import count_flops
 from dspo_jax.parallel.mesh import batch_sharding
+from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.settings import DataSettings
 from dspo_jax.training.task import Task
 
@@ -46,20 +47,10 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     Returns:
       FLOPs, or None where the backend cannot count them.
     """
-    pipe, dtype = task.pipe, jnp.dtype(task.precision.compute_dtype)
-
-    def cast(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
-
-    params = {name: cast(pipe.networks[name].abstract_params()) for name in pipe.components}
-    batch = {
-        name: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
-        for name, leaf in pipe.conditioning_shapes(1).items()
-    }
-    conditioning = jax.eval_shape(pipe.encode_conditioning, params, batch)
-    height, width = (side // pipe.vae_scale_factor for side in size)
-    latents = jax.ShapeDtypeStruct((1, height, width, pipe.latent_channels), dtype)
-    timesteps = jax.ShapeDtypeStruct((1,), jnp.int32)
+    pipe = task.pipe
+    params, batch, latents, timesteps, conditioning = _abstract_call(
+        pipe, task.precision.compute_dtype, 1, size
+    )
     denoiser = count_flops(pipe.predict, params, latents, timesteps, conditioning)
     encoders = count_flops(pipe.encode_conditioning, params, batch)
     if denoiser is None or encoders is None:
@@ -68,6 +59,53 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     backward = 1 if task.adapters else 2
     encoded = passes.encoded + (backward * passes.encoded_backward if task.train_text_encoder else 0)
     return denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
+
+
+def _abstract_call(
+    pipe: Pipeline, dtype: str, images: int, size: tuple[int, int]
+) -> tuple[PyTree, PyTree, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, PyTree]:
+    """Returns shapes for the denoiser: parameters, the batch's text, latents, timesteps, conditioning."""
+    params = {
+        name: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), pipe.networks[name].abstract_params()
+        )
+        for name in pipe.components
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((images, *leaf.shape), leaf.dtype)
+        for name, leaf in pipe.conditioning_shapes(1).items()
+    }
+    conditioning = jax.eval_shape(pipe.encode_conditioning, params, batch)
+    height, width = (side // pipe.vae_scale_factor for side in size)
+    latents = jax.ShapeDtypeStruct((images, height, width, pipe.latent_channels), dtype)
+    return params, batch, latents, jax.ShapeDtypeStruct((images,), jnp.int32), conditioning
+
+
+def least_activations(pipe: Pipeline, size: tuple[int, int]) -> int:
+    """Returns bytes that the backward pass keeps of a pair at the least: what blocks are given.
+
+    That is all with `config.remat = "blocks"`, apart from what is computed again.
+
+    Args:
+      pipe: the model, which is taken to compute in bfloat16.
+      size: (height, width) of the images in pixels.
+    """
+
+    def kept(images: int) -> int:
+        params, _, *arrays = _abstract_call(pipe, "bfloat16", images, size)
+
+        def backward(
+            params: PyTree, latents: jax.Array, timesteps: jax.Array, conditioning: PyTree
+        ) -> PyTree:
+            def forward(params: PyTree) -> jax.Array:
+                return pipe.predict(params, latents, timesteps, conditioning, remat="blocks")
+
+            return jax.vjp(forward, params)[1]
+
+        residuals = jax.eval_shape(backward, params, *arrays)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    return kept(4) - kept(2)
 
 
 def mean_flops_per_example(task: Task, datasets: Sequence[Dataset], data: DataSettings) -> float | None:

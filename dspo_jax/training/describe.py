@@ -9,6 +9,7 @@ from dspo_jax.data.datasets import count_examples, mixing_weights
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import has_bfloat16, in_units
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
+from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
 
@@ -56,11 +57,6 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
         f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     )
-    if optimizer.warmup_steps > settings.steps:
-        yield (
-            f"warning: config.optimizer.warmup_steps = {optimizer.warmup_steps}: the run has "
-            f"{settings.steps} steps, and never reaches its learning rate; lower it"
-        )
     parts = held(state, reference)
     sizes = {name: bytes_per_device(part) for name, part in parts.items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
@@ -83,6 +79,46 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     yield from task.loss.notes(height * width * task.pipe.latent_channels)
 
 
+def warnings(settings: Settings, examples: int) -> Iterator[str]:
+    """Yields what the length of a run and its number of examples make doubtful, a line each.
+
+    Args:
+      settings: of the run, with its steps known.
+      examples: to train on.
+    """
+    drawn, epochs = settings.steps * settings.batch_size, settings.given.get("epochs")
+    if settings.optimizer.warmup_steps > settings.steps:
+        yield (
+            f"warning: config.optimizer.warmup_steps = {settings.optimizer.warmup_steps}: the run has "
+            f"{settings.steps} steps, and never reaches its learning rate; lower it"
+        )
+    if settings.batch_size > examples:
+        yield (
+            f"warning: config.batch_size = {settings.batch_size}: more than the {examples:,} examples, of "
+            "which every step holds some several times, and takes the memory and time of as many; lower it"
+        )
+    elif epochs and settings.steps < _FEW_UPDATES:
+        yield (
+            f"warning: config.epochs = {epochs:g}: of {examples:,} examples that is {settings.steps} "
+            "updates, which hardly move a model; raise it, or lower config.batch_size"
+        )
+    if drawn > _MANY_EPOCHS * examples:
+        fix = (
+            "lower config.epochs"
+            if epochs
+            else "set --config.epochs=10 or the like, in place of config.steps"
+        )
+        yield (
+            f"warning: {drawn / examples:,.0f} epochs of {examples:,} examples: a model forgets more than it "
+            f"learns; {fix}"
+        )
+
+
+def short(number: float) -> str:
+    """Returns a number with three digits, or all before the point where these are more."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def _describe_data(experiment: Experiment) -> Iterator[str]:
     """Examples, batches and epochs; shares of several datasets; image sizes."""
     settings, datasets = experiment.settings, experiment.datasets
@@ -92,30 +128,17 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
     yield (
         f"{examples:,} examples, {settings.batch_size} a step: {settings.accumulation} part(s) of "
         f"{settings.batch_size // settings.accumulation // ways} on each of {ways} device(s) or groups of "
-        f"them; {settings.steps} steps are {drawn / examples:.3g} epochs"
+        f"them; {settings.steps} steps are {short(drawn / examples)} epochs"
     )
-    if settings.batch_size > examples:
-        yield (
-            f"warning: config.batch_size = {settings.batch_size}: every step holds each of the {examples:,} "
-            "examples more than once, and takes the memory and time of as many; lower it"
-        )
-    elif settings.steps < _FEW_UPDATES and (epochs := settings.given.get("epochs")):
-        yield (
-            f"warning: config.epochs = {epochs:g}: of {examples:,} examples that is {settings.steps} "
-            "updates, which hardly move a model; raise it, or lower config.batch_size"
-        )
-    if drawn > _MANY_EPOCHS * examples:
-        yield (
-            f"warning: {drawn / examples:,.0f} epochs of {examples:,} examples: a model forgets more than it "
-            "learns; set --config.epochs=10 or the like, in place of config.steps"
-        )
+    yield from warnings(settings, examples)
     if settings.validation.every:
         held_out = sum(count_examples(datasets, settings.validation.split).values())
         yield f"{held_out:,} held-out examples, split {settings.validation.split!r}"
         if held_out < _FEW_HELD_OUT:
             yield (
                 f"warning: {held_out} held-out examples: the interval of their implicit accuracy is about "
-                f"±{100 / held_out**0.5:.0f} points; hold more out when the data are encoded"
+                f"±{100 / held_out**0.5:.0f} points; encode the data again with more of them "
+                "(--config.source.validation_share=0.2)"
             )
     if len(datasets) > 1:
         rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()
@@ -124,7 +147,7 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
             count = sum(dataset.buckets(settings.data.split).values())
             yield (
                 f"of them {count:,} from {dataset.folder}, {share:.3g} of what is drawn: "
-                f"{drawn * share / count:.3g} epochs"
+                f"{short(drawn * share / count)} epochs"
             )
     if len(buckets) > 1:
         sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in buckets.items())

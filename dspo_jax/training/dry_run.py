@@ -14,8 +14,13 @@ from dspo_jax.errors import UserError
 from dspo_jax.monitoring.devices import GPUS, in_units, memory_of, peak_bytes, peak_flops, time_product
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.costs import abstract_batch, flops_per_example, mean_flops_per_example
-from dspo_jax.training.describe import describe_run, held
+from dspo_jax.training.costs import (
+    abstract_batch,
+    flops_per_example,
+    least_activations,
+    mean_flops_per_example,
+)
+from dspo_jax.training.describe import describe_run, held, short, warnings
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
 from dspo_jax.training.step import TrainState, lower_step
@@ -45,6 +50,8 @@ def estimate(
     """
     if gpu is not None and gpu not in GPUS:
         raise UserError(spelling.unknown("--gpu", gpu, GPUS))
+    if settings.data.path:
+        yield "config.data.path is not read: --pairs says how many there are"
     if pairs is not None:
         settings = settings.for_examples(pairs)
     task = make_task(settings, pipe)
@@ -58,8 +65,10 @@ def estimate(
     )
     if settings.epochs is None:
         drawn = settings.steps * settings.batch_size
-        epochs = f", {drawn / pairs:.3g} epochs of {pairs:,} pairs" if pairs else ""
+        epochs = f", {short(drawn / pairs)} epochs of {pairs:,} pairs" if pairs else ""
         yield f"{settings.steps:,} steps{epochs}"
+    if pairs is not None:
+        yield from warnings(settings, pairs)
     sizes = {name: bytes_per_device(tree) for name, tree in held(state, reference).items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
@@ -71,7 +80,9 @@ def estimate(
     else:
         kind, usable = jax.devices()[0].device_kind, memory_of(jax.devices()[0])
     if usable is not None:
-        yield _describe_room(kind, usable, sum(sizes.values()), part)
+        needed = sum(sizes.values())
+        each = least_activations(pipe, pipe.image_size) if needed < usable else 0
+        yield _describe_room(kind, usable, needed, part, each)
     yield _describe_checkpoints(settings, state)
     flops = flops_per_example(task, 2, (side, side))
     if flops is not None:
@@ -126,13 +137,17 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     yield "no step was made, nothing was written"
 
 
-def _describe_room(kind: str, usable: int, needed: int, part: int) -> str:
+def _describe_room(kind: str, usable: int, needed: int, part: int, each: int) -> str:
     """Says whether the arrays of a run fit, and how much memory is left for the pairs worked on at a time."""
     if needed >= usable:
         return f"does not fit into the {in_units(usable)} of {kind}: {_SMALLER}"
+    left = f"{kind}: {in_units(usable)}, which leaves {in_units(usable - needed)} for the activations of"
+    least = f"{part} pair(s), which take {in_units(part * each)} at the very least"
+    if part * each > usable - needed:
+        return f"does not fit: {left} {least}; {'raise config.accumulation' if part > 1 else _SMALLER}"
     return (
-        f"{kind}: {in_units(usable)}, which leaves {in_units(usable - needed)} for the activations of "
-        f"{part} pair(s); where these need more, raise config.accumulation or set --config.remat=blocks"
+        f"{left} {least}, and several times that unless config.remat = 'blocks'; `python -m dspo_jax.plan` "
+        "compiles the step, and knows"
     )
 
 
@@ -146,7 +161,7 @@ def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
 def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1) -> Iterator[str]:
     """FLOPs of a pair, and the time of all steps, by the peak of the device or by a product that is timed."""
     per_step = flops * settings.batch_size
-    yield f"{flops / 1e12:.4g} TFLOP a pair, {per_step / 1e12:.4g} a step"
+    yield f"{short(flops / 1e12)} TFLOP a pair, {short(per_step / 1e12)} a step"
     peak = peak_flops(kind) if settings.compute_dtype == "bfloat16" else None
     if peak is not None:
         rate = devices * peak * _EFFICIENCY
@@ -156,6 +171,14 @@ def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1
         how = f"at the {rate / 1e9:.3g} GFLOP/s that a product of matrices reaches on this CPU now"
     else:
         return
-    hours = settings.steps * per_step / rate / 3600
-    whole = f", the run {hours:.3g} h" if settings.epochs is None else ""
-    yield f"{per_step / rate:.3g} s a step{whole}, {how}; what reads data, validates and draws comes on top"
+    seconds = per_step / rate
+    whole = f", the run {_duration(settings.steps * seconds)}" if settings.epochs is None else ""
+    yield f"{short(seconds)} s a step{whole}, {how}; what reads data, validates and draws comes on top"
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time as people say it, in seconds, minutes, hours or days."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{short(seconds / size)} {unit}"
+    return f"{short(seconds)} s"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from absl import logging
 
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
@@ -18,6 +19,9 @@ from dspo_jax.training.step import TrainState
 from dspo_jax.training.task import Metrics, cast, policy_params
 from dspo_jax.training.validation import Validator, score
 from dspo_jax.weights.checkpoints import Checkpoints
+
+# Of a validation, what tells whether the model learns what it should.
+_SHOWN = ("implicit_accuracy", "margin", "winner_drift", "winner_error")
 
 
 @dataclasses.dataclass
@@ -175,12 +179,14 @@ class Validate:
             self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
             self.scores[at.step] = score(scores)
             if processes.is_first():
+                shown = [f"{name.replace('_', ' ')} {scores[name]:.3g}" for name in _SHOWN if name in scores]
+                logging.info("step %d, held-out %s", at.step, ", ".join(shown))
                 self._draw()
 
 
 @dataclasses.dataclass(frozen=True)
 class Announced:
-    """A hook whose work the progress bar names, and leaves out of the time that is left."""
+    """A hook whose work the progress bar names."""
 
     hook: Hook
     progress: Progress

@@ -95,7 +95,7 @@ class Updater:
             return self._step(state, self._reference, batch, self._key)
         self._compiled.add(shapes)
         jax.block_until_ready(state)  # steps that still run are training time
-        with self._progress.busy("compiling the step"), self._clock.paused():
+        with self._progress.busy("compiling the step", once=True), self._clock.paused():
             return self._step(state, self._reference, batch, self._key)
 
 

@@ -75,7 +75,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     Args:
       config: the keys of configs/common.py, or what `settings.parse` made of them.
       examples: encoded pairs in memory (`data.in_memory.encode_pairs`), in place of those of `config.data`,
-        for a loop of your own: validation and samples are turned off, with a warning.
+        for a loop of your own: validation and samples are turned off.
 
     Raises:
       UserError, OSError: a config, model or data that cannot be trained.
@@ -125,7 +125,7 @@ def _turn_watching_off(settings: Settings) -> Settings:
     periods = {"validation": settings.validation.every, "samples": settings.samples.every}
     unused = [f"config.{name}.every = {every}" for name, every in periods.items() if every]
     if unused:
-        logging.warning(
+        logging.info(
             "%s: not used with examples in memory: `fit` calls only the hooks that it is given",
             " and ".join(unused),
         )

@@ -257,10 +257,10 @@ def test_progress_prints_plain_lines_without_a_terminal():
     assert lines[-1].split()[4] == "0:00:00"
 
 
-def test_the_eta_leaves_out_what_was_compiled_and_what_came_between():
+def test_the_eta_leaves_out_what_was_compiled_and_counts_what_comes_again():
     time, output = FakeTime(), io.StringIO()
     with Progress("train", 10, every_seconds=0, console=Console(file=output), now=time) as progress:
-        with progress.busy("compiling the step"):
+        with progress.busy("compiling the step", once=True):
             time.seconds += 600
         progress.update(1)
         time.seconds += 2
@@ -269,12 +269,17 @@ def test_the_eta_leaves_out_what_was_compiled_and_what_came_between():
             time.seconds += 60
         time.seconds += 2
         progress.update(3, {"loss": 0.5})
+        with progress.busy("compiling the step", once=True):  # of another image size
+            time.seconds += 600
+        progress.update(4)
     assert output.getvalue().splitlines() == [
         "train 0/10 (0%)  compiling the step",
         "train 1/10 (10%)  eta -:--:--",
         "train 2/10 (20%)  eta 0:00:16",
         "train 2/10 (20%)  validating",
-        "train 3/10 (30%)  eta 0:00:14  loss 0.5",
+        "train 3/10 (30%)  eta 0:03:44  loss 0.5",  # 64 s for two steps
+        "train 3/10 (30%)  compiling the step",
+        "train 4/10 (40%)  eta 0:02:08",
     ]
 
 

@@ -1,5 +1,6 @@
 """What a run would take, said without reading a weight."""
 
+import re
 from contextlib import closing
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_dry_run_says_what_a_run_would_take_and_reads_no_weights(
     assert "temporaries" in said
     assert "fits into the " in said
     assert "warning: parameters kept in bfloat16" in said
-    assert "more than once" not in said
+    assert "several times" not in said
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +51,9 @@ def test_a_batch_larger_than_the_data_is_said(shallow_model, tiny_pairs):
     experiment = prepare(config)
     state, reference = make_state(experiment.task, experiment.mesh, abstract=True)
     said = "\n".join(describe_run(experiment, state, reference))
-    assert "warning: config.batch_size = 32: every step holds each of the 24 examples more than once" in said
+    assert (
+        "warning: config.batch_size = 32: more than the 24 examples, of which every step holds some" in said
+    )
 
 
 def test_few_held_out_examples_are_warned_of(shallow_model, tiny_pairs):
@@ -92,7 +95,7 @@ def test_examples_in_memory_are_described_and_what_they_leave_unused_is_said(
     with closing(loader.eval_batches(read_datasets(tiny_pairs), batch_size=6)) as batches:
         examples = next(batches)
     changes = {"data.path": None, "validation.every": 5, "samples.every": 7, "batch_size": 8, "steps": 3}
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO", "absl"):
         experiment = prepare(make_config(shallow_model, "", changes), examples)
     assert (
         "config.validation.every = 5 and config.samples.every = 7: not used with examples in memory"
@@ -125,14 +128,17 @@ def test_before_data_and_gpu_are_at_hand_an_estimate_says_steps_memory_disk_and_
     assert "312 steps, 9.98 epochs of 500 pairs" in said
     (room,) = (line for line in said if line.startswith("NVIDIA GeForce RTX 4090: "))
     assert "16.8 GiB, which leaves 16.8 GiB" in room  # 3/4 of 24e9, for a tiny model
-    assert "for the activations of 4 pair(s)" in room
+    assert "for the activations of 4 pair(s), which take " in room
+    assert "warning: config.optimizer.warmup_steps = 313: the run has 312 steps, and never" in "".join(
+        estimate(parse(make_config(shallow_model, "", {**changes, "optimizer.warmup_steps": 313})), pipe, 500)
+    )
     kept, step = settings.checkpoint.max_to_keep + 1, 12_364 * 3 * 4  # parameters and two moments in float32
     (disk,) = (line for line in said if line.startswith("checkpoints: "))
     assert disk.startswith(f"checkpoints: {kept} of {devices.in_units(step)[:3]}")
     # The time follows from what is said to be computed, at a third of the card's peak.
     (tera,) = (float(line.split()[4]) for line in said if "TFLOP a pair" in line)
     assert said[-1].startswith(
-        f"{3 * tera / 165.2:.3g} s a step, the run {312 * 3 * tera / 165.2 / 3600:.3g} h"
+        f"{3 * tera / 165.2:.3g} s a step, the run {312 * 3 * tera / 165.2:.3g} s, at a third, "
     )
 
 
@@ -144,6 +150,24 @@ def test_what_no_card_of_a_name_can_hold_is_said_with_what_to_change():
     assert "--config.lora.rank=8" in said[-1]
     with pytest.raises(UserError, match="--gpu = 'rtx490': unknown; did you mean 'rtx4090'"):
         next(estimate(parse(make_config(None, "", changes)), published.architecture("sd15"), None, "rtx490"))
+
+
+def test_what_the_activations_of_a_batch_can_never_fit_into_is_said():
+    pipe = published.architecture("sd15")
+    changes = {"epochs": 1.0, "compute_dtype": "bfloat16", "batch_size": 1024, "lora.rank": 8}
+
+    def of_room(**more):
+        settings = parse(make_config(None, "", {**changes, **more}))
+        (line,) = (line for line in estimate(settings, pipe, 5000, "rtx4090") if "activations" in line)
+        return line
+
+    # Each of a pair's two images enters 25 blocks with at most 64 x 64 x 320 numbers of two bytes.
+    assert re.match(
+        r"does not fit: .* 1024 pair\(s\), which take 3\d\d GiB at the very least; raise ", of_room()
+    )
+    one = of_room(accumulation=1024)
+    assert re.search(r" 1 pair\(s\), which take 3\d\d MiB at the very least", one)
+    assert "does not fit" not in one
 
 
 def test_a_cpu_s_time_is_by_a_product_that_is_timed(shallow_model, monkeypatch):

@@ -1,9 +1,11 @@
 """`python -m dspo_jax.train` as a user runs it: stopped, interrupted, killed, and started again."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,14 +44,13 @@ def command(shallow_model, tiny_pairs):
     module = ["-m", "blocked_imports", "dspo_jax.train"]
     flags = ["--config=configs/common.py", *(f"--config.{key}={value}" for key, value in changes.items())]
 
-    def start(workdir, *more):
+    def start(workdir, *more, before=(), **how):
         return subprocess.Popen(
-            [sys.executable, *module, *flags, f"--workdir={workdir}", *more],
+            [*before, sys.executable, *module, *flags, f"--workdir={workdir}", *more],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT / "tests" / "support")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how},
         )
 
     return start
@@ -61,6 +62,7 @@ def undisturbed(command, tmp_path_factory):
     process = command(workdir)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert errors.count(", held-out implicit accuracy 0.") == 4  # steps 0, 40, 80, 100
     return workdir, output
 
 
@@ -108,6 +110,35 @@ def test_stopped_interrupted_and_killed_the_command_gives_the_same_metrics(comma
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
     assert [record["step"] for record in records if "validation/margin" in record] == [0, 40, 80, STEPS]
     assert records == read_reproducible(undisturbed[0])
+
+
+# Makes the terminal of its output that of this process and what it becomes: closed, it sends them SIGHUP.
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_terminal_that_closes_ends_the_run_saved(command, tmp_path):
+    workdir, (terminal, end) = tmp_path / "run", os.openpty()
+    before = (sys.executable, "-c", TAKE_TERMINAL)
+    process = command(workdir, before=before, stdout=end, stderr=end, start_new_session=True)
+    os.close(end)
+    reader = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
+    reader.start()
+    while last_step(workdir) < 8:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.close(terminal)
+    assert process.wait(timeout=120) == EXIT_STOPPED
+    assert saved_steps(workdir)[-1] == last_step(workdir) < STEPS
+
+
+def _read_all(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 def test_the_command_reports_the_held_out_accuracy_before_and_after(undisturbed):
