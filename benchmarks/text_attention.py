@@ -1,6 +1,6 @@
 """Attention to 77 tokens of text, compiled for an NVIDIA GPU: written out, and by cuDNN's padded kernel.
 
-    python -m benchmarks.text_attention --topology=h100         # needs jax[cuda12] and no GPU
+    python -m benchmarks.text_attention --topology=h100         # needs dspo_jax[plan-gpu], no GPU
 
 A whole layer in bfloat16 with its four projections, forward and backward, as a training step has it:
 gradients of the weights and of the image's activations, none of the text. Prints how much the instructions
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from benchmarks import absent_gpu
 from dspo_jax import cli
 from dspo_jax.kernels import attention
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
 from dspo_jax.parallel.mesh import make_mesh, replicated
+from dspo_jax.planning import absent_gpu
 
 TOKENS = 77
 # Positions of the image, heads, size of a head, width of the text.
@@ -97,6 +97,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", "h100", "The card: h100 or a100.")
+    flags.DEFINE_string("topology", "h100", "The card, e.g. h100 or a100-40.")
     flags.DEFINE_integer("images", 4, "In the batch.", lower_bound=1)
     cli.run(main)

@@ -13,31 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from dspo_jax.monitoring.gpus import gpu_of_kind
+
 # Peak bfloat16 FLOP/s without sparsity of one JAX device, by a regular expression that its whole
-# `device_kind` must match: a variant that is not listed (NVL, a MIG slice) is another device. NVIDIA's data
-# sheets print the number with sparsity where noted, which is twice that without.
+# `device_kind` must match: a variant that is not listed (NVL, a MIG slice) is another device. NVIDIA's are in
+# `gpus.GPUS`.
 PEAK_FLOPS = {
-    # H100 Tensor Core GPU data sheet: SXM 1,979 TFLOPS with sparsity
-    r"(NVIDIA )?H100 80GB HBM3": 989e12,
     # H100 Tensor Core GPU data sheet (2023): PCIe 1,513 TFLOPS with sparsity
     r"(NVIDIA )?H100 PCIe": 756e12,
-    # H200 Tensor Core GPU data sheet: SXM 1,979 TFLOPS with sparsity
-    r"(NVIDIA )?H200": 989e12,
-    # A100 Tensor Core GPU data sheet: 312 TFLOPS, all variants
-    r"(NVIDIA )?A100([- ](SXM4|PCIE|PCIe))?[- ](40|80)GB( PCIe)?": 312e12,
-    # HGX B200 data sheet: 4.5 PFLOPS with sparsity
-    r"(NVIDIA )?B200": 2250e12,
-    # A10 Tensor Core GPU data sheet: 125 TFLOPS
-    r"(NVIDIA )?A10": 125e12,
-    # L4 Tensor Core GPU data sheet: 242 TFLOPS with sparsity
-    r"(NVIDIA )?L4": 121e12,
-    # L40S data sheet: 362.05 TFLOPS
-    r"(NVIDIA )?L40S": 362e12,
-    # NVIDIA's whitepapers of GA102, Ada and RTX Blackwell: bfloat16 with float32 sums, 142, 330.3 and 419
-    # TFLOPS with sparsity
-    r"(NVIDIA )?GeForce RTX 3090": 71e12,
-    r"(NVIDIA )?GeForce RTX 4090": 165.2e12,
-    r"(NVIDIA )?GeForce RTX 5090": 209.5e12,
     # cloud.google.com/tpu/docs/v3: 123 TFLOPS a chip, which is two JAX devices
     r"TPU v3": 61.5e12,
     # cloud.google.com/tpu/docs/v4: 275 TFLOPS
@@ -51,24 +34,10 @@ PEAK_FLOPS = {
 }
 
 
-# GPUs by the names that people type: JAX's `device_kind`, and bytes of memory by NVIDIA's data sheets.
-GPUS = {
-    "a10": ("NVIDIA A10", 24e9),
-    "a100-40": ("NVIDIA A100-SXM4-40GB", 40e9),
-    "a100-80": ("NVIDIA A100-SXM4-80GB", 80e9),
-    "b200": ("NVIDIA B200", 180e9),
-    "h100": ("NVIDIA H100 80GB HBM3", 80e9),
-    "h200": ("NVIDIA H200", 141e9),
-    "l4": ("NVIDIA L4", 24e9),
-    "l40s": ("NVIDIA L40S", 48e9),
-    "rtx3090": ("NVIDIA GeForce RTX 3090", 24e9),
-    "rtx4090": ("NVIDIA GeForce RTX 4090", 24e9),
-    "rtx5090": ("NVIDIA GeForce RTX 5090", 32e9),
-}
-
-
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the peak bfloat16 FLOP/s of a kind of device; None for one that is not in `PEAK_FLOPS`."""
+    """Returns the peak bfloat16 FLOP/s of a kind of device; None for one that is in neither table."""
+    if gpu := gpu_of_kind(device_kind):
+        return gpu.bfloat16
     return next((peak for kind, peak in PEAK_FLOPS.items() if re.fullmatch(kind, device_kind)), None)
 
 

@@ -1,7 +1,7 @@
 """Published models as architectures without weights, for plans and benchmarks at full size.
 
-The config.json of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, without the
-keys that repeat the classes' defaults.
+The config.json of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and
+stabilityai/stable-diffusion-xl-base-1.0, without the keys that repeat the classes' defaults.
 """
 
 from pathlib import Path
@@ -34,6 +34,16 @@ SD15_UNET: NetworkConfig = {
     "out_channels": 4,
     "sample_size": 64,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD21_UNET = SD15_UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
 }
 SDXL_UNET = SD15_UNET | {
     "addition_embed_type": "text_time",
@@ -108,6 +118,14 @@ SD15_TEXT_ENCODER: NetworkConfig = {
     "pad_token_id": 1,
     "vocab_size": 49408,
 }
+SD21_TEXT_ENCODER = SD15_TEXT_ENCODER | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
 SDXL_TEXT_ENCODER = SD15_TEXT_ENCODER | {"projection_dim": 768}
 SDXL_TEXT_ENCODER_2 = SD15_TEXT_ENCODER | {
     "hidden_act": "gelu",
@@ -124,13 +142,17 @@ _SCHEDULER: SchedulerConfig = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
 }
 NETWORKS: dict[str, dict[str, tuple[str, NetworkConfig]]] = {
     "sd15": {
         "unet": ("UNet2DConditionModel", SD15_UNET),
         "vae": ("AutoencoderKL", VAE),
         "text_encoder": ("CLIPTextModel", SD15_TEXT_ENCODER),
+    },
+    "sd21": {
+        "unet": ("UNet2DConditionModel", SD21_UNET),
+        "vae": ("AutoencoderKL", VAE | {"sample_size": 768}),
+        "text_encoder": ("CLIPTextModel", SD21_TEXT_ENCODER),
     },
     "sdxl": {
         "unet": ("UNet2DConditionModel", SDXL_UNET),
@@ -140,10 +162,16 @@ NETWORKS: dict[str, dict[str, tuple[str, NetworkConfig]]] = {
     },
 }
 MODELS = tuple(NETWORKS)
-CLASSES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+CLASSES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd21": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+}
 
-# Tokens of the empty caption: start, end, and padding, which is 0 in SDXL's second tokenizer.
+# Tokens of the empty caption: start, end, and padding, which is 0 in SD 2.1's and SDXL's second tokenizer.
 _START, _END, _LENGTH = 49406, 49407, 77
+_PREDICTION = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
+_PADDING = {"sd15": (_END,), "sd21": (0,), "sdxl": (_END, 0)}
 
 
 def architecture(name: str) -> Pipeline:
@@ -156,15 +184,15 @@ def architecture(name: str) -> Pipeline:
         raise UserError(spelling.unknown("published model", name, MODELS))
     networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
     family = FAMILIES[CLASSES[name]]
-    padding = (_END, 0)[: len(family.text_encoders)]
+    scheduler: SchedulerConfig = {**_SCHEDULER, "prediction_type": _PREDICTION[name]}
     return Pipeline(
         path=Path(name),
         family=family,
         networks=networks,
         tokenizers=(),
-        empty_tokens=np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in padding], np.int32),
-        schedule=family.process.from_config(_SCHEDULER),
-        scheduler_config=_SCHEDULER,
+        empty_tokens=np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in _PADDING[name]], np.int32),
+        schedule=family.process.from_config(scheduler),
+        scheduler_config=scheduler,
         zero_empty_captions=family.zero_empty_captions({}),
         trained={},
     )

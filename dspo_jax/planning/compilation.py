@@ -4,6 +4,7 @@ The TPU's compiler takes most of its time for machine code, from which it estima
 and collectives are settled before that.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ import jax
 from dspo_jax.files import write_json
 from dspo_jax.json_files import JsonObject, read_object
 from dspo_jax.monitoring.devices import peak_bytes
+from dspo_jax.planning import absent_gpu, roofline
 from dspo_jax.planning.program_text import (
     assigned_bytes,
     collectives,
@@ -34,6 +36,7 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
+_GPU_FACTS = "works, form 1"  # raised when `compile_for_gpu` notes other facts
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
@@ -47,18 +50,23 @@ def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | 
     """
     versions = [
         f"{name} {metadata.version(name)}"
-        for name in ("jaxlib", "libtpu")
+        for name in ("jaxlib", "libtpu", "jax-cuda12-plugin")
         if any(metadata.distributions(name=name))
     ]
     # The flags that `memory_facts` adds change only the files that the compiler writes.
     options = [flag for name in _OPTIONS for flag in os.environ.get(name, "").split()]
     options = [flag for flag in options if not flag.startswith("--xla_dump_")]
     text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
+    if device.platform == "gpu":
+        text = f"{_GPU_FACTS}\n{text}"
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.is_file():
         return read_object(path, "delete it, and the program is compiled again")
-    facts = compile_facts(lowered)
+    if device.platform == "gpu":
+        facts = compile_for_gpu(lowered, absent=topology is not None)
+    else:
+        facts = compile_facts(lowered)
     write_json(path, facts, shared=True)
     return facts
 
@@ -97,6 +105,33 @@ def compile_facts(lowered: jax.stages.Lowered) -> JsonObject:
         "loop_factor": loop_factor(instructions),
         "collectives": collectives(instructions),
         "kernel_calls": kernels(instructions),
+        "compile_seconds": seconds,
+    }
+
+
+def compile_for_gpu(lowered: jax.stages.Lowered, absent: bool) -> JsonObject:
+    """Compiles a program for NVIDIA GPUs and returns the raw facts: memory, and what instructions do.
+
+    Args:
+      lowered: the program.
+      absent: whether its devices are of `absent_gpu.find_devices`.
+    """
+    before = time.perf_counter()
+    program = absent_gpu.compile_lowered(lowered) if absent else lowered.compile()
+    seconds = time.perf_counter() - before
+    memory: Any = program.memory_analysis()
+    text = program.as_text() or ""
+    works = roofline.read_works(text)
+    return {
+        "peak_bytes": peak_bytes(memory),
+        "hbm_bytes": None,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "bytes_accessed": sum(
+            work.times * work.bytes for work in works if work.kind != roofline.COMMUNICATION
+        ),
+        "collectives": collectives(read_instructions(text)),
+        "works": [dataclasses.asdict(work) for work in works],
         "compile_seconds": seconds,
     }
 

@@ -14,34 +14,39 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, in_units, peak_flops
+from dspo_jax.monitoring.gpus import Gpu, gpu_of_kind
 from dspo_jax.parallel.mesh import check_batch_size
-from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.planning import compilation
-from dspo_jax.training.costs import abstract_batch, flops_per_example
-from dspo_jax.training.describe import held
+from dspo_jax.planning import absent_gpu, compilation, roofline
+from dspo_jax.planning.parts import PARTS, UNITS
+from dspo_jax.training.costs import flops_per_example
 from dspo_jax.training.settings import DataSettings, Settings
-from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
-from dspo_jax.training.step import lower_step
+from dspo_jax.training.start import make_task, mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
+# Share of a GPU's memory that JAX takes: docs.jax.dev/en/latest/gpu_memory_allocation.html.
+_FRACTION, _FRACTION_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# Assumptions: what a process holds outside of that, CUDA's context and the libraries' handles and code, and
+# NCCL's buffers where there are several GPUs.
+_CONTEXT, _NCCL = 2**30, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Memory, time and communication of a step, for each device unless said otherwise; None is unknown.
+    """Memory, time and communication of a program, for each device unless said otherwise; None is unknown.
 
     Attributes:
       topology: as asked for, or "present".
       device_kind: JAX's name of the device.
       devices: number of devices.
       mesh: size by axis.
-      pairs_per_device: in a step.
+      pairs_per_device: in a step; of other parts what `parts.UNITS` says, in one call.
       argument_bytes, temporary_bytes: None where the program was too large to be compiled.
       peak_bytes: the two, and what is neither; of a program that is too large as much as its compiler had
         counted.
-      hbm_bytes: usable memory of the device.
+      hbm_bytes: usable memory of the device, for a GPU by assumptions.
+      device_bytes: all memory of a GPU.
       fits: whether peak_bytes is less than hbm_bytes.
       flops: of the model in a step (`costs.flops_per_example`), without what is computed twice.
       bytes_accessed: of the device's memory, as the compiler counts them.
@@ -57,6 +62,9 @@ class Plan:
       kernels: {name: {"count", "flops"}}, padding included.
       compile_seconds: of this machine.
       largest_pairs_per_device: that should fit, by how much memory these pairs take beside the state.
+      part: one of `parts.PARTS`.
+      roofline: of a GPU's instructions by kind: {kind: {"count", "bytes", "flops", "seconds"}}.
+      longest: instructions that take most of a GPU's time: `roofline.Work` with "seconds" of all `times`.
     """
 
     topology: str
@@ -82,16 +90,22 @@ class Plan:
     kernels: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     compile_seconds: float | None = None
     largest_pairs_per_device: int | None = None
+    device_bytes: int | None = None
+    part: str = "step"
+    roofline: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    longest: list[dict[str, object]] = dataclasses.field(default_factory=list)
 
 
 def find_devices(topology: str | None) -> Sequence[jax.Device]:
-    """Returns the devices of a TPU topology such as "v5p:4x4x4", or those that are here.
+    """Returns the devices of a topology such as "v5p:4x4x4" or "h100:8", or those that are here.
 
     Raises:
-      UserError: no such topology, or the TPU's compiler is not installed.
+      UserError: no such topology, or its compiler is not installed.
     """
     if topology is None:
         return jax.devices()
+    if absent_gpu.is_gpu(topology):
+        return absent_gpu.find_devices(topology)
     # Or it looks for a metadata server, narrates that there is none, and locks out every other process.
     for name, value in (
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -107,7 +121,8 @@ def find_devices(topology: str | None) -> Sequence[jax.Device]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--topology={topology}: cannot be compiled for ({reason}); a topology is written like v5e:2x4, "
-            "v5p:2x2x1 or v6e:4x4, and the TPU's compiler comes with: pip install 'dspo_jax[plan]'"
+            "v5p:2x2x1 or v6e:4x4, for GPUs like h100:8, and the TPU's compiler comes with: pip install "
+            "'dspo_jax[plan]'"
         ) from error
     if find_chip(devices[0]) is None:
         raise UserError(
@@ -139,8 +154,9 @@ def plan(
     size: tuple[int, int],
     topology: str | None = None,
     facts: JsonObject | None = None,
+    part: str = "step",
 ) -> Plan:
-    """Compiles the step of a run for some devices and says what it takes.
+    """Compiles the step of a run, or what is done around it, for some devices and says what it takes.
 
     Args:
       settings: of the run; the devices share its batch.
@@ -149,30 +165,38 @@ def plan(
       size: height and width of the images in pixels.
       topology: what the devices are called.
       facts: of its compilation, where they are known; by default the step is compiled.
+      part: one of `parts.PARTS`.
 
     Raises:
       UserError: settings that do not fit the model, or a batch that the mesh cannot split.
     """
-    task, adapters = make_task(settings, pipe), make_adapters(settings, pipe)
-    mesh = mesh_of(settings, devices)
-    part, pairs = settings.batch_size // settings.accumulation, settings.batch_size // len(devices)
-    check_batch_size(part, mesh, "--pairs_per_device * devices / config.accumulation")
-    state, reference = make_state(task, mesh, adapters, abstract=True)
-    batch = abstract_batch(task, 2, size, settings.batch_size, mesh)
-    flops = flops_per_example(task, 2, size)
+    mesh, device = mesh_of(settings, devices), devices[0]
+    pairs, accumulation = settings.batch_size // len(devices), settings.accumulation if part == "step" else 1
+    check_batch_size(
+        settings.batch_size // accumulation, mesh, "--pairs_per_device * devices / config.accumulation"
+    )
+    program = PARTS[part](settings, pipe, size, settings.batch_size, mesh)
+    flops = flops_per_example(make_task(settings, pipe), 2, size) if part == "step" else None
     known = {
         "topology": topology or "present",
-        "device_kind": devices[0].device_kind,
+        "part": part,
+        "device_kind": device.device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         "pairs_per_device": pairs,
         "flops": None if flops is None else flops * pairs,
     }
     if facts is None:
-        facts = compilation.kept_facts(lower_step(state, reference, batch, mesh), devices[0], topology)
-    found = Plan(**(known | _judge(facts, devices[0], pairs, known["flops"])))
-    fixed = sum(map(bytes_per_device, held(state, reference).values()))
-    largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, fixed, pairs, settings.accumulation)
+        absent = device if topology is not None and absent_gpu.is_gpu(topology) else None
+        facts = compilation.kept_facts(program.lower(absent), device, topology)
+    gpu = gpu_of_kind(device.device_kind)
+    if gpu is not None and "works" in facts:
+        each = absent_gpu.parse_topology(topology)[2] if topology else jax.local_device_count()
+        judged = _judge_gpu(facts, gpu, len(devices), each, pairs, known["flops"])
+    else:
+        judged = _judge(facts, device, pairs, known["flops"])
+    found = Plan(**(known | judged))
+    largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, program.fixed_bytes, pairs, accumulation)
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 
@@ -205,6 +229,39 @@ def _judge(facts: JsonObject, device: jax.Device, pairs: int, flops: float | Non
     }
 
 
+def _judge_gpu(
+    facts: JsonObject, gpu: Gpu, devices: int, devices_of_host: int, pairs: int, flops: float | None
+) -> JsonObject:
+    """Computes the fields of a `Plan` for a GPU from the facts of its compilation."""
+    works = [roofline.Work(**work) for work in facts["works"]]
+    kinds = roofline.by_kind(works, gpu, devices_of_host)
+    collective = kinds.get(roofline.COMMUNICATION, {}).get("seconds", 0.0)
+    estimate = sum(entry["seconds"] for entry in kinds.values()) - collective
+    if flops is None:
+        flops = sum(entry["flops"] for entry in kinds.values())
+    # JAX keeps what it takes for itself; the rest must hold what is not JAX's.
+    outside = _CONTEXT + (_NCCL if devices > 1 else 0)
+    usable = int(min(gpu.memory * memory_fraction(), gpu.memory - outside))
+    found = {name: facts[name] for name in facts.keys() & {field.name for field in dataclasses.fields(Plan)}}
+    return found | {
+        "hbm_bytes": usable,
+        "device_bytes": int(gpu.memory),
+        "fits": facts["peak_bytes"] <= usable,
+        "flops": flops,
+        "roofline": kinds,
+        "longest": roofline.longest(works, gpu, devices_of_host),
+        "collective_seconds": collective,
+        "estimated_seconds": estimate,
+        "pairs_per_second_per_device": pairs / estimate,
+        "mfu": flops / estimate / gpu.bfloat16,
+    }
+
+
+def memory_fraction() -> float:
+    """Returns the share of a GPU's memory that JAX takes, as the environment says or by default."""
+    return float(os.environ.get(_FRACTION_VARIABLE, _FRACTION))
+
+
 def _cost_of_kernels(
     calls: Iterable[tuple[str, Sequence[Sequence[int]], int, int]], chip: Chip, peak_rate: float
 ) -> tuple[dict[str, dict[str, float]], float]:
@@ -235,7 +292,8 @@ def describe_plan(found: Plan) -> Iterator[str]:
     """The plan in lines."""
     axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     yield f"{found.devices} {found.device_kind} device(s) ({found.topology}), mesh {axes}"
-    yield f"{found.pairs_per_device} pairs on each, {found.pairs_per_device * found.devices} a step"
+    unit, call = UNITS[found.part], "step" if found.part == "step" else "call"
+    yield f"{found.pairs_per_device} {unit} on each, {found.pairs_per_device * found.devices} a {call}"
     if found.argument_bytes is not None and found.temporary_bytes is not None:
         yield (
             f"arguments {in_units(found.argument_bytes)}, temporaries {in_units(found.temporary_bytes)}; "
@@ -248,17 +306,26 @@ def describe_plan(found: Plan) -> Iterator[str]:
     limit = "" if found.hbm_bytes is None else f" of {in_units(found.hbm_bytes)}"
     verdict = {True: ": fits", False: ": does not fit", None: ""}[found.fits]
     yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
+    if found.device_bytes is not None:
+        yield (
+            f"  of {in_units(found.device_bytes)} JAX takes {memory_fraction():.0%} ({_FRACTION_VARIABLE}); "
+            f"{in_units(_CONTEXT)} for CUDA and its libraries, and as much for NCCL where there are several "
+            "GPUs, are assumptions"
+        )
     if found.largest_pairs_per_device is not None:
-        yield f"about {found.largest_pairs_per_device} pairs should fit on each: ask for them to be sure"
+        yield f"about {found.largest_pairs_per_device} {unit} should fit on each: ask for them to be sure"
     if found.flops is not None:
-        yield f"{found.flops / 1e12:.4g} TFLOP of the model in a step on each device"
+        of_what = "of the model in a step" if found.part == "step" else "of the program in a call"
+        yield f"{found.flops / 1e12:.4g} TFLOP {of_what} on each device"
     if found.bytes_accessed is not None:
         yield f"{found.bytes_accessed / 1e9:.4g} GB of memory traffic"
     for kind, each in found.collectives.items():
         yield f"{kind}: {each['count']} with {in_units(each['bytes'])} of results"
     for name, kernel in found.kernels.items():
         yield f"{name}: {kernel['count']:.0f} with {kernel['flops'] / 1e12:.4g} TFLOP, padding included"
-    if found.estimated_seconds is not None:
+    if found.roofline and found.estimated_seconds:
+        yield from _describe_roofline(found, unit, call)
+    elif found.estimated_seconds is not None:
         yield (
             f"estimate: {found.estimated_seconds:.4g} s a step = {found.compiler_seconds:.4g} s by the "
             f"compiler + {found.loop_seconds:.3g} s for loops + {found.kernel_seconds:.3g} s for kernels at "
@@ -266,4 +333,38 @@ def describe_plan(found: Plan) -> Iterator[str]:
             f"{found.collective_seconds:.3g} s"
         )
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
-        yield f"{found.pairs_per_second_per_device:.4g} pairs/s on each device{mfu}"
+        yield f"{found.pairs_per_second_per_device:.4g} {unit}/s on each device{mfu}"
+
+
+def _describe_roofline(found: Plan, unit: str, call: str) -> Iterator[str]:
+    """Time of a GPU's instructions by kind, and what follows from it."""
+    yield (f"{'roofline of each instruction':<30}{'count':>7}{'GB':>9}{'TFLOP':>9}{'ms':>9}   share")
+    estimate = found.estimated_seconds or 1.0
+    for kind, entry in found.roofline.items():
+        hidden = kind == roofline.COMMUNICATION
+        share = "not in the sum" if hidden else f"{entry['seconds'] / estimate:6.1%}"
+        yield (
+            f"  {kind:<28}{entry['count']:>7.0f}{entry['bytes'] / 1e9:>9.1f}{entry['flops'] / 1e12:>9.2f}"
+            f"{entry['seconds'] * 1e3:>9.1f}   {share}"
+        )
+    mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
+    yield (
+        f"estimate: {estimate:.4g} s a {call}, {found.pairs_per_second_per_device:.4g} {unit}/s on each "
+        f"device{mfu}; one instruction after another, each at the share of the peak that its library reaches"
+    )
+    if found.collective_seconds:
+        slowest = estimate + found.collective_seconds
+        yield (
+            f"with the {found.collective_seconds:.3g} s of collectives, if nothing hid them: "
+            f"{found.pairs_per_device / slowest:.4g} {unit}/s on each device"
+        )
+
+
+def explain(found: Plan) -> Iterator[str]:
+    """The instructions that take most of a GPU's time, with the line of this package that they come from."""
+    for work in found.longest:
+        flops = f"{work['flops'] / 1e9:9.1f} GFLOP" if work["flops"] else " " * 15  # type: ignore[operator]
+        yield (
+            f"{work['seconds'] * 1e3:8.2f} ms {work['times']:>5} x {work['what']!s:<36}"  # type: ignore[operator]
+            f"{work['bytes'] / 1e6:9.1f} MB{flops}  {work['source']}"  # type: ignore[operator]
+        )

@@ -72,17 +72,18 @@ def read_instructions(text: str) -> Iterator[Instruction]:
 
     The inside of a fusion is given too. A loop whose length cannot be read counts once.
     """
-    computations, entry = _read_computations(text)
+    computations, entry = read_computations(text)
     yield from _walk(computations, entry, 1)
 
 
 def entry_instructions(text: str) -> Sequence[Instruction]:
     """Returns the instructions of the entry computation alone, in the order in which they run."""
-    computations, entry = _read_computations(text)
+    computations, entry = read_computations(text)
     return computations[entry]
 
 
-def _read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the instructions of every computation by its name, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -103,13 +104,13 @@ def _walk(computations: Mapping[str, Sequence[Instruction]], name: str, times: i
         yield dataclasses.replace(instruction, times=times)
         inside = times
         if instruction.op == "while":
-            inside *= _trips(computations, instruction)
+            inside *= trips(computations, instruction)
         for names in _CALLED.findall(instruction.rest):
             for called in names.replace("%", "").split(", "):
                 yield from _walk(computations, called, inside)
 
 
-def _trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) -> int:
+def trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) -> int:
     """Counts how often the body of a loop runs: as noted there, or by its condition."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])

@@ -60,7 +60,9 @@ class ImageSampler:
             strength=drawing.strength,
             eta=drawing.eta,
         )
-        negative = pipe.tokenize([drawing.negative_prompt or ""])
+        negative = pipe.empty_tokens[None]  # a published architecture has no tokenizers
+        if drawing.negative_prompt:
+            negative = pipe.tokenize([drawing.negative_prompt])
         guided = drawing.guidance_scale > 1
         zeros = drawing.negative_prompt is None and pipe.zero_empty_captions
         first, last = drawing.guidance_interval
@@ -107,6 +109,11 @@ class ImageSampler:
             return sampler.run(predict, sampler.start(noise, image_latents), step_noise)
 
         self._draw = jax.jit(on_mesh(draw, mesh), out_shardings=replicated(mesh)) if mesh else jax.jit(draw)
+
+    @property
+    def program(self) -> jax.stages.Wrapped:
+        """The jitted program: parameters, tokens, noise, seeds, prompt numbers, image latents -> latents."""
+        return self._draw
 
     @functools.cached_property
     def _stored_params(self) -> Params:

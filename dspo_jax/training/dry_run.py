@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import jax
 from ml_collections import ConfigDict
 
-from dspo_jax import spelling
 from dspo_jax.data.datasets import bucket_size
-from dspo_jax.errors import UserError
-from dspo_jax.monitoring.devices import GPUS, in_units, memory_of, peak_bytes, peak_flops, time_product
+from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes, peak_flops, time_product
+from dspo_jax.monitoring.gpus import find_gpu
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import (
@@ -43,13 +42,12 @@ def estimate(
       settings: of the run; model and data may be unset.
       pipe: the model, whose weights are not read.
       pairs: examples to train on; by default the run is as long as `config.steps`.
-      gpu: a name in `devices.GPUS`; by default the first device that is here.
+      gpu: a name in `gpus.GPUS`; by default the first device that is here.
 
     Raises:
       UserError: an unknown GPU, or settings that do not fit the model or each other.
     """
-    if gpu is not None and gpu not in GPUS:
-        raise UserError(spelling.unknown("--gpu", gpu, GPUS))
+    card = None if gpu is None else find_gpu("--gpu", gpu)
     if settings.data.path:
         yield "config.data.path is not read: --pairs says how many there are"
     if pairs is not None:
@@ -72,8 +70,8 @@ def estimate(
     sizes = {name: bytes_per_device(tree) for name, tree in held(state, reference).items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
-    if gpu:
-        kind, memory = GPUS[gpu]
+    if card:
+        kind, memory = card.kind, card.memory
         share = float(os.environ.get(_FRACTION_VARIABLE, _FRACTION))
         yield f"JAX takes {share:.0%} of a GPU's memory ({_FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
         usable: int | None = int(memory * share)

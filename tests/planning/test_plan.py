@@ -39,7 +39,7 @@ from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
 from dspo_jax.training.step import lower_step
 
-V5P = SimpleNamespace(device_kind="TPU v5")
+V5P = SimpleNamespace(device_kind="TPU v5", platform="tpu")
 FACTS = {
     "peak_bytes": 50 * 2**30,
     "hbm_bytes": None,

@@ -1,8 +1,9 @@
-"""NVIDIA GPUs that are not here, as devices to compile for; needs JAX's CUDA plugin (`jax[cuda12]`), no GPU.
+"""NVIDIA GPUs that are not here, as devices to compile for; needs JAX's CUDA plugin, no GPU and no CUDA.
 
-Such a program is not the one that a GPU would run to the last instruction: nothing can be timed, so that XLA
-takes the first form of each product, and cuBLAS's in place of Triton's. What it holds of attention kernels,
-copies and arrays in memory is the same.
+`pip install 'dspo_jax[plan-gpu]'` brings the plugin, which holds XLA's compiler for GPUs and ptxas. Such a
+program is not the one that a GPU would run to the last instruction: nothing can be timed, so that XLA takes
+the first form of each product, and cuBLAS's in place of Triton's. What it holds of attention kernels, copies
+and arrays in memory is the same.
 """
 
 import collections
@@ -16,36 +17,36 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
-from dspo_jax import spelling
 from dspo_jax.errors import UserError
+from dspo_jax.monitoring.gpus import GPUS, REFUSED, Gpu, find_gpu
 from dspo_jax.planning.program_text import array_bytes, entry_instructions
 
-# The numbers of XLA's own descriptions, github.com/openxla/xla, xla/backends/gpu/target_config/specs/
-# h100_sxm.txtpb and a100_sxm_40.txtpb, with the versions of CUDA 12.9 and cuDNN 9.10.
+# As XLA's own descriptions in github.com/openxla/xla, xla/backends/gpu/target_config/specs/, with the
+# versions of CUDA 12.9 and cuDNN 9.10.
 _CARD = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  core_count: {gpu.cores} fpus_per_core: {gpu.lanes} clock_rate_ghz: {clock}
+  memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: {gpu.l2} device_memory_size: {gpu.memory:.0f}
   driver_version: "12.9.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0"
-  dnn_version: "9.10.0" name: "{name}" {numbers}
+  dnn_version: "9.10.0" name: "{gpu.kind}"
 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{gpu.kind}"
 """
-_CARDS = {
-    "h100": (
-        "NVIDIA H100 80GB HBM3",
-        "cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 "
-        "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072 "
-        "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448",
-    ),
-    "a100": (
-        "NVIDIA A100-SXM4-40GB",
-        "cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 "
-        "memory_bandwidth: 1555200000000 l2_cache_size: 41943040 device_memory_size: 42331013120 "
-        "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912",
-    ),
+# By capability: threads of a multiprocessor, its shared memory, and how much a block may ask for; CUDA
+# C++ Programming Guide, table of technical specifications.
+_SHARED = {
+    (8, 0): (2048, 167_936, 166_912),
+    (8, 6): (1536, 102_400, 101_376),
+    (8, 9): (1536, 102_400, 101_376),
+    (9, 0): (2048, 233_472, 232_448),
+    (10, 0): (2048, 233_472, 232_448),
+    (12, 0): (1536, 131_072, 101_376),
 }
 _WITHOUT_TIMING: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
@@ -56,25 +57,59 @@ _WORKSPACE = re.compile(r"\b[su]8\[\d*\]")
 _CUSTOM = re.compile(r'custom_call_target="([^"]*)"')
 
 
-def find_devices(card: str, count: int = 1) -> Sequence[Any]:
-    """Makes descriptions of one host's GPUs, `h100` or `a100`.
+def is_gpu(topology: str) -> bool:
+    """Tells whether a topology is of NVIDIA GPUs, those that are refused among them."""
+    return topology.split(":")[0] in (*GPUS, *REFUSED)
+
+
+def parse_topology(topology: str) -> tuple[Gpu, int, int]:
+    """Reads a topology such as "h100", "h100:8" or "h100:2x8".
+
+    Returns:
+      The GPU, the number of hosts, and how many GPUs each has.
 
     Raises:
-      UserError: another card, or the CUDA plugin is not installed.
+      UserError: a GPU that is unknown or cannot be trained on, or numbers that are not written so.
     """
-    if card not in _CARDS:
-        raise UserError(spelling.unknown("--topology", card, tuple(_CARDS)))
-    name, numbers = _CARDS[card]
-    config = _CARD.format(name=name, numbers=numbers)
+    name, _, numbers = topology.partition(":")
+    gpu = find_gpu("--topology", name)
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", numbers or "1")
+    if found is None:
+        raise UserError(
+            f"--topology={topology}: after the colon stands the number of GPUs, as in {name}:8, or hosts and "
+            f"the GPUs of each, as in {name}:2x8"
+        )
+    return gpu, int(found[1] or 1), int(found[2])
+
+
+def find_devices(topology: str) -> Sequence[Any]:
+    """Makes descriptions of the GPUs of a topology, see `parse_topology`.
+
+    Raises:
+      UserError: see `parse_topology`, or the CUDA plugin is not installed.
+    """
+    gpu, hosts, each = parse_topology(topology)
+    major, minor = gpu.capability
+    threads, shared, shared_block = _SHARED[gpu.capability]
+    config = _CARD.format(
+        gpu=gpu,
+        major=major,
+        minor=minor,
+        clock=gpu.clock / 1e9,
+        threads=threads,
+        shared=shared,
+        shared_block=shared_block,
+    )
     jax.config.update("jax_platforms", "cpu")  # or JAX insists on a driver
     try:
         devices: Sequence[Any] = topologies.get_topology_desc(
-            card, "cuda", target_config=config, topology=f"1x1x{count}"
+            gpu.kind, "cuda", target_config=config, topology=f"1x{hosts}x{each}"
         ).devices
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--topology={card}: cannot be compiled for ({reason}); it needs: pip install 'jax[cuda12]'"
+            f"--topology={topology}: cannot be compiled for ({reason}); the compiler for NVIDIA GPUs comes "
+            "with: pip install 'dspo_jax[plan-gpu]'"
         ) from error
     return devices
 
