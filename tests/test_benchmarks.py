@@ -141,16 +141,20 @@ def test_an_objective_without_a_torch_step_is_refused(trainer):
         made.step(batch)
 
 
-@each_row(("name", "parameters"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
-def test_a_published_architecture_has_no_weights(name, parameters):
+@each_row(
+    ("name", "parameters", "paddings"),
+    [("sd15", 859_520_964, [49407]), ("sd21", 865_910_724, [0]), ("sdxl", 2_567_463_684, [49407, 0])],
+)
+def test_a_published_architecture_has_no_weights(name, parameters, paddings):
     pipe = published.architecture(name)
     assert sum(leaf.size for leaf in jax.tree.leaves(pipe.networks["unet"].abstract_params())) == parameters
-    tokens = [[49406, 49407, *[49407] * 75], [49406, 49407, *[0] * 75]]
-    np.testing.assert_array_equal(pipe.empty_tokens, np.array(tokens[: len(pipe.text_encoders)], np.int32))
+    tokens = [[49406, 49407, *[padding] * 75] for padding in paddings]
+    np.testing.assert_array_equal(pipe.empty_tokens, np.array(tokens, np.int32))
+    assert pipe.schedule.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
     with pytest.raises(FileNotFoundError, match=f"^{name}/unet/.*: no such file"):
         pipe.read_params("unet", "float32")
-    with pytest.raises(ValueError, match="'sd51': unknown; did you mean 'sd15'"):
-        published.architecture("sd51")
+    with pytest.raises(ValueError, match="'sd1.5': unknown; did you mean 'sd15'"):
+        published.architecture("sd1.5")
 
 
 def test_random_weights_are_born_where_they_belong():

@@ -26,7 +26,7 @@ from dspo_jax.training.settings import parse
 
 CAPABILITIES = {"H100": "9.0", "A100": "8.0"}
 needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12], the CUDA plugin"
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs dspo_jax[plan-gpu], the CUDA plugin"
 )
 CALL = re.compile(r"@__cudnn\$fmhaSoftmax(Backward)?\(")
 
