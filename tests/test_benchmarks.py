@@ -153,7 +153,7 @@ def test_a_published_architecture_has_no_weights(name, parameters, paddings):
     assert pipe.schedule.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
     with pytest.raises(FileNotFoundError, match=f"^{name}/unet/.*: no such file"):
         pipe.read_params("unet", "float32")
-    with pytest.raises(ValueError, match="'sd1.5': unknown; did you mean 'sd15'"):
+    with pytest.raises(ValueError, match=r"'sd1\.5': unknown; did you mean 'sd15'"):
         published.architecture("sd1.5")
 
 
