@@ -15,7 +15,10 @@ from absl import flags
 
 from dspo_jax import cli, recipes, spelling
 
-KINDS = ("recipes", "encode_recipes", "keys", "objectives", "samplers", "rewards", "prompt_sets", "published")
+KINDS = (
+    *("recipes", "encode_recipes", "keys", "objectives", "samplers", "rewards", "prompt_sets", "published"),
+    "gpus",
+)
 _HEADINGS = {
     "recipes": "recipes, for train and plan --config",
     "encode_recipes": "recipes, for encode --config",
@@ -25,6 +28,7 @@ _HEADINGS = {
     "rewards": "rewards, for --reward and --rewards; one of your own is FILE.py:FUNCTION",
     "prompt_sets": "prompt sets, for evaluate --prompts NAME=FILE, and where to get them",
     "published": "published architectures, for --published",
+    "gpus": "NVIDIA GPUs, for plan --topology and train --dry_run --gpu",
 }
 
 
@@ -63,6 +67,15 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
 
         for name, found in SETS.items():
             yield name, f"{sum(file.count for file in found.files):,} prompts: {found.where}"
+    elif kind == "gpus":
+        from dspo_jax.monitoring.gpus import GPUS
+
+        for name, gpu in GPUS.items():
+            yield (
+                name,
+                f"{gpu.kind}: {gpu.memory / 2**30:.1f} GiB, {gpu.bandwidth / 1e9:,.0f} GB/s, "
+                f"{gpu.bfloat16 / 1e12:,.0f} TFLOP/s in bfloat16",
+            )
     else:
         from dspo_jax.pipelines.published import CLASSES
 

@@ -1,7 +1,11 @@
 """Training programs for NVIDIA GPUs that are not here: lowered by any JAX, compiled by its CUDA plugin."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,6 +204,25 @@ def test_the_padded_kernel_moves_less_than_attention_written_out(monkeypatch):
         kinds = absent_gpu.traffic(absent_gpu.compile_lowered(lowered).as_text())
         moved[backend] = sum(size for _, size in kinds.values())
     assert moved["cudnn"] < moved["plain"] / 2
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+def test_the_command_plans_the_emoji_model_for_a_gpu(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    flags = ["--config=configs/emoji_dspo.py", "--config.data.path=", "--topology=rtx3060", "--memory_only"]
+    command = [sys.executable, "-m", "dspo_jax.plan", *flags, "--explain", f"--json={tmp_path / 'plan.json'}"]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["topology"], found["devices"], found["fits"]) == ("rtx3060", 1, True)
+    assert found["hbm_bytes"] == 9e9  # three quarters of 12 GB
+    assert 0 < found["mfu"] < 1
+    assert f"{found['pairs_per_second_per_device']:.4g} pairs/s on each device" in said
+    assert len(found["longest"]) == 20 == said.count(" ms ")
+    # The same program is not compiled again.
+    again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert again == said
 
 
 # Of XLA's text of a program for a GPU: a fusion, a kernel with a workspace, a product, and a result.

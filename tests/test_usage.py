@@ -159,10 +159,12 @@ def test_lists_have_a_line_for_everything():
     assert found["keys"]["optimizer.b2"] == "0.999."
     assert found["keys"]["lora.rank"].startswith("0. Adapters are trained in place of whole networks")
     assert found["keys"]["objective.kappa"] == "None. mapo: k of its score"
+    assert found["gpus"]["rtx4090"].startswith("NVIDIA GeForce RTX 4090: 22.4 GiB, 1,008 GB/s")
     listed = run("list", "--only=published")
     assert listed.stdout == (
         "published architectures, for --published:\n"
-        "  sd15  StableDiffusionPipeline\n  sdxl  StableDiffusionXLPipeline\n\n"
+        "  sd15  StableDiffusionPipeline\n  sd21  StableDiffusionPipeline\n"
+        "  sdxl  StableDiffusionXLPipeline\n\n"
     )
 
 

@@ -36,7 +36,7 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
-_GPU_FACTS = "works, form 1"  # raised when `compile_for_gpu` notes other facts
+_GPU_FACTS = "works, form 2"  # raised when `compile_for_gpu` notes other facts
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 from dspo_jax.monitoring.gpus import Gpu
 from dspo_jax.planning.program_text import COLLECTIVES, Instruction, array_bytes, read_computations, trips
 
@@ -68,6 +70,7 @@ class Work:
       head: width of an attention's heads.
       backward: whether it is an attention's backward pass.
       devices: that take part in a collective.
+      reach: of their numbers, from the first to the last: beyond a host's devices the network is used.
       times: how often a run of the program comes by it.
       source: file and line of the code it comes from, "" where the text does not say.
     """
@@ -80,6 +83,7 @@ class Work:
     head: int = 0
     backward: bool = False
     devices: int = 1
+    reach: int = 1
     times: int = 1
     source: str = ""
 
@@ -100,8 +104,12 @@ _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _SOURCE = re.compile(r'\bsource_file="([^"]*)" source_line=(\d+)')
 _NUMBERS = re.compile(r"\b(\w+)=(\d+)")
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
-# "replica_groups={{0,1},{2,3}}", or in short "[2,8]<=[16]": two groups of eight.
-_GROUPS = re.compile(r"\breplica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# A collective's devices. "{{0,1},{2,3}}": two groups; the first is read. "[4,2]<=[2,4]T(1,0)": four
+# groups of two, 0 to 7 as a transposed array. "mesh['a'=2,'b'=4] {'a'}": those along an axis.
+_GROUPS = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
+_SHORT_GROUPS = re.compile(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 # Instructions that neither move nor compute, or whose inside is counted in their place.
 _FREE = {
@@ -306,13 +314,31 @@ def _library_call(target: str, instruction: Instruction, types: Mapping[str, str
 
 def _collective(kind: str, instruction: Instruction, operands: Sequence[str]) -> Work:
     """Returns what each device sends, in a ring: of an all-reduce the array twice, of the others once."""
-    groups = _GROUPS.search(instruction.rest)
-    devices = (len(groups[1].split(",")) if groups[1] else int(groups[2])) if groups else 2
+    group = _first_group(instruction.rest)
+    devices = len(group)
     size = sum(array_bytes(type_) for type_ in operands)
     # An all-gather's operand is one part of what all receive; the others' is the whole.
     parts = {"all-reduce": 2 * (devices - 1) / devices, "all-gather": devices - 1, "collective-permute": 1}
     sent = int(size * parts.get(kind, (devices - 1) / devices))
-    return Work(COMMUNICATION, kind, sent, devices=devices)
+    return Work(COMMUNICATION, kind, sent, devices=devices, reach=max(group) - min(group) + 1)
+
+
+def _first_group(rest: str) -> list[int]:
+    """Returns the numbers of the devices of a collective; 0 and 1 where it does not say."""
+    if (listed := _GROUPS.search(rest)) and listed[1]:
+        return [int(number) for number in listed[1].split(",")]
+    if short := _SHORT_GROUPS.search(rest):
+        shape, dimensions = ([int(size) for size in part.split(",")] for part in short.groups()[:2])
+        numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
+        if short[3]:
+            numbers = numbers.transpose([int(axis) for axis in short[3].split(",")])
+        return [int(number) for number in numbers.reshape(-1, shape[-1])[0]]
+    if mesh := _MESH_GROUPS.search(rest):
+        sizes = {name: int(size) for name, size in _AXIS.findall(mesh[1])}
+        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        along = tuple(slice(None) if f"'{name}'" in mesh[2] else 0 for name in sizes)
+        return [int(number) for number in numbers[along].reshape(-1)]
+    return [0, 1]
 
 
 def _arrays(type_: str) -> list[tuple[str, list[int]]]:
@@ -389,7 +415,7 @@ def seconds(work: Work, gpu: Gpu, devices_of_host: int, efficiency: Efficiency =
       efficiency: shares of the peaks.
     """
     if work.kind == COMMUNICATION:
-        link = gpu.link if work.devices <= devices_of_host else gpu.network
+        link = gpu.link if work.reach <= devices_of_host else gpu.network
         return max(work.bytes / (efficiency.link * link), efficiency.launch)
     peak = {"bfloat16": gpu.bfloat16, "tf32": gpu.tf32, "float32": gpu.float32}[work.dtype]
     flops = work.flops

@@ -125,6 +125,28 @@ QUERY = 2 * 2 * 256 * 4 * 40
 SCORES = 2 * 4 * 256 * 256
 
 
+@each_row(
+    ("groups", "devices", "reach"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4, 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 5),
+        ("[1,16]<=[16]", 16, 16),
+        ("[8,2]<=[2,8]T(1,0)", 2, 9),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8, 8),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", 2, 9),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", 16, 16),
+    ],
+)
+def test_the_devices_of_a_collective(groups, devices, reach):
+    text = f"""ENTRY %main (x: f32[64]) -> f32[64] {{
+  %x = f32[64]{{0}} parameter(0)
+  ROOT %all-reduce.1 = f32[64]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add
+}}"""
+    (work,) = read_works(text)
+    assert (work.devices, work.reach) == (devices, reach)
+    assert work.bytes == int(2 * (devices - 1) / devices * 4 * 64)
+
+
 def test_what_each_instruction_moves_and_computes():
     works = read_works(TEXT)
     assert [(work.kind, work.what, work.bytes, work.flops, work.times) for work in works] == [
@@ -179,8 +201,8 @@ def test_a_program_that_has_no_gradient_has_no_optimizer():
         (Work(ATTENTION, "", 0, 10**12, head=160, backward=True), 1e12 * 256 / 160 / (0.50 * 989e12)),
         (Work(ATTENTION, "", 0, 10**12, head=512), 1e12 / (0.59 * 989e12)),
         # Over NVLink, and over the network.
-        (Work(COMMUNICATION, "", 10**9, devices=8), 1e9 / (0.84 * 450e9)),
-        (Work(COMMUNICATION, "", 10**9, devices=16), 1e9 / (0.84 * 50e9)),
+        (Work(COMMUNICATION, "", 10**9, devices=8, reach=8), 1e9 / (0.84 * 450e9)),
+        (Work(COMMUNICATION, "", 10**9, devices=2, reach=9), 1e9 / (0.84 * 50e9)),
     ],
 )
 def test_seconds(work, expected):
@@ -206,7 +228,7 @@ def facts(**changes):
     """The facts of a compilation, with two works."""
     works = [
         Work(PRODUCTS, "__cublas$lt$matmul", 10**6, 10**13),
-        Work(COMMUNICATION, "all-reduce", 10**9, devices=2),
+        Work(COMMUNICATION, "all-reduce", 10**9, devices=2, reach=2),
     ]
     found = {
         "peak_bytes": 50 * 2**30,
