@@ -43,6 +43,10 @@ class Gpu:
     network: float = 12.5e9
     pattern: str = ""
 
+    def peak(self, dtype: str) -> float:
+        """Returns FLOP/s of products in "bfloat16", "tf32" or "float32"."""
+        return {"bfloat16": self.bfloat16, "tf32": self.tf32, "float32": self.float32}[dtype]
+
     @property
     def float32(self) -> float:
         """FLOP/s without tensor cores: a multiplication and an addition of each lane in each cycle."""

@@ -57,7 +57,8 @@ class Plan:
         part of the estimate.
       estimated_seconds: the sum of the three before.
       pairs_per_second_per_device: by that estimate.
-      mfu: model FLOPs utilisation by that estimate.
+      mfu: model FLOPs utilisation by that estimate; of a GPU against the peak of the arithmetic, bfloat16 or
+        TF32, that most of the program is in.
       collectives: {kind: {"count", "bytes"}}.
       kernels: {name: {"count", "flops"}}, padding included.
       compile_seconds: of this machine.
@@ -253,7 +254,7 @@ def _judge_gpu(
         "collective_seconds": collective,
         "estimated_seconds": estimate,
         "pairs_per_second_per_device": pairs / estimate,
-        "mfu": flops / estimate / gpu.bfloat16,
+        "mfu": flops / estimate / gpu.peak(roofline.main_dtype(works)),
     }
 
 
@@ -308,7 +309,8 @@ def describe_plan(found: Plan) -> Iterator[str]:
     yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
     if found.device_bytes is not None:
         yield (
-            f"  of {in_units(found.device_bytes)} JAX takes {memory_fraction():.0%} ({_FRACTION_VARIABLE}); "
+            f"  of {in_units(found.device_bytes)} JAX takes {memory_fraction():.0%} ({_FRACTION_VARIABLE}; "
+            "launch/gpu.sh sets 0.9); "
             f"{in_units(_CONTEXT)} for CUDA and its libraries, and as much for NCCL where there are several "
             "GPUs, are assumptions"
         )

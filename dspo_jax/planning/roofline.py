@@ -417,7 +417,7 @@ def seconds(work: Work, gpu: Gpu, devices_of_host: int, efficiency: Efficiency =
     if work.kind == COMMUNICATION:
         link = gpu.link if work.reach <= devices_of_host else gpu.network
         return max(work.bytes / (efficiency.link * link), efficiency.launch)
-    peak = {"bfloat16": gpu.bfloat16, "tf32": gpu.tf32, "float32": gpu.float32}[work.dtype]
+    peak = gpu.peak(work.dtype)
     flops = work.flops
     if work.kind == ATTENTION:
         widest = max(efficiency.attention)
@@ -441,6 +441,14 @@ def by_kind(works: Iterable[Work], gpu: Gpu, devices_of_host: int) -> dict[str, 
         entry["flops"] += work.times * work.flops
         entry["seconds"] += work.times * seconds(work, gpu, devices_of_host)
     return {kind: entry for kind, entry in found.items() if entry["count"]}
+
+
+def main_dtype(works: Iterable[Work]) -> str:
+    """Returns the arithmetic of most of a program's FLOPs."""
+    found: collections.Counter[str] = collections.Counter()
+    for work in works:
+        found[work.dtype] += work.times * work.flops
+    return max(found, key=lambda dtype: found[dtype], default="bfloat16")
 
 
 def longest(

@@ -258,6 +258,14 @@ def test_whether_a_program_fits_into_what_jax_takes(gib, fraction, devices, fits
     assert _judge_gpu(facts(peak_bytes=gib * 2**30), H100, devices, 8, 4, 1e13)["fits"] is fits
 
 
+def test_the_peak_is_that_of_the_arithmetic_that_most_is_in():
+    works = [Work(CONVOLUTIONS, "", 0, 10**12, "tf32", times=3), Work(PRODUCTS, "", 0, 2 * 10**12)]
+    judged = _judge_gpu(facts(works=[vars(work) for work in works]), H100, 1, 1, 4, None)
+    assert judged["flops"] == 5e12
+    estimate = 3e12 / (0.6 * 494.5e12) + 2e12 / (0.80 * 989e12)
+    assert judged["mfu"] == pytest.approx(5e12 / estimate / 494.5e12)
+
+
 def test_a_plan_for_gpus_in_lines(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     judged = _judge_gpu(facts(), H100, 2, 2, 4, 8e12)
@@ -268,7 +276,7 @@ def test_a_plan_for_gpus_in_lines(monkeypatch):
     found = Plan(**known, pairs_per_device=4, **judged)
     said = "\n".join(describe_plan(found))
     assert "peak 50 GiB of 59.3 GiB on each device: fits" in said
-    assert "75% (XLA_PYTHON_CLIENT_MEM_FRACTION)" in said
+    assert "75% (XLA_PYTHON_CLIENT_MEM_FRACTION; launch/gpu.sh sets 0.9)" in said
     assert f"estimate: {estimate:.4g} s a step, {4 / estimate:.4g} pairs/s on each device, MFU 64.0%" in said
     slowest = estimate + 1e9 / (0.84 * 450e9)
     assert f"if nothing hid them: {4 / slowest:.4g} pairs/s" in said
