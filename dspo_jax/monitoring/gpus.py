@@ -23,7 +23,7 @@ class Gpu:
       lanes: float32 units of each.
       clock: boost, Hz.
       l2: bytes of the second cache.
-      network: to other hosts, in one direction, bytes/s; an assumption but for the DGX systems.
+      network: of each GPU to other hosts, in one direction, bytes/s; an assumption but for the DGX systems.
       source: of the numbers.
       pattern: a regular expression of every `device_kind` that has these numbers, beside `kind`.
     """

@@ -36,7 +36,7 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
-_GPU_FACTS = "works, form 2"  # raised when `compile_for_gpu` notes other facts
+_GPU_FACTS = "works, form 3"  # raised when `compile_for_gpu` notes other facts
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
@@ -131,7 +131,7 @@ def compile_for_gpu(lowered: jax.stages.Lowered, absent: bool) -> JsonObject:
             work.times * work.bytes for work in works if work.kind != roofline.COMMUNICATION
         ),
         "collectives": collectives(read_instructions(text)),
-        "works": [dataclasses.asdict(work) for work in works],
+        "works": [dataclasses.asdict(work) | {"group": list(work.group)} for work in works],
         "compile_seconds": seconds,
     }
 

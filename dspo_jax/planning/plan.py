@@ -234,7 +234,7 @@ def _judge_gpu(
     facts: JsonObject, gpu: Gpu, devices: int, devices_of_host: int, pairs: int, flops: float | None
 ) -> JsonObject:
     """Computes the fields of a `Plan` for a GPU from the facts of its compilation."""
-    works = [roofline.Work(**work) for work in facts["works"]]
+    works = [roofline.Work(**work | {"group": tuple(work["group"])}) for work in facts["works"]]
     kinds = roofline.by_kind(works, gpu, devices_of_host)
     collective = kinds.get(roofline.COMMUNICATION, {}).get("seconds", 0.0)
     estimate = sum(entry["seconds"] for entry in kinds.values()) - collective

@@ -69,8 +69,7 @@ class Work:
       dtype: "bfloat16", "tf32" or "float32": the arithmetic of its FLOPs.
       head: width of an attention's heads.
       backward: whether it is an attention's backward pass.
-      devices: that take part in a collective.
-      reach: of their numbers, from the first to the last: beyond a host's devices the network is used.
+      group: numbers of the devices that take part in a collective together.
       times: how often a run of the program comes by it.
       source: file and line of the code it comes from, "" where the text does not say.
     """
@@ -82,8 +81,7 @@ class Work:
     dtype: str = "bfloat16"
     head: int = 0
     backward: bool = False
-    devices: int = 1
-    reach: int = 1
+    group: tuple[int, ...] = ()
     times: int = 1
     source: str = ""
 
@@ -320,25 +318,25 @@ def _collective(kind: str, instruction: Instruction, operands: Sequence[str]) ->
     # An all-gather's operand is one part of what all receive; the others' is the whole.
     parts = {"all-reduce": 2 * (devices - 1) / devices, "all-gather": devices - 1, "collective-permute": 1}
     sent = int(size * parts.get(kind, (devices - 1) / devices))
-    return Work(COMMUNICATION, kind, sent, devices=devices, reach=max(group) - min(group) + 1)
+    return Work(COMMUNICATION, kind, sent, group=group)
 
 
-def _first_group(rest: str) -> list[int]:
+def _first_group(rest: str) -> tuple[int, ...]:
     """Returns the numbers of the devices of a collective; 0 and 1 where it does not say."""
     if (listed := _GROUPS.search(rest)) and listed[1]:
-        return [int(number) for number in listed[1].split(",")]
+        return tuple(int(number) for number in listed[1].split(","))
     if short := _SHORT_GROUPS.search(rest):
         shape, dimensions = ([int(size) for size in part.split(",")] for part in short.groups()[:2])
         numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
         if short[3]:
             numbers = numbers.transpose([int(axis) for axis in short[3].split(",")])
-        return [int(number) for number in numbers.reshape(-1, shape[-1])[0]]
+        return tuple(numbers.reshape(-1, shape[-1])[0].tolist())
     if mesh := _MESH_GROUPS.search(rest):
         sizes = {name: int(size) for name, size in _AXIS.findall(mesh[1])}
         numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         along = tuple(slice(None) if f"'{name}'" in mesh[2] else 0 for name in sizes)
-        return [int(number) for number in numbers[along].reshape(-1)]
-    return [0, 1]
+        return tuple(numbers[along].reshape(-1).tolist())
+    return 0, 1
 
 
 def _arrays(type_: str) -> list[tuple[str, list[int]]]:
@@ -411,11 +409,13 @@ def seconds(work: Work, gpu: Gpu, devices_of_host: int, efficiency: Efficiency =
     Args:
       work: what it does.
       gpu: on which.
-      devices_of_host: GPUs that `gpu.link` connects; a collective of more goes over `gpu.network`.
+      devices_of_host: GPUs that `gpu.link` connects; a collective of others goes over `gpu.network`.
       efficiency: shares of the peaks.
     """
     if work.kind == COMMUNICATION:
-        link = gpu.link if work.reach <= devices_of_host else gpu.network
+        # Rings that go over several hosts leave each by the network ports of all its devices in the group.
+        hosts = collections.Counter(number // devices_of_host for number in work.group)
+        link = gpu.link if len(hosts) == 1 else min(gpu.link, max(hosts.values()) * gpu.network)
         return max(work.bytes / (efficiency.link * link), efficiency.launch)
     peak = gpu.peak(work.dtype)
     flops = work.flops

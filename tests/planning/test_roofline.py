@@ -126,25 +126,25 @@ SCORES = 2 * 4 * 256 * 256
 
 
 @each_row(
-    ("groups", "devices", "reach"),
+    ("groups", "group"),
     [
-        ("{{0,1,2,3},{4,5,6,7}}", 4, 4),
-        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 5),
-        ("[1,16]<=[16]", 16, 16),
-        ("[8,2]<=[2,8]T(1,0)", 2, 9),
-        ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", 8, 8),
-        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", 2, 9),
-        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", 16, 16),
+        ("{{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3)),
+        ("{{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("[1,16]<=[16]", tuple(range(16))),
+        ("[8,2]<=[2,8]T(1,0)", (0, 8)),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_1'}", tuple(range(8))),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0'}", (0, 8)),
+        ("mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}", tuple(range(16))),
     ],
 )
-def test_the_devices_of_a_collective(groups, devices, reach):
+def test_the_devices_of_a_collective(groups, group):
     text = f"""ENTRY %main (x: f32[64]) -> f32[64] {{
   %x = f32[64]{{0}} parameter(0)
   ROOT %all-reduce.1 = f32[64]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add
 }}"""
     (work,) = read_works(text)
-    assert (work.devices, work.reach) == (devices, reach)
-    assert work.bytes == int(2 * (devices - 1) / devices * 4 * 64)
+    assert work.group == group
+    assert work.bytes == int(2 * (len(group) - 1) / len(group) * 4 * 64)
 
 
 def test_what_each_instruction_moves_and_computes():
@@ -167,7 +167,7 @@ def test_what_each_instruction_moves_and_computes():
         (COPIES, "copy", 2 * IMAGE, 0, 1),
     ]
     assert [work.dtype for work in works if work.kind == PRODUCTS] == ["bfloat16", "tf32"]
-    assert [work.devices for work in works if work.kind == COMMUNICATION] == [4, 16]
+    assert [len(work.group) for work in works if work.kind == COMMUNICATION] == [4, 16]
     assert [(work.head, work.backward) for work in works if work.kind == ATTENTION] == [
         (40, False),
         (40, True),
@@ -200,9 +200,12 @@ def test_a_program_that_has_no_gradient_has_no_optimizer():
         (Work(ATTENTION, "", 0, 10**12, head=40), 1e12 * 64 / 40 / (0.41 * 989e12)),
         (Work(ATTENTION, "", 0, 10**12, head=160, backward=True), 1e12 * 256 / 160 / (0.50 * 989e12)),
         (Work(ATTENTION, "", 0, 10**12, head=512), 1e12 / (0.59 * 989e12)),
-        # Over NVLink, and over the network.
-        (Work(COMMUNICATION, "", 10**9, devices=8, reach=8), 1e9 / (0.84 * 450e9)),
-        (Work(COMMUNICATION, "", 10**9, devices=2, reach=9), 1e9 / (0.84 * 50e9)),
+        # Over NVLink; over the network,
+        (Work(COMMUNICATION, "", 10**9, group=tuple(range(8))), 1e9 / (0.84 * 450e9)),
+        # from each host by the ports of all that take part.
+        (Work(COMMUNICATION, "", 10**9, group=(0, 8)), 1e9 / (0.84 * 50e9)),
+        (Work(COMMUNICATION, "", 10**9, group=tuple(range(4)) + tuple(range(8, 12))), 1e9 / (0.84 * 200e9)),
+        (Work(COMMUNICATION, "", 10**9, group=tuple(range(16))), 1e9 / (0.84 * 400e9)),
     ],
 )
 def test_seconds(work, expected):
@@ -228,7 +231,7 @@ def facts(**changes):
     """The facts of a compilation, with two works."""
     works = [
         Work(PRODUCTS, "__cublas$lt$matmul", 10**6, 10**13),
-        Work(COMMUNICATION, "all-reduce", 10**9, devices=2, reach=2),
+        Work(COMMUNICATION, "all-reduce", 10**9, group=(0, 1)),
     ]
     found = {
         "peak_bytes": 50 * 2**30,
