@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dspo_jax.errors import UserError
 from dspo_jax.hub_cache import hide_folders
 from dspo_jax.interrupts import stop_requests
+from dspo_jax.kernels.layouts import format_of
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.clock import Clock, Profiler
 from dspo_jax.monitoring.curves import draw_curves
@@ -334,6 +335,8 @@ def _train(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
     )
 
+    formats = jax.tree.map(format_of, state.arrays())  # checkpoints are read in the order of any device
+
     def worn_out(step: int) -> bool:
         # A run ends with the step that follows its last validation; with several processes the one after, as
         # their vote is known a step later. One that was killed before goes on to there.
@@ -362,6 +365,7 @@ def _train(
                 arrays, extra, _ = checkpoints.restore_newest(
                     abstract, settings.checkpoint.fallback, processes.Vote(mesh).now
                 )
+                arrays = jax.device_put(arrays, formats, donate=True)
                 state = TrainState(**{"ema": None, **arrays}, task=task)
                 position, clock = skip_to or extra["data"], Clock(**extra["clock"])
             if (step := int(state.step)) >= settings.steps:

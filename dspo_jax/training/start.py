@@ -7,11 +7,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_
 from dspo_jax.data.records import HostBatch
 from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
+from dspo_jax.kernels.layouts import choose_formats
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
@@ -228,10 +230,10 @@ def make_state(
         raise ValueError(f"adapters: {'needed' if task.adapters else 'not trained'} by this task")
 
     def put(params: Params, dtype: str) -> Params:
-        shardings = make_shardings(params, mesh)
+        formats = choose_formats(params, make_shardings(params, mesh), mesh)
         if abstract:
-            return _abstract(params, shardings, dtype)
-        return place(jax.tree.map(lambda leaf: np.asarray(leaf, DTYPES[dtype]), params), shardings)
+            return _abstract(params, formats, dtype)
+        return place(jax.tree.map(lambda leaf: np.asarray(leaf, DTYPES[dtype]), params), formats)
 
     def read(name: str, dtype: str) -> Params:
         pipe = task.pipe
@@ -250,17 +252,17 @@ def make_state(
         params = put(adapters, precision.param_dtype)
         reference = lora.combine(reference, put(adapters, precision.reference_dtype))
     shapes = jax.eval_shape(partial(init_state, task), params)
-    shardings = make_shardings(shapes, mesh)
+    formats = choose_formats(shapes, make_shardings(shapes, mesh), mesh)
     if abstract:
-        return jax.tree.map(_abstract, shapes, shardings), reference
-    return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=shardings)(params), reference
+        return _abstract(shapes, formats), reference
+    return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=formats)(params), reference
 
 
-def _abstract(tree: PyTree, shardings: PyTree, dtype: str | None = None) -> PyTree:
-    def leaf(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=sharding)
+def _abstract(tree: PyTree, formats: PyTree, dtype: str | None = None) -> PyTree:
+    def leaf(array: jax.ShapeDtypeStruct, format_: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=format_)
 
-    return jax.tree.map(leaf, tree, shardings)
+    return jax.tree.map(leaf, tree, formats)
 
 
 def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Key, PyTree
 
 from dspo_jax.kernels.device_kind import on_mesh
+from dspo_jax.kernels.layouts import format_of
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import stability
@@ -142,7 +143,7 @@ def mean_gradient(
 
 def compile_step(state: TrainState) -> jax.stages.Wrapped:
     """Jits `train_step` for the mesh of `state`, which is donated; the new state has the same layout."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    formats = jax.tree.map(format_of, state)
     mesh = state.step.sharding.mesh
     for_cpu: dict[str, str | int] = {
         # By default XLA orders the program for concurrency, at up to twice the temporaries.
@@ -153,7 +154,7 @@ def compile_step(state: TrainState) -> jax.stages.Wrapped:
     return jax.jit(
         on_mesh(train_step, mesh),
         donate_argnums=0,
-        out_shardings=(shardings, None),
+        out_shardings=(formats, None),
         compiler_options=for_cpu if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
