@@ -151,11 +151,15 @@ def _is_shown(record: LogRecord) -> bool:
 class _Stream(io.FileIO):
     """A standard stream; what is written when its reader is gone, be it `head` or a terminal, is dropped."""
 
+    def __init__(self, number: int):
+        super().__init__(number, "wb", closefd=False)
+        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)
+
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            if error.errno not in self._gone:
                 raise
             return memoryview(data).nbytes
 
@@ -166,7 +170,7 @@ def _outlive_readers() -> None:
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__"):
             continue
-        raw = _Stream(stream.fileno(), "wb", closefd=False)
+        raw = _Stream(stream.fileno())
         replacement = io.TextIOWrapper(
             raw if stream.write_through else io.BufferedWriter(raw),  # python -u
             encoding=stream.encoding,
@@ -271,28 +275,37 @@ def _explain_unknown_flag(name: str) -> str:
 def _locate_recipes(argv: Sequence[str]) -> list[str]:
     """Replaces every `configs/NAME.py` on the command line that is not in this folder by the package's.
 
-    So is a NAME alone after `--config`. The package's recipes can be imported from then on, which those of a
-    user also do.
+    `--config NAME` means configs/NAME.py, or configs/encode/NAME.py. The package's recipes can be imported
+    from then on, which those of a user also do.
     """
     if not _config_flag_names():
         return list(argv)
     root = recipes.ROOT
     recipes.make_importable()
-    names = "|".join(_config_flag_names())
-    option = re.compile(rf"((?:--?(?:{names})=)?)(configs/[^:]+\.py)(.*)")
-    alone = re.compile(rf"(--?(?:{names})[= ])(\w+)")
+    flag = rf"--?(?:{'|'.join(_config_flag_names())})"
+    file = re.compile(rf"((?:{flag}=)?)(configs/[^:]+\.py)(.*)")
+    name = re.compile(r"(\w+)((?::.*)?)")
 
-    def locate(argument: str, before: str) -> str:
-        match = alone.fullmatch(argument if "=" in argument else f"{before} {argument}")
-        if match and not Path(match[2]).exists():
-            file = f"configs/{match[2]}.py"
-            argument = f"{match[1]}{file}" if "=" in argument else file
-        match = option.fullmatch(argument)
-        if match is None or Path(match[2]).is_file() or not (root / match[2]).is_file():
-            return argument
-        return f"{match[1]}{root / match[2]}{match[3]}"
+    def complete(text: str) -> str:
+        """Returns the file that a recipe's name means."""
+        if match := name.fullmatch(text):
+            for path in (f"configs/{match[1]}.py", f"configs/encode/{match[1]}.py"):
+                if Path(path).is_file() or (root / path).is_file():
+                    return path + match[2]
+        return text
 
-    return [locate(argument, before) for before, argument in zip(["", *argv], argv, strict=False)]
+    located, is_value = [], False
+    for argument in argv:
+        if is_value:
+            argument = complete(argument)
+        elif match := re.fullmatch(rf"({flag}=)(.*)", argument):
+            argument = match[1] + complete(match[2])
+        is_value = re.fullmatch(flag, argument) is not None
+        match = file.fullmatch(argument)
+        if match and not Path(match[2]).is_file() and (root / match[2]).is_file():
+            argument = f"{match[1]}{root / match[2]}{match[3]}"
+        located.append(argument)
+    return located
 
 
 def _config_flag_names() -> list[str]:

@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.conversion.export_model import export
     from dspo_jax.conversion.import_model import import_model
-    from dspo_jax.weights.checkpoints import find_best, parse_step
+    from dspo_jax.weights.checkpoints import find_best
+    from dspo_jax.weights.saved_params import parse_step, split_run
 
     settings = flags.FLAGS
     command = argv[1]
@@ -39,11 +40,15 @@ def main(argv: Sequence[str]) -> None:
             import_model(settings.model, out, base=settings.base)
             print(f"{out}: diffusers folder of {settings.model}")
         else:
-            run = Path(settings.run)
+            run, step = split_run(settings.run) or (Path(settings.run), None)
+            if settings.step is not None and step is not None:
+                raise UserError(f"--run={settings.run} and --step={settings.step}: name the step once")
+            step = parse_step(settings.step, run) if settings.step else step
+            newest = step is None
             step = export(
                 run,
                 out,
-                step=None if settings.step is None else parse_step(settings.step, run),
+                step=step,
                 dtype=settings.dtype,
                 base=settings.base,
                 adapters=settings.lora,
@@ -51,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
             kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
             kind = f"adapters for {settings.lora}" if settings.lora else kind
             print(f"{out}: {kind} of {run} at step {step}")
-            best = None if settings.step else find_best(run / "checkpoints")
+            best = find_best(run / "checkpoints") if newest else None
             if best is not None and best[0] != step:
                 print(f"the held-out pairs find step {best[0]} better: --step=best exports it")
 

@@ -9,6 +9,7 @@ knowing of one another with --shard=0/4 to --shard=3/4.
 """
 
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,10 +48,8 @@ def main(argv: Sequence[str]) -> None:
         count, files = content["num_examples"], len(content["shards"])
         print(", ".join([f"{out}: {split}: {count} examples in {files} shards", *notes]))
     print("already encoded, verified" if already_there else f"encoded in {seconds:.1f} s")
-    print(
-        f"next: python -m dspo_jax.train --config=RECIPE --config.model={flags.FLAGS.config.model} "
-        f"--config.data.path={out} --workdir=DIR"
-    )
+    keys = (f"--config.model={flags.FLAGS.config.model}", f"--config.data.path={out}")
+    print(f"next: python -m dspo_jax.train --config=RECIPE {shlex.join(keys)} --workdir=DIR")
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -36,7 +36,8 @@ def leave() -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError):
+                stream.flush()
     _end(signal.SIGINT, None)
 
 
@@ -44,7 +45,8 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     del number, frame
     for act in _last_acts:
         act()
-    os.write(2, b"interrupted\n")  # not through sys.stderr, whose lock the interrupted code may hold
+    with suppress(OSError):  # its reader may be gone
+        os.write(2, b"interrupted\n")  # not through sys.stderr, whose lock the interrupted code may hold
     os._exit(EXIT_INTERRUPTED)
 
 

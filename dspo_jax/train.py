@@ -9,6 +9,7 @@ The workdir holds config.json, checkpoints/, metrics.jsonl, tensorboard/, curves
 """
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,11 +92,10 @@ def main(argv: Sequence[str]) -> int:
     if best is not None and best != step:
         print(f"the held-out pairs find step {best} best")
         chosen, of_best = Path(f"{workdir}@best"), " --step=best"
-    print(
-        f"next: python -m dspo_jax.evaluate --base={settings.model} --model={chosen} --prompts=FILE "
-        f"--rewards=NAMES --out=DIR\n"
-        f"  or: python -m dspo_jax.convert export --run={workdir}{of_best} --out=DIR"
-    )
+    base, trained = shlex.quote(f"--base={settings.model}"), shlex.quote(f"--model={chosen}")
+    run = shlex.quote(f"--run={workdir}")
+    print(f"next: python -m dspo_jax.evaluate {base} {trained} --prompts=FILE --rewards=NAMES --out=DIR")
+    print(f"  or: python -m dspo_jax.convert export {run}{of_best} --out=DIR")
     return status
 
 

@@ -236,7 +236,8 @@ def test_a_bad_command_line_is_one_line(run, arguments, message):
         ["--config", "emoji_dspo"],
     ],
 )
-def test_a_recipe_that_is_not_in_this_folder_is_that_of_the_package(run, option):
+def test_a_recipe_that_is_not_in_this_folder_is_that_of_the_package(run, folder, option):
+    (folder / "emoji_dspo").mkdir(exist_ok=True)  # a workdir of that name is no recipe
     assert (
         "--config.bach_size: unknown key 'bach_size'; did you mean --config.batch_size?"
         in run(*option, "--config.bach_size=3").stderr

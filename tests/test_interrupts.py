@@ -226,15 +226,16 @@ def test_a_second_ctrl_c_interrupts():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_run_that_ignores_ctrl_c_goes_on_and_can_be_asked_by_sigterm():
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_ignores_a_signal_goes_on_and_can_be_asked_by_sigterm(ignored):
+    handler = signal.signal(ignored, signal.SIG_IGN)
     try:
         with stop_requests() as stop_requested:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(ignored)
             assert not stop_requested()
             signal.raise_signal(signal.SIGTERM)
             assert stop_requested()
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(ignored) if ignored == signal.SIGHUP else None
+        assert signal.getsignal(ignored) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(ignored, handler)

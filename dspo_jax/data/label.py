@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
     """Defines the flags and runs the command."""
-    flags.DEFINE_string("model", None, "Draws the images: a diffusers folder or a training workdir.")
+    flags.DEFINE_string(
+        "model", None, "Draws the images: a diffusers folder or a training workdir (or WORKDIR@best)."
+    )
     flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string(
         "images_from",

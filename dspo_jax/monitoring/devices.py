@@ -161,3 +161,8 @@ def in_units(size: int) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{size / 2 ** (10 * step):.3g} {units[step]}"
+
+
+def short(number: float) -> str:
+    """Returns a number with three digits, or with all before the point where these are more."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"

@@ -76,6 +76,8 @@ class Progress:
             label = self._label if self._first else self._waiting_label()
             self._bar.update(self._task, description=label, completed=done, eta=self._eta(now), metrics=shown)
             return
+        if self._doing_first and self._first is None and done < self._total:
+            return  # what is said of the first step still holds
         ended = done >= self._total and not self._ended
         if self._last_line is None or ended or now - self._last_line >= self._every_seconds:
             self._last_line, self._ended = now, done >= self._total

@@ -15,7 +15,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
 from dspo_jax.samplers.spacing import check_sampler_config
 from dspo_jax.schema import flag
-from dspo_jax.weights import checkpoints, file_kinds, saved_params
+from dspo_jax.weights import file_kinds, saved_params
 from dspo_jax.weights.components import read_models
 from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.saved_params import read_base
@@ -28,20 +28,20 @@ def load_pipeline(path: str | Path) -> Pipeline:
 
     Args:
       path: the folder, or the hub id of one. Of a workdir the newest checkpoint is read, of `WORKDIR@STEP`
-        and `WORKDIR@best` the one that is named (`weights.checkpoints.split_run`).
+        and `WORKDIR@best` the one that is named (`weights.saved_params.split_run`).
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
       UserError: a pipeline, component or config value that is not supported.
     """
-    name, step = checkpoints.split_run(path)
-    path = find_model(name)
     trained: Mapping[str, Params] = {}
-    if (path / "checkpoints").is_dir():
-        base = find_model(read_base(path))
-        trained, step = saved_params.restore_params(path / "checkpoints", step)
-        logging.info("%s: %s from step %d over %s", path, " and ".join(trained), step, base)
-        path = base
+    step, run = None, saved_params.split_run(path)
+    if run is None:
+        path = find_model(path)
+    else:
+        path = find_model(read_base(run[0]))
+        trained, step = saved_params.restore_params(run[0] / "checkpoints", run[1])
+        logging.info("%s: %s from step %d over %s", run[0], " and ".join(trained), step, path)
     index_file = path / "model_index.json"
     if not index_file.is_file():
         raise FileNotFoundError(

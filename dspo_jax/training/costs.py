@@ -81,18 +81,19 @@ def _abstract_call(
     return params, batch, latents, jax.ShapeDtypeStruct((images,), jnp.int32), conditioning
 
 
-def least_activations(pipe: Pipeline, size: tuple[int, int]) -> int:
-    """Returns bytes that the backward pass keeps of a pair at the least: what blocks are given.
+def least_activations(pipe: Pipeline, dtype: str, size: tuple[int, int]) -> int:
+    """Returns bytes that the backward pass keeps of a pair at the least: what is given to each block.
 
-    That is all with `config.remat = "blocks"`, apart from what is computed again.
+    With `config.remat = "blocks"` nothing else is kept, though parts are computed again.
 
     Args:
-      pipe: the model, which is taken to compute in bfloat16.
+      pipe: the model.
+      dtype: that it computes in.
       size: (height, width) of the images in pixels.
     """
 
     def kept(images: int) -> int:
-        params, _, *arrays = _abstract_call(pipe, "bfloat16", images, size)
+        params, _, *arrays = _abstract_call(pipe, dtype, images, size)
 
         def backward(
             params: PyTree, latents: jax.Array, timesteps: jax.Array, conditioning: PyTree
@@ -105,7 +106,7 @@ def least_activations(pipe: Pipeline, size: tuple[int, int]) -> int:
         residuals = jax.eval_shape(backward, params, *arrays)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
-    return kept(4) - kept(2)
+    return kept(4) - kept(2)  # of two images: the parameters, which are kept too, are in both
 
 
 def mean_flops_per_example(task: Task, datasets: Sequence[Dataset], data: DataSettings) -> float | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dspo_jax.data.datasets import count_examples, mixing_weights
 from dspo_jax.models.model import Params
-from dspo_jax.monitoring.devices import has_bfloat16, in_units
+from dspo_jax.monitoring.devices import has_bfloat16, in_units, short
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment
@@ -114,11 +114,6 @@ def warnings(settings: Settings, examples: int) -> Iterator[str]:
         )
 
 
-def short(number: float) -> str:
-    """Returns a number with three digits, or all before the point where these are more."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
-
-
 def _describe_data(experiment: Experiment) -> Iterator[str]:
     """Examples, batches and epochs; shares of several datasets; image sizes."""
     settings, datasets = experiment.settings, experiment.datasets
@@ -138,7 +133,7 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
             yield (
                 f"warning: {held_out} held-out examples: the interval of their implicit accuracy is about "
                 f"±{100 / held_out**0.5:.0f} points; encode the data again with more of them "
-                "(--config.source.validation_share=0.2)"
+                "(config.source.validation_share)"
             )
     if len(datasets) > 1:
         rows = mixing_weights(datasets, settings.data.split, settings.data.weights).values()

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size
-from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes, peak_flops, time_product
+from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes, peak_flops, short, time_product
 from dspo_jax.monitoring.gpus import find_gpu
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -19,7 +19,7 @@ from dspo_jax.training.costs import (
     least_activations,
     mean_flops_per_example,
 )
-from dspo_jax.training.describe import describe_run, held, short, warnings
+from dspo_jax.training.describe import describe_run, held, warnings
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
 from dspo_jax.training.step import TrainState, lower_step
@@ -48,8 +48,8 @@ def estimate(
       UserError: an unknown GPU, or settings that do not fit the model or each other.
     """
     card = None if gpu is None else find_gpu("--gpu", gpu)
-    if settings.data.path:
-        yield "config.data.path is not read: --pairs says how many there are"
+    if settings.data.path and pairs is None:
+        yield "config.data.path is not read here: say with --pairs how many there are"
     if pairs is not None:
         settings = settings.for_examples(pairs)
     task = make_task(settings, pipe)
@@ -79,7 +79,7 @@ def estimate(
         kind, usable = jax.devices()[0].device_kind, memory_of(jax.devices()[0])
     if usable is not None:
         needed = sum(sizes.values())
-        each = least_activations(pipe, pipe.image_size) if needed < usable else 0
+        each = least_activations(pipe, settings.compute_dtype, pipe.image_size) if needed < usable else 0
         yield _describe_room(kind, usable, needed, part, each)
     yield _describe_checkpoints(settings, state)
     flops = flops_per_example(task, 2, (side, side))
@@ -143,10 +143,7 @@ def _describe_room(kind: str, usable: int, needed: int, part: int, each: int) ->
     least = f"{part} pair(s), which take {in_units(part * each)} at the very least"
     if part * each > usable - needed:
         return f"does not fit: {left} {least}; {'raise config.accumulation' if part > 1 else _SMALLER}"
-    return (
-        f"{left} {least}, and several times that unless config.remat = 'blocks'; `python -m dspo_jax.plan` "
-        "compiles the step, and knows"
-    )
+    return f"{left} {least}; `python -m dspo_jax.plan` compiles the step, and knows how much"
 
 
 def _describe_checkpoints(settings: Settings, state: TrainState) -> str:

@@ -179,7 +179,7 @@ class Validate:
             self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
             self.scores[at.step] = score(scores)
             if processes.is_first():
-                shown = [f"{name.replace('_', ' ')} {scores[name]:.3g}" for name in _SHOWN if name in scores]
+                shown = [f"{name.replace('_', ' ')} {scores[name]:.4g}" for name in _SHOWN if name in scores]
                 logging.info("step %d, held-out %s", at.step, ", ".join(shown))
                 self._draw()
 

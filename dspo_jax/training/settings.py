@@ -6,7 +6,6 @@ A field is a key, with its limit beside it; configs/common.py says what the keys
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -18,7 +17,7 @@ from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.training.optim import OptimizerSettings
-from dspo_jax.weights.checkpoints import split_run
+from dspo_jax.weights.saved_params import split_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,10 +183,11 @@ def parse(config: ConfigDict) -> Settings:
         workdir.
     """
     settings = limits.parse(Settings, config.to_dict(), "config")
-    if settings.model and (run := Path(split_run(settings.model)[0]) / "checkpoints").is_dir():
+    if settings.model and (run := split_run(settings.model)):
+        step = "" if run[1] is None else f" --step={run[1]}"
         raise UserError(
             f"config.model = {settings.model!r}: a training workdir; write its model out, and name that: "
-            f"python -m dspo_jax.convert export --run={run.parent} --out=DIR"
+            f"python -m dspo_jax.convert export --run={run[0]}{step} --out=DIR"
         )
     if settings.batch_size % settings.accumulation:
         raise UserError(

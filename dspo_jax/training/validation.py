@@ -30,8 +30,7 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.settings import ValidationSettings
-from dspo_jax.weights.checkpoints import split_run
-from dspo_jax.weights.saved_params import read_base
+from dspo_jax.weights.saved_params import read_base, split_run
 
 _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
 
@@ -290,12 +289,12 @@ def judge(
       FileNotFoundError: a folder is missing.
     """
     if reference is None:
-        run = Path(split_run(model)[0])
-        if not (run / "checkpoints").is_dir():
+        run = split_run(model)
+        if run is None:
             raise UserError(
                 f"--model={model}: no training workdir; give --reference, what it was trained from"
             )
-        reference = read_base(run)
+        reference = read_base(run[0])
     pipes = load_pipeline(model), load_pipeline(reference)
     datasets = read_datasets(data)
     count_examples(datasets, split, "--split", "choose another with --split=NAME")

@@ -294,37 +294,6 @@ def find_best(directory: Path) -> tuple[int, float] | None:
     return None if score == _UNKNOWN else (step, score)
 
 
-def parse_step(text: str, run: Path) -> int:
-    """Returns the checkpoint of a run that a text asks for: a number, or "best" by the held-out pairs.
-
-    Raises:
-      UserError: another text, or no checkpoint has a held-out score.
-    """
-    if text.isdecimal():
-        return int(text)
-    if text != "best":
-        raise UserError(f"{run}: step {text!r}: must be a whole number, or best")
-    best = find_best(run / "checkpoints")
-    if best is None:
-        raise UserError(f"{run}: no checkpoint has a held-out score to be the best; name one by its number")
-    return best[0]
-
-
-def split_run(name: str | Path) -> tuple[str | Path, int | None]:
-    """Splits `WORKDIR@STEP` or `WORKDIR@best` into folder and step.
-
-    Args:
-      name: such a text; or a folder or hub id, which is returned as it is, with None for the newest step.
-
-    Raises:
-      UserError: as `parse_step`.
-    """
-    folder, at, step = str(name).rpartition("@")
-    if not at or Path(name).exists() or not (Path(folder) / "checkpoints").is_dir():
-        return name, None
-    return folder, parse_step(step, Path(folder))
-
-
 def choose_step(directory: Path, steps: list[int], step: int | None) -> int:
     if not steps:
         raise FileNotFoundError(f"{directory}: holds no complete checkpoint")

@@ -144,3 +144,35 @@ def read_run_config(run: Path, *texts: str) -> JsonObject:
 def read_base(run: Path) -> str:
     """Reads which model a training run started from; raises as `read_run_config`."""
     return read_run_config(run, "model")["model"]
+
+
+def parse_step(text: str, run: Path) -> int:
+    """Returns the checkpoint of a run that a text asks for: a number, or "best" by the held-out pairs.
+
+    Raises:
+      UserError: another text, or no checkpoint has a held-out score.
+    """
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text != "best":
+        raise UserError(f"{run}: step {text!r}: must be a whole number, or best")
+    best = checkpoints.find_best(run / "checkpoints")
+    if best is None:
+        raise UserError(f"{run}: no checkpoint has a held-out score to be the best; name one by its number")
+    return best[0]
+
+
+def split_run(name: str | Path) -> tuple[Path, int | None] | None:
+    """Parses the workdir of a run, or `WORKDIR@STEP` or `WORKDIR@best`, to (workdir, step).
+
+    The step is None for the newest. Returns None where there is no such run.
+
+    Raises:
+      UserError: as `parse_step`.
+    """
+    if (Path(name) / "checkpoints").is_dir():
+        return Path(name), None
+    folder, at, step = str(name).rpartition("@")
+    if not (at and folder and (Path(folder) / "checkpoints").is_dir()) or Path(name).exists():
+        return None
+    return Path(folder), parse_step(step, Path(folder))

@@ -199,11 +199,12 @@ def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_m
 def test_a_run_cannot_start_from_a_checkpoint_over_another_model(config, tmp_path):
     config.model = str(tmp_path / "earlier")
     (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
-    for name in (config.model, f"{config.model}@3"):
+    command = f"dspo_jax.convert export --run={config.model}"
+    for name, step in ((config.model, ""), (f"{config.model}@3", " --step=3")):
         config.model = name
         with pytest.raises(ValueError, match="a training workdir") as caught:
             train(config, tmp_path / "run")
-        assert str(caught.value).endswith(f"dspo_jax.convert export --run={tmp_path / 'earlier'} --out=DIR")
+        assert str(caught.value).endswith(f"{command}{step} --out=DIR")
 
 
 def test_an_empty_split_is_refused(config, tiny_model, tmp_path):

@@ -21,8 +21,8 @@ from tables import each_row
 from dspo_jax.errors import UserError
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
-from dspo_jax.weights.checkpoints import Checkpoints, DamagedCheckpoint, find_best, split_run
-from dspo_jax.weights.saved_params import restore_params
+from dspo_jax.weights.checkpoints import Checkpoints, DamagedCheckpoint, find_best
+from dspo_jax.weights.saved_params import restore_params, split_run
 
 
 @functools.partial(
@@ -164,11 +164,12 @@ def test_the_best_is_found_beside_a_run_that_goes_on(tmp_path):
         assert find_best(folder) == (4, 0.7)
         assert unfinished.is_dir()  # nothing is cleared, as another process may be writing it
     run, name = folder.parent, str(folder.parent)
-    assert split_run(f"{name}@best") == (name, 4)
-    assert split_run(f"{name}@2") == (name, 2)
-    assert split_run(name) == (name, None)
-    assert split_run(run) == (run, None)
-    assert split_run("someone/model@main") == ("someone/model@main", None)  # no run, so none of its steps
+    assert split_run(f"{name}@best") == (run, 4)
+    assert split_run(f"{name}/@best") == (run, 4)
+    assert split_run(f"{name}@2") == (run, 2)
+    assert split_run(name) == split_run(run) == (run, None)
+    assert split_run("someone/model@main") is None  # no run, so none of its steps
+    assert split_run("@best") is None
     with pytest.raises(UserError, match="step 'latest': must be a whole number, or best"):
         split_run(f"{name}@latest")
 
