@@ -23,6 +23,10 @@ COMMUNICATION = "collectives"
 KINDS = (PRODUCTS, CONVOLUTIONS, ATTENTION, ELEMENTWISE, COPIES, OPTIMIZER, COMMUNICATION)
 
 
+_AMPERE = {64: (0.50, 0.50), 128: (0.73, 0.63), 256: (0.73, 0.63)}
+_HOPPER = {64: (0.41, 0.42), 128: (0.62, 0.50), 256: (0.59, 0.50)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
     """Shares of a GPU's peaks that its libraries reach, with large arrays.
@@ -34,10 +38,12 @@ class Efficiency:
         312, H100 792.1 of 989, B200 1,745 of 2,250 TFLOP/s (github.com/stas00/ml-engineering, "Maximum
         Achievable Matmul FLOPS"); for other GPUs of a generation its number is an assumption, as is 0.80
         for capability 12.
-      attention: of the peak, by width of the heads, forward and backward. cuDNN on an H100 with 4,096
-        positions and no mask: 64 wide 408 and 417, 128 wide 609 and 499, 256 wide 581 TFLOP/s forward
-        (FlashAttention-3, arXiv:2407.08608, figures 5 and 6); 256 wide backward and other GPUs than
-        Hopper's are assumptions. A head between two widths takes the time of the wider: an assumption too.
+      attention: of the peak, by the first number of the compute capability and the width of the heads,
+        forward and backward. cuDNN on an H100 with 4,096 positions and no mask: 64 wide 408 and 417, 128
+        wide 609 and 499, 256 wide 581 TFLOP/s forward (FlashAttention-3, arXiv:2407.08608, figures 5 and
+        6); 256 wide backward is an assumption. FlashAttention-2 on an A100: 50 to 73 % forward, up to 63 %
+        backward (arXiv:2307.08691), and cuDNN is assumed to do as well. Other GPUs are assumptions: as an
+        A100, a B200 as an H100. A head between two widths takes the time of the wider: one too.
       convolutions: of the peak; 0.6 is an assumption, as no measurement was found.
       link: of the links between GPUs. 380 of 450 GB/s between two H100 (github.com/NVIDIA/nccl/issues/1264);
         taken for all.
@@ -46,8 +52,8 @@ class Efficiency:
 
     memory: float = 0.91
     products: Mapping[int, float] = dataclasses.field(default_factory=lambda: {8: 0.86, 9: 0.80, 10: 0.78})
-    attention: Mapping[int, tuple[float, float]] = dataclasses.field(
-        default_factory=lambda: {64: (0.41, 0.42), 128: (0.62, 0.50), 256: (0.59, 0.50)}
+    attention: Mapping[int, Mapping[int, tuple[float, float]]] = dataclasses.field(
+        default_factory=lambda: {8: _AMPERE, 9: _HOPPER, 10: _HOPPER, 12: _AMPERE}
     )
     convolutions: float = 0.6
     link: float = 0.84
@@ -420,10 +426,10 @@ def seconds(work: Work, gpu: Gpu, devices_of_host: int, efficiency: Efficiency =
     peak = gpu.peak(work.dtype)
     flops = work.flops
     if work.kind == ATTENTION:
-        widest = max(efficiency.attention)
-        width = min((width for width in efficiency.attention if width >= work.head), default=widest)
+        shares = efficiency.attention[gpu.capability[0]]
+        width = min((width for width in shares if width >= work.head), default=max(shares))
         flops = flops * max(width, work.head) // max(work.head, 1)
-        share = efficiency.attention[width][work.backward]
+        share = shares[width][work.backward]
     elif work.kind == CONVOLUTIONS:
         share = efficiency.convolutions
     else:

@@ -212,6 +212,16 @@ def test_seconds(work, expected):
     assert seconds(work, H100, 8) == pytest.approx(expected)
 
 
+@each_row(
+    ("name", "share"),
+    [("a100-40", 0.73), ("rtx4090", 0.73), ("h200", 0.62), ("b200", 0.62), ("rtx5090", 0.73)],
+)
+def test_every_card_has_a_share_for_attention(name, share):
+    gpu = GPUS[name]
+    work = Work(ATTENTION, "", 0, 10**13, head=128)
+    assert seconds(work, gpu, 1) == pytest.approx(1e13 / (share * gpu.bfloat16))
+
+
 def test_sums_and_the_longest():
     works = [Work(COPIES, "a", 10**9, times=3), Work(ELEMENTWISE, "b", 2 * 10**9), Work(COPIES, "c", 10**6)]
     kinds = by_kind(works, H100, 1)
