@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from processes import ROOT
 
 import dspo_jax
@@ -79,6 +81,36 @@ def test_the_version_is_one(wheel):
     )
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+def admits(lines, python, **versions):
+    """Whether what the lines require of these packages, on that Python, lets these versions in."""
+    requirements = [Requirement(line) for line in lines]
+    return all(
+        requirement.specifier.contains(versions[requirement.name])
+        for requirement in requirements
+        if requirement.name in versions
+        and (requirement.marker is None or requirement.marker.evaluate({"python_version": python}))
+    )
+
+
+def test_no_pair_of_jax_and_flax_that_cannot_be_imported_is_allowed():
+    allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for python, jax, flax in [
+        ("3.11", "0.10.0", "0.12.0"),
+        ("3.12", "0.10.2", "0.12.0"),
+        ("3.12", "0.11.2", "0.12.8"),
+        ("3.12", "0.12.0.1", "0.12.8"),
+        ("3.13", "0.12.0.1", "0.12.9"),
+    ]:
+        assert not admits(allowed, python, jax=jax, flax=flax), (python, jax, flax)
+    for python, jax, flax in [
+        ("3.11", "0.10.0", "0.12.1"),
+        ("3.11", "0.10.2", "0.12.8"),
+        ("3.12", "0.10.0", "0.12.10"),
+        ("3.13", "0.12.0.1", "0.12.12"),
+    ]:
+        assert admits(allowed, python, jax=jax, flax=flax), (python, jax, flax)
 
 
 def test_a_recipe_is_found_without_a_clone(run):
