@@ -69,7 +69,9 @@ class Checkpoints:
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_handlers={STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()},
+            handler_registry=ocp.handlers.create_default_handler_registry(
+                **{STATE: _state_handler(), _EXTRA: ocp.JsonCheckpointHandler()}
+            ),
             options=ocp.CheckpointManagerOptions(
                 best_fn=_score,  # also makes Orbax write the scores
                 preservation_policy=keep.AnyPreservationPolicy(
@@ -191,7 +193,7 @@ class Checkpoints:
         self.wait()
         step = choose_step(self.directory, self._manager.all_steps(), step)
         with name_restore_errors(self.directory / str(step)):
-            saved = self._manager.item_metadata(step)[STATE].tree
+            saved = self._manager.metadata(step).item_metadata[STATE].tree
         _refuse_different_state(self.directory / str(step), saved, abstract_state)
         with name_restore_errors(self.directory / str(step)):
             shardings = ocp.checkpoint_utils.construct_restore_args(abstract_state)
