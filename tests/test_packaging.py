@@ -76,7 +76,7 @@ def test_the_version_is_one(wheel):
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read(f"dspo_jax-{version}.dist-info/METADATA"))
     assert metadata["Version"] == version
-    assert {"gpu", "tpu", "plan", "plan-gpu", "demo", "wandb", "test"} == set(
+    assert {"gpu", "gpu-cuda13", "tpu", "plan", "plan-gpu", "demo", "wandb", "test"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
@@ -116,7 +116,10 @@ def test_no_pair_of_jax_and_flax_that_cannot_be_imported_is_allowed():
 def test_a_recipe_is_found_without_a_clone(run):
     result = run("dspo_jax.train", "--config=configs/sd15_dspo.py:paper", "--workdir=run")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: config.model is not set: give --config.model=DIR, a diffusers folder\n"
+    assert result.stderr == (
+        "error: give --config.model=DIR, a diffusers folder; "
+        "--config.data.path=DIR, written by dspo_jax.encode\n"
+    )
 
 
 @pytest.mark.slow

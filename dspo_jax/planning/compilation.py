@@ -50,7 +50,7 @@ def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | 
     """
     versions = [
         f"{name} {metadata.version(name)}"
-        for name in ("jaxlib", "libtpu", "jax-cuda12-plugin")
+        for name in ("jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
         if any(metadata.distributions(name=name))
     ]
     # The flags that `memory_facts` adds change only the files that the compiler writes.
