@@ -1,4 +1,5 @@
-# Everything runs in .venv beside this file, made on first use from python3 and constraints.txt.
+# Everything runs in .venv beside this file, made on first use from python3 and constraints.txt; only gpu-check has an
+# environment of its own, .venv-gpu, so that all other tests run without JAX's CUDA plugin.
 
 PYTHON ?= python3
 UV_VERSION := 0.13.9
@@ -12,7 +13,7 @@ WORKERS ?= 2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ci lint docs venv
+.PHONY: help demo test test-ci gpu-check lint docs venv
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
@@ -28,6 +29,11 @@ test: $(VENV)/test.stamp ## run the quick tests, on WORKERS processes (2)
 test-ci: $(VENV)/test.stamp ## run the tests of continuous integration, on WORKERS processes (2)
 	@echo "test-ci: pytest on $(WORKERS) processes"
 	@$(BIN)/python -m pytest -n $(WORKERS)
+
+gpu-check: ## compile programs for NVIDIA GPUs that are not here, in .venv-gpu, on WORKERS processes (2)
+	@$(MAKE) -s VENV=.venv-gpu .venv-gpu/gpu.stamp
+	@echo "gpu-check: pytest -m gpu_program on $(WORKERS) processes"
+	@.venv-gpu/bin/python -m pytest -n $(WORKERS) -m gpu_program
 
 lint: $(VENV)/test.stamp docs ## check style, format, types and that the API reference builds
 	@echo "lint: ruff check, ruff format --check, mypy"
@@ -61,4 +67,10 @@ $(VENV)/test.stamp: $(VENV)/uv.stamp pyproject.toml constraints.txt
 	@echo "venv: installing dspo_jax with everything the tests need"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(UV) -e '.[test]'
+	@touch $@
+
+# jax, and with it its plugin, has the version of constraints.txt.
+$(VENV)/gpu.stamp: $(VENV)/test.stamp
+	@echo "venv: installing the compiler for NVIDIA GPUs"
+	@$(UV) -e '.[plan-gpu]'
 	@touch $@
