@@ -1,5 +1,6 @@
 """Training programs for NVIDIA GPUs that are not here: lowered by any JAX, compiled by its CUDA plugin."""
 
+import collections
 import importlib.util
 import json
 import os
@@ -12,21 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_model
 from tables import each_row
 from tiny_model import FAMILIES, write_model
 from tiny_run import make_config
 
 from benchmarks import text_attention
-from dspo_jax.kernels import device_kind
+from dspo_jax.kernels import device_kind, layouts
 from dspo_jax.kernels.attention import attention
 from dspo_jax.kernels.device_kind import DeviceKind, on_mesh
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.planning import absent_gpu, parts
+from dspo_jax.planning import absent_gpu, parts, program_text
 from dspo_jax.planning.plan import explain, plan
+from dspo_jax.planning.program_text import read_instructions
 from dspo_jax.training.settings import parse
+from dspo_jax.training.start import mesh_of
 
 CAPABILITIES = {"H100": "9.0", "A100": "8.0"}
 needs_plugin = pytest.mark.skipif(
@@ -150,6 +154,83 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     assert kinds["__cudnn$fmhaSoftmaxBackward"][0] >= 4
     assert kinds["__cudnn$fmhaSoftmax"][0] > kinds["__cudnn$fmhaSoftmaxBackward"][0]
     assert program.memory_analysis().argument_size_in_bytes > 0
+
+
+def compile_step_for(topology: str, pipe: Pipeline, changes: dict[str, Any], side: int = 16) -> str:
+    """The text of a step on two pairs a GPU; `changes` are to the config."""
+    devices = absent_gpu.find_devices(topology)
+    config = of_two_pairs(pipe.path)
+    config.batch_size = 2 * len(devices)
+    config.update_from_flattened_dict(changes)
+    settings = parse(config)
+    step = parts.step(settings, pipe, (side, side), config.batch_size, mesh_of(settings, devices))
+    text: str = absent_gpu.compile_lowered(step.lower(devices[0])).as_text()
+    return text
+
+
+SUMS, GATHERS = "all-reduce", "all-gather"
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+@pytest.mark.parametrize(
+    ("family", "topology", "changes", "sent"),
+    [
+        ("sd15", "h100", {}, set()),
+        ("sd15", "rtx4090", {"lora.rank": 2}, set()),
+        ("sd15", "h100:8", {}, {SUMS}),
+        ("sd15", "h100:2x4", {"mesh.data": 2, "mesh.fsdp": 4}, {SUMS, GATHERS}),
+        ("sd21", "a100-40", {"accumulation": 2}, set()),
+        ("sd21", "rtx4090", {"remat": "blocks"}, set()),
+        ("sdxl", "h100", {"optimizer.name": "adafactor"}, set()),
+        ("sdxl", "a100-80:2x4", {"lora.rank": 2, "mesh.data": 2, "mesh.fsdp": 4}, {SUMS, GATHERS}),
+    ],
+)
+def test_a_step_is_compiled_to_what_it_should_be(family, topology, changes, sent, tmp_path):
+    text = compile_step_for(topology, load_pipeline(write_model(tmp_path, family=family)), changes)
+    instructions = list(read_instructions(text))
+    types = {instruction.name: instruction.type for instruction in instructions}
+    targets = collections.Counter()
+    for instruction in instructions:
+        if target := re.search(r'custom_call_target="__(cu\w+)\$(\w+)', instruction.rest):
+            targets[target[2]] += 1
+            if not target[2].startswith("fmha"):  # whose statistics are float32
+                factors = re.findall(r"%([\w.-]+)", instruction.rest.split(")")[0])[:2]
+                assert not [name for name in factors if types[name].startswith("f32[")], (target[0], factors)
+    # Attention of the image to itself and to the text; the reference's and the policy's, and backward.
+    assert targets["fmhaSoftmax"] >= 2 * targets["fmhaSoftmaxBackward"] >= 8
+    assert {"convBackwardFilter", "convBackwardInput"} & targets.keys()
+    kinds = set(program_text.collectives(instructions))
+    assert sent <= kinds <= sent | ({"reduce-scatter"} if GATHERS in sent else set())
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("topology", ["h100", "rtx4090"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+def test_no_kernel_of_a_convolution_is_moved_or_copied(topology, optimizer, tmp_path, monkeypatch):
+    wide = {
+        **tiny_model.UNET,
+        "block_out_channels": [128, 128],
+        "norm_num_groups": 32,
+        "attention_head_dim": 4,
+    }
+    networks, *others = FAMILIES["sd15"]
+    monkeypatch.setitem(FAMILIES, "wide", ({**networks, "unet": wide}, *others))
+    pipe = load_pipeline(write_model(tmp_path, family="wide"))
+
+    def moved(text: str) -> list[str]:
+        """Copies and transposes that give whole parameters or moments of 3 x 3 kernels."""
+        return [
+            instruction.name
+            for instruction in program_text.entry_instructions(text)
+            if re.search(r"copy|transpose", f"{instruction.op} {instruction.name}")
+            and re.search(r"f32\[(3,3,128,(128|256)|128,3,3,(128|256))\]", instruction.type)
+        ]
+
+    assert moved(compile_step_for(topology, pipe, {"optimizer.name": optimizer}, side=256)) == []
+    monkeypatch.setattr(layouts, "is_for_cudnn", lambda device: False)
+    assert len(moved(compile_step_for(topology, pipe, {"optimizer.name": optimizer}, side=256))) > 20
 
 
 @needs_plugin

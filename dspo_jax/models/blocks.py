@@ -1,12 +1,13 @@
 """Building blocks shared by the UNet and the VAE: images and latents are NHWC, attribute names diffusers'."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspo_jax.kernels import cpu
+from dspo_jax.kernels import cpu, gpu
 from dspo_jax.kernels.attention import attention
 from dspo_jax.kernels.device_kind import current_device_kind
 from dspo_jax.models.lora import LoRAConv
@@ -53,6 +54,9 @@ class GroupNorm(nnx.Module):
 
     Positions are reduced first and channels grouped after, which leaves the large array in its own layout: on
     a CPU the other order is slower.
+
+    What is added to all positions first is added here, where the array is read anyway: XLA's program for a
+    GPU would write it out as large as the image, for cuDNN to add.
     """
 
     def __init__(self, channels: int, groups: int, epsilon: float):
@@ -61,8 +65,8 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, C] -> [B, h, w, C] in the dtype of `x`."""
+    def __call__(self, x: jax.Array, shift_BC: jax.Array | None = None) -> jax.Array:
+        """[B, h, w, C], plus `shift_BC` if it is given -> [B, h, w, C] in the dtype of `x`."""
         groups = self.groups
 
         def group_mean(means_BC: jax.Array) -> jax.Array:
@@ -74,6 +78,8 @@ class GroupNorm(nnx.Module):
             )
 
         x_BPC = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
+        if shift_BC is not None:
+            x_BPC += shift_BC[:, None].astype(jnp.float32)
         channel_BC = x_BPC.mean(1)
         mean_BC = group_mean(channel_BC)
         centred_BPC = x_BPC - mean_BC[:, None]
@@ -99,6 +105,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., features] -> [..., features] in the dtype of `x`."""
+        if x.dtype != jnp.float32 and gpu.is_for_gpu(x.shape[0]):
+            scale, bias = (param[...].astype(jnp.float32) for param in (self.scale, self.bias))
+            return gpu.layer_norm(x, scale, bias, self.epsilon)
         wide = x.astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
         centred = wide - mean
@@ -167,9 +176,10 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
-        if temb is not None:
-            h = h + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
-        h = self.conv2(nnx.silu(self.norm2(h)))
+        shift_BC = None if temb is None else self.time_emb_proj(nnx.silu(temb))
+        if shift_BC is not None and not gpu.is_for_gpu(x.shape[0]):  # a TPU adds while it writes the image
+            h, shift_BC = h + shift_BC[:, None, None], None
+        h = self.conv2(nnx.silu(self.norm2(h, shift_BC)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -230,6 +240,7 @@ def convolve_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 # By the estimate for a v5p; with fewer channels a forward pass alone takes longer so (benchmarks.layers).
+# On a GPU a step moves 2.6 GB more and computes 4.8 TFLOP less: a gain, by the roofline (measurements.md).
 _FEWEST_CHANNELS_ON_TPU = 256
 
 
@@ -238,7 +249,9 @@ def _merges_rows(batch: int, channels: int) -> bool:
     device = current_device_kind(batch)
     if device is None:
         return False
-    return device.platform == "cpu" or (device.platform == "tpu" and channels >= _FEWEST_CHANNELS_ON_TPU)
+    if device.platform == "tpu":
+        return channels >= _FEWEST_CHANNELS_ON_TPU
+    return device.platform in ("cpu", "gpu")
 
 
 class Upsample2D(nnx.Module):
@@ -305,8 +318,16 @@ class GEGLU(nnx.Module):
         self.proj = linear(in_features, 2 * features, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        hidden, gate = self._halves(x)
         return hidden * nnx.gelu(gate, approximate=False)
+
+    def _halves(self, x: jax.Array) -> Sequence[jax.Array]:
+        if type(self.proj) is nnx.Linear and self.proj.bias is not None and gpu.is_for_gpu(x.shape[0]):
+            # Two products: XLA puts their gradients nowhere side by side, and sums the biases' on the way.
+            pairs = (jnp.split(param[...], 2, axis=-1) for param in (self.proj.kernel, self.proj.bias))
+            leading = tuple(range(x.ndim - 1))
+            return [x @ kernel + jnp.expand_dims(bias, leading) for kernel, bias in zip(*pairs, strict=True)]
+        return jnp.split(self.proj(x), 2, axis=-1)
 
 
 class FeedForward(nnx.Module):
