@@ -1,6 +1,7 @@
 """NVIDIA GPUs by the names that people type: memory, bandwidths and peaks, and what XLA compiles for."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 
@@ -57,6 +58,7 @@ class Gpu:
 _NVLINK3, _NVLINK4, _NVLINK5 = 300e9, 450e9, 900e9
 _PCIE4, _PCIE5 = 32e9, 64e9
 _MIB = 2**20
+FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _XLA = "XLA's target_config/specs/"
 _GA102 = "NVIDIA GA102 GPU Architecture whitepaper V2"
 _ADA = "NVIDIA Ada GPU Architecture whitepaper V2"
@@ -204,3 +206,11 @@ def gpu_of_kind(device_kind: str) -> Gpu | None:
         if re.fullmatch(f"(NVIDIA )?({pattern})", device_kind):
             return gpu
     return None
+
+
+def memory_fraction() -> float:
+    """Returns the share of a GPU's memory that JAX takes, as the environment says or by default.
+
+    Source: docs.jax.dev/en/latest/gpu_memory_allocation.html.
+    """
+    return float(os.environ.get(FRACTION_VARIABLE, 0.75))

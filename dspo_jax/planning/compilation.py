@@ -29,6 +29,7 @@ from dspo_jax.planning.program_text import (
     loop_factor,
     read_instructions,
 )
+from dspo_jax.training.step import COMPILER_OPTIONS
 
 # Messages of the TPU's compiler for a program that is too large: in its first passes, and in its last.
 _TOO_LARGE = re.compile(
@@ -56,6 +57,7 @@ def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | 
     # The flags that `memory_facts` adds change only the files that the compiler writes.
     options = [flag for name in _OPTIONS for flag in os.environ.get(name, "").split()]
     options = [flag for flag in options if not flag.startswith("--xla_dump_")]
+    options += [f"{name}={value}" for name, value in COMPILER_OPTIONS.get(device.platform, {}).items()]
     text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
     if device.platform == "gpu":
         text = f"{_GPU_FACTS}\n{text}"

@@ -14,7 +14,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, in_units, peak_flops
-from dspo_jax.monitoring.gpus import Gpu, gpu_of_kind
+from dspo_jax.monitoring.gpus import FRACTION_VARIABLE, Gpu, gpu_of_kind, memory_fraction
 from dspo_jax.parallel.mesh import check_batch_size
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import absent_gpu, compilation, roofline
@@ -25,8 +25,6 @@ from dspo_jax.training.start import make_task, mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
-# Share of a GPU's memory that JAX takes: docs.jax.dev/en/latest/gpu_memory_allocation.html.
-_FRACTION, _FRACTION_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # Assumptions: what a process holds outside of that, CUDA's context and the libraries' handles and code, and
 # NCCL's buffers where there are several GPUs.
 _CONTEXT, _NCCL = 2**30, 2**30
@@ -258,11 +256,6 @@ def _judge_gpu(
     }
 
 
-def memory_fraction() -> float:
-    """Returns the share of a GPU's memory that JAX takes, as the environment says or by default."""
-    return float(os.environ.get(_FRACTION_VARIABLE, _FRACTION))
-
-
 def _cost_of_kernels(
     calls: Iterable[tuple[str, Sequence[Sequence[int]], int, int]], chip: Chip, peak_rate: float
 ) -> tuple[dict[str, dict[str, float]], float]:
@@ -309,7 +302,7 @@ def describe_plan(found: Plan) -> Iterator[str]:
     yield f"peak {in_units(found.peak_bytes)}{limit} on each device{verdict}"
     if found.device_bytes is not None:
         yield (
-            f"  of {in_units(found.device_bytes)} JAX takes {memory_fraction():.0%} ({_FRACTION_VARIABLE}; "
+            f"  of {in_units(found.device_bytes)} JAX takes {memory_fraction():.0%} ({FRACTION_VARIABLE}; "
             "launch/gpu.sh sets 0.9); "
             f"{in_units(_CONTEXT)} for CUDA and its libraries, and as much for NCCL where there are several "
             "GPUs, are assumptions"

@@ -1,7 +1,6 @@
 """Estimates memory, FLOPs and time of a run without its weights: from shapes, or from its compiled step."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
 
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size
 from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes, peak_flops, short, time_product
-from dspo_jax.monitoring.gpus import find_gpu
+from dspo_jax.monitoring.gpus import FRACTION_VARIABLE, find_gpu, memory_fraction
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import (
@@ -26,8 +25,6 @@ from dspo_jax.training.step import TrainState, lower_step
 
 # Share of a device's peak that a run is taken to reach: a guess, as none was timed on these devices.
 _EFFICIENCY = 1 / 3
-# Share of a GPU's memory that JAX takes: docs.jax.dev/en/latest/gpu_memory_allocation.html.
-_FRACTION, _FRACTION_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _SMALLER = (
     "train adapters with --config.lora.rank=8, or share the state with several devices: --config.mesh.fsdp=N"
 )
@@ -72,8 +69,8 @@ def estimate(
     yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
     if card:
         kind, memory = card.kind, card.memory
-        share = float(os.environ.get(_FRACTION_VARIABLE, _FRACTION))
-        yield f"JAX takes {share:.0%} of a GPU's memory ({_FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
+        share = memory_fraction()
+        yield f"JAX takes {share:.0%} of a GPU's memory ({FRACTION_VARIABLE}; launch/gpu.sh sets 0.9)"
         usable: int | None = int(memory * share)
     else:
         kind, usable = jax.devices()[0].device_kind, memory_of(jax.devices()[0])

@@ -141,7 +141,7 @@ def mean_gradient(
     return jax.tree.map(lambda x: x / count, total)
 
 
-_COMPILER_OPTIONS: dict[str, dict[str, str | int]] = {
+COMPILER_OPTIONS: dict[str, dict[str, str | int]] = {
     "cpu": {
         # By default XLA orders the program for concurrency, at up to twice the temporaries.
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -162,7 +162,7 @@ def compile_step(state: TrainState) -> jax.stages.Wrapped:
         on_mesh(train_step, mesh),
         donate_argnums=0,
         out_shardings=(formats, None),
-        compiler_options=_COMPILER_OPTIONS.get(platform),
+        compiler_options=COMPILER_OPTIONS.get(platform),
     )
 
 
