@@ -9,9 +9,9 @@ launcher's 1e-8 for each pair would be 6.4e-7. A few hundred pairs are far less 
 made for, so the checkpoint that the held-out pairs find best matters (`--step=best`). The length follows from
 the number of pairs: `epochs` passes over them.
 
-Compiled for a GPU, the step takes 20.4 GiB (docs/measurements.md), with two pairs at a time and blocks
-computed again in the backward pass. A card of 24 GB has that with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the
-environment and nothing else on it; --config.optimizer.moment_dtype=bfloat16 saves 1.6 GiB. Not run at this
+Compiled for a GPU, the step takes 17.2 GiB (docs/measurements.md), with two pairs at a time and blocks
+computed again in the backward pass. A card of 24 GB has that with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the
+environment, as launch/gpu.sh sets it; --config.optimizer.moment_dtype=bfloat16 saves 1.6 GiB. Not run at this
 size by this project: no hours and no result to report.
 """
 

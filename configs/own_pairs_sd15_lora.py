@@ -9,7 +9,7 @@ Objective, rank, batch and learning rate are those of the script that diffusers 
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo.py and the command in its README), whose
 --beta_dpo=2500 is beta = 5000 here. The length follows from the number of pairs: `epochs` passes over them.
 Held-out pairs are judged every 25 steps, and the checkpoint that they find best is kept: the last line of
-`train` says which, and `convert export --step=best` takes it. Compiled for a GPU, the step takes 7.9 GiB
+`train` says which, and `convert export --step=best` takes it. Compiled for a GPU, the step takes 8.0 GiB
 (docs/measurements.md). Not run at this size by this project: no hours and no result to report.
 """
 

@@ -8,7 +8,7 @@
 As own_pairs_sd15_lora.py, with batch and beta of the script that diffusers ships for SDXL
 (examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py), whose --beta_dpo=5000 is beta = 10000
 here. One pair is worked on at a time, and blocks are computed again in the backward pass, to save memory:
-compiled for a GPU, the step takes 8.4 GiB (docs/measurements.md). Not run at this size by this project: no
+compiled for a GPU, the step takes 7.5 GiB (docs/measurements.md). Not run at this size by this project: no
 hours and no result to report.
 """
 
