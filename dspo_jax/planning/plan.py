@@ -195,7 +195,9 @@ def plan(
     else:
         judged = _judge(facts, device, pairs, known["flops"])
     found = Plan(**(known | judged))
-    largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, program.fixed_bytes, pairs, accumulation)
+    # Not all that is held is held at the peak of a GPU's program, whose temporaries are taken to grow whole.
+    fixed = program.fixed_bytes if gpu is None else found.argument_bytes or program.fixed_bytes
+    largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, fixed, pairs, accumulation)
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
 
