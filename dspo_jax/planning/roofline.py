@@ -65,7 +65,7 @@ EFFICIENCY = Efficiency()
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What an instruction moves and computes, once.
+    """Bytes and FLOPs of one instruction.
 
     Attributes:
       kind: one of `KINDS`.
