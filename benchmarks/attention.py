@@ -2,10 +2,11 @@
 
     python -m benchmarks.attention                              # timed on the device that is here
     python -m benchmarks.attention --topology=v5p:2x2x1         # compiled for one that is not; needs libtpu
+    python -m benchmarks.attention --topology=h100              # the same; needs dspo_jax[plan-gpu]
 
 8 images in bfloat16; queries, keys and values as linear layers leave them, [B, T, heads * size], as is the
-output. Of a kernel the compiler counts neither arithmetic nor time: what its products take at the peak rate,
-padded to the matrix unit, is a column of its own, and less than it takes.
+output. Of a TPU's kernel the compiler counts neither arithmetic nor time: what its products take at the
+peak rate, padded to the matrix unit, is a column of its own, and less than it takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ from dspo_jax.kernels import flash
 from dspo_jax.kernels.attention import choose, plain_attention
 from dspo_jax.kernels.device_kind import device_kind_of
 from dspo_jax.monitoring.devices import find_chip, peak_flops
-from dspo_jax.planning.plan import find_devices
 
 # queries, keys, heads, size of a head
 CASES = {
@@ -72,11 +72,9 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     return 1e3 * sum(flash.kernel_flops(name, operands, chip.lanes) for name in names) / peak
 
 
-def main(argv: Sequence[str]) -> None:
+def measure(device: Any) -> None:
     """Prints a line for each case and backend."""
-    del argv
     values = flags.FLAGS
-    device = find_devices(values.topology)[0]
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
     for name, case in CASES.items():
         if values.only not in name:
@@ -90,9 +88,16 @@ def main(argv: Sequence[str]) -> None:
             function = programs.forward_and_backward(without_heads(attend, heads))
             program = programs.compile_for(device, function, arrays)
             line = f"{name:<18}{backend:<7}{programs.describe_program(program, device)}"
-            if values.topology is not None and backend == "kernel":
+            if values.topology is not None and (device.platform, backend) == ("tpu", "kernel"):
                 line += f" + {kernel_milliseconds(device, case, values.images):.3f} ms of products"
             print(line, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    with programs.chosen_device() as device:
+        measure(device)
 
 
 if __name__ == "__main__":

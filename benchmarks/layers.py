@@ -2,6 +2,7 @@
 
     python -m benchmarks.layers                              # timed on the device that is here
     python -m benchmarks.layers --topology=v5p:2x2x1         # compiled for one that is not; needs libtpu
+    python -m benchmarks.layers --topology=h100              # the same; needs dspo_jax[plan-gpu]
 
 bfloat16, one device. Norms are compiled within what surrounds them in a UNet: alone they have no neighbour to
 read or write their input.
@@ -20,7 +21,6 @@ from dspo_jax import cli
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
 from dspo_jax.parallel.mesh import make_mesh
-from dspo_jax.planning.plan import find_devices
 
 # Channels and the side before doubling.
 DOUBLED = ((1280, 16), (640, 32), (256, 32), (128, 16))
@@ -87,11 +87,9 @@ def normed(images: int, channels: int, side: int, kind: str) -> Iterator[Form]:
     yield "from the mean of squares", apply(lambda norm: norm), arrays
 
 
-def main(argv: Sequence[str]) -> None:
+def measure(device: Any) -> None:
     """Prints a line for each layer and form."""
-    del argv
     values = flags.FLAGS
-    device = find_devices(values.topology)[0]
     mesh = make_mesh({}, [device])
     print(f"one {device.device_kind}, {values.images} images, jax {jax.__version__}")
     cases = {f"double {c} to {2 * side}": doubled(values.images, c, side) for c, side in DOUBLED}
@@ -108,6 +106,13 @@ def main(argv: Sequence[str]) -> None:
             )
             print(f"{name:<22}{form:<26}{programs.describe_program(whole, device)}", flush=True)
             print(f"{'':<22}{'  forward alone':<26}{programs.describe_program(forward, device)}", flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    with programs.chosen_device() as device:
+        measure(device)
 
 
 if __name__ == "__main__":

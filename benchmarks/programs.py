@@ -1,8 +1,9 @@
 """Shared by the benchmarks of single layers: a program compiled for a device, timed there or estimated."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,15 +11,28 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import SingleDeviceSharding
 
-from dspo_jax.planning import compilation
+from dspo_jax.planning import absent_gpu, compilation
+from dspo_jax.planning.plan import find_devices
+from dspo_jax.planning.roofline import seconds
+from dspo_jax.planning.works import read_works
 
 
 def define_flags(images: int) -> None:
     """Defines the flags for the device and the timing."""
-    flags.DEFINE_string("topology", None, "A TPU that need not be here, e.g. v5e:2x2, v5p:2x2x1 or v6e:2x2.")
+    flags.DEFINE_string("topology", None, "A TPU or GPU that need not be here, e.g. v5p:2x2x1 or h100.")
     flags.DEFINE_integer("images", images, "In the batch.", lower_bound=1)
     flags.DEFINE_integer("runs", 20, "That are timed.", lower_bound=1)
     flags.DEFINE_string("only", "", "Cases whose name holds this.")
+
+
+@contextlib.contextmanager
+def chosen_device() -> Iterator[Any]:
+    """Gives the device of --topology; programs are to be traced and compiled within."""
+    topology = flags.FLAGS.topology
+    device = find_devices(topology)[0]
+    absent = absent_gpu.is_gpu(topology or "")
+    with absent_gpu.as_if_here(device) if absent else contextlib.nullcontext():
+        yield device
 
 
 def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -36,6 +50,8 @@ def compile_for(device: Any, function: Callable[..., Any], arguments: Any) -> An
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), arguments
     )
+    if absent_gpu.is_gpu(flags.FLAGS.topology or ""):
+        return absent_gpu.compile_lowered(absent_gpu.lower(jax.jit(function), *placed))
     return jax.jit(function).lower(*placed).compile()
 
 
@@ -44,9 +60,15 @@ def describe_program(program: Any, device: Any) -> str:
     line = f"temporaries {program.memory_analysis().temp_size_in_bytes / 1e6:6.0f} MB, "
     if flags.FLAGS.topology is None:
         return line + f"{_milliseconds(program, device):8.3f} ms"
+    if absent_gpu.is_gpu(flags.FLAGS.topology):
+        gpu, *_ = absent_gpu.parse_topology(flags.FLAGS.topology)
+        works = read_works(program.as_text())
+        moved = sum(work.times * work.bytes for work in works)
+        expected = sum(work.times * seconds(work, gpu, 1) for work in works)
+        return line + f"{moved / 1e9:6.2f} GB, {expected * 1e3:7.3f} ms by the roofline"
     costs = program.cost_analysis()
-    seconds = compilation.expected_seconds(costs, program.as_text()) or math.nan
-    return line + f"{costs['bytes accessed'] / 1e9:6.2f} GB, {seconds * 1e3:7.3f} ms by the compiler"
+    expected = compilation.expected_seconds(costs, program.as_text()) or math.nan
+    return line + f"{costs['bytes accessed'] / 1e9:6.2f} GB, {expected * 1e3:7.3f} ms by the compiler"
 
 
 def _milliseconds(program: Any, device: Any) -> float:

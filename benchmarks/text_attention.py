@@ -22,6 +22,7 @@ from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
 from dspo_jax.parallel.mesh import make_mesh, replicated
 from dspo_jax.planning import absent_gpu
+from dspo_jax.planning.works import read_works
 
 TOKENS = 77
 # Positions of the image, heads, size of a head, width of the text.
@@ -62,11 +63,11 @@ def lower_layer(device: Any, case: tuple[int, int, int, int], images: int) -> ja
 
 def describe_instructions(text: str) -> str:
     """Counts the instructions and bytes of a compiled program, in a line."""
-    found = absent_gpu.traffic(text)
+    found = read_works(text)
 
     def several(words: Sequence[str]) -> tuple[int, float]:
-        parts = [found[kind] for kind in found if any(word in kind for word in words)]
-        return sum(count for count, _ in parts), sum(size for _, size in parts) / 1e6
+        works = [work for work in found if any(word in work.what for word in words)]
+        return sum(work.times for work in works), sum(work.times * work.bytes for work in works) / 1e6
 
     instructions, everything = several([""])
     kernels, _ = several([ATTENTION_KERNELS])

@@ -1,10 +1,7 @@
-"""Plans a run on devices that are not here: compiles its step for a named TPU topology.
+"""Plans a run on devices that are not here: compiles its step for TPUs or NVIDIA GPUs by name.
 
-    python -m dspo_jax.plan --config configs/sd15_dspo.py --published sd15 --topology v5p:4x4x4 \
-        --pairs_per_device 8
-
-    python -m dspo_jax.plan --config configs/sd15_dspo.py --published sd15 --topology h100:8 \
-        --pairs_per_device 16 --explain
+    python -m dspo_jax.plan --config sd15_dspo --published sd15 --topology v5p:4x4x4 --pairs_per_device 8
+    python -m dspo_jax.plan --config sd15_dspo --published sd15 --topology h100:8 --pairs_per_device 16
 
 No accelerator is needed and no weights are read; `pip install 'dspo_jax[plan]'` brings the TPU's compiler,
 and `pip install 'dspo_jax[plan-gpu]'` that of NVIDIA GPUs. Without --topology the step is compiled for the
@@ -55,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         facts = answer
     devices = find_devices(values.topology)
     pipe = published.architecture(values.published) if values.published else load_pipeline(config.model)
+    if values.part != "step":
+        config.accumulation = 1
     config.batch_size = len(devices) * (values.pairs_per_device or max(1, config.batch_size // len(devices)))
     settings = parse(config)
     size = image_size(settings.data, pipe, values.resolution)

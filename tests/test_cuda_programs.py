@@ -29,6 +29,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import absent_gpu, parts, program_text
 from dspo_jax.planning.plan import explain, plan
 from dspo_jax.planning.program_text import read_instructions
+from dspo_jax.planning.works import read_works
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import mesh_of
 
@@ -150,9 +151,10 @@ def test_a_step_is_compiled_for_a_gpu_that_is_not_here(tmp_path):
     pipe = load_pipeline(write_model(tmp_path))
     step = parts.step(parse(of_two_pairs(tmp_path)), pipe, (16, 16), 2, make_mesh({}, [device]))
     program = absent_gpu.compile_lowered(step.lower(device))
-    kinds = absent_gpu.traffic(program.as_text())
-    assert kinds["__cudnn$fmhaSoftmaxBackward"][0] >= 4
-    assert kinds["__cudnn$fmhaSoftmax"][0] > kinds["__cudnn$fmhaSoftmaxBackward"][0]
+    found = collections.Counter()
+    for work in read_works(program.as_text()):
+        found[work.what] += work.times
+    assert found["__cudnn$fmhaSoftmax"] > found["__cudnn$fmhaSoftmaxBackward"] >= 4
     assert program.memory_analysis().argument_size_in_bytes > 0
 
 
@@ -261,11 +263,12 @@ def test_a_step_is_planned_for_gpus_that_are_not_here(topology, tmp_path, monkey
 
 @needs_plugin
 @pytest.mark.gpu_program
+@pytest.mark.parametrize("topology", ["a100-40", "rtx4090", "h100"])
 @pytest.mark.parametrize("part", [part for part in parts.PARTS if part != "step"])
-def test_what_is_done_around_a_run_is_planned(part, tmp_path, monkeypatch):
+def test_what_is_done_around_a_run_is_planned(part, topology, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pipe, devices = load_pipeline(write_model(tmp_path)), absent_gpu.find_devices("h100")
-    found = plan(parse(of_two_pairs(tmp_path)), pipe, devices, size=(16, 16), topology="h100", part=part)
+    pipe, devices = load_pipeline(write_model(tmp_path)), absent_gpu.find_devices(topology)
+    found = plan(parse(of_two_pairs(tmp_path)), pipe, devices, size=(16, 16), topology=topology, part=part)
     assert found.fits
     assert found.flops == sum(entry["flops"] for entry in found.roofline.values())
     assert found.roofline["convolutions"]["flops"] > 0
@@ -282,8 +285,8 @@ def test_the_padded_kernel_moves_less_than_attention_written_out(monkeypatch):
     for backend in ("plain", "cudnn"):
         monkeypatch.setenv("DSPO_ATTENTION", backend)
         lowered = text_attention.lower_layer(device, text_attention.CASES["SD1.5 64x64"], 4)
-        kinds = absent_gpu.traffic(absent_gpu.compile_lowered(lowered).as_text())
-        moved[backend] = sum(size for _, size in kinds.values())
+        works = read_works(absent_gpu.compile_lowered(lowered).as_text())
+        moved[backend] = sum(work.times * work.bytes for work in works)
     assert moved["cudnn"] < moved["plain"] / 2
 
 
@@ -304,31 +307,3 @@ def test_the_command_plans_the_emoji_model_for_a_gpu(tmp_path):
     # The same program is not compiled again.
     again = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     assert again == said
-
-
-# Of XLA's text of a program for a GPU: a fusion, a kernel with a workspace, a product, and a result.
-PROGRAM = """HloModule jit_f, is_scheduled=true
-
-%fused_pad (param_0: bf16[4,77,8]) -> bf16[4,78,8] {
-  %param_0 = bf16[4,77,8]{2,1,0} parameter(0)
-  %zero = bf16[] constant(0)
-  ROOT %pad.1 = bf16[4,78,8]{2,1,0} pad(%param_0, %zero), padding=0_0x0_1x0_0
-}
-
-ENTRY %main.3 (q.1: bf16[4,64,8], k.1: bf16[4,77,8]) -> bf16[4,64,8] {
-  %q.1 = bf16[4,64,8]{2,1,0} parameter(0)
-  %k.1 = bf16[4,77,8]{2,1,0} parameter(1)
-  %loop_pad_fusion.1 = bf16[4,78,8]{2,1,0} fusion(%k.1), kind=kLoop, calls=%fused_pad
-  %attend.5 = (bf16[4,64,8]{2,1,0}, f32[4,64]{1,0}, u8[33554432]{0}) custom-call(%q.1, %loop_pad_fusion.1), \
-custom_call_target="__cudnn$fmhaSoftmax", backend_config={"text": "(x)"}
-  ROOT %out = bf16[4,64,8]{2,1,0} get-tuple-element(%attend.5), index=0
-}
-"""
-
-
-def test_what_a_program_reads_and_writes():
-    query, key, padded = 2 * 4 * 64 * 8, 2 * 4 * 77 * 8, 2 * 4 * 78 * 8
-    assert absent_gpu.traffic(PROGRAM) == {
-        "loop_pad_fusion": (1, key + padded),
-        "__cudnn$fmhaSoftmax": (1, query + padded + query + 4 * 4 * 64),
-    }

@@ -6,7 +6,6 @@ the first form of each product, and cuBLAS's in place of Triton's. What it holds
 and arrays in memory is the same.
 """
 
-import collections
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from jax.experimental import topologies
 
 from dspo_jax.errors import UserError
 from dspo_jax.monitoring.gpus import GPUS, REFUSED, Gpu, find_gpu
-from dspo_jax.planning.program_text import array_bytes, entry_instructions
 
 # As XLA's own descriptions in github.com/openxla/xla, xla/backends/gpu/target_config/specs/, with the
 # versions of CUDA 12.9 and cuDNN 9.10.
@@ -49,12 +47,6 @@ _SHARED = {
     (12, 0): (1536, 131_072, 101_376),
 }
 _WITHOUT_TIMING: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-
-# Instructions that move nothing.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
-_OPERAND = re.compile(r"%([\w.-]+)")
-_WORKSPACE = re.compile(r"\b[su]8\[\d*\]")
-_CUSTOM = re.compile(r'custom_call_target="([^"]*)"')
 
 
 def is_gpu(topology: str) -> bool:
@@ -143,27 +135,3 @@ def lower(function: Any, *arguments: Any) -> jax.stages.Lowered:
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Returns the program of `lower`, whose arguments name a device of `find_devices` in their sharding."""
     return lowered.compile(compiler_options=_WITHOUT_TIMING)
-
-
-def traffic(text: str) -> dict[str, tuple[int, int]]:
-    """Returns the instructions of a compiled program by kind: (count, bytes that they read and write).
-
-    A fusion is called by what it does, as XLA named it, a custom call by its target. Only the entry
-    computation counts, so that a loop's body does not; workspaces of libraries do not count either.
-    """
-    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
-    sizes: dict[str, int] = {}
-    for instruction in entry_instructions(text):
-        type_ = _WORKSPACE.sub("", instruction.type)
-        sizes[instruction.name] = array_bytes(type_)
-        if instruction.op in _FREE:
-            continue
-        kind = instruction.op
-        if kind == "fusion":
-            kind = re.sub(r"[.\d]+$", "", instruction.name)
-        elif custom := _CUSTOM.search(instruction.rest):
-            kind = custom[1]
-        operands = _OPERAND.findall(instruction.rest.split(")")[0])
-        count, moved = found[kind]
-        found[kind] = (count + 1, moved + sizes[instruction.name] + sum(sizes[name] for name in operands))
-    return dict(found)

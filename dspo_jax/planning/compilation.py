@@ -21,7 +21,7 @@ import jax
 from dspo_jax.files import write_json
 from dspo_jax.json_files import JsonObject, read_object
 from dspo_jax.monitoring.devices import peak_bytes
-from dspo_jax.planning import absent_gpu, roofline
+from dspo_jax.planning import absent_gpu, works
 from dspo_jax.planning.program_text import (
     assigned_bytes,
     collectives,
@@ -123,17 +123,15 @@ def compile_for_gpu(lowered: jax.stages.Lowered, absent: bool) -> JsonObject:
     seconds = time.perf_counter() - before
     memory: Any = program.memory_analysis()
     text = program.as_text() or ""
-    works = roofline.read_works(text)
+    found = works.read_works(text)
     return {
         "peak_bytes": peak_bytes(memory),
         "hbm_bytes": None,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "bytes_accessed": sum(
-            work.times * work.bytes for work in works if work.kind != roofline.COMMUNICATION
-        ),
+        "bytes_accessed": sum(work.times * work.bytes for work in found if work.kind != works.COMMUNICATION),
         "collectives": collectives(read_instructions(text)),
-        "works": [dataclasses.asdict(work) | {"group": list(work.group)} for work in works],
+        "works": [dataclasses.asdict(work) | {"group": list(work.group)} for work in found],
         "compile_seconds": seconds,
     }
 

@@ -19,7 +19,7 @@ from dspo_jax.training.costs import abstract_batch
 from dspo_jax.training.describe import held
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import make_adapters, make_state, make_task
-from dspo_jax.training.step import compile_step
+from dspo_jax.training.step import abstract_key, compile_step
 
 # What a call of each works on.
 UNITS = {"step": "pairs", "judge": "pairs", "sample": "images", "encode": "images", "decode": "images"}
@@ -59,11 +59,9 @@ def step(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, 
     """
     task = make_task(settings, pipe)
     state, reference = make_state(task, mesh, make_adapters(settings, pipe), abstract=True)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     batch = abstract_batch(task, 2, size, count, mesh)
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
-    return Program(compile_step(state), (state, reference, batch, key), fixed)
+    return Program(compile_step(state), (state, reference, batch, abstract_key(mesh)), fixed)
 
 
 def judge(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, mesh: Mesh) -> Program:

@@ -19,6 +19,7 @@ from dspo_jax.parallel.mesh import check_batch_size
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import absent_gpu, compilation, roofline
 from dspo_jax.planning.parts import PARTS, UNITS
+from dspo_jax.planning.works import COMMUNICATION, Work
 from dspo_jax.training.costs import flops_per_example
 from dspo_jax.training.settings import DataSettings, Settings
 from dspo_jax.training.start import make_task, mesh_of
@@ -63,7 +64,7 @@ class Plan:
       largest_pairs_per_device: that should fit, by how much memory these pairs take beside the state.
       part: one of `parts.PARTS`.
       roofline: of a GPU's instructions by kind: {kind: {"count", "bytes", "flops", "seconds"}}.
-      longest: instructions that take most of a GPU's time: `roofline.Work` with "seconds" of all `times`.
+      longest: instructions that take most of a GPU's time: `works.Work` with "seconds" of all `times`.
     """
 
     topology: str
@@ -234,9 +235,9 @@ def _judge_gpu(
     facts: JsonObject, gpu: Gpu, devices: int, devices_of_host: int, pairs: int, flops: float | None
 ) -> JsonObject:
     """Computes the fields of a `Plan` for a GPU from the facts of its compilation."""
-    works = [roofline.Work(**work | {"group": tuple(work["group"])}) for work in facts["works"]]
+    works = [Work(**work | {"group": tuple(work["group"])}) for work in facts["works"]]
     kinds = roofline.by_kind(works, gpu, devices_of_host)
-    collective = kinds.get(roofline.COMMUNICATION, {}).get("seconds", 0.0)
+    collective = kinds.get(COMMUNICATION, {}).get("seconds", 0.0)
     estimate = sum(entry["seconds"] for entry in kinds.values()) - collective
     if flops is None:
         flops = sum(entry["flops"] for entry in kinds.values())
@@ -338,7 +339,7 @@ def _describe_roofline(found: Plan, unit: str, call: str) -> Iterator[str]:
     yield (f"{'roofline of each instruction':<30}{'count':>7}{'GB':>9}{'TFLOP':>9}{'ms':>9}   share")
     estimate = found.estimated_seconds or 1.0
     for kind, entry in found.roofline.items():
-        hidden = kind == roofline.COMMUNICATION
+        hidden = kind == COMMUNICATION
         share = "not in the sum" if hidden else f"{entry['seconds'] / estimate:6.1%}"
         yield (
             f"  {kind:<28}{entry['count']:>7.0f}{entry['bytes'] / 1e9:>9.1f}{entry['flops'] / 1e12:>9.2f}"

@@ -176,6 +176,10 @@ def lower_step(
       batch: from `costs.abstract_batch`.
       mesh: the devices.
     """
+    return compile_step(state).lower(state, reference, batch, abstract_key(mesh))
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a run's key, which every device holds."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
-    return compile_step(state).lower(state, reference, batch, key)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))

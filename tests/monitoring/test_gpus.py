@@ -33,7 +33,8 @@ def test_float32_without_tensor_cores():
     [
         ("NVIDIA A100-PCIE-40GB", "a100-40"),
         ("NVIDIA A100 80GB PCIe", "a100-80"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx6000pro"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx6000pro"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
         ("NVIDIA GeForce RTX 4080 SUPER", None),
         ("NVIDIA A10G", None),

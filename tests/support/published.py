@@ -1,8 +1,7 @@
 """The config.json of published models, at full size, without the keys that the classes' defaults repeat.
 
-Beside those of pipelines/published.py: of stabilityai/stable-diffusion-2-1, timbrooks/instruct-pix2pix and
-madebyollin/taesd. Those of CLIP are in the form in which transformers 4 wrote them, with everything that such
-a file repeats.
+Beside those of pipelines/published.py: of timbrooks/instruct-pix2pix and madebyollin/taesd. Those of CLIP are
+in the form in which transformers 4 wrote them, with everything that such a file repeats.
 """
 
 from typing import Any
@@ -10,25 +9,25 @@ from typing import Any
 from dspo_jax.pipelines.published import (
     SD15_TEXT_ENCODER,
     SD15_UNET,
+    SD21_TEXT_ENCODER,
+    SD21_UNET,
     SDXL_TEXT_ENCODER,
     SDXL_TEXT_ENCODER_2,
     SDXL_UNET,
     SDXL_VAE,
 )
 
-__all__ = ["SDXL_TEXT_ENCODER", "SDXL_TEXT_ENCODER_2", "SDXL_UNET", "SDXL_VAE"]
+__all__ = [
+    "SD15_TEXT_ENCODER",
+    "SD21_TEXT_ENCODER",
+    "SD21_UNET",
+    "SDXL_TEXT_ENCODER",
+    "SDXL_TEXT_ENCODER_2",
+    "SDXL_UNET",
+    "SDXL_VAE",
+]
 
 PIX2PIX_UNET = SD15_UNET | {"in_channels": 8}
-SD21_UNET = SD15_UNET | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "sample_size": 96,
-    "upcast_attention": True,
-    "use_linear_projection": True,
-}
 TAESD: dict[str, Any] = {
     "act_fn": "relu",
     "decoder_block_out_channels": [64] * 4,
@@ -43,14 +42,6 @@ TAESD: dict[str, Any] = {
     "out_channels": 3,
     "scaling_factor": 1.0,
     "upsampling_scaling_factor": 2,
-}
-SD21_TEXT_ENCODER = SD15_TEXT_ENCODER | {
-    "hidden_act": "gelu",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 23,
-    "projection_dim": 512,
 }
 
 # What transformers 4 added to the config of any network.
