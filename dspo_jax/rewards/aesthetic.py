@@ -1,6 +1,6 @@
 """LAION's aesthetic predictor: how people would rate an image from 1 to 10, whatever its prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -9,9 +9,8 @@ import numpy as np
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
-from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.reward import Reward
-from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.rewards.device_pixels import CLIP
+from dspo_jax.rewards.network import RewardNetwork, ignore_prompts
 from dspo_jax.weights.tensors import Tensor
 from dspo_jax.weights.torch_files import open_weights
 
@@ -20,7 +19,7 @@ HEAD = "head.safetensors"
 _LAYERS = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 
 
-def load(folder: Path, batch_size: int) -> Reward:
+def load(folder: Path) -> RewardNetwork:
     """Loads five linear maps of the image embedding at length one, 768 -> 1024 -> 128 -> 64 -> 16 -> 1.
 
     Source: christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE.pth`, which has no
@@ -38,12 +37,9 @@ def load(folder: Path, batch_size: int) -> Reward:
         image = clip.model.apply(params["clip"], pixels, method="encode_image")
         return apply_head(params["head"], clip_folder.normalize(image))
 
-    def tokenize(prompts: Sequence[str]) -> np.ndarray:
-        return np.zeros(len(prompts), np.int32)
-
     both = {"clip": params, "head": head}
-    scorer = Scorer(network, both, clip.prepare(clip_pixels), tokenize, batch_size=batch_size)
-    return Reward(clip.name, clip.version, scorer, reads_alpha=True)
+    size = clip.model.settings["vision"]["image_size"]
+    return RewardNetwork(clip.name, clip.version, both, network, CLIP, size, ignore_prompts)
 
 
 def apply_head(head: Params, images: jax.Array) -> jax.Array:

@@ -11,20 +11,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import member, shown
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.tokenizers import open_tokenizer
-from dspo_jax.rewards.reward import Reward
-from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.rewards.network import Preprocess, RewardNetwork
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.components import read_model, read_params
 
 _CLASS = "CLIPModel"
-Transform = Callable[[Image.Image, int], np.ndarray]
-"""(an RGB or RGBA picture, S) -> pixels [S, S, 3] float32, as those of preprocess.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +43,13 @@ class ClipReward:
         images = normalize(self.model.apply(params, pixels, method="encode_image"))
         return (images * normalize(self.model.apply(params, tokens).pooled)).sum(-1)
 
-    def prepare(self, transform: Transform) -> Callable[[Image.Image], np.ndarray]:
-        """Prepares a picture with `transform`, at the size of this model's images."""
-        size = self.model.settings["vision"]["image_size"]
-        return lambda image: transform(image, size)
-
     def make(
         self,
         network: Callable[[Params, jax.Array, jax.Array], jax.Array],
         params: Params,
-        transform: Transform,
-        batch_size: int,
+        preprocess: Preprocess,
         clean: Callable[[str], str] = str,
-    ) -> Reward:
+    ) -> RewardNetwork:
         """Makes the reward of a network over pixels and token ids; `clean` is applied to prompts first.
 
         Raises:
@@ -70,8 +60,8 @@ class ClipReward:
         def tokenize(prompts: Sequence[str]) -> np.ndarray:
             return read([clean(prompt) for prompt in prompts])
 
-        scorer = Scorer(network, params, self.prepare(transform), tokenize, batch_size=batch_size)
-        return Reward(self.name, self.version, scorer, reads_alpha=True)
+        size = self.model.settings["vision"]["image_size"]
+        return RewardNetwork(self.name, self.version, params, network, preprocess, size, tokenize)
 
 
 def normalize(vectors: jax.Array) -> jax.Array:

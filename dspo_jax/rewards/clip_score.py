@@ -6,11 +6,11 @@ import jax
 
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
-from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.device_pixels import CLIP
+from dspo_jax.rewards.network import RewardNetwork
 
 
-def load(folder: Path, batch_size: int, *, name: str) -> Reward:
+def load(folder: Path, *, name: str) -> RewardNetwork:
     """Loads CLIP score: 100 times the cosine of image and prompt; negative where they point apart.
 
     CLIPScore as Hessel et al. 2021 (arXiv:2104.08718) define it puts negative cosines at zero and has the
@@ -26,4 +26,4 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
     def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         return 100 * clip.cosine(params, pixels, tokens)
 
-    return clip.make(network, params, clip_pixels, batch_size)
+    return clip.make(network, params, CLIP)

@@ -4,13 +4,13 @@ import html
 from pathlib import Path
 
 from dspo_jax.rewards import clip_folder
-from dspo_jax.rewards.preprocess import hps_pixels
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.device_pixels import HPS
+from dspo_jax.rewards.network import RewardNetwork
 
 _QUOTES = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
 
 
-def load(folder: Path, batch_size: int, *, name: str) -> Reward:
+def load(folder: Path, *, name: str) -> RewardNetwork:
     """Loads HPS v2: the cosine of image and prompt, with no factor and no clamp.
 
     Source: Wu et al. 2023 (arXiv:2306.09341), and `score` of the package hpsv2 1.2.0. The package's benchmark
@@ -20,7 +20,7 @@ def load(folder: Path, batch_size: int, *, name: str) -> Reward:
       FileNotFoundError, UserError: as `clip_folder.open_reward` and `clip_folder.read_tokenizer`.
     """
     clip, params = clip_folder.open_reward(folder, name)
-    return clip.make(clip.cosine, params, hps_pixels, batch_size, clean_prompt)
+    return clip.make(clip.cosine, params, HPS, clean_prompt)
 
 
 def clean_prompt(prompt: str) -> str:

@@ -4,7 +4,6 @@ Source: Xu et al. 2023, "ImageReward" (arXiv:2304.05977), and `score` of the cod
 image-reward 1.5): a prompt begins with BERT's [CLS], not BLIP's [ENC], and the head reads its last state.
 """
 
-import functools
 import hashlib
 import math
 import re
@@ -20,9 +19,8 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing, write_json, write_text
 from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import Model, Params, build_model
-from dspo_jax.rewards.preprocess import image_reward_pixels
-from dspo_jax.rewards.reward import Reward
-from dspo_jax.rewards.scorer import Scorer
+from dspo_jax.rewards.device_pixels import IMAGE_REWARD
+from dspo_jax.rewards.network import RewardNetwork
 from dspo_jax.weights import model_dir, tensors
 from dspo_jax.weights.components import read_model, read_params
 from dspo_jax.weights.layout import cast, torch_shapes
@@ -49,12 +47,11 @@ _LAYER_NORM_EPS = {"vision_config": 1e-6, "text_config": 1e-12}
 _UNUSED = re.compile(r"blip\.((vision|text)_proj\.(weight|bias)|text_encoder\.embeddings\.position_ids)")
 
 
-def load(folder: Path, batch_size: int) -> Reward:
+def load(folder: Path) -> RewardNetwork:
     """Returns the reward of the weights that `write_weights` put into `folder`.
 
     Args:
       folder: holds config.json, model.safetensors, vocab.txt and reward.json.
-      batch_size: images in one call of the network.
 
     Raises:
       FileNotFoundError: one of the files is missing.
@@ -80,9 +77,8 @@ def load(folder: Path, batch_size: int) -> Reward:
         )
         return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
 
-    prepare = functools.partial(image_reward_pixels, size=model.config["vision_config"]["image_size"])
-    scorer = Scorer(network, params, prepare, tokenize, batch_size=batch_size)
-    return Reward(_NAME, f"v1.0, {source} {digest[:8]}", scorer, reads_alpha=True)
+    version, size = f"v1.0, {source} {digest[:8]}", model.config["vision_config"]["image_size"]
+    return RewardNetwork(_NAME, version, params, network, IMAGE_REWARD, size, tokenize)
 
 
 def write_weights(weights: Path, out: Path, tokenizer: Path | None, source: str) -> None:

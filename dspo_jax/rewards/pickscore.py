@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from dspo_jax.models.model import Params
 from dspo_jax.rewards import clip_folder
-from dspo_jax.rewards.preprocess import clip_pixels
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.device_pixels import CLIP
+from dspo_jax.rewards.network import RewardNetwork
 
 
-def load(folder: Path, batch_size: int) -> Reward:
+def load(folder: Path) -> RewardNetwork:
     """Loads PickScore: exp(logit_scale) times the cosine of image and prompt.
 
     Source: Kirstain et al. 2023 (arXiv:2305.01569), section 4, and its released code. Diffusion-DPO's script
@@ -25,4 +25,4 @@ def load(folder: Path, batch_size: int) -> Reward:
     def network(params: Params, pixels: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.exp(params["logit_scale"]) * clip.cosine(params, pixels, tokens)
 
-    return clip.make(network, params, clip_pixels, batch_size)
+    return clip.make(network, params, CLIP)

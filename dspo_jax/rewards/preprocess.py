@@ -1,13 +1,55 @@
 """Pictures to the pixels that image towers take, as the published rewards do it."""
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image
 
 from dspo_jax.errors import UserError
 
 # Mean and deviation of CLIP's training images (Radford et al. 2021, released code).
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+class Frame(NamedTuple):
+    """Where a resized image meets a square of pixels.
+
+    Attributes:
+      width, height: of the resized image.
+      left, top: the square's place in the image where it is cropped, the image's in the square where padded.
+    """
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def clip_frame(width: int, height: int, size: int) -> Frame:
+    """Returns the frame of `clip_pixels`: the middle is rounded down."""
+    short = min(width, height)
+    width, height = (int(size * edge / short) for edge in (width, height))
+    return Frame(width, height, (width - size) // 2, (height - size) // 2)
+
+
+def image_reward_frame(width: int, height: int, size: int) -> Frame:
+    """Returns the frame of `image_reward_pixels`: the middle is rounded half to even."""
+    width, height, _, _ = clip_frame(width, height, size)
+    return Frame(width, height, round((width - size) / 2), round((height - size) / 2))
+
+
+def hps_frame(width: int, height: int, size: int) -> Frame:
+    """Returns the frame of `hps_pixels`, where the image lies in the square.
+
+    Raises:
+      UserError: the picture is so narrow that nothing of it is left.
+    """
+    scale = size / max(width, height)
+    columns, rows = round(width * scale), round(height * scale)
+    if not columns or not rows:
+        raise UserError(f"an image of {width}x{height} pixels vanishes when its longer edge becomes {size}")
+    return Frame(columns, rows, (size - columns) // 2, (size - rows) // 2)
 
 
 def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
@@ -26,10 +68,7 @@ def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
       [S, S, 3] float32, normalised by the mean and deviation of CLIP's training images.
     """
     image = image.convert("RGB")
-    width, height = image.size
-    short = min(width, height)
-    width, height = (int(size * edge / short) for edge in (width, height))
-    left, top = (width - size) // 2, (height - size) // 2
+    width, height, left, top = clip_frame(*image.size, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return _normalise(np.asarray(resized.crop((left, top, left + size, top + size))) / 255)
 
@@ -41,9 +80,7 @@ def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
     torchvision rounds half to even. Transparency is dropped after the resize, for which PIL multiplies the
     colours by it: what is fully transparent becomes black.
     """
-    short = min(image.size)
-    width, height = (int(size * edge / short) for edge in image.size)
-    left, top = (round((edge - size) / 2) for edge in (width, height))
+    width, height, left, top = image_reward_frame(*image.size, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     middle = resized.crop((left, top, left + size, top + size)).convert("RGB")
     return _normalise(np.asarray(middle, np.float32) / 255)
@@ -72,13 +109,7 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
       UserError: the picture is so narrow that nothing of it is left.
     """
     image = image.convert("RGB")
-    scale = size / max(image.size)
-    width, height = (round(edge * scale) for edge in image.size)
-    if not width or not height:
-        raise UserError(
-            f"an image of {image.width}x{image.height} pixels vanishes when its longer edge becomes {size}"
-        )
-    left, top = (size - width) // 2, (size - height) // 2
+    width, height, left, top = hps_frame(*image.size, size)
     square = np.zeros((size, size, 3), np.float32)
     for channel, values in enumerate(np.moveaxis(np.asarray(image, np.float32) / 255, -1, 0)):
         resized = Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
@@ -87,4 +118,4 @@ def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _normalise(pixels: np.ndarray) -> np.ndarray:
-    return (pixels.astype(np.float32) - _MEAN) / _DEVIATION
+    return (pixels.astype(np.float32) - MEAN) / DEVIATION

@@ -9,10 +9,11 @@ from pathlib import Path
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.rewards import aesthetic, clip_score, hps, image_reward, pickscore, pixels
+from dspo_jax.rewards.network import RewardNetwork
 from dspo_jax.rewards.reward import Reward
 
-# A reward that needs no weights, or a function that loads one: (folder of its weights, images in one call).
-REWARDS: dict[str, Reward | Callable[[Path, int], Reward]] = {
+# A reward that needs no weights, or a function that loads one from the folder of its weights.
+REWARDS: dict[str, Reward | Callable[[Path], RewardNetwork]] = {
     "compressibility": Reward("compressibility", "JPEG quality 95", pixels.compressibility),
     "colourfulness": Reward("colourfulness", "Hasler & Süsstrunk 2003", pixels.colourfulness),
     "aesthetic": aesthetic.load,
@@ -38,9 +39,15 @@ def load_reward(name: str, folder: str | Path | None = None, *, batch_size: int 
       UserError: an unknown name, a file that does not define the function, weights that do not fit.
       FileNotFoundError: the file, or the weights.
     """
-    path, colon, function = name.rpartition(":")
-    if colon:
-        return _load_function(Path(path), function)
+    if ":" in name:
+        function, version = read_function(name)
+        return Reward(name.rpartition(":")[2], version, function)
+    loaded = read_reward(name, folder)
+    return loaded if isinstance(loaded, Reward) else loaded.make_reward(batch_size)
+
+
+def read_reward(name: str, folder: str | Path | None = None) -> Reward | RewardNetwork:
+    """Returns one of `REWARDS`; one with weights as a network. Arguments and errors are `load_reward`'s."""
     if name not in REWARDS:
         hint = "; a function of your own is FILE.py:FUNCTION"
         raise UserError(spelling.unknown("reward", name, REWARDS) + hint)
@@ -53,18 +60,26 @@ def load_reward(name: str, folder: str | Path | None = None, *, batch_size: int 
             f"reward {name}: no weights in {weights}; make them with python -m dspo_jax.rewards.convert "
             f"--reward={name} --weights=FILE_OR_HUB_ID --out={weights}"
         )
-    return reward(weights, batch_size)
+    return reward(weights)
 
 
-def _load_function(file: Path, name: str) -> Reward:
+def read_function(name: str) -> tuple[Callable, str]:
+    """Returns the user's function `FILE.py:FUNCTION`, and its version: the file and the start of its sha256.
+
+    Raises:
+      UserError: the file does not define the function.
+      FileNotFoundError: no such file.
+    """
+    path, _, function_name = name.rpartition(":")
+    file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"reward {file}:{name}: {file}: no such file")
+        raise FileNotFoundError(f"reward {name}: {file}: no such file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"reward {file}:{name}: must be a .py file")
+        raise UserError(f"reward {name}: must be a .py file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"{file}: defines no function {name!r}")
-    return Reward(name, f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:8]}", function)
+        raise UserError(f"{file}: defines no function {function_name!r}")
+    return function, f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
