@@ -227,14 +227,14 @@ def test_a_function_of_ones_own(own):
 @each_row(
     ("function", "message"),
     [
-        ("in_numpy", "cannot be traced: The numpy.ndarray conversion method __array__() was called on"),
-        ("branches", "cannot be traced: Attempted boolean conversion of traced array"),
+        ("in_numpy", "cannot be traced: The numpy.ndarray conversion method"),
+        ("branches", "cannot be traced: Attempted boolean conversion"),
         ("of_files", "cannot be traced: of_files() missing 1 required positional argument: 'prompts'"),
         ("one_number", "gave float32[] for 2 images; it must be a JAX function"),
         ("whole", "gave int32[2] for 2 images; it must be a JAX function"),
         ("both", "gave a tuple; it must be a JAX function (images [B, H, W, 3] float32 in [0, 1]) -> scores"),
         ("rounded", "its gradient for images of noise is 0; it must be finite and not 0"),
-        ("calls_the_host", "cannot be differentiated: Pure callbacks do not support JVP"),
+        ("calls_the_host", "cannot be differentiated: Pure callbacks"),
         ("root", "its gradient for images of noise is nan; it must be finite and not 0"),
     ],
 )
