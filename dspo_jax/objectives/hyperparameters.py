@@ -1,4 +1,4 @@
-"""Fields of an objective with the values that they may have, and the refusal of all others."""
+"""Fields of a loss with the values that they may have, and the refusal of all others."""
 
 import dataclasses
 import math
@@ -26,26 +26,32 @@ def choice(*allowed: str) -> Any:
     return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
 
 
-def check(fields: Iterable[dataclasses.Field], name: str, given: Mapping[str, object]) -> dict[str, Any]:
-    """Returns the arguments of an objective for its class, numbers as floats.
+def check(
+    fields: Iterable[dataclasses.Field], name: str, given: Mapping[str, object], group: str = "objective"
+) -> dict[str, Any]:
+    """Returns the arguments of a loss for its class, numbers as floats.
 
     Args:
       fields: of the class, each a `number`, a `choice`, or True or False by default.
-      name: of the objective.
+      name: of the loss.
       given: name of a field -> value.
+      group: of the config's keys that the fields are, `config.GROUP.FIELD`.
 
     Raises:
       UserError: an unknown argument, or a value that its field does not allow.
     """
     by_name = {field.name: field for field in fields}
+    kind = group.replace("_", " ")
     for argument in given:
         if argument not in by_name:
-            raise UserError(spelling.unknown(f"argument of objective {name!r}", argument, by_name))
-    return {argument: _check_value(by_name[argument], value) for argument, value in given.items()}
+            raise UserError(spelling.unknown(f"argument of {kind} {name!r}", argument, by_name))
+    return {
+        argument: _check_value(f"config.{group}.{argument}", by_name[argument], value)
+        for argument, value in given.items()
+    }
 
 
-def _check_value(field: dataclasses.Field, value: object) -> object:
-    key = f"config.objective.{field.name}"
+def _check_value(key: str, field: dataclasses.Field, value: object) -> object:
     if allowed := field.metadata.get("allowed"):
         if value not in allowed:
             raise UserError(spelling.unknown(key, str(value), allowed))
