@@ -28,6 +28,9 @@ LossAndMetrics = tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]
 _FLOAT32_ROUNDING = 6e-8
 """Relative rounding error of a float32 number near 1, such as a ratio of probabilities."""
 
+_LARGEST_LOG_RATIO = 80.0
+"""exp(88.8) overflows float32."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,8 +193,12 @@ class PolicyGradient(abc.ABC):
         return total / size if self.reduction == "mean" else total
 
     def _log_ratio(self, steps: Steps) -> Float[Array, "b p"]:
-        """Returns log rho, of the policy to the policy that drew the images."""
-        return self._reduce(steps.log_probability - steps.old_log_probability, steps.size)
+        """Returns log rho, of the policy to the policy that drew the images, at most 80.
+
+        An infinite rho would give NaN where a clip or an advantage of 0 says that the gradient is zero.
+        """
+        log_ratio = self._reduce(steps.log_probability - steps.old_log_probability, steps.size)
+        return jnp.minimum(log_ratio, _LARGEST_LOG_RATIO)
 
 
 def describe_clip(name: str, clip: float, reduction: str, values_per_image: int) -> list[str]:

@@ -183,6 +183,22 @@ def test_a_mean_over_steps_is_one_gradient_of_the_whole():
     np.testing.assert_allclose(np.concatenate(parts), whole[order], rtol=1e-14)
 
 
+@each_row("log_ratio", [1e5, -1e5])
+@each_row("name", ["ddpo", "ddpo_sf", "grpo", "dpok"])
+def test_a_policy_far_from_the_rollout_gives_no_nan(name, log_ratio):
+    """Where the gradient is to be zero, it is, though the ratio overflows float32."""
+    advantage = jnp.array([2.0 * np.sign(log_ratio), 0.0], jnp.float32)
+    ones = jnp.ones((2, 1), jnp.float32)
+    steps = Steps(
+        log_probability=log_ratio * ones, old_log_probability=0 * ones, kl=ones, advantage=advantage, size=1
+    )
+    method = get_policy_gradient(name, reduction="sum")
+    loss, metrics = method(steps)
+    assert np.isfinite([loss, *metrics.values()]).all()
+    if name != "ddpo_sf":
+        np.testing.assert_array_equal(gradient_of(name, steps, reduction="sum"), 0)
+
+
 def test_the_logit_of_d3po_is_bounded():
     """By beta log(1.1 / 0.9) with the released clip, so that the loss cannot leave ln 2 by more than 0.01."""
     far = jnp.array([[1e3, -1e3], [-1e3, 1e3], [40.0, 0.0]])
