@@ -214,6 +214,11 @@ class Sampler:
         return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, states)
 
     @property
+    def kept(self) -> Float32[Array, " n"]:
+        """[n], d x_{i+1} / d x_i where the prediction is a constant; of samplers without earlier outputs."""
+        return jnp.asarray(self.step_x) + jnp.asarray(self.step_outputs)[:, 0] * jnp.asarray(self.output_x)
+
+    @property
     def _calls(self) -> jax.Array:
         return jnp.arange(self.timesteps.shape[0], dtype=jnp.int32)
 

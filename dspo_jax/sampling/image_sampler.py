@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Integer, PyTree, UInt32
 
-from dspo_jax import samplers
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
 
 
@@ -52,20 +52,8 @@ class ImageSampler:
           UserError: a sampler that is unknown, or does not do what the model's scheduler config asks for.
         """
         self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
-        sampler = samplers.make_sampler(
-            drawing.sampler,
-            pipe.schedule,
-            pipe.scheduler_config,
-            drawing.steps,
-            strength=drawing.strength,
-            eta=drawing.eta,
-        )
-        negative = pipe.empty_tokens[None]  # a published architecture has no tokenizers
-        if drawing.negative_prompt:
-            negative = pipe.tokenize([drawing.negative_prompt])
-        guided = drawing.guidance_scale > 1
-        zeros = drawing.negative_prompt is None and pipe.zero_empty_captions
-        first, last = drawing.guidance_interval
+        sampler = drawing.make_sampler(pipe)
+        denoiser = GuidedDenoiser(pipe, drawing, compute_dtype)
 
         def draw(
             params: Mapping[str, Params],
@@ -75,31 +63,11 @@ class ImageSampler:
             prompt_indices: UInt32[jax.Array, " B"],
             image_latents: Float[jax.Array, "B h w C"] | None,
         ) -> Float32[jax.Array, "B h w C"]:
-            count, size = noise.shape[0], noise.shape[1:]
-            passes = 2 * count if guided else count
-
-            # Without and with the prompt side by side, so that both are on the device that holds the latents.
-            def beside(without: jax.Array | np.ndarray, prompted: jax.Array) -> jax.Array:
-                both = jnp.stack([jnp.broadcast_to(without, prompted.shape), prompted], axis=1)
-                return both.reshape(passes, *prompted.shape[1:])
-
-            if guided and not zeros:
-                tokens = beside(negative, tokens)
-            height, width = (side * pipe.vae_scale_factor for side in size[:2])
-            prompts = pipe.prompt_batch(tokens, (height, width))
-            conditioning = pipe.encode_conditioning(params, prompts, zero_empty=False)
-            if guided and zeros:
-                nothing = pipe.without_captions(conditioning, jnp.ones(count, bool))
-                conditioning = jax.tree.map(beside, nothing, conditioning)
+            size = noise.shape[1:]
+            conditioning = denoiser.encode(params, tokens, (size[0], size[1]))
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-                noisy = jnp.repeat(x, passes // count, axis=0).astype(compute_dtype)
-                output = pipe.predict(params, noisy, jnp.full(passes, t), conditioning).astype(jnp.float32)
-                if not guided:
-                    return output
-                uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *size), 1, 0)
-                scale = jnp.where((first <= t) & (t <= last), drawing.guidance_scale, 1.0)
-                return uncond + scale * (cond - uncond)
+                return denoiser.predict(params, x, t, conditioning)
 
             def step_noise(i: jax.Array) -> jax.Array:
                 return jax.vmap(lambda seed, number: _draw_normal(seed, number, size, i + 1))(

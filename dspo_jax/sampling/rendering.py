@@ -55,6 +55,21 @@ class Drawing:
         if first > last:
             raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
 
+    def make_sampler(self, pipe: Pipeline) -> samplers.Sampler:
+        """Makes the sampler for a model.
+
+        Raises:
+          UserError: it does not do what the model's scheduler config asks for.
+        """
+        return samplers.make_sampler(
+            self.sampler,
+            pipe.schedule,
+            pipe.scheduler_config,
+            self.steps,
+            strength=self.strength,
+            eta=self.eta,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:

@@ -1,0 +1,98 @@
+"""A denoiser under prompts, with classifier-free guidance: what a sampler calls at each step."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Integer, Num
+
+from dspo_jax.models.model import Params
+from dspo_jax.pipelines.pipeline import Conditioning, Pipeline
+from dspo_jax.sampling.rendering import Drawing
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GuidedDenoiser:
+    """A model's prediction under prompts, guidance applied in float32. Pure: parameters are arguments.
+
+    Attributes:
+      pipe: the model's architectures.
+      drawing: guidance scale, its interval and the negative prompt are read.
+      compute_dtype: of the networks.
+      remat: which activations a backward pass computes again, see models/remat.py.
+    """
+
+    pipe: Pipeline
+    drawing: Drawing
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a prediction runs the denoiser without the prompt, too."""
+        return self.drawing.guidance_scale > 1
+
+    def encode(
+        self, params: Mapping[str, Params], tokens: Integer[jax.Array, "B E S"], size: tuple[int, int]
+    ) -> Conditioning:
+        """Encodes prompts for `predict`, and with guidance the negative prompt beside each.
+
+        Args:
+          params: the text encoders by component, in the compute dtype.
+          tokens: ids [B, E, S].
+          size: (height, width) of the latents.
+
+        Returns:
+          Conditioning of B images; with guidance of 2 B, without and with the prompt of each image in turn,
+          so that both are on the device that holds the latents.
+        """
+        pipe, count = self.pipe, len(tokens)
+        zeros = self.drawing.negative_prompt is None and pipe.zero_empty_captions
+        if self.is_guided and not zeros:
+            tokens = self._beside(self._negative_tokens(), tokens)
+        height, width = (side * pipe.vae_scale_factor for side in size)
+        prompts = pipe.prompt_batch(tokens, (height, width))
+        conditioning = pipe.encode_conditioning(params, prompts, zero_empty=False)
+        if self.is_guided and zeros:
+            nothing = pipe.without_captions(conditioning, jnp.ones(count, bool))
+            conditioning = jax.tree.map(self._beside, nothing, conditioning)
+        return conditioning
+
+    def predict(
+        self,
+        params: Mapping[str, Params],
+        x: Float[jax.Array, "B h w C"],
+        t: Num[jax.Array, "*B"],
+        conditioning: Conditioning,
+    ) -> Float32[jax.Array, "B h w C"]:
+        """Predicts eps or v: uncond + s (cond - uncond) in float32, or the prediction under the prompt.
+
+        Args:
+          params: the denoiser by component, in the compute dtype.
+          x: latents [B, h, w, C].
+          t: timesteps, a scalar or [B].
+          conditioning: from `encode`.
+        """
+        passes = 2 if self.is_guided else 1
+        noisy = jnp.repeat(x, passes, axis=0).astype(self.compute_dtype)
+        timesteps = jnp.repeat(jnp.broadcast_to(t, len(x)), passes)
+        output = self.pipe.predict(params, noisy, timesteps, conditioning, remat=self.remat)
+        output = output.astype(jnp.float32)
+        if not self.is_guided:
+            return output
+        uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
+        first, last = self.drawing.guidance_interval
+        scale = jnp.where((first <= t) & (t <= last), self.drawing.guidance_scale, 1.0)
+        return uncond + scale.reshape(-1, 1, 1, 1) * (cond - uncond)
+
+    def _negative_tokens(self) -> np.ndarray:
+        if self.drawing.negative_prompt:
+            return self.pipe.tokenize([self.drawing.negative_prompt])
+        return self.pipe.empty_tokens[None]  # a published architecture has no tokenizers
+
+    @staticmethod
+    def _beside(without: jax.Array | np.ndarray, prompted: jax.Array) -> jax.Array:
+        both = jnp.stack([jnp.broadcast_to(without, prompted.shape), prompted], axis=1)
+        return both.reshape(2 * len(prompted), *prompted.shape[1:])
