@@ -20,6 +20,23 @@ _OBJECTIVE_ARGUMENTS = {
     "reduction": str,  # "mean" or "sum" over an image
     "time_weight": str,  # "none" or "paper"
 }
+# Those of the methods that train on the model's own images (see docs/online.md), in the same way.
+_POLICY_GRADIENT_ARGUMENTS = {
+    "reduction": str,  # "mean" or "sum" over an image
+    "clip": float,  # ddpo, grpo, dpok, d3po: of the ratio of probabilities
+    "advantage_clip": float,  # ddpo, ddpo_sf, grpo: in deviations
+    "alpha": float,  # dpok: weight of the advantages
+    "beta": float,  # grpo, dpok: weight of the divergence from the reference; d3po: scale of the reward
+    "kl": str,  # grpo, dpok: "kl_loss", "prediction" or "kl_in_reward"
+}
+_REWARD_GRADIENT_ARGUMENTS = {
+    "k": float,  # draft_k, draft_lv, draft_plus: the last K steps get gradients
+    "beta": float,  # weight of the squared difference from the reference's predictions
+    "draw": str,  # alignprop: "once" an update, or for "each_step"
+    "first": float,  # refl: share of the steps before which none is drawn
+    "threshold": float,  # refl
+    "weight": float,  # refl
+}
 
 
 def get_config() -> ConfigDict:
@@ -92,6 +109,58 @@ def get_config() -> ConfigDict:
     config.objective.name = "dspo"
     for name, kind in _OBJECTIVE_ARGUMENTS.items():
         config.objective[name] = config_dict.placeholder(kind)
+
+    # Where batches come from: "dataset", encoded pairs of `data`; or the model's own images: "prompts", where
+    # the gradient of a reward flows back through the sampler (`reward_gradient`); "trajectories", where a
+    # reward weights the steps that led to an image (`policy_gradient`); "own_pairs", where the best and the
+    # worst image of a prompt are a pair for `objective`.
+    config.stream = ConfigDict()
+    config.stream.kind = "dataset"
+    # Prompts to draw, or names of files of them, as `sample --prompts` takes them.
+    config.stream.prompts = ()
+    # In "trajectories" and "own_pairs": images of each prompt in a round, and updates with a round's images.
+    config.stream.images = 4
+    config.stream.updates = 1
+    # Images that are drawn, decoded and scored together in a round, over all devices.
+    config.stream.batch_size = 16
+    # How images are drawn: "ddim", with `eta`, "ddpm" or "euler_ancestral".
+    config.stream.sampler = "ddim"
+    config.stream.eta = 1.0
+    config.stream.num_inference_steps = 50
+    # s in uncond + s (cond - uncond), in drawing and in training; at 1 or less there is no guidance.
+    config.stream.guidance_scale = 5.0
+
+    config.rewards = ConfigDict()
+    # The reward to train by: a name, FILE.py:FUNCTION, or a sum such as "pickscore,0.5*aesthetic".
+    config.rewards.train = ""
+    # Rewards to watch, which are not trained by; the first chooses the best checkpoint.
+    config.rewards.validation = ()
+    # Holds the weights of each reward under its name, as dspo_jax.rewards.convert writes them.
+    config.rewards.folder = "rewards"
+    # Prompts to watch them on, or names of files; and images of each.
+    config.rewards.prompts = ()
+    config.rewards.images = 2
+
+    config.policy_gradient = ConfigDict()
+    # "ddpo", "ddpo_sf", "grpo", "dpok" or "d3po".
+    config.policy_gradient.name = "ddpo"
+    for name, kind in _POLICY_GRADIENT_ARGUMENTS.items():
+        config.policy_gradient[name] = config_dict.placeholder(kind)
+
+    # A policy gradient's advantages: rewards less their mean, over their deviation.
+    config.advantages = ConfigDict()
+    # Of the images of a "prompt" in this round and before, of the "group" of a prompt's images in this round,
+    # or of the whole "round".
+    config.advantages.of = "prompt"
+    # Rewards of a prompt that are remembered, and how many there must be; before, the round's are taken.
+    config.advantages.buffer_size = 32
+    config.advantages.min_count = 16
+
+    config.reward_gradient = ConfigDict()
+    # "draft", "draft_k", "draft_lv", "draft_plus", "alignprop" or "refl".
+    config.reward_gradient.name = "draft_k"
+    for name, kind in _REWARD_GRADIENT_ARGUMENTS.items():
+        config.reward_gradient[name] = config_dict.placeholder(kind)
 
     config.optimizer = ConfigDict()
     # "adamw", "adafactor" or "lion".

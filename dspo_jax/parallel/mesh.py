@@ -7,11 +7,13 @@ layers where a rule says so.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
@@ -154,13 +156,13 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return mine[0] // size, len(rows) // size
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, PyTree], mesh: Mesh) -> dict[str, Any]:
     """Puts this process's part of a batch on its devices as global arrays, split over (`data`, `fsdp`).
 
     Args:
-      batch: arrays with the part that `batch_share` names as leading axis (the whole batch when there is one
-        process).
+      batch: arrays, or trees of them, with the part that `batch_share` names as leading axis (the whole batch
+        when there is one process).
       mesh: from `make_mesh`.
     """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(batch))

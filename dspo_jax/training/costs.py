@@ -1,6 +1,7 @@
 """Shapes of a training batch, and the FLOPs of a step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from dspo_jax.training.task import Task
 
 def abstract_batch(
     task: Task, images: int, size: tuple[int, int], batch_size: int, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
+) -> dict[str, Any]:
     """Returns shapes of a training batch, with their sharding.
 
     Args:
@@ -27,10 +28,12 @@ def abstract_batch(
       batch_size: over all devices.
       mesh: the devices.
     """
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype, sharding=batch_sharding(mesh))
-        for name, leaf in task.loss.input_shapes(task.pipe, images, size).items()
-    }
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (batch_size, *leaf.shape), leaf.dtype, sharding=batch_sharding(mesh)
+        ),
+        task.loss.input_shapes(task.pipe, images, size),
+    )
 
 
 def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float | None:

@@ -5,7 +5,8 @@ A field is a key, with its limit beside it; configs/common.py says what the keys
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from ml_collections import ConfigDict
 
@@ -16,6 +17,10 @@ from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY
 from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
+from dspo_jax.objectives.policy_gradient import get_policy_gradient
+from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradient
+from dspo_jax.objectives.steps import PolicyGradient
+from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.optim import OptimizerSettings
 from dspo_jax.weights.saved_params import split_run
 
@@ -117,10 +122,67 @@ class ProfileSettings:
     steps: int = limited(NOT_NEGATIVE)
 
 
-def _make_objective(keys: Mapping[str, object]) -> Objective:
-    """Returns the objective of `config.objective`; None is the objective's own default."""
-    hyperparameters = {name: value for name, value in keys.items() if value is not None and name != "name"}
-    return get_objective(str(keys.get("name")), **hyperparameters)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """The keys of `config.stream`."""
+
+    kind: str = choice("dataset", "prompts", "trajectories", "own_pairs")
+    prompts: Sequence[str]
+    images: int = limited(AT_LEAST_1)
+    updates: int = limited(AT_LEAST_1)
+    batch_size: int = limited(AT_LEAST_1)
+    sampler: str = choice("ddim", "ddpm", "euler_ancestral")
+    eta: float = limited(PROBABILITY)
+    num_inference_steps: int = limited(AT_LEAST_1)
+    guidance_scale: float = limited(FINITE)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether batches are made of the model's own images."""
+        return self.kind != "dataset"
+
+    @property
+    def drawing(self) -> Drawing:
+        """How images are drawn."""
+        return Drawing(
+            sampler=self.sampler,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            eta=self.eta if self.sampler == "ddim" else 0.0,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """The keys of `config.rewards`."""
+
+    train: str
+    validation: Sequence[str]
+    folder: str
+    prompts: Sequence[str]
+    images: int = limited(AT_LEAST_1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdvantageSettings:
+    """The keys of `config.advantages`."""
+
+    of: str = choice("prompt", "group", "round")
+    buffer_size: int = limited(AT_LEAST_1)
+    min_count: int = limited(AT_LEAST_1)
+
+
+Method = TypeVar("Method")
+
+
+def _maker(get: Callable[..., Method]) -> Callable[[Mapping[str, object]], Method]:
+    """Returns a function from a group of keys, a name and arguments, to a method; None is a default."""
+
+    def make(keys: Mapping[str, object]) -> Method:
+        arguments = {name: value for name, value in keys.items() if value is not None and name != "name"}
+        return get(str(keys.get("name")), **arguments)
+
+    return make
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +218,12 @@ class Settings:
     log_every: int = limited(AT_LEAST_1)
     wandb_project: str | None
     data: DataSettings
-    objective: Objective = dataclasses.field(metadata={"make": _make_objective})
+    objective: Objective = dataclasses.field(metadata={"make": _maker(get_objective)})
+    stream: StreamSettings
+    rewards: RewardSettings
+    policy_gradient: PolicyGradient = dataclasses.field(metadata={"make": _maker(get_policy_gradient)})
+    advantages: AdvantageSettings
+    reward_gradient: RewardGradient = dataclasses.field(metadata={"make": _maker(get_reward_gradient)})
     optimizer: OptimizerSettings
     mesh: MeshSettings
     stability: StabilitySettings

@@ -248,6 +248,7 @@ def make_state(
     # Networks that are not trained; and every network where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]
     reference = {name: read(name, precision.reference_dtype) for name in frozen}
+    reference |= {name: put(part, "float32") for name, part in task.loss.frozen_params(task.pipe).items()}
     if adapters:
         params = put(adapters, precision.param_dtype)
         reference = lora.combine(reference, put(adapters, precision.reference_dtype))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -13,7 +13,8 @@ from dspo_jax.models.model import Params
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
+"""Arrays, or trees of them, with a leading axis of examples, by name."""
 Metrics = dict[str, jax.Array]
 
 
@@ -51,10 +52,11 @@ class LossFn(Protocol):
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""
 
-    def input_shapes(
-        self, pipe: Pipeline, images: int, size: tuple[int, int]
-    ) -> dict[str, jax.ShapeDtypeStruct]:
+    def input_shapes(self, pipe: Pipeline, images: int, size: tuple[int, int]) -> dict[str, Any]:
         """Arrays of one example that the loss reads, by name: `images` images of (height, width) pixels."""
+
+    def frozen_params(self, pipe: Pipeline) -> Params:
+        """Returns frozen float32 parameters that the loss runs beside the pipeline's components, by name."""
 
     def passes(self, images: int) -> Passes:
         """Returns the passes of the loss for an example of `images` images."""
@@ -145,7 +147,12 @@ def policy_params(task: Task, params: Params, reference: Params) -> Params:
 
     Until the first update its numbers are the reference's (`settings.parse` sees to the dtypes).
     """
-    return lora.combine(cast(task, reference), cast(task, params))
+    return lora.combine(cast(task, of_components(task, reference)), cast(task, params))
+
+
+def of_components(task: Task, reference: Params) -> Params:
+    """Returns the frozen parameters of the pipeline's components, without others that a loss runs."""
+    return {name: reference[name] for name in task.pipe.components if name in reference}
 
 
 def cast(task: Task, params: Params) -> Params:

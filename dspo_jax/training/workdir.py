@@ -24,6 +24,7 @@ MAY_DIFFER = (
     "validation",
     "wandb_project",
 )
+_ONLINE = ("stream.", "rewards.", "policy_gradient.", "advantages.", "reward_gradient.")
 
 
 def claim_workdir(workdir: Path, config: JsonObject) -> None:
@@ -49,6 +50,11 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
+        theirs.setdefault("stream.kind", "dataset")
+        if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds
+            theirs |= {key: value for key, value in mine.items() if key.startswith(_ONLINE)} | {
+                "stream.kind": "dataset"
+            }
         of_adafactor = optimizer["name"] == "adafactor"  # others do not read it
         theirs.setdefault(
             "optimizer.factored_axes", "largest" if of_adafactor else optimizer["factored_axes"]

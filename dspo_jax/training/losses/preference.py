@@ -160,6 +160,11 @@ class PreferenceLoss:
             "index": shape((), jnp.uint32),
         }
 
+    def frozen_params(self, pipe: Pipeline) -> Params:
+        """Runs no network but the pipeline's components."""
+        del pipe
+        return {}
+
     def passes(self, images: int) -> Passes:
         """Passes through the networks for an example of `images` images, as `forward` makes them."""
         run = images if self.objective.images == "all" else 1
