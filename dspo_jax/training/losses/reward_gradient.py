@@ -196,8 +196,8 @@ class RewardGradientLoss:
         """Returns lines for the user before a run."""
         del values_per_image
         lines = [
-            f"reward {self.reward.name} ({self.reward.version}), in units of {self.reward.divisor:g}; what is "
-            "trained always rises: look at held-out rewards, the drift and the pictures"
+            f"reward {self.reward.name} ({self.reward.version}), in units of {self.reward.divisor:g}; what "
+            "is trained always rises: look at held-out rewards, the drift and the pictures"
         ]
         if self.reward.name.startswith("clip"):
             lines.append(
