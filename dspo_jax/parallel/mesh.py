@@ -166,3 +166,9 @@ def shard_batch(batch: Mapping[str, PyTree], mesh: Mesh) -> dict[str, Any]:
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(batch))
+
+
+def read_share(array: jax.Array) -> np.ndarray:
+    """Returns this process's part of an array that is split over (`data`, `fsdp`) as `shard_batch` does."""
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate(jax.device_get([parts[start] for start in sorted(parts)]))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspo_jax import locks
 from dspo_jax.errors import UserError
-from dspo_jax.parallel.mesh import MESH_AXES, replicated
+from dspo_jax.parallel.mesh import MESH_AXES, batch_share, replicated
 
 
 def initialize_from_flags() -> None:
@@ -83,6 +83,21 @@ def wait_for_all(name: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def gather_shares(values: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Returns the values of a whole batch, given those of this process's part (`mesh.batch_share`).
+
+    Args:
+      values: an array of 32 bits a number with a leading axis of examples, of one shape in every process.
+      mesh: the devices.
+    """
+    if jax.process_count() == 1:
+        return values
+    share, shares = batch_share(mesh)
+    numbers = multihost_utils.process_allgather(np.int32(share))
+    parts = dict(zip(numbers.tolist(), multihost_utils.process_allgather(values), strict=True))
+    return np.concatenate([parts[number] for number in range(shares)])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from dspo_jax.weights.components import read_model, read_params
 
 _OVERLAP = 0.25  # share of a tile's side, as in diffusers' tiled VAE
 # On a device: a decoder takes more memory for an image than the UNet for its latents.
-_PIXELS_AT_ONCE = 1024 * 1024
+PIXELS_AT_ONCE = 1024 * 1024
 
 
 class Decoder:
@@ -71,10 +71,7 @@ class Decoder:
                 images = decode_in_tiles(partial(pipe.decode, params), latents, tile // scale, scale)
             else:
                 images = pipe.decode(params, latents)
-            # Latents are checked too: a tiny VAE squashes infinite ones into pixels.
-            finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
-            images = jnp.where(finite[:, None, None, None], images, -1.0)
-            return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
+            return to_pixels(latents, images)
 
         self._decode = jax.jit(decode, in_shardings=(whole, self._split), out_shardings=self._split)
 
@@ -89,7 +86,7 @@ class Decoder:
         """
         latents = np.asarray(latents)
         pixels = latents.shape[1] * latents.shape[2] * self._scale**2
-        part = self._num_devices * max(1, _PIXELS_AT_ONCE // pixels)
+        part = self._num_devices * max(1, PIXELS_AT_ONCE // pixels)
         part = min(part, len(latents) + -len(latents) % self._num_devices)
         images, finite = [], []
         for start in range(0, len(latents), part):
@@ -99,6 +96,23 @@ class Decoder:
             images.append(decoded[0][: len(some)])
             finite.append(decoded[1][: len(some)])
         return np.concatenate(images), np.concatenate(finite)
+
+
+def to_pixels(
+    latents: Float[jax.Array, "B h w C"], images: Float[jax.Array, "B H W 3"]
+) -> tuple[UInt8[jax.Array, "B H W 3"], Bool[jax.Array, " B"]]:
+    """Rounds decoded images to pixels; one that is not finite becomes black.
+
+    Args:
+      latents: in UNet units. They are checked too: a tiny VAE squashes infinite ones into pixels.
+      images: decoded, about [-1, 1].
+
+    Returns:
+      Images [B, H, W, 3] uint8; and [B] bool, whether all latents and pixels of a picture are finite.
+    """
+    finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
+    images = jnp.where(finite[:, None, None, None], images, -1.0)
+    return jnp.round(jnp.clip(images * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), finite
 
 
 def refuse_non_finite(

@@ -131,14 +131,21 @@ def mean_gradient(
     count = task.update.accumulation
     if count == 1:
         return evaluate(batch)
-    # Part k takes every count-th example, so that each device keeps working on its own.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+    parts = split_batch(batch, count)
     shapes = jax.eval_shape(evaluate, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(
         lambda total, part: (jax.tree.map(jnp.add, total, evaluate(part)), None), zeros, parts
     )
     return jax.tree.map(lambda x: x / count, total)
+
+
+def split_batch(batch: Batch, count: int) -> Batch:
+    """Splits arrays [B, ...] into parts [count, B / count, ...].
+
+    Part k takes every count-th example, so that each device keeps working on its own.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
 
 
 COMPILER_OPTIONS: dict[str, dict[str, str | int]] = {

@@ -32,7 +32,7 @@ def mesh_of(devices):
 @pytest.mark.ci
 @pytest.mark.parametrize("devices", [1, 8])
 def test_every_image_is_as_if_decoded_alone(pipe, devices, monkeypatch):
-    monkeypatch.setattr("dspo_jax.sampling.decoding._PIXELS_AT_ONCE", 2 * 16 * 16)  # several calls
+    monkeypatch.setattr("dspo_jax.sampling.decoding.PIXELS_AT_ONCE", 2 * 16 * 16)  # several calls
     images, finite = Decoder(pipe, mesh_of(devices))(latents(5))
     assert finite.tolist() == [True] * 5
     assert images.shape == (5, 16, 16, 3)

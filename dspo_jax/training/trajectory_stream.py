@@ -1,0 +1,285 @@
+"""Batches of denoising steps of the model's own images, with advantages, for a policy gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, Int32
+
+from dspo_jax.errors import UserError
+from dspo_jax.kernels.device_kind import on_mesh
+from dspo_jax.models.model import Params
+from dspo_jax.objectives.advantages import (
+    Advantages,
+    PromptStatistics,
+    batch_advantages,
+    check_group_size,
+    group_advantages,
+    pair_preferences,
+    rounds_to_fill,
+)
+from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, replicated, shard_batch
+from dspo_jax.rewards.reward import Score
+from dspo_jax.samplers.sampler import Sampler
+from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
+from dspo_jax.training.rollouts import Progress, Round, Rounds
+from dspo_jax.training.round_stream import RoundStream
+from dspo_jax.training.settings import Settings
+from dspo_jax.training.step import split_batch
+from dspo_jax.training.task import Batch, Task
+
+
+class TrajectoryStream(RoundStream):
+    """Denoising steps of rounds of images; batches are those of `PolicyGradientLoss`.
+
+    A round is `batch_size` x `stream.updates` images. An update takes `batch_size` of them with all their
+    steps that add noise, the steps of each in a random order, so that each part of an accumulated gradient
+    has early and late ones.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        task: Task,
+        reference: Params,
+        prompts: Sequence[str],
+        score: Score,
+        mesh: Mesh,
+        *,
+        progress: Progress | None = None,
+    ):
+        """Prepares the programs.
+
+        Args:
+          settings: of the run.
+          task: with a `PolicyGradientLoss`.
+          reference: the frozen parameters, on the devices.
+          prompts: to draw.
+          score: gives the rewards, and NaN for an image that it cannot score, which is then not trained on.
+          mesh: the devices.
+          progress: told of the images that are scored.
+
+        Raises:
+          UserError: settings that do not go together, by key.
+        """
+        loss, stream = task.loss, settings.stream
+        if not isinstance(loss, PolicyGradientLoss):
+            raise ValueError(f"the loss is a {type(loss).__name__}; trajectories are for PolicyGradientLoss")
+        self._loss, self._method = loss, loss.method
+        check_trajectories(settings, mesh, len(prompts))
+        count = settings.batch_size * stream.updates
+        rounds = Rounds(
+            settings,
+            task,
+            reference,
+            prompts,
+            score,
+            mesh,
+            count=count,
+            shares_start=self._method.images == 2,
+            progress=progress,
+        )
+        self._calls = noisy_calls(rounds.rollout.sampler, stream.eta)
+        check_rows(settings, mesh, settings.batch_size // self._method.images * len(self._calls))
+        self._advantages, self._seed = settings.advantages, settings.seed
+        self._statistics = PromptStatistics(settings.advantages.buffer_size, settings.advantages.min_count)
+        self._groups = settings.batch_size // self._method.images  # of an update
+        self._chunk, self._task, self._reference, self._mesh = stream.batch_size, task, reference, mesh
+        self._order: Int32[np.ndarray, "N n"] = np.zeros((0, 0), np.int32)
+        self._judged = batch_advantages(np.zeros(0))
+        self._old: dict[int, Float32[np.ndarray, "R P"]] = {}
+        self._take = jax.jit(self._take_steps, out_shardings=batch_sharding(mesh))
+        self._evaluate = jax.jit(on_mesh(self._evaluate_steps, mesh), out_shardings=replicated(mesh))
+        super().__init__(rounds, stream.updates)
+
+    def _begin(self, params: Params, drawn: Round) -> dict[str, float]:
+        """Computes old log-probabilities where they are needed, and advantages."""
+        groups, images = self._groups * self._updates, self._method.images
+        order = np.tile(self._calls, (groups, 1))
+        self._order = np.random.default_rng((self._seed, drawn.position.round)).permuted(order, axis=1)
+        self._judged = Advantages(np.zeros(groups, np.float32), np.ones(groups, bool))
+        self._old, penalties = {}, []
+        for update in range(self._updates):
+            if update or self._method.penalises_reward:
+                batch = self._make_batch(drawn, update)
+                found = jax.device_get(self._evaluate(params, self._reference, batch))
+                self._old[update] = found[0]
+                penalties.append(found)
+        rewards, metrics = drawn.rewards, {}
+        if self._method.penalises_reward:
+            policy, reference = (
+                np.concatenate(each).reshape(groups * images, -1) for each in zip(*penalties, strict=True)
+            )
+            penalty = np.asarray(self._method.reward_penalty(policy, reference))  # type: ignore[attr-defined]
+            rewards = rewards - penalty
+            metrics["reward_penalty"] = float(np.nanmean(penalty))
+        self._judged = self._judge(drawn, rewards)
+        return metrics
+
+    def _judge(self, drawn: Round, rewards: Float[np.ndarray, " N"]) -> Advantages:
+        if self._method.images == 2:
+            return pair_preferences(rewards.reshape(-1, 2))
+        if self._advantages.of == "prompt":
+            return self._statistics.update(drawn.prompts, rewards)
+        if self._advantages.of == "group":
+            return group_advantages(rewards, self._rounds.images)
+        return batch_advantages(rewards)
+
+    def _make_batch(self, drawn: Round, update: int) -> Batch:
+        """See `RoundStream._make_batch`."""
+        images, groups, calls = self._method.images, self._groups, len(self._calls)
+        of_update = slice(update * groups, (update + 1) * groups)
+        share, shares = batch_share(self._mesh)
+        own = slice(share * groups // shares, (share + 1) * groups // shares)
+        order = self._order[of_update]
+        first = update * groups * images
+        chunk = drawn.states[0].shape[1]
+        chunks = drawn.states[first // chunk : -(-(first + groups * images) // chunk)]
+        states, following = self._take(
+            tuple(chunks), np.int32(first % chunk), shard_batch({"order": order[own]}, self._mesh)["order"]
+        )
+        mask, prompts = self._judged.mask[of_update], drawn.prompts[first : first + groups * images : images]
+        weight = mask * np.float32(groups / max(1, mask.sum()))
+        of_groups = {
+            "tokens": self._task.pipe.tokenize(prompts[own]),
+            "advantage": self._judged.values[of_update][own],
+            "weight": weight.astype(np.float32)[own],
+            "first": np.full(groups, update == 0)[own],
+        }
+        old = self._old.get(update, np.zeros((groups * calls, images), np.float32))
+        of_rows = {name: np.repeat(values, calls, axis=0) for name, values in of_groups.items()} | {
+            "call": order[own].reshape(-1),
+            "old_log_probability": old[own.start * calls : own.stop * calls],
+        }
+        return shard_batch(of_rows, self._mesh) | {"state": states, "next_state": following}
+
+    def _take_steps(
+        self,
+        chunks: tuple[Float32[jax.Array, "n+1 B h w C"], ...],
+        first: Int32[jax.Array, ""],
+        order: Int32[jax.Array, "G n"],
+    ) -> tuple[Float32[jax.Array, "R P h w C"], Float32[jax.Array, "R P h w C"]]:
+        """Returns the states before and after the calls in `order` of P images each, from image `first` on."""
+        images = self._method.images
+        states = jnp.moveaxis(jnp.concatenate(chunks, axis=1), 1, 0)
+        states = jax.lax.dynamic_slice_in_dim(states, first, len(order) * images)
+        states = jnp.moveaxis(states.reshape(-1, images, *states.shape[1:]), 2, 1)  # [G, n+1, P, h, w, C]
+
+        def take(calls: jax.Array) -> jax.Array:
+            return jax.vmap(lambda states, calls: states[calls])(states, calls).reshape(-1, *states.shape[2:])
+
+        return take(order), take(order + 1)
+
+    def _evaluate_steps(
+        self, params: Params, reference: Params, batch: Batch
+    ) -> tuple[Float32[jax.Array, "R P"], Float32[jax.Array, "R P"]]:
+        """Returns log-probabilities of a batch's steps under the policy and, for a penalty, the reference.
+
+        The parts are those of the training step, so that the numbers are, too.
+        """
+
+        def evaluate(part: Batch) -> tuple[jax.Array, jax.Array]:
+            steps = self._loss.make_steps(
+                params, self._task, reference, part, with_reference=self._method.penalises_reward
+            )
+            log_reference = steps.reference_log_probability
+            return steps.log_probability, steps.log_probability if log_reference is None else log_reference
+
+        found = jax.lax.map(evaluate, split_batch(batch, self._task.update.accumulation))
+        policy, log_reference = (jnp.moveaxis(leaf, 0, 1).reshape(-1, self._method.images) for leaf in found)
+        return policy, log_reference
+
+    def _get_statistics(self) -> dict[str, Any]:
+        """See `RoundStream._get_statistics`."""
+        return self._statistics.get_state()
+
+    def _set_statistics(self, statistics: dict[str, Any]) -> None:
+        """See `RoundStream._set_statistics`."""
+        self._statistics.set_state(statistics)
+
+
+def noisy_calls(sampler: Sampler, eta: float) -> Int32[np.ndarray, " n"]:
+    """Returns the numbers of the sampler's calls that add noise, which alone have a density.
+
+    Raises:
+      UserError: there are none.
+    """
+    noise = np.zeros(0) if sampler.step_noise is None else np.asarray(sampler.step_noise)
+    calls: Bool[np.ndarray, " n"] = noise > 0
+    if not calls.any():
+        raise UserError(
+            f"config.stream.eta = {eta:g}: the sampler's steps add no noise, so that they have no density, "
+            "which a policy gradient needs; it must be above 0, and is 1 in every released code"
+        )
+    return np.flatnonzero(calls).astype(np.int32)
+
+
+def check_trajectories(settings: Settings, mesh: Mesh, prompts: int) -> None:
+    """Refuses settings with which a policy gradient is wrong, before any weights are read.
+
+    Args:
+      settings: of the run.
+      mesh: the devices.
+      prompts: number of different prompts.
+
+    Raises:
+      UserError: by key.
+    """
+    method, stream, advantages = settings.policy_gradient, settings.stream, settings.advantages
+    check_batch_size(settings.batch_size, mesh)
+    if method.single_update and stream.updates > 1:
+        raise UserError(
+            f"config.stream.updates = {stream.updates}: policy gradient {method.name!r} holds for the first "
+            "update of a round alone; set it to 1, or take config.policy_gradient.name = 'ddpo'"
+        )
+    if method.images == 2:
+        if stream.images % 2:
+            raise UserError(
+                f"config.stream.images = {stream.images}: policy gradient {method.name!r} compares the images "
+                "of a prompt two by two; it must be even"
+            )
+        if settings.batch_size % 2:
+            raise UserError(
+                f"config.batch_size = {settings.batch_size}: policy gradient {method.name!r} takes images two "
+                "by two; it must be even"
+            )
+        return
+    if advantages.of == "group" and stream.images < 2:
+        check_group_size(stream.images)
+    if advantages.of == "prompt":
+        rounds_to_fill(
+            advantages.buffer_size,
+            advantages.min_count,
+            prompts=prompts,
+            images_per_round=settings.batch_size * stream.updates,
+            rounds=-(-settings.steps // stream.updates),
+        )
+
+
+def check_rows(settings: Settings, mesh: Mesh, rows: int) -> None:
+    """Refuses an accumulation that does not split the rows of an update evenly.
+
+    Args:
+      settings: of the run.
+      mesh: the devices.
+      rows: denoising steps of an update.
+
+    Raises:
+      UserError: by key, with the values that fit.
+    """
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], settings.accumulation
+    if rows % ways:
+        images = settings.policy_gradient.images
+        raise UserError(
+            f"config.batch_size = {settings.batch_size}: the mesh cannot split its images, taken {images} at "
+            f"a time, {ways} ways; make it a multiple of {images * ways}"
+        )
+    if rows // ways % parts:
+        fitting = [count for count in range(1, rows // ways + 1) if rows // ways % count == 0]
+        raise UserError(
+            f"config.accumulation = {parts}: must divide the {rows // ways} denoising steps of an update on a "
+            f"device; one of {fitting}"
+        )
