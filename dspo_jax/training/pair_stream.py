@@ -12,8 +12,8 @@ from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, shard_batch
 from dspo_jax.rewards.reward import Score
-from dspo_jax.training.rollouts import Progress, Round, Rounds
 from dspo_jax.training.round_stream import RoundStream
+from dspo_jax.training.rounds import Progress, Round, Rounds
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Batch, Task
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from dspo_jax.models.model import Params
-from dspo_jax.training.rollouts import Position, Round, Rounds
+from dspo_jax.training.rounds import Position, Round, Rounds
 from dspo_jax.training.task import Batch
 
 
@@ -61,6 +61,7 @@ class RoundStream(abc.ABC):
 
     def _set_statistics(self, statistics: dict[str, Any]) -> None:
         """Goes on from what `_get_statistics` returned."""
+        del statistics
 
     @property
     def at_round_end(self) -> bool:
@@ -72,7 +73,7 @@ class RoundStream(abc.ABC):
         return dict(self._metrics)
 
     def get_state(self) -> str:
-        """Returns the position behind the last finished round, as a JSON string; the same in every process."""
+        """Returns the position behind the last finished round as JSON; the same in every process."""
         return self._saved
 
     def set_state(self, state: str) -> None:

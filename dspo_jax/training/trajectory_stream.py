@@ -25,8 +25,8 @@ from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size
 from dspo_jax.rewards.reward import Score
 from dspo_jax.samplers.sampler import Sampler
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
-from dspo_jax.training.rollouts import Progress, Round, Rounds
 from dspo_jax.training.round_stream import RoundStream
+from dspo_jax.training.rounds import Progress, Round, Rounds
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.step import split_batch
 from dspo_jax.training.task import Batch, Task
@@ -83,7 +83,7 @@ class TrajectoryStream(RoundStream):
             progress=progress,
         )
         self._calls = noisy_calls(rounds.rollout.sampler, stream.eta)
-        check_rows(settings, mesh, settings.batch_size // self._method.images * len(self._calls))
+        check_rows(settings, mesh, len(self._calls))
         self._advantages, self._seed = settings.advantages, settings.seed
         self._statistics = PromptStatistics(settings.advantages.buffer_size, settings.advantages.min_count)
         self._groups = settings.batch_size // self._method.images  # of an update
@@ -162,7 +162,7 @@ class TrajectoryStream(RoundStream):
         first: Int32[jax.Array, ""],
         order: Int32[jax.Array, "G n"],
     ) -> tuple[Float32[jax.Array, "R P h w C"], Float32[jax.Array, "R P h w C"]]:
-        """Returns the states before and after the calls in `order` of P images each, from image `first` on."""
+        """Returns the states before and after the calls in `order`, of G x P images from `first` on."""
         images = self._method.images
         states = jnp.moveaxis(jnp.concatenate(chunks, axis=1), 1, 0)
         states = jax.lax.dynamic_slice_in_dim(states, first, len(order) * images)
@@ -238,13 +238,13 @@ def check_trajectories(settings: Settings, mesh: Mesh, prompts: int) -> None:
     if method.images == 2:
         if stream.images % 2:
             raise UserError(
-                f"config.stream.images = {stream.images}: policy gradient {method.name!r} compares the images "
-                "of a prompt two by two; it must be even"
+                f"config.stream.images = {stream.images}: policy gradient {method.name!r} compares the "
+                "images of a prompt two by two; it must be even"
             )
         if settings.batch_size % 2:
             raise UserError(
-                f"config.batch_size = {settings.batch_size}: policy gradient {method.name!r} takes images two "
-                "by two; it must be even"
+                f"config.batch_size = {settings.batch_size}: policy gradient {method.name!r} takes images "
+                "two by two; it must be even"
             )
         return
     if advantages.of == "group" and stream.images < 2:
@@ -259,27 +259,27 @@ def check_trajectories(settings: Settings, mesh: Mesh, prompts: int) -> None:
         )
 
 
-def check_rows(settings: Settings, mesh: Mesh, rows: int) -> None:
-    """Refuses an accumulation that does not split the rows of an update evenly.
+def check_rows(settings: Settings, mesh: Mesh, calls: int) -> None:
+    """Refuses an update that the mesh, or the accumulation, does not split evenly.
 
     Args:
       settings: of the run.
       mesh: the devices.
-      rows: denoising steps of an update.
+      calls: steps of an image that are trained on.
 
     Raises:
       UserError: by key, with the values that fit.
     """
-    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], settings.accumulation
-    if rows % ways:
-        images = settings.policy_gradient.images
+    ways, images = mesh.shape["data"] * mesh.shape["fsdp"], settings.policy_gradient.images
+    if settings.batch_size % (images * ways):
         raise UserError(
-            f"config.batch_size = {settings.batch_size}: the mesh cannot split its images, taken {images} at "
-            f"a time, {ways} ways; make it a multiple of {images * ways}"
+            f"config.batch_size = {settings.batch_size}: not a multiple of {images * ways}, as the mesh "
+            f"splits the images of an update, taken {images} at a time, {ways} ways"
         )
-    if rows // ways % parts:
-        fitting = [count for count in range(1, rows // ways + 1) if rows // ways % count == 0]
+    steps = settings.batch_size // (images * ways) * calls
+    if steps % settings.accumulation:
+        fitting = [count for count in range(1, steps + 1) if steps % count == 0]
         raise UserError(
-            f"config.accumulation = {parts}: must divide the {rows // ways} denoising steps of an update on a "
-            f"device; one of {fitting}"
+            f"config.accumulation = {settings.accumulation}: must divide the {steps} denoising steps of an "
+            f"update on a device; one of {fitting}"
         )
