@@ -155,6 +155,18 @@ class PolicyGradient(abc.ABC):
         """Whether `reward_penalty` is to be subtracted from the rewards."""
         return False
 
+    def reward_penalty(
+        self, log_probability: Float[Array, "b t"], reference_log_probability: Float[Array, "b t"]
+    ) -> Float[Array, " b"]:
+        """Returns what is to be subtracted from the rewards of images; 0 unless `penalises_reward`.
+
+        Args:
+          log_probability: [B, T], of all steps of an image under the policy that drew it, sums over D.
+          reference_log_probability: [B, T], under the reference.
+        """
+        del reference_log_probability
+        return jnp.zeros_like(log_probability[:, 0])
+
     @property
     def hyperparameters(self) -> dict[str, object]:
         """Every field with its value, defaults included."""

@@ -16,7 +16,6 @@ from dspo_jax.objectives.advantages import (
     Advantages,
     PromptStatistics,
     batch_advantages,
-    check_group_size,
     group_advantages,
     pair_preferences,
     rounds_to_fill,
@@ -111,9 +110,9 @@ class TrajectoryStream(RoundStream):
         rewards, metrics = drawn.rewards, {}
         if self._method.penalises_reward:
             policy, reference = (
-                np.concatenate(each).reshape(groups * images, -1) for each in zip(*penalties, strict=True)
+                jnp.concatenate(each).reshape(groups * images, -1) for each in zip(*penalties, strict=True)
             )
-            penalty = np.asarray(self._method.reward_penalty(policy, reference))  # type: ignore[attr-defined]
+            penalty = np.asarray(self._method.reward_penalty(policy, reference))
             rewards = rewards - penalty
             metrics["reward_penalty"] = float(np.nanmean(penalty))
         self._judged = self._judge(drawn, rewards)
@@ -248,7 +247,10 @@ def check_trajectories(settings: Settings, mesh: Mesh, prompts: int) -> None:
             )
         return
     if advantages.of == "group" and stream.images < 2:
-        check_group_size(stream.images)
+        raise UserError(
+            f"config.stream.images = {stream.images}: config.advantages.of = 'group' compares the images of "
+            "a prompt in a round; there must be at least 2, or take 'prompt' or 'round'"
+        )
     if advantages.of == "prompt":
         rounds_to_fill(
             advantages.buffer_size,

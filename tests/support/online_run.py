@@ -33,7 +33,7 @@ class OnlineRun:
       loss: of policy gradients; the task's own where `trajectories` is false.
     """
 
-    def __init__(self, model: Path, changes=None, mesh_sizes=None, *, trajectories=True):
+    def __init__(self, model: Path, changes=None, mesh_sizes=None, *, trajectories=True, accumulation=1):
         sizes = mesh_sizes or {"data": 1}
         self.mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         online = {
@@ -54,6 +54,11 @@ class OnlineRun:
                 self.settings.policy_gradient, self.settings.stream.drawing, self.pipe.latent_size
             )
             task = dataclasses.replace(task, loss=loss)
+        # `parse` wants parts of whole images; here a part is of denoising steps.
+        if accumulation > 1:
+            self.settings = dataclasses.replace(self.settings, accumulation=accumulation)
+            rule = dataclasses.replace(task.update, accumulation=accumulation)
+            task = dataclasses.replace(task, update=rule)
         self.task, self.loss = task, task.loss
         self.state, self.reference = make_state(task, self.mesh)
         self.params = self.state.params

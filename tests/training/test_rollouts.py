@@ -101,7 +101,7 @@ def test_a_round_measures_its_images(run):
 def test_a_round_whose_images_are_not_finite_ends_the_run(run):
     rounds = Rounds(run.settings, run.task, run.reference, PROMPTS, brightness, run.mesh, count=8)
     spoiled = jax.tree.map(lambda leaf: leaf * np.nan, run.params)
-    with pytest.raises(UserError, match="8 of 8 images have no reward, 8 of them.*learning_rate"):
+    with pytest.raises(UserError, match=r"8 of 8 images have no reward, 8 of them.*learning_rate"):
         rounds.draw(spoiled, Position())
 
 

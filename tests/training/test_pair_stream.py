@@ -1,0 +1,78 @@
+"""Pairs of own images: the best and the worst of each prompt, as encoded pairs, for any objective."""
+
+import jax
+import numpy as np
+import pytest
+from online_run import PROMPTS, OnlineRun, brightness, moved
+
+from dspo_jax.errors import UserError
+from dspo_jax.training.pair_stream import PairStream, choose_pairs
+from dspo_jax.training.step import compile_step
+
+
+def test_the_best_and_the_worst_of_each_prompt_make_a_pair():
+    nan = np.nan
+    rewards = np.asarray([[1, 3, 2], [nan, 4, nan], [nan, 5, 6], [7, 7, 7], [nan, nan, nan]], np.float32)
+    pairs, replaced = choose_pairs(rewards)
+    assert pairs.tolist() == [[1, 0], [8, 7], [8, 7], [9, 11], [1, 0]]
+    assert replaced == 2
+    with pytest.raises(UserError, match="no prompt of the round"):
+        choose_pairs(rewards[[1, 4]])
+
+
+def test_a_batch_is_like_encoded_pairs(shallow_model):
+    changes = {"stream.images": 4, "stream.eta": 0.0, "batch_size": 4, "objective.name": "diffusion_dpo"}
+    run, seen = OnlineRun(shallow_model, changes, trajectories=False), []
+
+    def score(images, prompts):
+        seen.append((images, brightness(images, prompts)))
+        return np.round(seen[-1][1], 9)
+
+    stream = run.open(PairStream, score)
+    batch = jax.device_get(stream.next(run.params))
+    assert stream.at_round_end
+    shapes = run.loss.input_shapes(run.pipe, 2, run.pipe.image_size)
+    assert {name: (array.shape[1:], array.dtype) for name, array in batch.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
+    }
+    mean, deviation = np.split(batch["moments"], 2, axis=-1)
+    assert not np.any(deviation)
+    images = np.concatenate([images for images, _ in seen])
+    rewards = np.concatenate([rewards for _, rewards in seen]).reshape(4, 4)
+    params = {"vae": run.pipe.read_params("vae")}
+    for place, best in enumerate((rewards.argmax(1), rewards.argmin(1))):
+        decoded = np.asarray(run.pipe.decode(params, mean[:, place].astype(np.float32)))
+        expected = images.reshape(4, 4, *images.shape[1:])[np.arange(4), best]
+        np.testing.assert_allclose(np.clip(decoded * 127.5 + 127.5, 0, 255), expected, atol=1.5)
+    assert batch["index"].tolist() == [0, 1, 2, 3]
+    assert np.all(batch["preference"] == 1)
+    assert batch["micro_conditioning"].tolist() == [[[16, 16, 0, 0, 16, 16]] * 2] * 4
+    assert stream.metrics()["reward_gap"] == pytest.approx(np.ptp(rewards, axis=1).mean(), abs=1e-5)
+
+
+@pytest.mark.ci
+def test_every_objective_trains_on_them_and_a_resumed_round_is_the_same(shallow_model):
+    changes = {"stream.updates": 2, "stream.batch_size": 16, "objective.name": "dspo"}
+    run = OnlineRun(shallow_model, changes, {"data": 2, "fsdp": 4}, trajectories=False)
+    stream, other = run.open(PairStream, lambda images, prompts: np.ones(len(images))), moved(run.params)
+    for _ in range(2):
+        batch = stream.next(run.params)
+    assert np.all(jax.device_get(batch["preference"]) == 0.5)
+    assert stream.metrics()["ties"] == 1
+    state = stream.get_state()
+    expected = [jax.device_get(stream.next(other)) for _ in range(2)]
+    assert expected[1]["index"].tolist() == list(range(24, 32))
+    resumed = run.open(PairStream, lambda images, prompts: np.ones(len(images)))
+    resumed.set_state(state)
+    for batch in expected:
+        found = jax.device_get(resumed.next(other))
+        for name, array in batch.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+    _, metrics = compile_step(run.state)(run.state, run.reference, resumed.next(run.params), run.key)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_one_image_of_a_prompt_is_refused(shallow_model):
+    run = OnlineRun(shallow_model, {"stream.images": 1}, trajectories=False)
+    with pytest.raises(UserError, match=r"config\.stream\.images = 1: .*at least 2"):
+        run.open(PairStream, prompts=PROMPTS)

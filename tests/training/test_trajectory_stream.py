@@ -1,0 +1,200 @@
+"""Rounds of trajectories: rewards become advantages, the same on every mesh, and a round can be replayed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from online_run import STEPS, OnlineRun, brightness, moved
+
+from dspo_jax.errors import UserError
+from dspo_jax.objectives.advantages import group_advantages
+from dspo_jax.training.step import mean_gradient
+from dspo_jax.training.trajectory_stream import TrajectoryStream
+
+
+def rows(batch):
+    """Numbers that tell the rows of a batch apart, with every column, in an order of their own."""
+    arrays = jax.device_get(batch)
+    order = np.lexsort((arrays["call"], arrays["tokens"][:, 0].sum(1), arrays["state"][:, 0, 0, 0, 0]))
+    return {name: array[order] for name, array in arrays.items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def gradient(run, batch):
+    found = jax.jit(mean_gradient, static_argnums=1)(run.params, run.task, run.reference, batch, run.key)
+    return jax.device_get(found)
+
+
+def test_a_batch_is_every_step_of_its_images_with_the_advantage_of_each(shallow_model):
+    run, seen = OnlineRun(shallow_model), []
+
+    def score(images, prompts):
+        seen.append(brightness(images, prompts))
+        return seen[-1]
+
+    stream = run.open(TrajectoryStream, score)
+    assert stream.at_round_end
+    batch = jax.device_get(stream.next(run.params))
+    assert stream.at_round_end
+    assert batch.keys() == run.loss.input_shapes(run.pipe, 1, run.pipe.image_size).keys()
+    calls = batch["call"].reshape(8, STEPS)
+    assert np.all(np.sort(calls, axis=1) == np.arange(STEPS))
+    assert len(np.unique(calls, axis=0)) > 1
+    states, following = (batch[name].reshape(8, STEPS, -1) for name in ("state", "next_state"))
+    for image, order in enumerate(calls):
+        for step in range(STEPS - 1):
+            (before,), (after,) = np.where(order == step), np.where(order == step + 1)
+            np.testing.assert_array_equal(following[image, before], states[image, after])
+    expected = group_advantages(np.float32(seen[0]), 2).values
+    np.testing.assert_array_equal(batch["advantage"].reshape(8, STEPS), np.tile(expected[:, None], STEPS))
+    assert np.all(batch["weight"] == 1)
+    assert np.all(batch["first"])
+    assert stream.metrics()["reward"] == pytest.approx(seen[0].mean())
+
+
+def test_images_without_a_reward_are_left_out_and_counted(shallow_model):
+    run = OnlineRun(shallow_model, {"advantages.of": "round"})
+
+    def score(images, prompts):
+        return np.where(np.arange(8) < 3, np.nan, brightness(images, prompts))
+
+    stream = run.open(TrajectoryStream, score)
+    batch = jax.device_get(stream.next(run.params))
+    weight = batch["weight"].reshape(8, STEPS)
+    np.testing.assert_allclose(weight, np.repeat(np.where(np.arange(8) < 3, 0, 8 / 5)[:, None], STEPS, 1))
+    assert batch["advantage"].reshape(8, STEPS)[3:].sum() == pytest.approx(0, abs=1e-5)
+    assert stream.metrics()["unusable_images"] == 3
+    stream = run.open(TrajectoryStream, lambda images, prompts: np.where(np.arange(8) < 5, np.nan, 1))
+    with pytest.raises(UserError, match=r"5 of 8 images have no reward, 0 of them.*config\.rewards\.train"):
+        stream.next(run.params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(shallow_model):
+    run = OnlineRun(shallow_model, {"advantages.of": "prompt", "advantages.min_count": 2})
+    stream = run.open(TrajectoryStream)
+    batch = stream.next(run.params)
+    return stream.metrics(), rows(batch), gradient(run, batch)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"),
+    [({"data": 1}, 4), ({"data": 2}, 1), ({"data": 8}, 3), ({"data": 2, "fsdp": 4}, 1)],
+    ids=str,
+)
+def test_every_mesh_and_accumulation_gives_the_same_update(shallow_model, on_one_device, sizes, accumulation):
+    changes = {"advantages.of": "prompt", "advantages.min_count": 2}
+    run = OnlineRun(shallow_model, changes, sizes, accumulation=accumulation)
+    stream = run.open(TrajectoryStream)
+    batch = stream.next(run.params)
+    metrics, expected, ((loss, _), slope) = on_one_device
+    assert stream.metrics() == pytest.approx(metrics, abs=3e-3)
+    found = rows(batch)
+    assert np.array_equal(found["call"], expected["call"])
+    np.testing.assert_allclose(found["state"], expected["state"], rtol=1e-4, atol=5e-5)
+    (own_loss, own_metrics), own_slope = gradient(run, batch)
+    assert own_metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    # A reward of rounded pixels moves by steps.
+    assert own_loss == pytest.approx(loss, abs=2e-2)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(slope)))
+    for one, other in zip(jax.tree.leaves(own_slope), jax.tree.leaves(slope), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-2 * norm)
+
+
+def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(shallow_model):
+    changes = {"stream.updates": 2, "stream.batch_size": 16, "policy_gradient.name": "ddpo"}
+    run = OnlineRun(shallow_model, changes, accumulation=2)
+    stream = run.open(TrajectoryStream)
+    first = stream.next(run.params)
+    assert not stream.at_round_end
+    assert np.all(jax.device_get(first["first"]))
+    second = stream.next(moved(run.params))
+    assert stream.at_round_end
+    assert not np.any(jax.device_get(second["first"]))
+    assert gradient(run, second)[0][1]["ratio"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.ci
+def test_a_run_resumed_inside_a_round_replays_it_bit_for_bit(shallow_model):
+    changes = {
+        "stream.updates": 2,
+        "advantages.of": "prompt",
+        "advantages.min_count": 2,
+        "policy_gradient.name": "grpo",
+        "policy_gradient.kl": "kl_in_reward",
+    }
+    run = OnlineRun(shallow_model, changes)
+    other = moved(run.params)
+    stream = run.open(TrajectoryStream)
+    for _ in range(2):
+        stream.next(run.params)
+    state = stream.get_state()
+    assert json.loads(state).items() >= {"round": 1, "prompts": 8, "images": 16}.items()
+    expected = [jax.device_get(stream.next(other))]
+    assert stream.get_state() == state
+    expected.append(jax.device_get(stream.next(run.params)))
+    behind, metrics = stream.get_state(), stream.metrics()
+    assert behind != state
+    assert metrics["reward_penalty"] != 0
+
+    resumed = run.open(TrajectoryStream)
+    resumed.set_state(state)
+    for params, batch in zip((other, run.params), expected, strict=True):
+        assert_equal(jax.device_get(resumed.next(params)), batch)
+    assert (resumed.get_state(), resumed.metrics()) == (behind, metrics)
+
+
+def test_pairs_of_d3po_share_prompt_and_start_and_are_labelled_by_reward(shallow_model):
+    run = OnlineRun(shallow_model, {"policy_gradient.name": "d3po", "stream.images": 4})
+    seen = []
+
+    def score(images, prompts):
+        seen.append(brightness(images, prompts))
+        return seen[-1]
+
+    batch = jax.device_get(run.open(TrajectoryStream, score).next(run.params))
+    assert batch["state"].shape[:2] == (4 * STEPS, 2)
+    start = batch["call"] == 0
+    np.testing.assert_array_equal(batch["state"][start, 0], batch["state"][start, 1])
+    assert not np.any(batch["next_state"][:, 0] == batch["next_state"][:, 1])
+    better = np.sign(seen[0][::2] - seen[0][1::2])
+    np.testing.assert_array_equal(batch["advantage"], np.repeat(better, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stream.eta": 0.0}, r"config\.stream\.eta = 0: .*above 0"),
+        (
+            {"policy_gradient.name": "ddpo_sf", "stream.updates": 2},
+            r"config\.stream\.updates = 2: .*'ddpo_sf'.*set it to 1",
+        ),
+        ({"stream.images": 1}, r"config\.stream\.images = 1: .*at least 2"),
+        (
+            {"policy_gradient.name": "d3po", "stream.images": 3},
+            r"config\.stream\.images = 3: .*must be even",
+        ),
+        ({"advantages.of": "prompt", "steps": 1}, r"config\.advantages\.min_count = 16: "),
+    ],
+    ids=str,
+)
+def test_settings_with_which_a_policy_gradient_is_wrong_are_refused(shallow_model, changes, expected):
+    run = OnlineRun(shallow_model, changes)
+    with pytest.raises(UserError, match=expected):
+        run.open(TrajectoryStream)
+
+
+def test_updates_that_mesh_or_accumulation_do_not_split_are_refused(shallow_model):
+    run = OnlineRun(shallow_model, {"policy_gradient.name": "d3po"}, {"data": 8})
+    with pytest.raises(UserError, match=r"config\.batch_size = 8: not a multiple of 16"):
+        run.open(TrajectoryStream)
+    run = OnlineRun(shallow_model, {}, {"data": 2}, accumulation=5)
+    with pytest.raises(UserError, match=r"config\.accumulation = 5: .*one of \[1, 2, 3, 4, 6, 12\]"):
+        run.open(TrajectoryStream)
