@@ -56,8 +56,12 @@ TYPECHECKED: tuple[str, ...] = (
     "dspo_jax.sampling.rendering",
     "dspo_jax.schedules",
     "dspo_jax.training.losses",
+    "dspo_jax.training.pair_stream",
+    "dspo_jax.training.rollouts",
+    "dspo_jax.training.rounds",
     "dspo_jax.training.step",
     "dspo_jax.training.task",
+    "dspo_jax.training.trajectory_stream",
 )
 install_import_hook(TYPECHECKED, "typechecker.check")
 

@@ -98,7 +98,7 @@ class PairStream(RoundStream):
 
 def _take_moments(
     chunks: tuple[Float32[jax.Array, "1 N h w C"], ...], chosen: Int32[jax.Array, "B 2"]
-) -> Float16[jax.Array, "B 2 h w 2*C"]:
+) -> Float16[jax.Array, "B 2 h w moments"]:
     """Returns chosen latents of a round as means, with deviations of 0, in the dtype of encoded pairs."""
     latents = jnp.concatenate(chunks, axis=1)[0][chosen].astype(jnp.float16)
     return jnp.concatenate([latents, jnp.zeros_like(latents)], axis=-1)

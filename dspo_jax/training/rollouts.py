@@ -5,22 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Float32, Integer, Key, UInt8, UInt32
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
-from dspo_jax.parallel.mesh import (
-    BATCH_SPEC,
-    batch_sharding,
-    replicated,
-)
+from dspo_jax.parallel.mesh import BATCH_SPEC, batch_sharding, replicated
 from dspo_jax.parallel.rules import gather, place
 from dspo_jax.sampling.decoding import PIXELS_AT_ONCE, to_pixels
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.step import split_batch
 from dspo_jax.training.task import Batch, Task, policy_params
+
+Array = jax.Array | np.ndarray
 
 
 class Decoded(NamedTuple):
@@ -70,7 +69,7 @@ class Rollout:
             index: UInt32[jax.Array, " B"],
             start: UInt32[jax.Array, " B"],
             key: Key[jax.Array, ""],
-        ) -> Float32[jax.Array, "n+1 B h w C"]:
+        ) -> Float32[jax.Array, "states B h w C"]:
             policy = gather(policy_params(task, params, reference))
             conditioning = denoiser.encode(policy, tokens, size)
 
@@ -89,19 +88,19 @@ class Rollout:
 
         self._draw = jax.jit(
             on_mesh(draw, mesh),
-            out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *BATCH_SPEC)),
+            out_shardings=NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC)),
         )
 
     def __call__(
         self,
         params: Params,
         reference: Params,
-        tokens: Integer[jax.Array, "B E S"],
-        index: UInt32[jax.Array, " B"],
+        tokens: Integer[Array, "B E S"],
+        index: UInt32[Array, " B"],
         key: Key[jax.Array, ""],
-        start: UInt32[jax.Array, " B"] | None = None,
-    ) -> Float32[jax.Array, "n+1 B h w C"]:
-        """Draws the states x_0, noise, to x_n, latents of the image; split over the devices along B.
+        start: UInt32[Array, " B"] | None = None,
+    ) -> Float32[jax.Array, "states B h w C"]:
+        """Draws the n + 1 states x_0, noise, to x_n, latents of the image; split over the devices along B.
 
         Args:
           params: trained parameters by component, as they are split.

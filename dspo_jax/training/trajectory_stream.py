@@ -86,7 +86,7 @@ class TrajectoryStream(RoundStream):
         self._advantages, self._seed = settings.advantages, settings.seed
         self._statistics = PromptStatistics(settings.advantages.buffer_size, settings.advantages.min_count)
         self._groups = settings.batch_size // self._method.images  # of an update
-        self._chunk, self._task, self._reference, self._mesh = stream.batch_size, task, reference, mesh
+        self._task, self._reference, self._mesh = task, reference, mesh
         self._order: Int32[np.ndarray, "N n"] = np.zeros((0, 0), np.int32)
         self._judged = batch_advantages(np.zeros(0))
         self._old: dict[int, Float32[np.ndarray, "R P"]] = {}
@@ -157,7 +157,7 @@ class TrajectoryStream(RoundStream):
 
     def _take_steps(
         self,
-        chunks: tuple[Float32[jax.Array, "n+1 B h w C"], ...],
+        chunks: tuple[Float32[jax.Array, "states B h w C"], ...],
         first: Int32[jax.Array, ""],
         order: Int32[jax.Array, "G n"],
     ) -> tuple[Float32[jax.Array, "R P h w C"], Float32[jax.Array, "R P h w C"]]:

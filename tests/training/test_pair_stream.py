@@ -20,6 +20,7 @@ def test_the_best_and_the_worst_of_each_prompt_make_a_pair():
         choose_pairs(rewards[[1, 4]])
 
 
+@pytest.mark.ci
 def test_a_batch_is_like_encoded_pairs(shallow_model):
     changes = {"stream.images": 4, "stream.eta": 0.0, "batch_size": 4, "objective.name": "diffusion_dpo"}
     run, seen = OnlineRun(shallow_model, changes, trajectories=False), []

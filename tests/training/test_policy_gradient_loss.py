@@ -82,6 +82,7 @@ def test_the_first_update_has_a_ratio_of_exactly_1_and_the_gradient_of_the_advan
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0
 
 
+@pytest.mark.ci
 def test_later_updates_compare_with_the_given_log_probabilities(grpo):
     run, later = grpo.run, np.zeros(12, bool)
     old = grpo.make_steps().log_probability
@@ -106,6 +107,7 @@ def test_a_row_of_weight_0_counts_nothing_even_if_it_is_not_finite(grpo):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.ci
 def test_d3po_rows_are_pairs_of_images_with_the_reference(shallow_model):
     case = Case(shallow_model, {"policy_gradient.name": "d3po"})
     label = np.asarray([1, -1, 0] * 2, np.float32)

@@ -72,6 +72,7 @@ def test_images_of_one_start_share_nothing_but_the_first_state(run, drawn):
     assert not np.any(states[1:, 0] == states[1:, 1])
 
 
+@pytest.mark.ci
 def test_a_round_measures_its_images(run):
     rounds = Rounds(
         run.settings, run.task, run.reference, PROMPTS, brightness, run.mesh, count=16, progress=None

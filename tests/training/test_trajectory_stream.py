@@ -85,12 +85,12 @@ def on_one_device(shallow_model):
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"),
-    [({"data": 1}, 4), ({"data": 2}, 1), ({"data": 8}, 3), ({"data": 2, "fsdp": 4}, 1)],
+    ("sizes", "accumulation", "chunk"),
+    [({"data": 1}, 4, 8), ({"data": 2}, 1, 4), ({"data": 8}, 3, 8), ({"data": 2, "fsdp": 4}, 1, 8)],
     ids=str,
 )
-def test_every_mesh_and_accumulation_gives_the_same_update(shallow_model, on_one_device, sizes, accumulation):
-    changes = {"advantages.of": "prompt", "advantages.min_count": 2}
+def test_every_split_gives_the_same_update(shallow_model, on_one_device, sizes, accumulation, chunk):
+    changes = {"advantages.of": "prompt", "advantages.min_count": 2, "stream.batch_size": chunk}
     run = OnlineRun(shallow_model, changes, sizes, accumulation=accumulation)
     stream = run.open(TrajectoryStream)
     batch = stream.next(run.params)
@@ -108,6 +108,7 @@ def test_every_mesh_and_accumulation_gives_the_same_update(shallow_model, on_one
         np.testing.assert_allclose(one, other, atol=2e-2 * norm)
 
 
+@pytest.mark.ci
 def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(shallow_model):
     changes = {"stream.updates": 2, "stream.batch_size": 16, "policy_gradient.name": "ddpo"}
     run = OnlineRun(shallow_model, changes, accumulation=2)
