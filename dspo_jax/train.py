@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     needed = {
         "--config.model=DIR, a diffusers folder": settings.model,
-        "--config.data.path=DIR, written by dspo_jax.encode": settings.data.path,
+        "--config.data.path=DIR, written by dspo_jax.encode": settings.data.path or settings.stream.is_online,
         "--workdir=DIR, the folder of the run": values.workdir,
     }
     if missing := [name for name, value in needed.items() if not value]:
@@ -85,12 +85,16 @@ def main(argv: Sequence[str]) -> int:
                 f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
                 + (f" of {scores['num_pairs']:.0f} pairs" if "num_pairs" in scores else "")
             )
+        for name in (name for name in scores if name.startswith("reward_")):
+            win_rate = name.replace("reward", "win_rate", 1)
+            won = f", higher in {scores[win_rate]:.0%} of the images" if when == "after" else ""
+            print(f"held-out {name.replace('_', ' ', 1)} {when}: {scores[name]:.4g}{won}")
     if status == cli.EXIT_STOPPED:
         print(f"stopped: after step {step}; the same command resumes it")
         return status
     chosen, of_best = workdir, ""
     if best is not None and best != step:
-        print(f"the held-out pairs find step {best} best")
+        print(f"the held-out {'prompts' if settings.stream.is_online else 'pairs'} find step {best} best")
         chosen, of_best = Path(f"{workdir}@best"), " --step=best"
     base, trained = shlex.quote(f"--base={settings.model}"), shlex.quote(f"--model={chosen}")
     run = shlex.quote(f"--run={workdir}")

@@ -46,6 +46,13 @@ _PANELS = (
         0.0,
     ),
 )
+_REWARD = re.compile(rf"{VALIDATION_PREFIX}reward_(.*)")
+_WIN_RATE = re.compile(rf"{VALIDATION_PREFIX}win_rate_((?!.*_(low|high)$).*)")
+_OF_IMAGES = {
+    "diversity": "held-out: difference of two images of a prompt",
+    "saturated": "held-out: share of pixels that are black or full",
+    "prediction_drift": "held-out: squared difference from the reference's predictions",
+}
 _DRIFTS = _Panel(
     "held-out drift: error of the policy minus the reference's",
     {
@@ -93,8 +100,9 @@ def make_figure(records: Records, title: str) -> Figure:
     """Draws the figure of a run.
 
     Its panels: the training loss and the gradient's norm; held out, the implicit accuracy with its 95 %
-    interval, the margin, the drifts (the errors where there is no reference), and the margin by timestep.
-    Panels without data are left out.
+    interval, the margin, the drifts (the errors where there is no reference), and the margin by timestep; of
+    a run on the model's own images the reward, and held out the win rates, each reward, and what tells of
+    images that only please the reward. Panels without data are left out.
 
     Args:
       records: from `read_metrics`.
@@ -104,7 +112,7 @@ def make_figure(records: Records, title: str) -> Figure:
     images = _DRIFTS if names & _DRIFTS.lines.keys() else _ERRORS
     panels: list[Callable[[Axes], None]] = [
         partial(_draw_steps, records=records, panel=panel)
-        for panel in (*_PANELS, images)
+        for panel in (*_PANELS, images, *_reward_panels(records))
         if names & panel.lines.keys()
     ]
     for name in _BINNED:
@@ -121,6 +129,25 @@ def make_figure(records: Records, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
     return figure
+
+
+def _reward_panels(records: Records) -> list[_Panel]:
+    """Returns the panels of a run on the model's own images, rewards in the order of its metrics."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    panels = [_Panel("reward of the images of an update", {"reward": ("reward", _PLAIN)}, noisy=True)]
+    colours = [_PLAIN, _LOSER, _WINNER, *colormaps["tab10"].colors[4:]]  # type: ignore[attr-defined]
+    rates = [(name, found[1]) for name in names if (found := _WIN_RATE.fullmatch(name))]
+    if rates:
+        lines = {
+            name: (reward, colours[number % len(colours)]) for number, (name, reward) in enumerate(rates)
+        }
+        panels.append(_Panel("held-out win rate over the model at the start", lines, 0.5))
+    for name in names:
+        if found := _REWARD.fullmatch(name):
+            panels.append(_Panel(f"held-out {found[1]}", {name: (found[1], _PLAIN)}))
+    for name, title in _OF_IMAGES.items():
+        panels.append(_Panel(title, {VALIDATION_PREFIX + name: (name.replace("_", " "), _PLAIN)}))
+    return panels
 
 
 def _draw_steps(axes: Axes, records: Records, panel: _Panel) -> None:

@@ -81,8 +81,23 @@ def load_differentiable(reward: str, folder: str | Path | None = None) -> Differ
     """
     if "," not in reward and "*" not in reward:
         return _load(reward, folder)
-    parts = [_read_part(part) for part in reward.split(",")]
-    return combine([(_load(name, folder), weight) for name, weight in parts])
+    return combine([(_load(name, folder), weight) for name, weight in read_sum(reward)])
+
+
+def read_sum(reward: str) -> list[tuple[str, float]]:
+    """Reads names and weights of a sum of rewards such as `pickscore,0.5*aesthetic`.
+
+    Raises:
+      UserError: a weight is no number.
+    """
+    parts = []
+    for part in reward.split(","):
+        weight, star, name = part.rpartition("*")
+        try:
+            parts.append((name, float(weight) if star else 1.0))
+        except ValueError:
+            raise UserError(f"reward {part!r}: {weight!r} is no weight; write, e.g., 0.5*{name}") from None
+    return parts
 
 
 def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> DifferentiableReward:
@@ -152,15 +167,6 @@ def _load(name: str, folder: str | Path | None) -> DifferentiableReward:
     if isinstance(loaded, RewardNetwork):
         return differentiate(loaded)
     return _without_weights(name, loaded.version, differentiable_colourfulness, DIVISORS[name])
-
-
-def _read_part(part: str) -> tuple[str, float]:
-    """Reads `NAME` or `WEIGHT*NAME`."""
-    weight, star, name = part.rpartition("*")
-    try:
-        return name, float(weight) if star else 1.0
-    except ValueError:
-        raise UserError(f"reward {part!r}: {weight!r} is no weight; write, e.g., 0.5*{name}") from None
 
 
 def _load_function(name: str) -> DifferentiableReward:

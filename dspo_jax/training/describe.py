@@ -41,15 +41,17 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     device, axes = mesh.devices.flat[0], " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     examples = experiment.examples
-    yield f"{settings.model} over {settings.data.path if examples is None else 'examples in memory'}"
+    own = experiment.own_images
+    source = settings.data.path if examples is None else "examples in memory"
+    yield f"{settings.model} over {source if own is None else 'its own images'}"
     yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     what = " and ".join(state.params) + (f", LoRA of rank {settings.lora.rank}" if task.adapters else "")
     yield (
-        f"{settings.objective.name}: {count:,} trainable parameters ({what}), kept in "
+        f"{settings.method}: {count:,} trainable parameters ({what}), kept in "
         f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"
     )
-    yield from _describe_data(experiment)
+    yield from _describe_data(experiment) if own is None else _describe_own_images(experiment)
     optimizer = settings.optimizer
     peak = optimizer.peak_rate(settings.batch_size)
     yield (
@@ -71,7 +73,9 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         )
     if settings.param_dtype == "bfloat16":
         yield "warning: parameters kept in bfloat16 lose every update below 1/512 of a weight"
-    if examples is None:
+    if own is not None:
+        height, width = task.pipe.latent_size
+    elif examples is None:
         side = experiment.datasets[0].manifest["resolution"] // task.pipe.vae_scale_factor
         height, width = side, side
     else:
@@ -112,6 +116,38 @@ def warnings(settings: Settings, examples: int) -> Iterator[str]:
             f"warning: {drawn / examples:,.0f} epochs of {examples:,} examples: a model forgets more than it "
             f"learns; {fix}"
         )
+
+
+def _describe_own_images(experiment: Experiment) -> Iterator[str]:
+    """Prompts, rewards, and how many images a run draws."""
+    settings, own = experiment.settings, experiment.own_images
+    assert own is not None
+    stream, drawing = settings.stream, settings.stream.drawing
+    drawn = settings.steps * settings.batch_size
+    if stream.kind == "own_pairs":
+        drawn *= stream.images
+    unit = "pairs" if stream.kind == "own_pairs" else "images"
+    eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
+    yield (
+        f"{len(own.prompts):,} prompts, {settings.batch_size} {unit} an update, {settings.steps} updates: "
+        f"{drawn:,} images are drawn and scored, each by {drawing.steps} steps of {drawing.sampler}{eta}, "
+        f"guidance {drawing.guidance_scale:g}"
+    )
+    trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]
+    yield "trained by " + ", ".join(f"{reward.name} ({reward.version})" for reward in trained)
+    if settings.validation.every:
+        names = ", ".join(reward.name for reward in others)
+        yield (
+            f"watched on {len(own.held_out):,} held-out prompts, {settings.rewards.images} images of each"
+            + (f": {names}" if names else "")
+        )
+        if not others:
+            yield (
+                "warning: config.rewards.validation is empty: a trained reward rises whatever becomes of the "
+                "images; name one that is not trained by"
+            )
+        if set(own.held_out) & set(own.prompts):
+            yield "warning: some prompts of config.rewards.prompts are trained on, too"
 
 
 def _describe_data(experiment: Experiment) -> Iterator[str]:

@@ -99,10 +99,12 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters, abstract=True)
     largest = max(map(bucket_size, experiment.count_examples()), key=math.prod)
-    images = experiment.datasets[0].manifest["images_per_example"]
+    images = experiment.datasets[0].manifest["images_per_example"] if experiment.datasets else 2
     batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
     yield from describe_run(experiment, state, reference)
-    yield from (f"batch: {name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in batch.items())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        yield f"batch: {name} {leaf.dtype}{list(leaf.shape)}"
     yield _describe_checkpoints(settings, state)
     device = mesh.local_devices[0]
     flops = mean_flops_per_example(task, experiment.datasets, settings.data)

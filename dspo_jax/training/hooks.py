@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -16,12 +17,13 @@ from dspo_jax.parallel import processes
 from dspo_jax.training.loop import AfterStep, Hook, Stream
 from dspo_jax.training.sample_grids import SampleGrids
 from dspo_jax.training.step import TrainState
-from dspo_jax.training.task import Metrics, cast, policy_params
-from dspo_jax.training.validation import Validator, score
+from dspo_jax.training.task import Metrics, cast, of_components, policy_params
+from dspo_jax.training.validation import score
 from dspo_jax.weights.checkpoints import Checkpoints
 
 # Of a validation, what tells whether the model learns what it should.
 _SHOWN = ("implicit_accuracy", "margin", "winner_drift", "winner_error")
+_SHOWN_REWARDS = r"(reward|win_rate)_(?!.*_(low|high)$)"
 
 
 @dataclasses.dataclass
@@ -122,7 +124,7 @@ class Log:
         names = {"pairs_per_second": "pairs/s"}
         shown = {
             names.get(name, name): values[name]
-            for name in ("pairs_per_second", "mfu", "loss", "implicit_accuracy")
+            for name in ("pairs_per_second", "mfu", "loss", "implicit_accuracy", "reward")
             if name in values
         }
         self._progress.update(step, shown)
@@ -138,7 +140,7 @@ class Validate:
 
     def __init__(
         self,
-        validator: Validator,
+        validator: Callable[[Params, Params | None], dict[str, float]],
         reference: Params,
         writer: MetricsWriter,
         clock: Clock,
@@ -151,7 +153,7 @@ class Validate:
         """Takes the validator and where its scalars go.
 
         Args:
-          validator: of the held-out split.
+          validator: scalars of the policy's parameters and the reference's, on held-out examples or prompts.
           reference: the frozen parameters.
           writer: gets the scalars.
           clock: leaves out the time that this takes.
@@ -174,12 +176,14 @@ class Validate:
         task = state.task
         with self._clock.paused():
             policy = policy_params(task, state.result, self._reference)
-            reference = cast(task, self._reference) if task.loss.needs_reference else None
+            frozen = of_components(task, self._reference)
+            reference = cast(task, frozen) if task.loss.needs_reference else None
             scores = self._validator(policy, reference)
             self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
             self.scores[at.step] = score(scores)
             if processes.is_first():
-                shown = [f"{name.replace('_', ' ')} {scores[name]:.4g}" for name in _SHOWN if name in scores]
+                names = [name for name in scores if name in _SHOWN or re.match(_SHOWN_REWARDS, name)]
+                shown = [f"{name.replace('_', ' ')} {scores[name]:.4g}" for name in names]
                 logging.info("step %d, held-out %s", at.step, ", ".join(shown))
                 self._draw()
 

@@ -1,6 +1,6 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
+from dspo_jax.training.prompt_stream import PromptStream
+from dspo_jax.training.reward_validation import RewardValidator
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.shard_stream import ShardStream
@@ -56,10 +58,30 @@ class Outcome(NamedTuple):
     best: int | None
 
 
-def open_shards(experiment: Experiment) -> ShardStream:
-    """Opens the batches of `config.data` at their beginning."""
-    inputs = experiment.task.loss.inputs(experiment.task.pipe)
-    return ShardStream(experiment.datasets, experiment.settings, experiment.mesh, inputs)
+def open_stream(experiment: Experiment, reference: Params) -> Stream:
+    """Opens the batches of `config.data` or `config.stream` at their beginning.
+
+    Args:
+      experiment: from `prepare`.
+      reference: the frozen parameters, on the mesh.
+    """
+    settings, task, mesh, own = (
+        experiment.settings,
+        experiment.task,
+        experiment.mesh,
+        experiment.own_images,
+    )
+    del reference
+    if own is not None and own.trained is not None:
+        return PromptStream(
+            own.prompts,
+            task.pipe.tokenize,
+            own.trained.tokenize,
+            mesh,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    return ShardStream(experiment.datasets, settings, mesh, task.loss.inputs(task.pipe))
 
 
 class TimedStream:
@@ -130,8 +152,12 @@ class Run:
         if processes.is_first():
             flops = count_flops(task, experiment.datasets, settings.data)
             self._flops_per_pair = None if flops is None else flops / mesh.size
-        self._validator = self._grids = None
-        if settings.validation.every:
+        self._validator: Validator | RewardValidator | None = None
+        self._grids = None
+        own = experiment.own_images
+        if settings.validation.every and own is not None:
+            self._validator = RewardValidator(task, own, settings, mesh, state.params, reference)
+        elif settings.validation.every:
             self._validator = Validator(
                 partial(predict, task),
                 task.pipe.schedule,
@@ -148,7 +174,7 @@ class Run:
                 mesh,
                 workdir,
                 settings.samples,
-                prompts=experiment.prompts or first_captions(experiment.datasets, split),
+                prompts=experiment.prompts or _first_prompts(experiment, split),
                 compute_dtype=settings.compute_dtype,
             )
 
@@ -216,7 +242,8 @@ class Run:
         settings, workdir = self._experiment.settings, self._workdir
         if self._validator is None:
             return None
-        chosen = {name: value for name, value in settings.given["objective"].items() if value is not None}
+        group = settings.given[settings.group]
+        chosen = {name: value for name, value in group.items() if value is not None}
         objective = [chosen.pop("name"), *(f"{name} {value}" for name, value in chosen.items())]
         recipe = [settings.recipe] if settings.recipe else []
         title = f"{workdir.name}: {', '.join([*recipe, *objective])}"
@@ -270,6 +297,14 @@ class Run:
         return [log, *watching]
 
 
+def _first_prompts(experiment: Experiment, split: str) -> Sequence[str]:
+    """Returns what is drawn where `config.samples` names no prompts."""
+    own = experiment.own_images
+    if own is not None:
+        return (own.held_out or own.prompts)[:4]
+    return first_captions(experiment.datasets, split)
+
+
 def refuse_instability(
     settings: Settings, checkpoints: Checkpoints, step: int, values: Mapping[str, float]
 ) -> None:
@@ -296,7 +331,7 @@ def train(
     workdir: Path,
     *,
     make_step: Callable[[TrainState], Step] = compile_step,
-    make_stream: Callable[[Experiment], Stream] = open_shards,
+    make_stream: Callable[[Experiment, Params], Stream] = open_stream,
     count_flops: Callable[..., float | None] = mean_flops_per_example,
 ) -> Outcome:
     """Runs or resumes a training run to its end, or until it is asked to stop.
@@ -305,7 +340,7 @@ def train(
       config: the keys of configs/common.py, or what `settings.parse` made of them.
       workdir: folder of the run; a run that is there is resumed.
       make_step, count_flops: see `Run`.
-      make_stream: opens the batches at their beginning; those of `config.data` unless it is given.
+      make_stream: opens the batches at their beginning, see `open_stream`.
     """
     with processes.claim(workdir):
         experiment = prepare(config)
@@ -317,7 +352,7 @@ def _train(
     experiment: Experiment,
     workdir: Path,
     make_step: Callable[[TrainState], Step],
-    make_stream: Callable[[Experiment], Stream],
+    make_stream: Callable[[Experiment, Params], Stream],
     count_flops: Callable[..., float | None],
 ) -> Outcome:
     """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
@@ -373,7 +408,7 @@ def _train(
                 return outcome(step, finished=True)
             if worn_out(step):
                 return outcome(step, finished=True)
-            with closing(TimedStream(make_stream(experiment), clock)) as stream:
+            with closing(TimedStream(make_stream(experiment, reference), clock)) as stream:
                 if position is not None:
                     stream.set_state(position)
                 try:

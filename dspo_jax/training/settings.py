@@ -234,6 +234,19 @@ class Settings:
     given: JsonObject = dataclasses.field(default_factory=dict)
     recipe: str = ""
 
+    @property
+    def group(self) -> str:
+        """Name of the group of keys that says what trains."""
+        return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(
+            self.stream.kind, "objective"
+        )
+
+    @property
+    def method(self) -> str:
+        """Name of the objective, the policy gradient or the reward gradient that trains."""
+        name: str = getattr(self, self.group).name
+        return name
+
     def for_examples(self, count: int) -> "Settings":
         """Returns the settings with `epochs`, if there are any, turned into the steps of so many examples."""
         if self.epochs is None:

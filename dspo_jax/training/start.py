@@ -25,17 +25,21 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
 from dspo_jax.objectives import Objective
+from dspo_jax.objectives.reward_gradient import ReFL
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
 from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.rewards.differentiable import DifferentiableReward, load_differentiable
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
+from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.optim import make_optimizer
+from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
-from dspo_jax.training.task import Precision, Task, UpdateRule
+from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.layout import DTYPES
 
@@ -52,6 +56,7 @@ class Experiment:
       examples: N encoded pairs in memory, in place of datasets.
       prompts: of `config.samples`, those of files among them; none where captions are drawn.
       adapters: LoRA's trained parameters at their start; {} where whole networks are trained.
+      own_images: prompts and rewards of a run on the model's own images; None for one on a dataset.
     """
 
     settings: Settings
@@ -61,9 +66,13 @@ class Experiment:
     examples: HostBatch | None
     prompts: Sequence[str]
     adapters: Params
+    own_images: OwnImages | None = None
 
     def count_examples(self) -> dict[str, int]:
-        """Counts the examples to train on by image size, "HEIGHTxWIDTH" in pixels."""
+        """Counts the examples or prompts to train on by image size, "HEIGHTxWIDTH" in pixels."""
+        if self.own_images is not None:
+            height, width = self.task.pipe.image_size
+            return {f"{height}x{width}": len(self.own_images.prompts)}
         if self.examples is None:
             return count_examples(self.datasets, self.settings.data.split)
         number, _, *sides, _ = self.examples["moments"].shape
@@ -90,7 +99,12 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         logging.warning("config.model = %s: %s", settings.model, line)
     adapters = make_adapters(settings, pipe)
     datasets: Sequence[Dataset] = ()
-    if examples is None:
+    own_images = None
+    if examples is None and settings.stream.is_online:
+        own_images = open_own_images(settings)
+        count = len(own_images.prompts)
+        check_images(settings.objective, 2, "config.stream")
+    elif examples is None:
         datasets = open_data(settings, pipe)
         count = sum(count_examples(datasets, settings.data.split).values())
     else:
@@ -98,12 +112,14 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count, images = examples["moments"].shape[:2]
         check_images(settings.objective, images, "the batch in memory")
     settings = settings.for_examples(count)
-    task = make_task(settings, pipe)
+    task = make_task(settings, pipe, own_images.trained if own_images else None)
     mesh = mesh_of(settings)
     check_batch_size(
         settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
     )
-    if settings.validation.every:
+    if own_images is not None:
+        check_batch_size(settings.stream.batch_size, mesh, "config.stream.batch_size")
+    elif settings.validation.every:
         check_batch_size(settings.validation.batch_size, mesh, "config.validation.batch_size")
     prompts: list[str] = []
     if settings.samples.every:
@@ -119,7 +135,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
             raise UserError(f"config.samples.{error}") from error
     if settings.wandb_project:
         import_wandb(settings.wandb_project)
-    return Experiment(settings, task, mesh, datasets, examples, prompts, adapters)
+    return Experiment(settings, task, mesh, datasets, examples, prompts, adapters, own_images)
 
 
 def _turn_watching_off(settings: Settings) -> Settings:
@@ -145,23 +161,21 @@ def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> 
     return make_mesh(sizes, devices, dcn_sizes)
 
 
-def make_task(settings: Settings, pipe: Pipeline) -> Task:
+def make_task(settings: Settings, pipe: Pipeline, reward: DifferentiableReward | None = None) -> Task:
     """Returns the static configuration of the step that a config asks for.
+
+    Args:
+      settings: of the run.
+      pipe: the model, whose weights are not read.
+      reward: whose gradient is trained by; read from `config.rewards` where it is not given.
 
     Raises:
       UserError: settings that do not fit the model or each other, by key.
     """
     optimizer, learning_rate = make_optimizer(settings.optimizer, settings.steps, settings.batch_size)
-    draws = Draws(
-        timesteps=_timesteps(settings, pipe),
-        caption_dropout=settings.caption_dropout,
-        share_timesteps=settings.share_timesteps,
-        share_noise=settings.share_noise,
-        positive_ratio=settings.positive_ratio,
-    )
     return Task(
         pipe=pipe,
-        loss=PreferenceLoss(settings.objective, draws),
+        loss=_make_loss(settings, pipe, reward),
         update=UpdateRule(
             optimizer,
             learning_rate,
@@ -178,6 +192,43 @@ def make_task(settings: Settings, pipe: Pipeline) -> Task:
         train_text_encoder=settings.train_text_encoder,
         adapters=settings.lora.rank > 0,
     )
+
+
+def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward | None) -> LossFn:
+    """Returns the loss of `config.stream.kind`."""
+    stream = settings.stream
+    if stream.kind == "prompts":
+        check_reward_gradient(settings)
+        reward = reward or load_differentiable(settings.rewards.train, settings.rewards.folder)
+        return RewardGradientLoss(settings.reward_gradient, reward, stream.drawing, pipe.latent_size)
+    draws = Draws(
+        timesteps=_timesteps(settings, pipe),
+        caption_dropout=settings.caption_dropout,
+        share_timesteps=settings.share_timesteps,
+        share_noise=settings.share_noise,
+        positive_ratio=settings.positive_ratio,
+    )
+    return PreferenceLoss(settings.objective, draws)
+
+
+def check_reward_gradient(settings: Settings) -> None:
+    """Refuses a method of reward gradients that the sampler cannot do.
+
+    Raises:
+      UserError: by key.
+    """
+    stream, method = settings.stream, settings.reward_gradient
+    k = method.hyperparameters.get("k", 1)
+    if isinstance(k, float) and k > stream.num_inference_steps:
+        raise UserError(
+            f"config.reward_gradient.k = {k:g}: more than config.stream.num_inference_steps = "
+            f"{stream.num_inference_steps}"
+        )
+    if stream.sampler == "euler_ancestral" and (method.renoised or isinstance(method, ReFL)):
+        raise UserError(
+            f"config.stream.sampler = {stream.sampler!r}: config.reward_gradient.name = {method.name!r} "
+            "needs whole timesteps; take 'ddim' or 'ddpm'"
+        )
 
 
 def _timesteps(settings: Settings, pipe: Pipeline) -> tuple[int, int]:

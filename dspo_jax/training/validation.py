@@ -72,11 +72,14 @@ _TIE_BREAK = 1e-6
 def score(scores: Mapping[str, float]) -> float:
     """Returns what models are compared by: implicit accuracy; without a reference, minus the winners' error.
 
-    Among equal accuracies, which few held-out pairs often give, the higher margin is better.
+    Where images are scored by rewards it is their `score`. Among equal accuracies, which few held-out pairs
+    often give, the higher margin is better.
 
     Args:
       scores: of a validation.
     """
+    if "score" in scores:
+        return scores["score"]
     accuracy, margin = scores.get("implicit_accuracy"), scores.get("margin", 0.0)
     if accuracy is None:
         return -scores["winner_error"]

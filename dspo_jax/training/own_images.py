@@ -1,0 +1,98 @@
+"""What a run on the model's own images reads beside the model: prompts and rewards."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dspo_jax.errors import UserError
+from dspo_jax.rewards.differentiable import DIVISORS, DifferentiableReward, load_differentiable, read_sum
+from dspo_jax.rewards.registry import load_reward
+from dspo_jax.rewards.reward import Reward
+from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.training.settings import RewardSettings, Settings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnImages:
+    """Prompts and rewards of a run.
+
+    Attributes:
+      prompts: to train on.
+      held_out: prompts that rewards are watched on.
+      trained: the reward to train by, as a function of pixels; None where its scores suffice.
+      watched: rewards of images as they are saved: the parts of the trained one, then those that are not
+        trained by.
+      weights: [T], of the first T of them in the trained reward.
+    """
+
+    prompts: Sequence[str]
+    held_out: Sequence[str]
+    trained: DifferentiableReward | None
+    watched: Sequence[Reward]
+    weights: Sequence[float]
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Scores [N] of N images [H, W, 3] uint8 by the trained reward; NaN where a reward gives none."""
+        parts = [
+            weight * np.asarray(reward.function(images, prompts), np.float64)
+            for reward, weight in zip(self.watched, self.weights, strict=False)
+        ]
+        return np.sum(parts, axis=0)
+
+
+def open_own_images(settings: Settings) -> OwnImages:
+    """Reads the prompts and rewards of a run whose `config.stream.kind` is not "dataset".
+
+    Raises:
+      UserError, FileNotFoundError: by key: no prompts, an unknown reward, one without the gradient that is
+        asked for, weights that are missing.
+    """
+    stream, rewards = settings.stream, settings.rewards
+    if not rewards.train:
+        raise UserError(
+            f"config.rewards.train is not set: config.stream.kind = {stream.kind!r} trains by a reward, e.g. "
+            "--config.rewards.train=pickscore"
+        )
+    prompts = read_all("config.stream.prompts", stream.prompts)
+    held_out = read_all("config.rewards.prompts", rewards.prompts) if rewards.prompts else []
+    if settings.validation.every and not held_out:
+        raise UserError(
+            "config.rewards.prompts is not set: rewards are watched on prompts that are not trained on; name "
+            "a file of some, or watch none with --config.validation.every=0"
+        )
+    trained = load_differentiable(rewards.train, rewards.folder) if stream.kind == "prompts" else None
+    parts = read_sum(rewards.train)
+    # As in `combine`, each reward of a sum counts in its own unit.
+    weights = [weight / DIVISORS.get(name, 1.0) for name, weight in parts] if len(parts) > 1 else [1.0]
+    watched = [load_reward(name, rewards.folder) for name, _ in parts]
+    watched += [load_reward(name, rewards.folder) for name in _not_trained(rewards)]
+    return OwnImages(prompts, held_out, trained, watched, weights)
+
+
+def _not_trained(rewards: RewardSettings) -> Sequence[str]:
+    trained = {name for name, _ in read_sum(rewards.train)}
+    for name in rewards.validation:
+        if name in trained:
+            raise UserError(
+                f"config.rewards.validation = {list(rewards.validation)}: {name} is trained by, and says "
+                "nothing of what is gained; name others"
+            )
+    return rewards.validation
+
+
+def read_all(key: str, texts: Sequence[str]) -> list[str]:
+    """Returns the texts of prompts and of files of prompts, in their order.
+
+    Raises:
+      UserError, FileNotFoundError: none is given, or a file cannot be read.
+    """
+    found: list[str] = []
+    for text in texts:
+        try:
+            found += [prompt.text for prompt in read_prompts(text, image_columns=(), option=None)]
+        except (UserError, FileNotFoundError) as error:
+            raise UserError(f"{key} = {text!r}: {error}") from error
+    if not found:
+        raise UserError(f"{key} is not set: name prompts, or a file of them")
+    return found
