@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_model
+from jax.sharding import SingleDeviceSharding
 from tables import each_row
 from tiny_model import FAMILIES, write_model
+from tiny_rewards import write_rewards
 from tiny_run import make_config
 
 from benchmarks import text_attention
@@ -30,6 +33,7 @@ from dspo_jax.planning import absent_gpu, parts, program_text
 from dspo_jax.planning.plan import explain, plan
 from dspo_jax.planning.program_text import read_instructions
 from dspo_jax.planning.works import read_works
+from dspo_jax.rewards.differentiable import DIVISORS, load_differentiable
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import mesh_of
 
@@ -275,6 +279,39 @@ def test_what_is_done_around_a_run_is_planned(part, topology, tmp_path, monkeypa
     assert "optimizer" not in found.roofline
     if part == "sample":  # every convolution of the UNet runs as often as there are steps
         assert found.roofline["convolutions"]["count"] >= 50
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    """A folder of small weights of every reward."""
+    pytest.importorskip("torch")
+    out = tmp_path_factory.mktemp("rewards")
+    write_rewards(tmp_path_factory.mktemp("published"), out)
+    return out
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("topology", ["a100-40", "rtx4090", "h100"])
+@pytest.mark.parametrize("name", DIVISORS)
+def test_rewards_and_their_gradients_are_computed_in_float32(name, topology, rewards):
+    """With all bits, as on a CPU: in TF32 or bfloat16 a score would depend on the device."""
+    reward = load_differentiable(name, rewards)
+    device = absent_gpu.find_devices(topology)[0]
+    arguments = reward.params, np.zeros((2, 64, 64, 3), np.float32), reward.tokenize(["a red cat", ""])
+
+    def total(pixels, params, tokens):
+        return reward.function(params, pixels, tokens).sum()
+
+    params, pixels, tokens = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device)),
+        arguments,
+    )
+    with absent_gpu.as_if_here(device):
+        lowered = absent_gpu.lower(jax.jit(jax.value_and_grad(total)), pixels, params, tokens)
+        text = absent_gpu.compile_lowered(lowered).as_text()
+    found = {work.dtype for work in read_works(text) if work.flops}
+    assert found == (set() if name == "colourfulness" else {"float32"})
 
 
 @needs_plugin

@@ -7,48 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 from tables import each_row
-from tiny_clip import clip_config, pictures, write_clip
+from tiny_clip import pictures
+from tiny_rewards import NETWORKS, write_rewards
 
 from dspo_jax.rewards import REWARDS, load_reward
 from dspo_jax.rewards.differentiable import DIVISORS, DifferentiableReward, combine, load_differentiable
-from dspo_jax.rewards.publish import RECIPES, prepare
 
 PROMPTS = ["a red cat", "a \u201cdog\u201d", ""]
-NETWORKS = sorted(set(DIVISORS) - {"colourfulness"})
 READ_NO_PROMPT = ("aesthetic", "colourfulness")
-HEAD = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 SIZES = [(61, 50), (20, 33)]  # (height, width): larger and smaller than the networks' 28 and 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Small random weights of every reward, as the command converts them."""
-    torch = pytest.importorskip("torch")
-    import image_reward_torch as oracle
-    from torch_modules import randomize
-
-    made, out = tmp_path_factory.mktemp("published"), tmp_path_factory.mktemp("rewards")
-    large = write_clip(made / "h")
-    small = write_clip(made / "l", clip_config(features=768, activation="quick_gelu"))
-    rng, features, head = np.random.default_rng(0), 768, {}
-    for layer, outputs in HEAD.items():
-        head[f"{layer}.weight"] = rng.standard_normal((outputs, features), np.float32) / np.sqrt(features)
-        head[f"{layer}.bias"] = rng.standard_normal(outputs, np.float32)
-        features = outputs
-    save_file({name: np.float32(value) for name, value in head.items()}, made / "head.safetensors")
-    module = randomize(oracle.ImageReward(oracle.reduced()))
-    torch.save(oracle.published(module), made / "ImageReward.pt")
-    bert = oracle.write_vocabulary(made / "bert")
-    for name in NETWORKS:
-        weights, tokenizer, head_file = large, None, None
-        if name in ("clip-l", "aesthetic"):
-            weights, head_file = small, str(made / "head.safetensors") if name == "aesthetic" else None
-        if name == "imagereward":
-            weights, tokenizer = made / "ImageReward.pt", str(bert)
-        job = prepare(name, out / name, weights=str(weights), tokenizer=tokenizer, head=head_file)
-        RECIPES[name].write(job)
+    pytest.importorskip("torch")
+    out = tmp_path_factory.mktemp("rewards")
+    write_rewards(tmp_path_factory.mktemp("published"), out)
     return out
 
 
