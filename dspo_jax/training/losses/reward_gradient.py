@@ -153,7 +153,7 @@ class RewardGradientLoss:
         x = jax.lax.fori_loop(0, i, lambda i, x: step(fixed, (), x, i)[0], start)
         x, t = jax.lax.stop_gradient(x), jnp.take(jnp.asarray(sampler.timesteps), i)
         scaled = jnp.take(jnp.asarray(sampler.input_scale), i) * x
-        latents = pipe.schedule.to_x0(x, predict(theta, scaled, t), t)
+        latents = pipe.schedule.to_x0(predict(theta, scaled, t), x, t)
         return latents, jnp.zeros(len(x), jnp.float32)
 
     def frozen_params(self, pipe: Pipeline) -> Params:
