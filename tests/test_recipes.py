@@ -9,11 +9,18 @@ from tables import each_row
 from dspo_jax import limits
 from dspo_jax.objectives import get_objective
 from dspo_jax.training.optim import OptimizerSettings, make_optimizer
+from dspo_jax.training.settings import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NOT_RECIPES = ("common.py", "pick_a_pic.py")
+NOT_RECIPES = ("common.py", "online.py", "pick_a_pic.py")
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name not in NOT_RECIPES)
-PUBLISHED = [name for name in RECIPES if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora")]
+METHODS = ("draft", "alignprop", "refl", "ddpo", "dpok", "d3po", "online_dpo")
+ONLINE = tuple(name for name in RECIPES if name.endswith(METHODS))
+PUBLISHED = [
+    name
+    for name in RECIPES
+    if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora") and name not in ONLINE
+]
 DIFFERENTLY_NAMED = ("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora")
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
@@ -42,7 +49,22 @@ def test_recipe_is_accepted(name, variant):
     objective = get_objective(arguments.pop("name"), **arguments)
     settings = limits.parse(OptimizerSettings, config.optimizer.to_dict(), "config.optimizer")
     make_optimizer(settings, config.steps, config.batch_size)
-    assert config.objective.name in name or objective.name == "dspo_sdxl" or name in DIFFERENTLY_NAMED
+    assert (
+        config.objective.name in name or objective.name == "dspo_sdxl" or name in DIFFERENTLY_NAMED + ONLINE
+    )
+
+
+@each_row("name", ONLINE)
+def test_a_recipe_for_own_images_trains_by_what_it_is_named_after(name):
+    settings = parse(load(name).get_config())
+    assert settings.stream.is_online
+    method = {"draft_k": "draft", "diffusion_dpo": "online_dpo"}.get(settings.method, settings.method)
+    assert name.partition("_")[2] == method
+    assert settings.rewards.train not in settings.rewards.validation
+    assert (
+        settings.steps % settings.stream.updates == settings.validation.every % settings.stream.updates == 0
+    )
+    assert settings.checkpoint.every % settings.stream.updates == 0
 
 
 @each_row("name", RECIPES)

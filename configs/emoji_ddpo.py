@@ -1,0 +1,29 @@
+"""DDPO on the shipped emoji model, which makes its images compress better: minutes on a laptop CPU.
+
+python -m dspo_jax.train --config configs/emoji_ddpo.py --workdir runs/emoji_ddpo
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji_draft
+
+
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = emoji_draft.get_config()
+    config.stream.kind = "trajectories"
+    config.stream.num_inference_steps = 10
+    config.stream.eta = 1.0
+    config.stream.images = 4
+    config.stream.updates = 2
+    config.stream.batch_size = 32
+    config.rewards.train = "compressibility"
+    config.rewards.validation = ("colourfulness",)
+    config.policy_gradient.name = "ddpo"
+    config.advantages.of = "group"
+    config.batch_size = 32
+    config.accumulation = 8
+    config.steps = 100
+    config.log_every = 2
+    config.optimizer.learning_rate = 1e-4
+    return config
