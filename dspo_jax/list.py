@@ -9,21 +9,23 @@ import ast
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from absl import flags
 
 from dspo_jax import cli, recipes, spelling
 
 KINDS = (
-    *("recipes", "encode_recipes", "keys", "objectives", "samplers", "rewards", "prompt_sets", "published"),
-    "gpus",
+    *("recipes", "encode_recipes", "keys", "objectives", "policy_gradients", "reward_gradients", "samplers"),
+    *("rewards", "prompt_sets", "published", "gpus"),
 )
 _HEADINGS = {
     "recipes": "recipes, for train and plan --config",
     "encode_recipes": "recipes, for encode --config",
     "keys": "keys of a run, set with --config.KEY=VALUE, with their defaults",
     "objectives": "objectives, for --config.objective.name (formulas: docs/objectives.md)",
+    "policy_gradients": "policy gradients, for --config.policy_gradient.name (docs/online.md)",
+    "reward_gradients": "reward gradients, for --config.reward_gradient.name (docs/online.md)",
     "samplers": "samplers, for --sampler, and the diffusers scheduler each is equal to",
     "rewards": "rewards, for --reward and --rewards; one of your own is FILE.py:FUNCTION",
     "prompt_sets": "prompt sets, for evaluate --prompts NAME=FILE, and where to get them",
@@ -51,6 +53,13 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
             also = [alias for alias, meant in spelling.OBJECTIVE_ALIASES.items() if meant == name]
             summary = (objective.__doc__ or "").splitlines()[0]
             yield name, f"{summary} Also: {', '.join(also)}." if also else summary
+    elif kind in ("policy_gradients", "reward_gradients"):
+        from dspo_jax.objectives.policy_gradient import POLICY_GRADIENTS
+        from dspo_jax.objectives.reward_gradient import REWARD_GRADIENTS
+
+        methods: Mapping[str, type] = POLICY_GRADIENTS if kind == "policy_gradients" else REWARD_GRADIENTS
+        for name, method in methods.items():
+            yield name, (method.__doc__ or "").splitlines()[0]
     elif kind == "samplers":
         from dspo_jax.samplers import SAMPLERS
 
@@ -85,12 +94,15 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
 def _keys(source: str) -> Iterator[tuple[str, str]]:
     """Yields each key of the schema's source with its default and the comment above or behind it."""
     comment: list[str] = []
+    group = ""  # of hyperparameters
     for line in source.splitlines():
         text = line.strip()
         if text.startswith("# "):
             comment.append(text[2:])
-        elif found := re.fullmatch(r'"(\w+)": \w+,  # (.*)', text):  # a hyperparameter of objectives
-            yield f"objective.{found[1]}", f"None. {found[2]}"
+        elif found := re.fullmatch(r"_(\w+)_ARGUMENTS = {", text):
+            group = found[1].lower()
+        elif found := re.fullmatch(r'"(\w+)": \w+,  # (.*)', text):
+            yield f"{group}.{found[1]}", f"None. {found[2]}"
         elif found := re.fullmatch(r"config\.([\w.]+) = (.*)", text):
             if found[2] == "ConfigDict()":
                 continue  # what is said of a group stands with its first key

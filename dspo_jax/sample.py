@@ -57,6 +57,15 @@ def run() -> None:
     flags.DEFINE_string(
         "preview_vae", None, "Folder of an AutoencoderTiny (TAESD) that decodes instead, faster."
     )
+    flags.DEFINE_string(
+        "optimize_noise",
+        None,
+        "A reward, or a sum such as pickscore,0.5*aesthetic, for which each image's noise is optimised.",
+    )
+    flags.DEFINE_integer(
+        "optimize_steps", 50, "Updates of the noise, each of which takes about as long as three images."
+    )
+    flags.DEFINE_string("reward_dir", "rewards", "Folder of the reward's weights.")
     define_drawing_flags()
     define_process_flags()
     cli.run(main, required=("model", "prompts", "out"))

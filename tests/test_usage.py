@@ -19,6 +19,8 @@ from dspo_jax.evaluation.prompt_sets import SETS
 from dspo_jax.feedback.labelling import PAIRS
 from dspo_jax.list import KINDS, entries
 from dspo_jax.objectives import OBJECTIVES
+from dspo_jax.objectives.policy_gradient import POLICY_GRADIENTS
+from dspo_jax.objectives.reward_gradient import REWARD_GRADIENTS
 from dspo_jax.pipelines import published
 from dspo_jax.rewards import REWARDS
 from dspo_jax.rewards.publish import PUBLISHED_HEAD, RECIPES
@@ -147,6 +149,8 @@ def test_the_package_names_its_commands_and_runs_them():
 def test_lists_have_a_line_for_everything():
     found = {kind: dict(entries(kind)) for kind in KINDS}
     assert found["objectives"].keys() == OBJECTIVES.keys()
+    assert found["policy_gradients"].keys() == POLICY_GRADIENTS.keys()
+    assert found["reward_gradients"].keys() == REWARD_GRADIENTS.keys()
     assert found["rewards"].keys() == REWARDS.keys()
     assert found["prompt_sets"]["hpsv2"].startswith("3,200 prompts: ")
     assert "configs/sd15_dspo.py" in found["recipes"]

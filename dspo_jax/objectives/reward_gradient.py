@@ -24,7 +24,7 @@ _SHARE = Limit("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardGradient:
-    """A method with its hyperparameters; the base class trains all steps: DRaFT (Clark et al. 2024).
+    """All steps: DRaFT (Clark et al. 2024); and the base class of the other methods.
 
     Attributes:
       name: `reward_gradient.name` of a config.

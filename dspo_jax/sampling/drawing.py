@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
@@ -24,8 +25,16 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.decoding import Decoder, refuse_non_finite
-from dspo_jax.sampling.folder import claim_output, place_images, save_image, write_manifest, write_sheets
+from dspo_jax.sampling.folder import (
+    claim_output,
+    note_rewards,
+    place_images,
+    save_image,
+    write_manifest,
+    write_sheets,
+)
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
+from dspo_jax.sampling.noise_optimizer import NoiseOptimizer
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
 
@@ -59,6 +68,10 @@ def sample(
       UserError: a setting, or the content of `out`, is refused; a model draws what is not finite.
       FileNotFoundError: a model is missing.
     """
+    if rendering.optimize_noise and any(prompt.image for prompt in prompts):
+        raise UserError(
+            "--optimize_noise: an image that is edited does not come from noise alone; give no image"
+        )
     if init_latents is not None and len(seeds) > 1:
         raise UserError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
     pipes = {label: load_pipeline(path) for label, path in models.items()}
@@ -84,6 +97,7 @@ def sample(
             if not missing:
                 continue
             files[label][missing[0]].parent.mkdir(parents=True, exist_ok=True)
+            optimizer = NoiseOptimizer(pipe, rendering, local_mesh()) if rendering.optimize_noise else None
             batches = draw_batches(
                 pipe,
                 missing,
@@ -91,12 +105,16 @@ def sample(
                 init_latents=init_latents,
                 images=[prompt.image for prompt in prompts],
                 model=models[label],
+                optimizer=optimizer,
             )
             with ThreadPoolExecutor() as pool:  # to compress an image can take longer than to draw it
                 saving: list[Future[None]] = []
                 for batch in batches:
                     for saved in saving:
                         saved.result()
+                    if optimizer is not None:
+                        for request, _ in batch:
+                            note_rewards(files[label][request], *optimizer.rewards[request])
                     saving = [
                         pool.submit(save_image, image, files[label][request]) for request, image in batch
                     ]
@@ -148,6 +166,8 @@ def _settings(
         "format": rendering.image_format,
         "vae_tile": rendering.vae_tile,
         "preview_vae": rendering.preview_vae,
+        "optimize_noise": rendering.optimize_noise,
+        "optimize_steps": rendering.optimize_steps if rendering.optimize_noise else 0,
     }
 
 
@@ -168,6 +188,12 @@ def draw(pipe: Pipeline, prompt: str, rendering: Rendering | None = None, *, see
     return Image.fromarray(image)
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh that splits a batch over the devices of this process."""
+    devices = jax.local_devices()
+    return make_mesh({"data": len(devices)}, devices)
+
+
 def draw_batches(
     pipe: Pipeline,
     requests: Sequence[ImageRequest],
@@ -176,6 +202,7 @@ def draw_batches(
     init_latents: Float32[np.ndarray, "prompts h w C"] | None = None,
     images: Sequence[Path | None] = (),
     model: str | Path | None = None,
+    optimizer: NoiseOptimizer | None = None,
 ) -> Iterator[list[tuple[ImageRequest, UInt8[np.ndarray, "H W 3"]]]]:
     """Draws on all devices of this process; yields each batch of requests with images [H, W, 3] uint8.
 
@@ -188,16 +215,18 @@ def draw_batches(
       init_latents: float32 [prompts, h, w, C] to start from in place of noise of the seed.
       images: by number of the prompt, the file to start from, or None. All prompts have one, or none has.
       model: what an error calls the model; None is the folder that its networks come from.
+      optimizer: of the noise, where the rendering asks for it; made here unless it is given.
 
     Raises:
       UserError: a picture is not finite (NaN or infinite numbers), or a setting is refused.
     """
-    devices = jax.local_devices()
-    mesh = make_mesh({"data": len(devices)}, devices)
-    batch_size = math.ceil(rendering.batch_size / len(devices)) * len(devices)
+    mesh = local_mesh()
+    batch_size = math.ceil(rendering.batch_size / mesh.size) * mesh.size
     shape = rendering.latent_shape(pipe)
     sampler = ImageSampler(pipe, rendering.drawing, compute_dtype=rendering.choose_dtype(), mesh=mesh)
     decoder = Decoder(pipe, mesh, tile=rendering.vae_tile, preview=rendering.preview_vae)
+    if rendering.optimize_noise and optimizer is None:
+        optimizer = NoiseOptimizer(pipe, rendering, mesh)
     encode = None
     if any(images):
         vae = {"vae": pipe.read_params("vae", "float32")}
@@ -207,6 +236,8 @@ def draw_batches(
         full = part + [part[-1]] * (batch_size - len(part))
         numbers = [request.prompt_index for request in full]
         noise = np.asarray(initial_noise(full, shape)) if init_latents is None else init_latents[numbers]
+        if optimizer is not None:
+            noise = optimizer(full, noise)
         before = None
         if encode is not None:
             pixels = [_read_image(images[number], shape, pipe.vae_scale_factor) for number in numbers]

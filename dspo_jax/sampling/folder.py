@@ -39,7 +39,8 @@ def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) 
     ours = json.loads(json.dumps(settings))
     if path.is_file():
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
-        theirs = {"eta": 0.0, **read_object(path, fix)}  # folders of earlier versions were all drawn so
+        # Folders of earlier versions were all drawn so.
+        theirs = {"eta": 0.0, "optimize_noise": "", "optimize_steps": 0, **read_object(path, fix)}
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
@@ -78,6 +79,11 @@ def save_image(image: UInt8[np.ndarray, "H W 3"], file: Path) -> None:
         Image.fromarray(image).save(partial, format=file.suffix[1:], lossless=True)
 
 
+def note_rewards(file: Path, before: float, after: float) -> None:
+    """Writes beside an image what optimising its noise did to the reward, for the manifest."""
+    write_json(file.with_suffix(".json"), {"reward_before": before, "reward_after": after})
+
+
 def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
     how = {key: getattr(drawing, key) for key in ("sampler", "steps", "eta", "guidance_scale", "strength")}
@@ -92,6 +98,8 @@ def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, dr
                     "file": str(file.relative_to(out)),
                     **how,
                 }
+                if (noted := file.with_suffix(".json")).is_file():
+                    record |= read_object(noted, f"delete {file.parent}, and draw its images again")
                 manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -34,7 +34,13 @@ def read_options(settings: flags.FlagValues) -> Options:
     latents = map_latents(settings.init_latents) if settings.init_latents else None
     found = read_prompts(settings.prompts, allow_outside=settings.allow_outside)
     prompts, rendering = read_drawing_flags(settings, found)
-    rendering = dataclasses.replace(rendering, preview_vae=settings.preview_vae)
+    rendering = dataclasses.replace(
+        rendering,
+        preview_vae=settings.preview_vae,
+        optimize_noise=settings.optimize_noise or "",
+        optimize_steps=settings.optimize_steps,
+        rewards_folder=settings.reward_dir,
+    )
     return Options(prompts, rendering, seeds, latents)
 
 

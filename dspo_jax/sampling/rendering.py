@@ -83,6 +83,10 @@ class Rendering:
         else float32. The VAE is float32.
       image_format: one of `FORMATS`; webp without loss.
       vae_tile, preview_vae: `tile` and `preview` of `decoding.Decoder`.
+      optimize_noise: a reward that the initial noise of each image is optimised for (DOODL), as
+        `load_differentiable` takes it; "" leaves it as drawn.
+      optimize_steps: updates of the noise.
+      rewards_folder: holds the reward's weights.
     """
 
     drawing: Drawing = Drawing()
@@ -92,6 +96,9 @@ class Rendering:
     image_format: str = "png"
     vae_tile: int = 1024
     preview_vae: str | None = None
+    optimize_noise: str = ""
+    optimize_steps: int = 50
+    rewards_folder: str = "rewards"
 
     def __post_init__(self) -> None:
         """Refuses what no model can render with.
@@ -103,6 +110,8 @@ class Rendering:
             raise UserError(f"--batch_size={self.batch_size}: must be at least 1")
         if self.vae_tile < 0:
             raise UserError(f"--vae_tile={self.vae_tile}: must be 0 (never) or a side in pixels")
+        if self.optimize_steps < 1:
+            raise UserError(f"--optimize_steps={self.optimize_steps}: must be at least 1")
         if self.image_format not in FORMATS:
             raise UserError(spelling.unknown("--format", self.image_format, FORMATS))
         if self.compute_dtype not in (None, *COMPUTE_DTYPES):

@@ -55,8 +55,12 @@ class LossFn(Protocol):
     def input_shapes(self, pipe: Pipeline, images: int, size: tuple[int, int]) -> dict[str, Any]:
         """Arrays of one example that the loss reads, by name: `images` images of (height, width) pixels."""
 
+    @property
+    def beside_components(self) -> tuple[str, ...]:
+        """Names of frozen parameters that the loss runs beside the pipeline's components."""
+
     def frozen_params(self, pipe: Pipeline) -> Params:
-        """Returns frozen float32 parameters that the loss runs beside the pipeline's components, by name."""
+        """Returns the float32 parameters of `beside_components`."""
 
     def passes(self, images: int) -> Passes:
         """Returns the passes of the loss for an example of `images` images."""
@@ -152,7 +156,8 @@ def policy_params(task: Task, params: Params, reference: Params) -> Params:
 
 def of_components(task: Task, reference: Params) -> Params:
     """Returns the frozen parameters of the pipeline's components, without others that a loss runs."""
-    return {name: reference[name] for name in task.pipe.components if name in reference}
+    beside = task.loss.beside_components
+    return {name: part for name, part in reference.items() if name not in beside} if beside else reference
 
 
 def cast(task: Task, params: Params) -> Params:

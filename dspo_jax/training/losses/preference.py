@@ -160,8 +160,13 @@ class PreferenceLoss:
             "index": shape((), jnp.uint32),
         }
 
+    @property
+    def beside_components(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
     def frozen_params(self, pipe: Pipeline) -> Params:
-        """Runs no network but the pipeline's components."""
+        """Returns nothing: only the pipeline's components are run."""
         del pipe
         return {}
 

@@ -156,8 +156,13 @@ class RewardGradientLoss:
         latents = pipe.schedule.to_x0(predict(theta, scaled, t), x, t)
         return latents, jnp.zeros(len(x), jnp.float32)
 
+    @property
+    def beside_components(self) -> tuple[str, ...]:
+        """The VAE, which decodes, and the reward."""
+        return VAE, REWARD
+
     def frozen_params(self, pipe: Pipeline) -> Params:
-        """Returns the frozen parameters beside the components': of the VAE and of the reward."""
+        """Returns the float32 parameters of VAE and reward."""
         return {VAE: pipe.read_params(VAE, "float32"), REWARD: self.reward.params}
 
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
