@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -26,14 +26,17 @@ from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
+from dspo_jax.training.pair_stream import PairStream
 from dspo_jax.training.prompt_stream import PromptStream
 from dspo_jax.training.reward_validation import RewardValidator
+from dspo_jax.training.round_stream import RoundStream
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.shard_stream import ShardStream
 from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.task import Batch, Metrics, policy_params, predict
+from dspo_jax.training.trajectory_stream import TrajectoryStream
 from dspo_jax.training.validation import Validator, exhausted, read_scores
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
@@ -65,14 +68,11 @@ def open_stream(experiment: Experiment, reference: Params) -> Stream:
       experiment: from `prepare`.
       reference: the frozen parameters, on the mesh.
     """
-    settings, task, mesh, own = (
-        experiment.settings,
-        experiment.task,
-        experiment.mesh,
-        experiment.own_images,
-    )
-    del reference
-    if own is not None and own.trained is not None:
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+    own = experiment.own_images
+    if own is None:
+        return ShardStream(experiment.datasets, settings, mesh, task.loss.inputs(task.pipe))
+    if own.trained is not None:
         return PromptStream(
             own.prompts,
             task.pipe.tokenize,
@@ -81,7 +81,9 @@ def open_stream(experiment: Experiment, reference: Params) -> Stream:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-    return ShardStream(experiment.datasets, settings, mesh, task.loss.inputs(task.pipe))
+    kinds = {"trajectories": TrajectoryStream, "own_pairs": PairStream}
+    make = kinds[settings.stream.kind]
+    return make(settings, task, reference, own.prompts, own.score, mesh)
 
 
 class TimedStream:
@@ -91,6 +93,15 @@ class TimedStream:
         """Takes the stream, of any kind, and the clock."""
         self._stream, self._clock = stream, clock
         self.get_state, self.set_state, self.close = stream.get_state, stream.set_state, stream.close
+
+    @property
+    def at_round_end(self) -> bool:
+        """Whether a run can be saved here, and go on; False inside a round of the model's own images."""
+        return getattr(self._stream, "at_round_end", True)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns metrics of the images that the last batch was made of, if it was made of images."""
+        return self._stream.metrics() if isinstance(self._stream, RoundStream) else {}
 
     def next(self, params: Params) -> Batch:
         """Returns the next batch."""
@@ -105,8 +116,23 @@ class Unstable(UserError):
 class Updater:
     """Compiled training steps of a run; the time that compiling takes is not training time."""
 
-    def __init__(self, step: Step, reference: Params, key: jax.Array, clock: Clock, progress: Progress):
-        """Takes the step from `compile_step`, frozen parameters, key, clock and progress bar of the run."""
+    def __init__(
+        self,
+        step: Step,
+        reference: Params,
+        key: jax.Array,
+        clock: Clock,
+        progress: Progress,
+        of_batch: Callable[[], Mapping[str, Any]],
+    ):
+        """Takes what the run uses.
+
+        Args:
+          step: from `compile_step`.
+          reference, key, clock, progress: of the run.
+          of_batch: gives metrics of the batch itself.
+        """
+        self._of_batch = of_batch
         self._step, self._reference, self._key, self._clock = step, reference, key, clock
         self._progress = progress
         self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
@@ -115,11 +141,15 @@ class Updater:
         """Dispatches a step, which donates the state."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes in self._compiled:
-            return self._step(state, self._reference, batch, self._key)
+            return self._run(state, batch)
         self._compiled.add(shapes)
         jax.block_until_ready(state)  # steps that still run are training time
         with self._progress.busy("compiling the step", once=True), self._clock.paused():
-            return self._step(state, self._reference, batch, self._key)
+            return self._run(state, batch)
+
+    def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, metrics = self._step(state, self._reference, batch, self._key)
+        return state, {**metrics, **self._of_batch()}
 
 
 class Run:
@@ -181,7 +211,7 @@ class Run:
     def fit(
         self,
         state: TrainState,
-        stream: Stream,
+        stream: TimedStream,
         clock: Clock,
         checkpoints: Checkpoints,
         stop_requested: Callable[[], bool],
@@ -223,13 +253,13 @@ class Run:
 
             def stopping() -> bool:
                 worn_out = validate is not None and exhausted(validate.scores, patience)
-                return vote(stop_requested() or worn_out)
+                return vote((stop_requested() or worn_out) and stream.at_round_end)
 
             # The vote of the step before, which an unbroken run would have cast.
             vote(exhausted(read_scores(self._workdir, start - 1), patience))
 
             state = fit(
-                Updater(self._step, self._reference, self._key, clock, progress),
+                Updater(self._step, self._reference, self._key, clock, progress, stream.metrics),
                 state,
                 stream,
                 steps=settings.steps,

@@ -269,7 +269,8 @@ def parse(config: ConfigDict) -> Settings:
             f"config.model = {settings.model!r}: a training workdir; write its model out, and name that: "
             f"python -m dspo_jax.convert export --run={run[0]}{step} --out=DIR"
         )
-    if settings.batch_size % settings.accumulation:
+    # An update by trajectories is split by the steps of its images, see `trajectory_stream.check_rows`.
+    if settings.stream.kind != "trajectories" and settings.batch_size % settings.accumulation:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"

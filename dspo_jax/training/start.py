@@ -33,6 +33,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.differentiable import DifferentiableReward, load_differentiable
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.optim import make_optimizer
@@ -40,6 +41,7 @@ from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
+from dspo_jax.training.trajectory_stream import check_rows, check_trajectories, noisy_calls
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.layout import DTYPES
 
@@ -114,10 +116,16 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)
     mesh = mesh_of(settings)
-    check_batch_size(
-        settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
-    )
+    if settings.stream.kind == "trajectories":
+        check_trajectories(settings, mesh, count)
+        sampler = settings.stream.drawing.make_sampler(pipe)
+        check_rows(settings, mesh, len(noisy_calls(sampler, settings.stream.eta)))
+    else:
+        check_batch_size(
+            settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
+        )
     if own_images is not None:
+        check_rounds(settings)
         check_batch_size(settings.stream.batch_size, mesh, "config.stream.batch_size")
     elif settings.validation.every:
         check_batch_size(settings.validation.batch_size, mesh, "config.validation.batch_size")
@@ -201,6 +209,8 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         check_reward_gradient(settings)
         reward = reward or load_differentiable(settings.rewards.train, settings.rewards.folder)
         return RewardGradientLoss(settings.reward_gradient, reward, stream.drawing, pipe.latent_size)
+    if stream.kind == "trajectories":
+        return PolicyGradientLoss(settings.policy_gradient, stream.drawing, pipe.latent_size)
     draws = Draws(
         timesteps=_timesteps(settings, pipe),
         caption_dropout=settings.caption_dropout,
@@ -209,6 +219,24 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         positive_ratio=settings.positive_ratio,
     )
     return PreferenceLoss(settings.objective, draws)
+
+
+def check_rounds(settings: Settings) -> None:
+    """Refuses a run that would have to stop, be saved or be validated inside a round of images.
+
+    Raises:
+      UserError: by key.
+    """
+    updates = settings.stream.updates if settings.stream.kind != "prompts" else 1
+    periods = {"steps": settings.steps, "checkpoint.every": settings.checkpoint.every}
+    if settings.validation.every:
+        periods["validation.every"] = settings.validation.every
+    for key, period in periods.items():
+        if period % updates:
+            raise UserError(
+                f"config.{key} = {period}: must be a multiple of config.stream.updates = {updates}, as a run "
+                "goes on from between two rounds of images"
+            )
 
 
 def check_reward_gradient(settings: Settings) -> None:

@@ -122,6 +122,11 @@ class PolicyGradientLoss:
             prediction_error=of_rows(jnp.square(prediction - frozen_prediction).mean((1, 2, 3))),
         )
 
+    @property
+    def beside_components(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
     def frozen_params(self, pipe: Pipeline) -> Params:
         """Runs no network but the pipeline's components."""
         del pipe
