@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     """Returns the recipe."""
     config = emoji_draft.get_config()
     config.stream.kind = "trajectories"
-    config.stream.num_inference_steps = 10
+    config.stream.num_inference_steps = 8
     config.stream.eta = 1.0
     config.stream.images = 4
     config.stream.updates = 2
@@ -21,9 +21,12 @@ def get_config() -> ConfigDict:
     config.rewards.validation = ("colourfulness",)
     config.policy_gradient.name = "ddpo"
     config.advantages.of = "group"
-    config.batch_size = 32
+    config.batch_size = 16
     config.accumulation = 8
-    config.steps = 100
+    config.steps = 60
     config.log_every = 2
-    config.optimizer.learning_rate = 1e-4
+    config.checkpoint.every = 30
+    config.validation.every = 30
+    config.samples.every = 60
+    config.optimizer.learning_rate = 3e-4
     return config

@@ -24,12 +24,13 @@ def get_config() -> ConfigDict:
     config.reward_gradient.name = "draft_k"
     config.reward_gradient.k = 1.0
     config.batch_size = 8
-    config.steps = 100
+    config.steps = 30
     config.log_every = 5
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 5
-    config.checkpoint.every = 50
-    config.validation.every = 50
+    config.checkpoint.every = 10
+    config.validation.every = 10
+    config.samples.every = 10
     config.samples.prompts = ("smileys & emotion", "food & drink", "smiling face with sunglasses")
     config.samples.guidance_scale = 4.0
     return config

@@ -22,5 +22,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 16
     config.steps = 100
     config.log_every = 2
+    config.checkpoint.every = 50
+    config.validation.every = 50
+    config.samples.every = 50
     config.optimizer.learning_rate = 1e-4
     return config

@@ -38,6 +38,7 @@ from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
+from dspo_jax.training.pair_stream import check_pairs
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
@@ -121,6 +122,8 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         sampler = settings.stream.drawing.make_sampler(pipe)
         check_rows(settings, mesh, len(noisy_calls(sampler, settings.stream.eta)))
     else:
+        if settings.stream.kind == "own_pairs":
+            check_pairs(settings, mesh)
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
         )

@@ -1,0 +1,138 @@
+"""Runs on the model's own images: from the config to checkpoints, stopped between rounds and gone on with."""
+
+import numpy as np
+import pytest
+from tables import each_row
+from tiny_run import make_config, read_reproducible, saved_steps
+
+from dspo_jax.monitoring.metrics import read_validations
+from dspo_jax.training.dry_run import dry_run
+from dspo_jax.training.run import train
+from dspo_jax.training.settings import parse
+from dspo_jax.training.start import prepare
+
+PROMPTS = ["a cat", "a dog", "a bird", "a red car", "a blue car", "a tree", "two trees", "a house"]
+COMMON = {
+    "stream.prompts": PROMPTS,
+    "stream.num_inference_steps": 3,
+    "stream.batch_size": 8,
+    "batch_size": 8,
+    "steps": 4,
+    "checkpoint.every": 2,
+    "log_every": 1,
+}
+KINDS = {
+    "draft": {
+        "stream.kind": "prompts",
+        "rewards.train": "colourfulness",
+        "reward_gradient.name": "alignprop",
+    },
+    "ddpo": {
+        "stream.kind": "trajectories",
+        "stream.updates": 2,
+        "stream.images": 2,
+        "rewards.train": "compressibility",
+        "advantages.min_count": 2,
+        "advantages.buffer_size": 4,
+    },
+    "grpo": {
+        "stream.kind": "trajectories",
+        "stream.images": 2,
+        "rewards.train": "colourfulness,0.5*compressibility",
+        "policy_gradient.name": "grpo",
+        "advantages.of": "group",
+        "lora.rank": 2,
+    },
+    "dpo": {
+        "stream.kind": "own_pairs",
+        "stream.updates": 2,
+        "stream.images": 2,
+        "rewards.train": "compressibility",
+        "objective.name": "diffusion_dpo",
+    },
+}
+
+
+def config_of(model, kind, **changes):
+    return make_config(model, "", {**COMMON, **KINDS[kind], **changes})
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config_of(shallow_model, kind), whole).finished
+    assert train(config_of(shallow_model, kind, steps=2), parts).finished
+    assert train(config_of(shallow_model, kind), parts).finished
+    assert saved_steps(whole) == saved_steps(parts) == [2, 4]
+    records = read_reproducible(whole)
+    assert records == read_reproducible(parts)
+    steps = [record for record in records if record["step"] > 0]
+    assert all(np.isfinite(record["loss"]) and "reward" in record for record in steps)
+    assert all(record["grad_norm"] > 0 for record in steps)
+    if kind in ("ddpo", "grpo"):
+        # The policy of the first update of a round is the one that drew.
+        first = [record for record in steps if record["step"] % 2 == 1 or kind == "grpo"]
+        assert all(record["ratio"] == pytest.approx(1, abs=1e-6) for record in first)
+    if kind == "ddpo":
+        assert any(record["ratio"] != 1 for record in steps if record["step"] % 2 == 0)
+
+
+@pytest.mark.ci
+def test_held_out_rewards_are_compared_with_those_of_the_start(shallow_model, tmp_path):
+    changes = {
+        "validation.every": 2,
+        "rewards.prompts": ["a horse", "a cow"],
+        "rewards.validation": ["compressibility"],
+        "optimizer.learning_rate": 0.03,
+        "lora.rank": 2,
+    }
+    outcome = train(config_of(shallow_model, "draft", **changes), tmp_path)
+    found = read_validations(tmp_path / "metrics.jsonl")
+    assert list(found) == [0, 2, 4]
+    start = found[0]
+    assert start["win_rate_colourfulness"] == start["win_rate_compressibility"] == 0.5
+    assert start["prediction_drift"] == 0 < found[4]["prediction_drift"]
+    assert start["score"] == start["reward_compressibility"]
+    assert found[4]["reward_colourfulness"] != start["reward_colourfulness"]
+    for scores in found.values():
+        assert scores["win_rate_colourfulness_low"] <= scores["win_rate_colourfulness"]
+        assert 0 <= scores["saturated"] <= 1
+        assert scores["diversity"] > 0 == scores["unusable"]
+    assert outcome.best == max((2, 4), key=lambda step: (found[step]["score"], -step))
+    assert (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, shallow_model):
+    said = "\n".join(dry_run(config_of(shallow_model, kind)))
+    assert "its own images" in said
+    assert "8 prompts" in said
+    assert "3 steps of ddim, eta 1, guidance 5" in said
+    assert "trained by" in said
+    assert "at the peak" in said
+
+
+@each_row(
+    ("kind", "changes", "message"),
+    [
+        ("ddpo", {"stream.eta": 0.0}, "config.stream.eta = 0: .*no density"),
+        ("ddpo", {"steps": 3}, "config.steps = 3: must be a multiple of config.stream.updates = 2"),
+        ("dpo", {"checkpoint.every": 3}, "config.checkpoint.every = 3: must be a multiple"),
+        ("ddpo", {"policy_gradient.name": "ddpo_sf"}, "config.stream.updates = 2: .*ddpo_sf"),
+        ("grpo", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
+        ("dpo", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
+        ("ddpo", {"advantages.min_count": 100}, "config.advantages.min_count"),
+        ("dpo", {"rewards.train": "pickscore"}, "reward pickscore: no weights in rewards"),
+        ("draft", {"stream.batch_size": 4}, "config.stream.batch_size = 4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_weights_are_read(kind, changes, message, shallow_model):
+    with pytest.raises((ValueError, OSError), match=message):
+        prepare(config_of(shallow_model, kind, **changes))
+
+
+def test_the_method_is_that_of_the_kind(shallow_model):
+    methods = {kind: parse(config_of(shallow_model, kind)).method for kind in KINDS}
+    assert methods == {"draft": "alignprop", "ddpo": "ddpo", "grpo": "grpo", "dpo": "diffusion_dpo"}
