@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(config)
     size = image_size(settings.data, pipe, values.resolution)
     if facts is None:
-        what = settings.objective.name if values.part == "step" else values.part
+        what = settings.method if values.part == "step" else values.part
         print(f"{what} of {pipe.path}, {size[0]}x{size[1]} pixels", flush=True)
         logging.info("compiling; for a full-size model that takes many minutes")
     found = plan(settings, pipe, devices, size=size, topology=values.topology, facts=facts, part=values.part)

@@ -41,6 +41,7 @@ class Plan:
       devices: number of devices.
       mesh: size by axis.
       pairs_per_device: in a step; of other parts what `parts.UNITS` says, in one call.
+      unit: what these are.
       argument_bytes, temporary_bytes: None where the program was too large to be compiled.
       peak_bytes: the two, and what is neither; of a program that is too large as much as its compiler had
         counted.
@@ -90,6 +91,7 @@ class Plan:
     kernels: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     compile_seconds: float | None = None
     largest_pairs_per_device: int | None = None
+    unit: str = "pairs"
     device_bytes: int | None = None
     part: str = "step"
     roofline: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -172,14 +174,15 @@ def plan(
     """
     mesh, device = mesh_of(settings, devices), devices[0]
     pairs, accumulation = settings.batch_size // len(devices), settings.accumulation if part == "step" else 1
-    check_batch_size(
-        settings.batch_size // accumulation, mesh, "--pairs_per_device * devices / config.accumulation"
-    )
+    task = make_task(settings, pipe)
+    rows = settings.batch_size * (task.loss.rows if part == "step" else 1)
+    check_batch_size(rows // accumulation, mesh, "--pairs_per_device * devices / config.accumulation")
     program = PARTS[part](settings, pipe, size, settings.batch_size, mesh)
-    flops = flops_per_example(make_task(settings, pipe), 2, size) if part == "step" else None
+    flops = flops_per_example(task, 2, size) if part == "step" else None
     known = {
         "topology": topology or "present",
         "part": part,
+        "unit": "images" if part == "step" and settings.stream.draws_images else UNITS[part],
         "device_kind": device.device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
@@ -198,6 +201,8 @@ def plan(
     found = Plan(**(known | judged))
     # Not all that is held is held at the peak of a GPU's program, whose temporaries are taken to grow whole.
     fixed = program.fixed_bytes if gpu is None else found.argument_bytes or program.fixed_bytes
+    if part == "step" and task.loss.rows > 1:
+        return found  # its memory follows from the rows of a part, not from the images
     largest = largest_that_fits(found.hbm_bytes, found.peak_bytes, fixed, pairs, accumulation)
     return dataclasses.replace(found, largest_pairs_per_device=largest)
 
@@ -289,7 +294,7 @@ def describe_plan(found: Plan) -> Iterator[str]:
     """The plan in lines."""
     axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     yield f"{found.devices} {found.device_kind} device(s) ({found.topology}), mesh {axes}"
-    unit, call = UNITS[found.part], "step" if found.part == "step" else "call"
+    unit, call = found.unit, "step" if found.part == "step" else "call"
     yield f"{found.pairs_per_device} {unit} on each, {found.pairs_per_device * found.devices} a {call}"
     if found.argument_bytes is not None and found.temporary_bytes is not None:
         yield (

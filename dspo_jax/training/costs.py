@@ -25,13 +25,12 @@ def abstract_batch(
       task: with the loss, which names the arrays of a batch.
       images: of an example.
       size: (height, width) of the images in pixels.
-      batch_size: over all devices.
+      batch_size: examples over all devices.
       mesh: the devices.
     """
+    rows = batch_size * task.loss.rows
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (batch_size, *leaf.shape), leaf.dtype, sharding=batch_sharding(mesh)
-        ),
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype, sharding=batch_sharding(mesh)),
         task.loss.input_shapes(task.pipe, images, size),
     )
 
@@ -61,7 +60,8 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     passes = task.loss.passes(images)
     backward = 1 if task.adapters else 2
     encoded = passes.encoded + (backward * passes.encoded_backward if task.train_text_encoder else 0)
-    return denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
+    each = denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
+    return task.loss.rows * each
 
 
 def _abstract_call(

@@ -142,6 +142,11 @@ class StreamSettings:
         return self.kind != "dataset"
 
     @property
+    def draws_images(self) -> bool:
+        """Whether the examples of a batch are images; otherwise they are pairs."""
+        return self.kind in ("prompts", "trajectories")
+
+    @property
     def drawing(self) -> Drawing:
         """How images are drawn."""
         return Drawing(

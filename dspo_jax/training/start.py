@@ -333,7 +333,8 @@ def make_state(
     if adapters:
         params = put(adapters, precision.param_dtype)
         reference = lora.combine(reference, put(adapters, precision.reference_dtype))
-    reference |= {name: put(part, "float32") for name, part in task.loss.frozen_params(task.pipe).items()}
+    beside = task.loss.frozen_params(task.pipe, abstract=abstract)
+    reference |= {name: put(part, "float32") for name, part in beside.items()}
     shapes = jax.eval_shape(partial(init_state, task), params)
     formats = choose_formats(shapes, make_shardings(shapes, mesh), mesh)
     if abstract:

@@ -59,8 +59,12 @@ class LossFn(Protocol):
     def beside_components(self) -> tuple[str, ...]:
         """Names of frozen parameters that the loss runs beside the pipeline's components."""
 
-    def frozen_params(self, pipe: Pipeline) -> Params:
-        """Returns the float32 parameters of `beside_components`."""
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that an example makes: 1, or the denoising steps of an image."""
+
+    def frozen_params(self, pipe: Pipeline, *, abstract: bool = False) -> Params:
+        """Returns the float32 parameters of `beside_components`, or their shapes."""
 
     def passes(self, images: int) -> Passes:
         """Returns the passes of the loss for an example of `images` images."""

@@ -127,9 +127,14 @@ class PolicyGradientLoss:
         """Nothing."""
         return ()
 
-    def frozen_params(self, pipe: Pipeline) -> Params:
+    @property
+    def rows(self) -> int:
+        """Denoising steps of an image, which those compared share."""
+        return self.drawing.steps // self.method.images
+
+    def frozen_params(self, pipe: Pipeline, *, abstract: bool = False) -> Params:
         """Runs no network but the pipeline's components."""
-        del pipe
+        del pipe, abstract
         return {}
 
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:

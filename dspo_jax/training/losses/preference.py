@@ -165,9 +165,14 @@ class PreferenceLoss:
         """Nothing."""
         return ()
 
-    def frozen_params(self, pipe: Pipeline) -> Params:
+    @property
+    def rows(self) -> int:
+        """One: an example is a row of a batch."""
+        return 1
+
+    def frozen_params(self, pipe: Pipeline, *, abstract: bool = False) -> Params:
         """Returns nothing: only the pipeline's components are run."""
-        del pipe
+        del pipe, abstract
         return {}
 
     def passes(self, images: int) -> Passes:

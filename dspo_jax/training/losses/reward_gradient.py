@@ -161,9 +161,15 @@ class RewardGradientLoss:
         """The VAE, which decodes, and the reward."""
         return VAE, REWARD
 
-    def frozen_params(self, pipe: Pipeline) -> Params:
+    @property
+    def rows(self) -> int:
+        """One: an example is a row of a batch."""
+        return 1
+
+    def frozen_params(self, pipe: Pipeline, *, abstract: bool = False) -> Params:
         """Returns the float32 parameters of VAE and reward."""
-        return {VAE: pipe.read_params(VAE, "float32"), REWARD: self.reward.params}
+        vae = pipe.vae.abstract_params() if abstract else pipe.read_params(VAE, "float32")
+        return {VAE: vae, REWARD: self.reward.params}
 
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""
