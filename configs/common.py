@@ -141,6 +141,12 @@ def get_config() -> ConfigDict:
     config.rewards.prompts = ()
     config.rewards.images = 2
 
+    # Updates after which the frozen reference moves to the policy; 0 leaves it as it was at the start. With a
+    # decay it moves by a share alone, decay * reference + (1 - decay) * policy: a moving average.
+    config.reference = ConfigDict()
+    config.reference.every = 0
+    config.reference.decay = 0.0
+
     config.policy_gradient = ConfigDict()
     # "ddpo", "ddpo_sf", "grpo", "dpok" or "d3po".
     config.policy_gradient.name = "ddpo"
@@ -152,7 +158,11 @@ def get_config() -> ConfigDict:
     # Of the images of a "prompt" in this round and before, of the "group" of a prompt's images in this round,
     # or of the whole "round".
     config.advantages.of = "prompt"
-    # Rewards of a prompt that are remembered, and how many there must be; before, the round's are taken.
+    # Of "group": what rewards are divided by, the deviation of the "group" or of all images of the round,
+    # "global".
+    config.advantages.deviation = "group"
+    # Of "prompt": rewards of a prompt that are remembered, and how many there must be; before, the round's
+    # are taken.
     config.advantages.buffer_size = 32
     config.advantages.min_count = 16
 

@@ -1,20 +1,20 @@
-"""What the recipes that train on the model's own images share: LoRA, bfloat16, no data but prompts."""
+"""What the recipes share that train on the model's own images: bfloat16, adapters, when they are watched."""
 
 from ml_collections import ConfigDict
 
 from configs import common
 
 
-def lora(kind: str, rank: int) -> ConfigDict:
-    """Returns a config for Stable Diffusion with adapters of a rank.
+def common_recipe(kind: str, lora_rank: int) -> ConfigDict:
+    """Returns a config for Stable Diffusion.
 
     Args:
       kind: `config.stream.kind`.
-      rank: of the adapters.
+      lora_rank: of the adapters; 0 trains every parameter.
     """
     config = common.get_config()
     config.stream.kind = kind
-    config.lora.rank = rank
+    config.lora.rank = lora_rank
     config.compute_dtype = "bfloat16"
     config.log_every = 1
     config.optimizer.warmup_steps = 0

@@ -17,7 +17,7 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("prompts", 4)
+    config = online.common_recipe("prompts", 4)
     config.rewards.train = "hpsv2.1"
     config.rewards.validation = ("pickscore", "aesthetic")
     config.reward_gradient.name = "alignprop"

@@ -16,14 +16,14 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("trajectories", 4)
+    config = online.common_recipe("trajectories", 4)
     config.rewards.train = "aesthetic"
     config.rewards.validation = ("pickscore", "hpsv2.1")
     config.policy_gradient.name = "d3po"
     config.stream.num_inference_steps = 20
     config.stream.images = 2
     config.batch_size = 16
-    config.accumulation = 16
+    config.accumulation = 20
     config.steps = 1000
     config.optimizer.learning_rate = 3e-5
     config.optimizer.weight_decay = 1e-4

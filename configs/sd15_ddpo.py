@@ -18,13 +18,13 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("trajectories", 4)
+    config = online.common_recipe("trajectories", 4)
     config.rewards.train = "aesthetic"
     config.rewards.validation = ("pickscore", "hpsv2.1")
     config.stream.images = 1
     config.stream.updates = 2
     config.batch_size = 128
-    config.accumulation = 64
+    config.accumulation = 400
     config.steps = 400
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 1e-4

@@ -17,16 +17,17 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("trajectories", 4)
+    config = online.common_recipe("trajectories", 4)
     config.rewards.train = "imagereward"
     config.rewards.validation = ("pickscore", "aesthetic")
     config.policy_gradient.name = "dpok"
+    config.policy_gradient.kl = "prediction"
     config.advantages.of = "group"
     config.stream.images = 4
     config.stream.updates = 5
     config.stream.guidance_scale = 7.5
     config.batch_size = 16
-    config.accumulation = 16
+    config.accumulation = 100
     config.steps = 5000
     config.optimizer.learning_rate = 1e-5
     config.optimizer.weight_decay = 0.0

@@ -17,7 +17,7 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("prompts", 8)
+    config = online.common_recipe("prompts", 8)
     config.stream.eta = 0.0
     config.stream.guidance_scale = 7.5
     config.rewards.train = "hpsv2.1"

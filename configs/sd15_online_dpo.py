@@ -17,7 +17,7 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("own_pairs", 8)
+    config = online.common_recipe("own_pairs", 8)
     config.rewards.train = "pickscore"
     config.rewards.validation = ("hpsv2.1", "aesthetic")
     config.stream.eta = 0.0

@@ -17,7 +17,7 @@ from configs import online
 
 def get_config() -> ConfigDict:
     """Returns the recipe."""
-    config = online.lora("prompts", 0)
+    config = online.common_recipe("prompts", 0)
     config.stream.num_inference_steps = 40
     config.stream.eta = 0.0
     config.stream.guidance_scale = 1.0

@@ -3,13 +3,16 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 from tables import each_row
 
 from dspo_jax import limits
 from dspo_jax.objectives import get_objective
+from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.training.optim import OptimizerSettings, make_optimizer
 from dspo_jax.training.settings import parse
+from dspo_jax.training.trajectory_stream import check_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "online.py", "pick_a_pic.py")
@@ -65,6 +68,10 @@ def test_a_recipe_for_own_images_trains_by_what_it_is_named_after(name):
         settings.steps % settings.stream.updates == settings.validation.every % settings.stream.updates == 0
     )
     assert settings.checkpoint.every % settings.stream.updates == 0
+    if settings.stream.kind == "trajectories":
+        for devices in (1, 8):
+            mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+            check_rows(settings, mesh, settings.stream.num_inference_steps)
 
 
 @each_row("name", RECIPES)

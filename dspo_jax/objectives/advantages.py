@@ -57,12 +57,15 @@ class PromptStatistics:
         self.min_count = min_count
         self._rewards: dict[str, deque[float]] = {}
 
-    def update(self, prompts: Sequence[str], rewards: Float[np.ndarray, " n"]) -> Advantages:
+    def update(
+        self, prompts: Sequence[str], rewards: Float[np.ndarray, " n"], *, normalise: bool = True
+    ) -> Advantages:
         """Adds the rewards of a round, and returns its advantages.
 
         Args:
           prompts: of each image.
           rewards: [N], of the round's images.
+          normalise: whether to divide by the deviation.
         """
         values, mask = _start(rewards)
         if len(prompts) != len(values):
@@ -76,7 +79,7 @@ class PromptStatistics:
             own = mask & (of_image == prompt)
             known = np.array(self._rewards.get(prompt, ()))
             over = known if len(known) >= self.min_count else values[mask]
-            advantages[own] = _normalise(values[own], over, 1e-6)
+            advantages[own] = _compare(values[own], over, 1e-6, normalise)
         return Advantages(advantages.astype(np.float32), mask)
 
     def get_state(self) -> dict[str, list[float]]:
@@ -88,16 +91,21 @@ class PromptStatistics:
         self._rewards = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
 
 
-def batch_advantages(rewards: Float[np.ndarray, " n"]) -> Advantages:
-    """Returns (r - mean) / (std + 1e-8) over a round's [N] rewards (ddpo-pytorch without its tracker)."""
+def batch_advantages(rewards: Float[np.ndarray, " n"], *, normalise: bool = True) -> Advantages:
+    """Returns (r - mean) / (std + 1e-8) over a round's [N] rewards (ddpo-pytorch without its tracker).
+
+    Args:
+      rewards: [N].
+      normalise: whether to divide by the deviation.
+    """
     values, mask = _start(rewards)
     advantages = np.zeros_like(values)
-    advantages[mask] = _normalise(values[mask], values[mask], 1e-8)
+    advantages[mask] = _compare(values[mask], values[mask], 1e-8, normalise)
     return Advantages(advantages.astype(np.float32), mask)
 
 
 def group_advantages(
-    rewards: Float[np.ndarray, " n"], group_size: int, *, deviation: str = "group"
+    rewards: Float[np.ndarray, " n"], group_size: int, *, deviation: str = "group", normalise: bool = True
 ) -> Advantages:
     """Returns (r - mean of the group) / (std + 1e-4), a group being the images of one prompt.
 
@@ -105,6 +113,7 @@ def group_advantages(
       rewards: [G * group_size], the images of a prompt side by side.
       group_size: images of a prompt in a round, 2 or more; Flow-GRPO has 24.
       deviation: std of the "group" (GRPO, Shao et al. 2024), or the "global" one of the round (Flow-GRPO).
+      normalise: whether to divide by it.
 
     Returns:
       The advantages; 0 in a group without two different rewards, which Flow-GRPO leaves out of the loss.
@@ -125,7 +134,8 @@ def group_advantages(
         # The mean of equal numbers may differ from them by rounding, which a small std would magnify.
         if len(own) and np.ptp(values[own]) > 0:
             over = values[own] if deviation == "group" else values[mask]
-            advantages[own] = (values[own] - values[own].mean()) / (over.std() + 1e-4)
+            scale = over.std() + 1e-4 if normalise else 1.0
+            advantages[own] = (values[own] - values[own].mean()) / scale
     return Advantages(advantages.astype(np.float32), mask)
 
 
@@ -150,8 +160,8 @@ def check_group_size(group_size: int) -> None:
     """
     if group_size < 2:
         raise UserError(
-            f"{KEY}.group_size = {group_size}: the advantage is measured within the images of a prompt, so "
-            "there must be at least 2 of each"
+            f"config.stream.images = {group_size}: the advantage is measured within the images of a prompt, "
+            "so there must be at least 2 of each"
         )
 
 
@@ -200,8 +210,10 @@ def _start(
     return values, np.isfinite(values)
 
 
-def _normalise(
-    values: Float64[np.ndarray, " k"], over: Float64[np.ndarray, " m"], epsilon: float
+def _compare(
+    values: Float64[np.ndarray, " k"], over: Float64[np.ndarray, " m"], epsilon: float, normalise: bool
 ) -> Float64[np.ndarray, " k"]:
-    """Returns values less the mean of others, in units of their deviation; nothing where there are none."""
-    return (values - over.mean()) / (over.std() + epsilon) if len(values) else values
+    """Returns values less the mean of others, in units of their deviation if asked; nothing of nothing."""
+    if not len(values):
+        return values
+    return (values - over.mean()) / (over.std() + epsilon if normalise else 1.0)

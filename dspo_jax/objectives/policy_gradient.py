@@ -202,6 +202,7 @@ class DPOK(_WithReference):
     """
 
     name = "dpok"
+    normalises = False
 
     alpha: float = number(10.0, ABOVE_ZERO)
     clip: float = number(1e-4, INSIDE_0_AND_1)

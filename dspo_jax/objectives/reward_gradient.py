@@ -161,7 +161,7 @@ class ReFL(RewardGradient):
     name = "refl"
 
     first: float = number(0.75, _SHARE)
-    threshold: float | None = number(2.0)
+    threshold: float = number(2.0)
     weight: float = number(1e-3, ABOVE_ZERO)
 
     def attached(self, calls: int, key: Key[Array, ""]) -> Bool[Array, " n"]:
@@ -170,8 +170,6 @@ class ReFL(RewardGradient):
 
     def loss(self, rewards: Float[Array, " b"]) -> Float[Array, " b"]:
         """See `RewardGradient.loss`."""
-        if self.threshold is None:
-            return -self.weight * rewards
         return self.weight * jnp.maximum(0.0, self.threshold - rewards)
 
     def mean_attached(self, calls: int) -> float:

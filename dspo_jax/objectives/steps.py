@@ -88,12 +88,14 @@ class PolicyGradient(abc.ABC):
       name: `policy_gradient.name` of a config.
       images: P, images of a row: 1, or 2 of one prompt that are compared.
       single_update: whether the loss holds only for the first update after the images were drawn.
+      normalises: whether advantages are rewards in units of a deviation, or rewards less a mean.
       reduction: "mean" (released code) or "sum" (papers) over the D numbers of a latent.
     """
 
     name: ClassVar[str]
     images: ClassVar[int] = 1
     single_update: ClassVar[bool] = False
+    normalises: ClassVar[bool] = True
 
     reduction: str = choice("mean", "sum")
 

@@ -88,16 +88,31 @@ def read_sum(reward: str) -> list[tuple[str, float]]:
     """Reads names and weights of a sum of rewards such as `pickscore,0.5*aesthetic`.
 
     Raises:
-      UserError: a weight is no number.
+      UserError: a weight that is no number, not finite or 0, or a reward that stands twice.
     """
-    parts = []
+    parts: list[tuple[str, float]] = []
     for part in reward.split(","):
         weight, star, name = part.rpartition("*")
         try:
             parts.append((name, float(weight) if star else 1.0))
         except ValueError:
             raise UserError(f"reward {part!r}: {weight!r} is no weight; write, e.g., 0.5*{name}") from None
+    check_weights(parts)
     return parts
+
+
+def check_weights(parts: Sequence[tuple[str, float]]) -> None:
+    """Refuses names and weights that make no sum.
+
+    Raises:
+      UserError: a weight that is 0 or not finite, or a name that stands twice.
+    """
+    names = [name for name, _ in parts]
+    for name, weight in parts:
+        if not math.isfinite(weight) or not weight:
+            raise UserError(f"reward {name}: its weight is {weight:g}; it must be finite and not 0")
+        if names.count(name) > 1:
+            raise UserError(f"reward {name}: stands twice in the sum; give it once")
 
 
 def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> DifferentiableReward:
@@ -107,11 +122,7 @@ def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> Differentiab
       UserError: a weight that is 0 or not finite, or two rewards of one name.
     """
     names = [reward.name for reward, _ in parts]
-    for name, (_, weight) in zip(names, parts, strict=True):
-        if not math.isfinite(weight) or not weight:
-            raise UserError(f"reward {name}: its weight is {weight:g}; it must be finite and not 0")
-        if names.count(name) > 1:
-            raise UserError(f"reward {name}: stands twice in the sum; give it once")
+    check_weights([(reward.name, weight) for reward, weight in parts])
     # Neither function may keep the weights of the networks.
     tokenizers = {reward.name: reward.tokenize for reward, _ in parts}
     terms = {reward.name: (reward.function, weight / reward.divisor) for reward, weight in parts}

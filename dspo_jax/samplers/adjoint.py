@@ -28,6 +28,7 @@ def run_with_gradients(
     x: Float[Array, "B h w C"],
     attached: Bool[Array, " n"],
     kept: Float[Array, " n"],
+    walk: Step | None = None,
 ) -> tuple[Float[Array, "B h w C"], Float[Array, " B"]]:
     """Takes n steps, through which gradients flow to `theta` and to `x`.
 
@@ -43,6 +44,7 @@ def run_with_gradients(
       x: x_0, [B, h, w, C].
       attached: [n], the steps whose predictions get a gradient; it may be traced.
       kept: [n], d x_{i+1} / d x_i with the prediction held fixed (`Sampler.kept`).
+      walk: the step where it is not attached, whose penalty is not read; `step` unless it is given.
 
     Returns:
       x_n, and the sum of the penalties of the attached steps, [B].
@@ -54,7 +56,8 @@ def run_with_gradients(
     ) -> tuple[tuple[jax.Array, jax.Array], Any]:
         def take(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[Any, jax.Array]:
             x, total = carry
-            after, penalty = step(theta, constants, x, i)
+            operands = (theta, constants, x, i)
+            after, penalty = jax.lax.cond(attached[i], step, walk, *operands) if walk else step(*operands)
             return (after, total + jnp.where(attached[i], penalty, 0.0)), x
 
         result, states = jax.lax.scan(take, (x, jnp.zeros(x.shape[0], x.dtype)), calls)

@@ -249,7 +249,14 @@ class Save:
     """Saves a checkpoint: every few steps, at the last, and when the held-out pairs find the model better."""
 
     def __init__(
-        self, checkpoints: Checkpoints, stream: Stream, clock: Clock, *, every: int, validate: Validate | None
+        self,
+        checkpoints: Checkpoints,
+        stream: Stream,
+        clock: Clock,
+        *,
+        every: int,
+        validate: Validate | None,
+        more: Callable[[], Mapping[str, object]] = dict,
     ):
         """Takes where to save, the rest of the state of a run, and the hook whose scores count.
 
@@ -259,7 +266,9 @@ class Save:
           clock: whose time is saved; leaves out the time that saving takes.
           every: steps between two checkpoints.
           validate: the hook before this one that scores the model; None where nothing does.
+          more: arrays to save beside those of the state, by name.
         """
+        self._more = more
         self._checkpoints, self._stream, self._clock = checkpoints, stream, clock
         self._every, self._validate = every, validate
         found = checkpoints.best()
@@ -268,7 +277,8 @@ class Save:
 
     def due(self, at: AfterStep) -> bool:
         """Tells whether the step is the last, one of every few, or has the best score so far."""
-        periodic = at.step % self._every == 0 or self._owed
+        # Inside a round of the model's own images there is no position to go on from.
+        periodic = (at.step % self._every == 0 or self._owed) and getattr(self._stream, "at_round_end", True)
         return at.step > 0 and (at.last or periodic or self._is_better(at.step))
 
     def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
@@ -284,7 +294,7 @@ class Save:
         self._best = max(self._best, -math.inf if found is None else found)
         extra = {"data": self._stream.get_state(), "clock": self._clock.state()}
         with self._clock.paused():
-            self._checkpoints.save(at.step, state.arrays(), extra, found)
+            self._checkpoints.save(at.step, {**state.arrays(), **self._more()}, extra, found)
 
     def _is_better(self, step: int) -> bool:
         found = self._score(step)

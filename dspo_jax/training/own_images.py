@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from dspo_jax.errors import UserError
@@ -34,11 +35,16 @@ class OwnImages:
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         """Scores [N] of N images [H, W, 3] uint8 by the trained reward; NaN where a reward gives none."""
-        parts = [
-            weight * np.asarray(reward.function(images, prompts), np.float64)
-            for reward, weight in zip(self.watched, self.weights, strict=False)
-        ]
-        return np.sum(parts, axis=0)
+        total = np.zeros(len(images))
+        for reward, weight in zip(self.watched, self.weights, strict=False):
+            scores = np.asarray(reward.function(images, prompts), np.float64)
+            if scores.shape != (len(images),):
+                raise UserError(
+                    f"reward {reward.name}: gave scores of shape {list(scores.shape)} for {len(images)} "
+                    f"images; it must give [{len(images)}]"
+                )
+            total += weight * scores
+        return total
 
 
 def open_own_images(settings: Settings) -> OwnImages:
@@ -64,10 +70,27 @@ def open_own_images(settings: Settings) -> OwnImages:
     trained = load_differentiable(rewards.train, rewards.folder) if stream.kind == "prompts" else None
     parts = read_sum(rewards.train)
     # As in `combine`, each reward of a sum counts in its own unit.
-    weights = [weight / DIVISORS.get(name, 1.0) for name, weight in parts] if len(parts) > 1 else [1.0]
-    watched = [load_reward(name, rewards.folder) for name, _ in parts]
+    weights = [weight / DIVISORS.get(name, 1.0) for name, weight in parts]
+    if rewards.train == parts[0][0]:  # no sum
+        weights = [1.0]
+    watched = [
+        _as_reward(name) if trained and ":" in name else load_reward(name, rewards.folder)
+        for name, _ in parts
+    ]
     watched += [load_reward(name, rewards.folder) for name in _not_trained(rewards)]
     return OwnImages(prompts, held_out, trained, watched, weights)
+
+
+def _as_reward(name: str) -> Reward:
+    """Returns a user's JAX function, which takes float pixels, as a reward of image files."""
+    part = load_differentiable(name)
+
+    def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        tokens = part.tokenize(prompts)
+        pixels = jnp.asarray(np.stack(images), jnp.float32) / 255
+        return np.asarray(part.function(part.params, pixels, tokens))
+
+    return Reward(part.name, part.version, score)
 
 
 def _not_trained(rewards: RewardSettings) -> Sequence[str]:

@@ -96,7 +96,9 @@ class RewardValidator:
                 f"win_rate_{reward.name}_low": low,
                 f"win_rate_{reward.name}_high": high,
             }
-        found |= {"diversity": _diversity(drawn.images, self._count), "saturated": _saturated(drawn.images)}
+        found["saturated"] = _saturated(drawn.images)
+        if self._count > 1:
+            found["diversity"] = _diversity(drawn.images, self._count)
         if self._task.pipe.denoiser in self._frozen:
             part = slice(0, self._batch_size)
             tokens = self._task.pipe.tokenize([request.prompt for request in self._requests[part]])
@@ -105,9 +107,15 @@ class RewardValidator:
                     policy, cast(self._task, self._frozen), tokens, drawn.latents[part], self._noise[part]
                 )
             )
-        judges = [*self._own.watched[len(self._own.weights) :], *self._own.watched]
-        found["score"] = found.get(f"reward_{judges[0].name}", float("nan"))
+        found["score"] = self._score(drawn.rewards)
         return found
+
+    def _score(self, rewards: np.ndarray) -> float:
+        """Returns the mean of what checkpoints are compared by; NaN where most images have no reward."""
+        trained = len(self._own.weights)
+        each = rewards[trained] if len(rewards) > trained else np.asarray(self._own.weights) @ rewards
+        known = each[~np.isnan(each)]
+        return float(known.mean()) if 2 * len(known) >= len(each) else float("nan")
 
     def _draw(self, params: Params) -> _Drawn:
         parts = range(0, len(self._requests), self._batch_size)
@@ -130,7 +138,6 @@ class RewardValidator:
         scored = np.concatenate(rewards, axis=1)[:, : self._number]
         if jax.process_count() > 1:  # accelerators of different processes may round differently
             scored = np.asarray(multihost_utils.broadcast_one_to_all(scored))
-        # As many latents as a batch holds serve to measure the drift.
         return _Drawn(np.concatenate(latents), np.concatenate(images)[: self._number], scored)
 
     def _measure_drift(
@@ -152,14 +159,14 @@ class RewardValidator:
 
 
 def _diversity(images: np.ndarray, count: int) -> float:
-    """Mean distance of two images of a prompt; 0 where there is one image of each."""
+    """Mean distance of two images of a prompt."""
     groups = images.reshape(-1, count, *images.shape[1:]).astype(np.float32) / 255
     distances = [
         np.sqrt(np.square(groups[:, i] - groups[:, j]).mean((1, 2, 3)))
         for i in range(count)
         for j in range(i)
     ]
-    return float(np.mean(distances)) if distances else 0.0
+    return float(np.mean(distances))
 
 
 def _saturated(images: np.ndarray) -> float:

@@ -76,6 +76,13 @@ class RoundStream(abc.ABC):
         """Returns the position behind the last finished round as JSON; the same in every process."""
         return self._saved
 
+    def get_state_past(self) -> str:
+        """Returns the position behind the round of the last batch, without its rewards, as JSON."""
+        if self._round is None:
+            return self._saved
+        position = self._round.next_position(self._rounds.images)
+        return json.dumps(json.loads(self._saved) | dataclasses.asdict(position))
+
     def set_state(self, state: str) -> None:
         """Continues behind the round after which `get_state` was called."""
         position = json.loads(state)

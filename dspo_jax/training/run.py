@@ -1,7 +1,7 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
+from dspo_jax.training.moving_reference import MoveReference
 from dspo_jax.training.pair_stream import PairStream
 from dspo_jax.training.prompt_stream import PromptStream
 from dspo_jax.training.reward_validation import RewardValidator
@@ -92,6 +93,7 @@ class TimedStream:
     def __init__(self, stream: Stream, clock: Clock):
         """Takes the stream, of any kind, and the clock."""
         self._stream, self._clock = stream, clock
+        self.progress: Progress | None = None
         self.get_state, self.set_state, self.close = stream.get_state, stream.set_state, stream.close
 
     @property
@@ -99,13 +101,21 @@ class TimedStream:
         """Whether a run can be saved here, and go on; False inside a round of the model's own images."""
         return getattr(self._stream, "at_round_end", True)
 
+    def get_state_past(self) -> str:
+        """Returns the position behind the last batch, or behind the round of images that it is of."""
+        if isinstance(self._stream, RoundStream):
+            return self._stream.get_state_past()
+        return self._stream.get_state()
+
     def metrics(self) -> dict[str, float]:
         """Returns metrics of the images that the last batch was made of, if it was made of images."""
         return self._stream.metrics() if isinstance(self._stream, RoundStream) else {}
 
     def next(self, params: Params) -> Batch:
-        """Returns the next batch."""
-        with self._clock.waiting():
+        """Returns the next batch; the progress bar tells where a round of images is drawn for it."""
+        begins = isinstance(self._stream, RoundStream) and self.at_round_end
+        busy = self.progress.busy("drawing images") if begins and self.progress else nullcontext()
+        with busy, self._clock.waiting():
             return self._stream.next(params)
 
 
@@ -178,6 +188,10 @@ class Run:
         settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
         self._key = jax.jit(lambda: jax.random.key(settings.seed), out_shardings=replicated(mesh))()
         self._step = make_step(state)
+        self.moving = None
+        if settings.reference.every:
+            moves = settings.reference
+            self.moving = MoveReference(reference, state.params, every=moves.every, decay=moves.decay)
         self._flops_per_pair = None
         if processes.is_first():
             flops = count_flops(task, experiment.datasets, settings.data)
@@ -207,6 +221,10 @@ class Run:
                 prompts=experiment.prompts or _first_prompts(experiment, split),
                 compute_dtype=settings.compute_dtype,
             )
+
+    def more_arrays(self) -> dict[str, Params]:
+        """Returns what a checkpoint has beside the state: the part of the reference that moves."""
+        return {} if self.moving is None else {"reference": self.moving.arrays()}
 
     def fit(
         self,
@@ -249,15 +267,19 @@ class Run:
             validate = self._make_validate(start, clock, writer)
             watching = self._make_hooks(validate, start, stream, clock, checkpoints, writer, progress)
 
-            patience = settings.validation.patience
+            patience, asked = settings.validation.patience, False
 
             def stopping() -> bool:
+                nonlocal asked
                 worn_out = validate is not None and exhausted(validate.scores, patience)
-                return vote((stop_requested() or worn_out) and stream.at_round_end)
+                # The answer of several processes comes a step late, and inside a round it waits for the end.
+                asked |= vote(stop_requested() or worn_out)
+                return asked and stream.at_round_end
 
             # The vote of the step before, which an unbroken run would have cast.
             vote(exhausted(read_scores(self._workdir, start - 1), patience))
 
+            stream.progress = progress
             state = fit(
                 Updater(self._step, self._reference, self._key, clock, progress, stream.metrics),
                 state,
@@ -272,7 +294,7 @@ class Run:
         settings, workdir = self._experiment.settings, self._workdir
         if self._validator is None:
             return None
-        group = settings.given[settings.group]
+        group = settings.given[settings.method_key]
         chosen = {name: value for name, value in group.items() if value is not None}
         objective = [chosen.pop("name"), *(f"{name} {value}" for name, value in chosen.items())]
         recipe = [settings.recipe] if settings.recipe else []
@@ -312,7 +334,16 @@ class Run:
                 steps=settings.steps,
             )
             watching.append(hooks.Announced(draw, progress, "drawing samples"))
-        save = hooks.Save(checkpoints, stream, clock, every=settings.checkpoint.every, validate=validate)
+        if self.moving is not None:
+            watching.append(self.moving)
+        save = hooks.Save(
+            checkpoints,
+            stream,
+            clock,
+            every=settings.checkpoint.every,
+            validate=validate,
+            more=self.more_arrays,
+        )
         watching.append(hooks.Announced(save, progress, "saving"))
         peak = peak_flops(mesh.devices.flat[0].device_kind) if settings.compute_dtype == "bfloat16" else None
         speed = hooks.Speed(clock, settings.batch_size, start, self._flops_per_pair, peak)
@@ -396,11 +427,12 @@ def _train(
                 logging.info("%s", line)
         logging.info("to watch it: %s, or tensorboard --logdir %s", workdir / "curves.png", workdir)
     run = Run(experiment, workdir, state, reference, make_step, count_flops)
+    saved = {**state.arrays(), **run.more_arrays()}
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.arrays()
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), saved
     )
-
-    formats = jax.tree.map(format_of, state.arrays())  # checkpoints are read in the order of any device
+    formats = jax.tree.map(format_of, saved)  # checkpoints are read in the order of any device
+    del saved
 
     def worn_out(step: int) -> bool:
         # A run ends with the step that follows its last validation; with several processes the one after, as
@@ -431,6 +463,8 @@ def _train(
                     abstract, settings.checkpoint.fallback, processes.Vote(mesh).now
                 )
                 arrays = jax.device_put(arrays, formats, donate=True)
+                if run.moving is not None:
+                    run.moving.set_arrays(arrays.pop("reference"))
                 state = TrainState(**{"ema": None, **arrays}, task=task)
                 position, clock = skip_to or extra["data"], Clock(**extra["clock"])
             if (step := int(state.step)) >= settings.steps:
@@ -450,7 +484,7 @@ def _train(
                     logging.error(
                         "%s; going back to step %d, past the examples of those updates", error, latest
                     )
-                    skip_to, rolled_back_to = stream.get_state(), latest
+                    skip_to, rolled_back_to = stream.get_state_past(), latest
                     continue
             if step == settings.steps or worn_out(step):
                 return outcome(step, finished=True)

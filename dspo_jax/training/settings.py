@@ -169,10 +169,19 @@ class RewardSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceSettings:
+    """The keys of `config.reference`."""
+
+    every: int = limited(NOT_NEGATIVE)
+    decay: float = limited(DECAY)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageSettings:
     """The keys of `config.advantages`."""
 
     of: str = choice("prompt", "group", "round")
+    deviation: str = choice("group", "global")
     buffer_size: int = limited(AT_LEAST_1)
     min_count: int = limited(AT_LEAST_1)
 
@@ -226,6 +235,7 @@ class Settings:
     objective: Objective = dataclasses.field(metadata={"make": _maker(get_objective)})
     stream: StreamSettings
     rewards: RewardSettings
+    reference: ReferenceSettings
     policy_gradient: PolicyGradient = dataclasses.field(metadata={"make": _maker(get_policy_gradient)})
     advantages: AdvantageSettings
     reward_gradient: RewardGradient = dataclasses.field(metadata={"make": _maker(get_reward_gradient)})
@@ -240,7 +250,7 @@ class Settings:
     recipe: str = ""
 
     @property
-    def group(self) -> str:
+    def method_key(self) -> str:
         """Name of the group of keys that says what trains."""
         return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(
             self.stream.kind, "objective"
@@ -249,7 +259,7 @@ class Settings:
     @property
     def method(self) -> str:
         """Name of the objective, the policy gradient or the reward gradient that trains."""
-        name: str = getattr(self, self.group).name
+        name: str = getattr(self, self.method_key).name
         return name
 
     def for_examples(self, count: int) -> "Settings":
@@ -293,6 +303,11 @@ def parse(config: ConfigDict) -> Settings:
         reference_dtype=settings.reference_dtype or lesser,
         given=given,
     )
+    if settings.reference.every and settings.reference.decay and settings.reference_dtype == "bfloat16":
+        raise UserError(
+            f"config.reference.decay = {settings.reference.decay:g}: a moving average in bfloat16 loses its "
+            "small steps; set --config.reference_dtype=float32"
+        )
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
     # otherwise, the two differ before the first update. (With LoRA they are one tree.)
     policy_rounded, reference_rounded = (

@@ -116,9 +116,18 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         check_images(settings.objective, images, "the batch in memory")
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)
+    if own_images is not None and settings.given.get("epochs"):
+        raise UserError(
+            "config.epochs: counts the examples of a dataset; set config.steps, the updates of the run"
+        )
+    if settings.reference.every and not task.loss.needs_reference:
+        raise UserError(
+            f"config.reference.every = {settings.reference.every}: {settings.method!r} reads no reference "
+            "that could move; set it to 0"
+        )
     mesh = mesh_of(settings)
     if settings.stream.kind == "trajectories":
-        check_trajectories(settings, mesh, count)
+        check_trajectories(settings, mesh, len(set(own_images.prompts)) if own_images else count)
         sampler = settings.stream.drawing.make_sampler(pipe)
         check_rows(settings, mesh, len(noisy_calls(sampler, settings.stream.eta)))
     else:
@@ -249,6 +258,12 @@ def check_reward_gradient(settings: Settings) -> None:
       UserError: by key.
     """
     stream, method = settings.stream, settings.reward_gradient
+    threshold = settings.given["reward_gradient"]["threshold"]
+    if isinstance(method, ReFL) and settings.rewards.train != "imagereward" and threshold is None:
+        raise UserError(
+            "config.reward_gradient.threshold is not set: refl's 2 is for ImageReward, and above it no "
+            f"gradient flows; set it to more than {settings.rewards.train} reaches, in its units"
+        )
     k = method.hyperparameters.get("k", 1)
     if isinstance(k, float) and k > stream.num_inference_steps:
         raise UserError(

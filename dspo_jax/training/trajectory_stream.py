@@ -122,10 +122,15 @@ class TrajectoryStream(RoundStream):
         if self._method.images == 2:
             return pair_preferences(rewards.reshape(-1, 2))
         if self._advantages.of == "prompt":
-            return self._statistics.update(drawn.prompts, rewards)
+            return self._statistics.update(drawn.prompts, rewards, normalise=self._method.normalises)
         if self._advantages.of == "group":
-            return group_advantages(rewards, self._rounds.images)
-        return batch_advantages(rewards)
+            return group_advantages(
+                rewards,
+                self._rounds.images,
+                deviation=self._advantages.deviation,
+                normalise=self._method.normalises,
+            )
+        return batch_advantages(rewards, normalise=self._method.normalises)
 
     def _make_batch(self, drawn: Round, update: int) -> Batch:
         """See `RoundStream._make_batch`."""
@@ -246,6 +251,11 @@ def check_trajectories(settings: Settings, mesh: Mesh, prompts: int) -> None:
                 "two by two; it must be even"
             )
         return
+    if method.name == "grpo" and advantages.of != "group":
+        raise UserError(
+            f"config.advantages.of = {advantages.of!r}: policy gradient 'grpo' compares the images of a "
+            "prompt in a round; set it to 'group', or take config.policy_gradient.name = 'ddpo'"
+        )
     if advantages.of == "group" and stream.images < 2:
         raise UserError(
             f"config.stream.images = {stream.images}: config.advantages.of = 'group' compares the images of "

@@ -20,7 +20,12 @@ MAY_DIFFER = (
     "mesh",
     "profile",
     "remat",
+    "rewards.folder",
+    "rewards.images",
+    "rewards.prompts",
+    "rewards.validation",
     "samples",
+    "stream.batch_size",
     "validation",
     "wandb_project",
 )
@@ -42,7 +47,7 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
     """
     optimizer = config["optimizer"]
     lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
-    may_differ = [*MAY_DIFFER, *lengths]
+    may_differ = {*MAY_DIFFER, *lengths}
     path = workdir / "config.json"
     if path.is_file() and _has_begun(workdir):
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
@@ -50,7 +55,7 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
-        theirs.setdefault("stream.kind", "dataset")
+        theirs = {"stream.kind": "dataset", "reference.every": 0, "reference.decay": 0.0} | theirs
         if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds
             theirs |= {key: value for key, value in mine.items() if key.startswith(_ONLINE)} | {
                 "stream.kind": "dataset"
@@ -60,7 +65,7 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
             "optimizer.factored_axes", "largest" if of_adafactor else optimizer["factored_axes"]
         )
         for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key) and key.split(".")[0] not in may_differ:
+            if mine.get(key) != theirs.get(key) and not {key, key.split(".")[0]} & may_differ:
                 raise UserError(
                     f"{path}: this run was started with config.{key} = {theirs.get(key)!r}, now it is "
                     f"{mine.get(key)!r}; resume with the same config or choose another --workdir "

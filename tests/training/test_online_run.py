@@ -5,7 +5,8 @@ import pytest
 from tables import each_row
 from tiny_run import make_config, read_reproducible, saved_steps
 
-from dspo_jax.monitoring.metrics import read_validations
+from dspo_jax.monitoring.metrics import read_metrics, read_validations
+from dspo_jax.rewards import load_reward
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
@@ -50,6 +51,24 @@ KINDS = {
         "rewards.train": "compressibility",
         "objective.name": "diffusion_dpo",
     },
+    # The reference follows the policy, at once and as an average.
+    "iterated": {
+        "stream.kind": "own_pairs",
+        "stream.images": 2,
+        "rewards.train": "compressibility",
+        "objective.name": "diffusion_dpo",
+        "lora.rank": 2,
+        "reference.every": 2,
+    },
+    "averaged": {
+        "stream.kind": "trajectories",
+        "stream.images": 2,
+        "rewards.train": "compressibility",
+        "policy_gradient.name": "grpo",
+        "advantages.of": "group",
+        "reference.every": 1,
+        "reference.decay": 0.9,
+    },
 }
 
 
@@ -70,6 +89,9 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model,
     steps = [record for record in records if record["step"] > 0]
     assert all(np.isfinite(record["loss"]) and "reward" in record for record in steps)
     assert all(record["grad_norm"] > 0 for record in steps)
+    if kind == "iterated":  # after it moved the reference is the policy again
+        margins = [abs(record["margin"]) for record in steps]
+        assert max(margins[0], margins[2]) < 1e-3 * min(margins[1], margins[3])
     if kind in ("ddpo", "grpo"):
         # The policy of the first update of a round is the one that drew.
         first = [record for record in steps if record["step"] % 2 == 1 or kind == "grpo"]
@@ -125,6 +147,15 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
         ("dpo", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
         ("ddpo", {"advantages.min_count": 100}, "config.advantages.min_count"),
         ("dpo", {"rewards.train": "pickscore"}, "reward pickscore: no weights in rewards"),
+        ("draft", {"reference.every": 1}, "config.reference.every = 1: 'alignprop' reads no reference"),
+        (
+            "averaged",
+            {"reference_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+            "config.reference.decay = 0.9",
+        ),
+        ("grpo", {"advantages.of": "prompt"}, "config.advantages.of = 'prompt': policy gradient 'grpo'"),
+        ("dpo", {"epochs": 2.0}, "config.epochs: "),
+        ("ddpo", {"rewards.train": "0*compressibility"}, "reward compressibility: its weight is 0"),
         ("draft", {"stream.batch_size": 4}, "config.stream.batch_size = 4"),
     ],
 )
@@ -135,4 +166,36 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_read(kind, changes
 
 def test_the_method_is_that_of_the_kind(shallow_model):
     methods = {kind: parse(config_of(shallow_model, kind)).method for kind in KINDS}
-    assert methods == {"draft": "alignprop", "ddpo": "ddpo", "grpo": "grpo", "dpo": "diffusion_dpo"}
+    assert methods["draft"] == "alignprop"
+    assert methods["averaged"] == "grpo"
+    assert methods["dpo"] == "diffusion_dpo"
+
+
+def test_one_reward_keeps_its_weight_and_a_sum_its_units(shallow_model):
+    images, prompts = [np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), (255, 0, 0), np.uint8)], ["", ""]
+    small, red = load_reward("compressibility"), load_reward("colourfulness")
+    alone = prepare(config_of(shallow_model, "ddpo", **{"rewards.train": "-1*compressibility"})).own_images
+    np.testing.assert_allclose(alone.score(images, prompts), -small.score(images, prompts), rtol=1e-6)
+    both = prepare(config_of(shallow_model, "grpo")).own_images
+    expected = red.score(images, prompts) / 18 + 0.5 * small.score(images, prompts)
+    np.testing.assert_allclose(both.score(images, prompts), expected, rtol=1e-6)
+
+
+@pytest.mark.ci
+def test_a_function_of_ones_own_is_trained_and_watched(shallow_model, tmp_path):
+    (tmp_path / "mine.py").write_text("def red(images):\n    return images[..., 0].mean((1, 2))\n")
+    changes = {"rewards.train": f"{tmp_path / 'mine.py'}:red", "rewards.prompts": ["a horse"], "steps": 2}
+    train(config_of(shallow_model, "draft", **changes, **{"validation.every": 2}), tmp_path / "run")
+    found = read_validations(tmp_path / "run" / "metrics.jsonl")
+    assert found[2]["score"] == found[2]["reward_red"]
+    assert 0 < found[2]["reward_red"] < 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("method", ["ddpo", "dpok"])
+def test_advantages_are_in_the_units_of_the_method(method, shallow_model, tmp_path):
+    """DPOK weighs with the reward less its mean; the others with that over its deviation."""
+    changes = {"policy_gradient.name": method, "advantages.of": "round", "stream.updates": 1, "steps": 1}
+    train(config_of(shallow_model, "ddpo", **changes, **{"checkpoint.every": 1}), tmp_path)
+    (record,) = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["step"] == 1]
+    assert 0 < record["advantage"] <= (1.0 if method == "ddpo" else record["reward_std"])

@@ -161,9 +161,12 @@ def test_refl_differentiates_the_image_that_one_late_step_expects(shallow_model)
         "reward_gradient.name": "refl",
         "reward_gradient.first": 0.5,
         "reward_gradient.threshold": 100.0,
+        "reward_gradient.beta": 3.0,
     }
     experiment, mesh, state, reference = make(shallow_model, changes)
     task, batch = experiment.task, make_batch(experiment, mesh)
+    params = jax.tree.map(lambda leaf: leaf * 1.01, state.params)
+    state = state.__class__(**{**vars(state), "params": params})
     pipe, loss = task.pipe, task.loss
     sampler, denoiser = loss.drawing.make_sampler(pipe), GuidedDenoiser(pipe, loss.drawing)
     of_update = jax.random.fold_in(jax.random.fold_in(KEY, 3), 2**31)
@@ -187,8 +190,11 @@ def test_refl_differentiates_the_image_that_one_late_step_expects(shallow_model)
             )
             x = state.latents + deviation * noise(i + 1)
         x, t = jax.lax.stop_gradient(x), int(sampler.timesteps[call])
-        clean = pipe.schedule.to_x0(denoiser.predict(policy, x, jnp.asarray(t), conditioning), x, t)
-        return (1e-3 * (100.0 - judge(loss, task, reference, clean, batch))).mean()
+        prediction = denoiser.predict(policy, x, jnp.asarray(t), conditioning)
+        frozen = denoiser.predict(policy_params(task, {}, reference), x, jnp.asarray(t), conditioning)
+        drift = jnp.square(prediction - jax.lax.stop_gradient(frozen)).mean((1, 2, 3))
+        rewards = judge(loss, task, reference, pipe.schedule.to_x0(prediction, x, t), batch)
+        return (1e-3 * (100.0 - rewards) + 3.0 * drift).mean()
 
     value, grads = jax.jit(jax.value_and_grad(expected))(state.params)
     found_value, _, found = gradient(experiment, mesh, state, reference, batch)
@@ -226,9 +232,14 @@ def test_devices_and_parts_of_a_batch_do_not_change_the_update(shallow_model):
         ({"stream.prompts": ["none.txt"]}, r"config.stream.prompts = 'none.txt': .*none.txt"),
         ({"reward_gradient.k": 5.0}, r"config.reward_gradient.k = 5: .*num_inference_steps = 4"),
         ({"reward_gradient.k": 1.5}, r"config.reward_gradient.k = 1.5: .*whole number"),
+        ({"reward_gradient.name": "refl"}, "config.reward_gradient.threshold is not set: .*colourfulness"),
         ({"reward_gradient.name": "draftk"}, r"config.reward_gradient.name = 'draftk'.*'draft_k'"),
         (
-            {"reward_gradient.name": "refl", "stream.sampler": "euler_ancestral"},
+            {
+                "reward_gradient.name": "refl",
+                "reward_gradient.threshold": 9.0,
+                "stream.sampler": "euler_ancestral",
+            },
             r"config.stream.sampler = 'euler_ancestral': .*'refl'.*'ddim'",
         ),
         ({"stream.sampler": "pndm"}, r"config.stream.sampler = 'pndm'"),

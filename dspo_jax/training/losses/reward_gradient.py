@@ -1,6 +1,7 @@
 """The loss of reward gradients: prompts become images, and a reward's gradient flows back to the network."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,29 +83,39 @@ class RewardGradientLoss:
             policy = gather(policy_params(task, params, frozen))
             return denoiser.predict(policy, x, t, floats._replace(sizes=fixed.sizes))
 
-        def step(theta: PyTree, constants: PyTree, x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def take_step(
+            theta: PyTree, constants: PyTree, x: jax.Array, i: jax.Array, penalised: bool
+        ) -> tuple[jax.Array, jax.Array]:
             del constants
-            found: list[tuple[jax.Array, jax.Array, jax.Array]] = []
+            called: list[tuple[jax.Array, jax.Array, jax.Array]] = []
 
-            def noted(x: jax.Array, t: jax.Array) -> jax.Array:
-                found.append((x, t, predict(theta, x, t)))
-                return found[0][2]
+            def predict_once(x: jax.Array, t: jax.Array) -> jax.Array:
+                called.append((x, t, predict(theta, x, t)))
+                return called[0][2]
 
-            mean, deviation = sampler.transition(noted, sampler.start(x)._replace(latents=x), i)
+            mean, deviation = sampler.transition(predict_once, sampler.start(x)._replace(latents=x), i)
             after = mean.latents
             if sampler.step_noise is not None:
                 after += deviation * noise(i + 1)
-            if not self.needs_reference:
-                return after, jnp.zeros(len(x), jnp.float32)
-            x, t, prediction = found[0]
-            of_reference = denoiser.predict(gather(cast(task, frozen)), x, t, fixed)
-            return after, jnp.square(prediction - of_reference).mean((1, 2, 3))
+            return after, drift(*called[0]) if penalised else jnp.zeros(len(x), jnp.float32)
 
+        def drift(x: jax.Array, t: jax.Array, prediction: jax.Array) -> jax.Array:
+            of_reference = denoiser.predict(gather(cast(task, frozen)), x, t, fixed)
+            return jnp.square(prediction - of_reference).mean((1, 2, 3))
+
+        step = partial(take_step, penalised=self.needs_reference)
+        walk = partial(take_step, penalised=False) if self.needs_reference else None
         start = sampler.start(noise(0)).latents
         if isinstance(self.method, ReFL):
-            latents, penalty = self._expected_image(step, predict, theta, start, attached, sampler, pipe)
+            # To the attached step without gradients; its prediction gives the image.
+            held, i = jax.lax.stop_gradient(theta), jnp.argmax(attached)
+            x = jax.lax.fori_loop(0, i, lambda i, x: (walk or step)(held, (), x, i)[0], start)
+            x, t = jax.lax.stop_gradient(x), jnp.take(jnp.asarray(sampler.timesteps), i)
+            prediction = predict(theta, x, t)
+            latents = pipe.schedule.to_x0(prediction, x, t)
+            penalty = drift(x, t, prediction) if self.needs_reference else jnp.zeros(len(x), jnp.float32)
         else:
-            latents, penalty = run_with_gradients(step, theta, (), start, attached, sampler.kept)
+            latents, penalty = run_with_gradients(step, theta, (), start, attached, sampler.kept, walk)
             penalty /= jnp.maximum(attached.sum(), 1)
         losses, metrics = self._judge(pipe, reference, latents, batch["reward_tokens"])
         for number in range(self.method.renoised):
@@ -137,24 +148,6 @@ class RewardGradientLoss:
         rewards, outside = score(latents)
         metrics = {"reward": rewards, "saturated": outside}
         return self.method.loss(rewards / self.reward.divisor), jax.lax.stop_gradient(metrics)
-
-    def _expected_image(
-        self,
-        step: Any,
-        predict: Any,
-        theta: PyTree,
-        start: jax.Array,
-        attached: jax.Array,
-        sampler: Any,
-        pipe: Pipeline,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Walks to the attached step without gradients, and returns the clean latents that it predicts."""
-        fixed, i = jax.lax.stop_gradient(theta), jnp.argmax(attached)
-        x = jax.lax.fori_loop(0, i, lambda i, x: step(fixed, (), x, i)[0], start)
-        x, t = jax.lax.stop_gradient(x), jnp.take(jnp.asarray(sampler.timesteps), i)
-        scaled = jnp.take(jnp.asarray(sampler.input_scale), i) * x
-        latents = pipe.schedule.to_x0(predict(theta, scaled, t), x, t)
-        return latents, jnp.zeros(len(x), jnp.float32)
 
     @property
     def beside_components(self) -> tuple[str, ...]:
@@ -194,7 +187,7 @@ class RewardGradientLoss:
         calls, each = self.drawing.steps, 2 if self.drawing.guidance_scale > 1 else 1
         trained = self.method.mean_attached(calls) + self.method.renoised
         policy = each * (calls + trained + self.method.renoised)  # an attached step is computed again
-        reference = each * (calls + trained) if self.needs_reference else 0
+        reference = each * 2 * trained if self.needs_reference else 0
         return Passes(
             policy=round(policy),
             backward=round(each * trained),
