@@ -128,8 +128,7 @@ def test_a_run_resumed_inside_a_round_replays_it_bit_for_bit(shallow_model):
         "stream.updates": 2,
         "advantages.of": "prompt",
         "advantages.min_count": 2,
-        "policy_gradient.name": "grpo",
-        "advantages.of": "group",
+        "policy_gradient.name": "dpok",
         "policy_gradient.kl": "kl_in_reward",
     }
     run = OnlineRun(shallow_model, changes)
