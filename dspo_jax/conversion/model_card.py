@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
@@ -11,6 +12,8 @@ from dspo_jax.hub_cache import find_repository, hide_folders
 from dspo_jax.json_files import JsonObject, member
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 from dspo_jax.objectives import OBJECTIVES
+from dspo_jax.objectives.policy_gradient import POLICY_GRADIENTS
+from dspo_jax.objectives.reward_gradient import REWARD_GRADIENTS
 from dspo_jax.weights.model_dir import is_hub_id, read_json
 from dspo_jax.weights.saved_params import read_run_config
 
@@ -21,6 +24,17 @@ GRID = "samples.png"
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
 _OPTIONS = ("optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay")
 _PROMPT = "a red fox in the snow"
+# The group of keys that names what trains, by `stream.kind`, and what it offers.
+_GROUPS = {"prompts": "reward_gradient", "trajectories": "policy_gradient"}
+_METHODS: Mapping[str, Mapping[str, type]] = {
+    "objective": OBJECTIVES,
+    "policy_gradient": POLICY_GRADIENTS,
+    "reward_gradient": REWARD_GRADIENTS,
+}
+_OWN_IMAGES = (
+    *("stream.kind", "stream.prompts", "rewards.train", "rewards.validation", "rewards.prompts"),
+    *("stream.sampler", "stream.num_inference_steps", "stream.guidance_scale", "stream.eta"),
+)
 
 
 def make_card(
@@ -37,12 +51,16 @@ def make_card(
       file: name of what is exported, where it is one file; by default it is a folder, with the picture in it.
       adapters: whether the file holds adapters alone.
     """
-    config = read_run_config(run, "objective.name", "data.path")
+    config = read_run_config(run, "objective.name")
     values = flatten_dict(config, sep=".")
-    objective, data = config["objective"]["name"], config["data"]["path"]
+    kind = values.get("stream.kind", "dataset")
+    if kind == "dataset":
+        read_run_config(run, "data.path")
+    group = _GROUPS.get(kind, "objective")
+    method = config[group]["name"]
     name, licence = hide_folders(base), _read_licence(folder)
     grid = None if file else find_grid(run, step)
-    tags = ["dspo_jax", objective, *(["lora"] if values.get("lora.rank") else [])]
+    tags = ["dspo_jax", method, *(["lora"] if values.get("lora.rank") else [])]
     published = is_hub_id(base) or find_repository(Path(base)) is not None
     header = [
         "library_name: diffusers",
@@ -54,17 +72,18 @@ def make_card(
     sections = [
         "\n".join(["---", *header, "---"]),
         f"# {run.resolve().name}",
-        f"`{name}` after {step} steps of `{objective}`, trained with dspo_jax "
+        f"`{name}` after {step} steps of `{method}`, trained with dspo_jax "
         "(`python -m dspo_jax.train`) and exported with `python -m dspo_jax.convert export`.",
     ]
     if grid is not None:
         sections.append(f"![From the same noise: the base, and step {_step(grid)}]({GRID})")
     sections += [
         "## Use\n\n" + _usage(values, _loading(name, folder, file, adapters)),
-        "## Training\n\n" + _table(_describe_training(values, step) | _read_accuracy(run, step)),
-        "## Data\n\n" + "\n\n".join(_table(_describe_data(Path(part.strip()))) for part in data.split(",")),
+        "## Training\n\n" + _table(_describe_training(values, group, step) | _read_results(run, step)),
+        "## Data\n\n" + _describe_examples(values, kind),
         "## Licence\n\n"
-        "The licence of the base model and the terms of the preference data apply to this model too.",
+        "The licence of the base model and the terms of the preference data, or of the rewards, apply to "
+        "this model too.",
     ]
     missing = [] if licence else ["`license`, as the card of the base names none"]
     missing += [] if published else ["`base_model`, as the base was a local folder"]
@@ -116,23 +135,46 @@ image.save("image.png")
 ```"""
 
 
-def _describe_training(values: JsonObject, step: int) -> JsonObject:
-    """Lists the objective, its hyperparameters with their defaults, and the main settings, by config key."""
-    name = values["objective.name"]
-    fields = dataclasses.fields(OBJECTIVES[name]) if name in OBJECTIVES else ()
-    rows = {"objective.name": name, **{f"objective.{field.name}": field.default for field in fields}}
-    rows |= {
-        key: value for key, value in values.items() if key.startswith("objective.") and value is not None
-    }
+def _describe_training(values: JsonObject, group: str, step: int) -> JsonObject:
+    """Lists the method, its hyperparameters with their defaults, and the main settings, by config key.
+
+    Args:
+      values: the config, by dotted key.
+      group: of keys that the method is named in.
+      step: of the exported checkpoint.
+    """
+    name, methods = values[f"{group}.name"], _METHODS[group]
+    fields = dataclasses.fields(methods[name]) if name in methods else ()
+    rows = {f"{group}.name": name, **{f"{group}.{field.name}": field.default for field in fields}}
+    rows |= {key: value for key, value in values.items() if key.startswith(f"{group}.") and value is not None}
     rows |= {"steps": step} | {key: values.get(key) for key in _SETTINGS}
     rows |= {key: values[key] for key in _OPTIONS if values.get(key)}
     return {key: value for key, value in rows.items() if value is not None}
 
 
-def _read_accuracy(run: Path, step: int) -> dict[str, str]:
-    """Reads the newest held-out implicit accuracy of a run up to `step`, if it has one."""
+def _describe_examples(values: JsonObject, kind: str) -> str:
+    """Describes the datasets of a run, or the prompts and rewards of one on the model's own images."""
+    if kind == "dataset":
+        parts = values["data.path"].split(",")
+        return "\n\n".join(_table(_describe_data(Path(part.strip()))) for part in parts)
+    rows = {key: values.get(key) for key in _OWN_IMAGES}
+    for key in ("stream.prompts", "rewards.prompts", "rewards.validation"):
+        rows[key] = ", ".join(hide_folders(list(rows[key] or ())))
+    return "The model's own images.\n\n" + _table({key: value for key, value in rows.items() if value != ""})
+
+
+def _read_results(run: Path, step: int) -> dict[str, str]:
+    """Reads the newest held-out implicit accuracy, or rewards, of a run up to `step`, if it has them."""
     path, key = run / "metrics.jsonl", f"{VALIDATION_PREFIX}implicit_accuracy"
     records = read_metrics(path) if path.is_file() else []
+    prefix = f"{VALIDATION_PREFIX}reward_"
+    for record in reversed(records):
+        rewards = [name for name in record if name.startswith(prefix)] if record["step"] <= step else []
+        if rewards:
+            return {
+                f"held-out {name.removeprefix(prefix)}": f"{record[name]:.4g} at step {record['step']}"
+                for name in rewards
+            }
     for record in reversed(records):
         if record["step"] <= step and key in record:
             value = f"{record[key]:.3f}"

@@ -92,7 +92,7 @@ def read_sum(reward: str) -> list[tuple[str, float]]:
     """
     parts: list[tuple[str, float]] = []
     for part in reward.split(","):
-        weight, star, name = part.rpartition("*")
+        weight, star, name = part.strip().rpartition("*")
         try:
             parts.append((name, float(weight) if star else 1.0))
         except ValueError:

@@ -222,6 +222,8 @@ def draw_batches(
     """
     mesh = local_mesh()
     batch_size = math.ceil(rendering.batch_size / mesh.size) * mesh.size
+    if rendering.optimize_noise:  # an image that only fills up a batch would cost as much
+        batch_size = min(batch_size, math.ceil(len(requests) / mesh.size) * mesh.size)
     shape = rendering.latent_shape(pipe)
     sampler = ImageSampler(pipe, rendering.drawing, compute_dtype=rendering.choose_dtype(), mesh=mesh)
     decoder = Decoder(pipe, mesh, tile=rendering.vae_tile, preview=rendering.preview_vae)

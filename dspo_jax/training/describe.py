@@ -83,6 +83,15 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     yield from task.loss.notes(height * width * task.pipe.latent_channels)
 
 
+def warm_up_warning(settings: Settings) -> Iterator[str]:
+    """Yields a line if a run ends before its learning rate has risen."""
+    if settings.optimizer.warmup_steps > settings.steps:
+        yield (
+            f"warning: config.optimizer.warmup_steps = {settings.optimizer.warmup_steps}: the run has "
+            f"{settings.steps} steps, and never reaches its learning rate; lower it"
+        )
+
+
 def warnings(settings: Settings, examples: int) -> Iterator[str]:
     """Yields what the length of a run and its number of examples make doubtful, a line each.
 
@@ -91,11 +100,7 @@ def warnings(settings: Settings, examples: int) -> Iterator[str]:
       examples: to train on.
     """
     drawn, epochs = settings.steps * settings.batch_size, settings.given.get("epochs")
-    if settings.optimizer.warmup_steps > settings.steps:
-        yield (
-            f"warning: config.optimizer.warmup_steps = {settings.optimizer.warmup_steps}: the run has "
-            f"{settings.steps} steps, and never reaches its learning rate; lower it"
-        )
+    yield from warm_up_warning(settings)
     if settings.batch_size > examples:
         yield (
             f"warning: config.batch_size = {settings.batch_size}: more than the {examples:,} examples, of "
@@ -133,6 +138,7 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
         f"{drawn:,} images are drawn and scored, each by {drawing.steps} steps of {drawing.sampler}{eta}, "
         f"guidance {drawing.guidance_scale:g}"
     )
+    yield from warm_up_warning(settings)
     trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]
     yield "trained by " + ", ".join(f"{reward.name} ({reward.version})" for reward in trained)
     if settings.validation.every:

@@ -53,10 +53,12 @@ def estimate(
     state, reference = make_state(
         task, mesh_of(settings, jax.devices()[:1]), make_adapters(settings, pipe), abstract=True
     )
-    side, part = pipe.image_side, settings.batch_size // settings.accumulation
+    side, part = pipe.image_side, max(1, settings.batch_size * task.loss.rows // settings.accumulation)
+    unit = "images" if settings.stream.draws_images else "pairs"
+    of_step = "denoising steps" if task.loss.rows > 1 else unit
     yield (
-        f"{settings.objective.name} of {pipe.path}, {side}x{side} pixels: {settings.batch_size} pairs a "
-        f"step, {part} at a time"
+        f"{settings.method} of {pipe.path}, {side}x{side} pixels: {settings.batch_size} {unit} a step, "
+        f"{part} {of_step} at a time"
     )
     if settings.epochs is None:
         drawn = settings.steps * settings.batch_size

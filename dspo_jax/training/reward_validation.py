@@ -5,11 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
+from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
@@ -87,6 +89,8 @@ class RewardValidator:
         for reward, scores, before in zip(self._own.watched, drawn.rewards, base.rewards, strict=True):
             known = ~(np.isnan(scores) | np.isnan(before))
             if not known.any():
+                if processes.is_first():
+                    logging.warning("reward %s: gave no finite score to any held-out image", reward.name)
                 continue
             wins = float((scores > before)[known].sum() + (scores == before)[known].sum() / 2)
             low, high = binomial_interval(wins, int(known.sum()))

@@ -100,24 +100,10 @@ class Rounds:
         Raises:
           UserError: numbers of images that do not go together, by key; a sampler that does not fit the model.
         """
-        stream = settings.stream
-        self.images = stream.images
-        if count % stream.images:
-            raise UserError(
-                f"config.stream.images = {stream.images}: must divide the {count} images of a round, "
-                f"config.batch_size x config.stream.updates = {settings.batch_size} x {stream.updates}"
-            )
-        check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
-        self._chunk = min(stream.batch_size, count)
-        if count % self._chunk:
-            ways = mesh.shape["data"] * mesh.shape["fsdp"]
-            fitting = [n for n in range(ways, count + 1, ways) if count % n == 0]
-            raise UserError(
-                f"config.stream.batch_size = {stream.batch_size}: must divide the {count} images of a round; "
-                f"one of {fitting}"
-            )
+        self.images = settings.stream.images
+        self._chunk = check_round_sizes(settings, mesh, count)
         self._prompts, self._order = prompts, PromptOrder(len(prompts), settings.seed)
-        self.rollout = Rollout(task, stream.drawing, task.pipe.latent_size, mesh)
+        self.rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
         self._pipe, self._reference, self._score, self._mesh = task.pipe, reference, score, mesh
         self._count, self._shares_start, self._keeps_path = count, shares_start, keeps_path
         self._progress = progress
@@ -211,6 +197,35 @@ class Rounds:
         share, shares = batch_share(self._mesh)
         size = self._chunk // shares
         return share * size + np.arange(size)
+
+
+def check_round_sizes(settings: Settings, mesh: Mesh, count: int) -> int:
+    """Returns how many images of a round are drawn at a time.
+
+    Args:
+      settings: `stream` is read.
+      mesh: the devices.
+      count: images of a round, over all processes.
+
+    Raises:
+      UserError: numbers of images that do not go together, by key.
+    """
+    stream = settings.stream
+    if count % stream.images:
+        raise UserError(
+            f"config.stream.images = {stream.images}: must divide the {count} images of a round, "
+            f"config.batch_size x config.stream.updates = {settings.batch_size} x {stream.updates}"
+        )
+    check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
+    chunk = min(stream.batch_size, count)
+    if count % chunk:
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        fitting = [n for n in range(ways, count + 1, ways) if count % n == 0]
+        raise UserError(
+            f"config.stream.batch_size = {stream.batch_size}: must divide the {count} images of a round; "
+            f"one of {fitting}"
+        )
+    return chunk
 
 
 def _check_usable(rewards: Float[np.ndarray, " N"], finite: Float[np.ndarray, " N"], number: int) -> None:

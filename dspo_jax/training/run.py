@@ -273,7 +273,9 @@ class Run:
                 nonlocal asked
                 worn_out = validate is not None and exhausted(validate.scores, patience)
                 # The answer of several processes comes a step late, and inside a round it waits for the end.
-                asked |= vote(stop_requested() or worn_out)
+                before, asked = asked, asked | vote(stop_requested() or worn_out)
+                if asked > before and not stream.at_round_end and processes.is_first():
+                    logging.info("the run stops behind this round of images")
                 return asked and stream.at_round_end
 
             # The vote of the step before, which an unbroken run would have cast.

@@ -210,7 +210,7 @@ class Settings:
     """
 
     model: str | None
-    seed: int
+    seed: int = limited(Limit(f"must be between 0 and {2**32 - 1}", lambda seed: 0 <= seed < 2**32))
     steps: int = limited(AT_LEAST_1)
     epochs: float | None = limited(
         Limit("must be above 0 and at most a million", lambda epochs: epochs is None or 0 < epochs <= 1e6)

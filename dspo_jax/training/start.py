@@ -39,6 +39,7 @@ from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.pair_stream import check_pairs
+from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
@@ -115,6 +116,11 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count, images = examples["moments"].shape[:2]
         check_images(settings.objective, images, "the batch in memory")
     settings = settings.for_examples(count)
+    if own_images is not None:
+        try:
+            check_steps(pipe.schedule.num_train_timesteps, settings.stream.num_inference_steps)
+        except UserError as error:
+            raise UserError(f"config.stream.{error}") from error
     task = make_task(settings, pipe, own_images.trained if own_images else None)
     if own_images is not None and settings.given.get("epochs"):
         raise UserError(
@@ -139,6 +145,9 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     if own_images is not None:
         check_rounds(settings)
         check_batch_size(settings.stream.batch_size, mesh, "config.stream.batch_size")
+        if settings.stream.kind != "prompts":
+            images = settings.stream.images if settings.stream.kind == "own_pairs" else 1
+            check_round_sizes(settings, mesh, settings.batch_size * settings.stream.updates * images)
     elif settings.validation.every:
         check_batch_size(settings.validation.batch_size, mesh, "config.validation.batch_size")
     prompts: list[str] = []

@@ -5,9 +5,11 @@ import pytest
 from tables import each_row
 from tiny_run import make_config, read_reproducible, saved_steps
 
+from dspo_jax.conversion.export_model import export
 from dspo_jax.monitoring.metrics import read_metrics, read_validations
-from dspo_jax.rewards import load_reward
+from dspo_jax.rewards import Reward, load_reward
 from dspo_jax.training.dry_run import dry_run
+from dspo_jax.training.own_images import score_leniently
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import prepare
@@ -156,6 +158,9 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
         ("grpo", {"advantages.of": "prompt"}, "config.advantages.of = 'prompt': policy gradient 'grpo'"),
         ("dpo", {"epochs": 2.0}, "config.epochs: "),
         ("ddpo", {"rewards.train": "0*compressibility"}, "reward compressibility: its weight is 0"),
+        ("ddpo", {"stream.images": 3}, "config.stream.images = 3: must divide the 16 images"),
+        ("draft", {"stream.num_inference_steps": 5000}, "config.stream.num_inference_steps = 5000"),
+        ("ddpo", {"seed": -1}, "config.seed = -1: must be between 0"),
         ("draft", {"stream.batch_size": 4}, "config.stream.batch_size = 4"),
     ],
 )
@@ -199,3 +204,30 @@ def test_advantages_are_in_the_units_of_the_method(method, shallow_model, tmp_pa
     train(config_of(shallow_model, "ddpo", **changes, **{"checkpoint.every": 1}), tmp_path)
     (record,) = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["step"] == 1]
     assert 0 < record["advantage"] <= (1.0 if method == "ddpo" else record["reward_std"])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("kind", "method"), [("draft", "alignprop"), ("ddpo", "ddpo"), ("dpo", "diffusion_dpo")]
+)
+def test_a_run_is_exported_with_a_card_of_its_method(kind, method, shallow_model, tmp_path):
+    changes = {"steps": 2, "validation.every": 2, "rewards.prompts": ["a horse"]}
+    train(config_of(shallow_model, kind, **changes), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"after 2 steps of `{method}`" in card
+    assert f".name | {method} |" in card
+    assert "The model's own images." in card
+    assert f"| rewards.train | {KINDS[kind]['rewards.train']} |" in card
+    assert "| held-out " in card
+
+
+def test_scores_that_are_none_are_refused_by_the_name_of_the_reward():
+    images, prompts = [np.zeros((4, 4, 3), np.uint8)] * 2, ["", ""]
+    for given, message in ((["a", "b"], "reward mine: gave .*number"), ([1.0], r"shape \[1\] for 2 images")):
+        reward = Reward("mine", "", lambda images, prompts, given=given: given)
+        with pytest.raises(ValueError, match=message):
+            score_leniently(reward, images, prompts)
+    some = score_leniently(Reward("mine", "", lambda images, prompts: [1, float("nan")]), images, prompts)
+    assert some[0] == 1
+    assert np.isnan(some[1])
