@@ -210,6 +210,37 @@ def test_a_step_is_compiled_to_what_it_should_be(family, topology, changes, sent
     assert sent <= kinds <= sent | ({"reduce-scatter"} if GATHERS in sent else set())
 
 
+ONLINE = {"stream.num_inference_steps": 4, "rewards.train": "colourfulness"}
+
+
+@needs_plugin
+@pytest.mark.gpu_program
+@pytest.mark.parametrize(
+    ("family", "topology", "changes", "sent"),
+    [
+        ("sd15", "h100", {"stream.kind": "prompts", "reward_gradient.name": "alignprop"}, set()),
+        ("sdxl", "rtx4090", {"stream.kind": "prompts", "lora.rank": 2}, set()),
+        ("sd21", "a100-40:2x4", {"stream.kind": "prompts", "mesh.data": 2, "mesh.fsdp": 4}, {SUMS, GATHERS}),
+        ("sd15", "a100-40", {"stream.kind": "trajectories", "accumulation": 4}, set()),
+        ("sdxl", "h100:8", {"stream.kind": "trajectories", "policy_gradient.name": "d3po"}, {SUMS}),
+    ],
+)
+def test_a_step_on_own_images_is_compiled(family, topology, changes, sent, tmp_path):
+    """The adjoint's loops, the decoder and the reward; the denoising steps of a policy gradient."""
+    text = compile_step_for(
+        topology, load_pipeline(write_model(tmp_path, family=family)), {**ONLINE, **changes}
+    )
+    instructions = list(read_instructions(text))
+    targets = collections.Counter(
+        found[1] for each in instructions if (found := re.search(r'target="__cudnn\$(\w+)', each.rest))
+    )
+    # One denoiser forward for the walk and one with gradients, whatever the number of steps.
+    assert targets["fmhaSoftmaxBackward"] >= 2
+    assert targets["fmhaSoftmax"] >= targets["fmhaSoftmaxBackward"]
+    kinds = set(program_text.collectives(instructions))
+    assert sent <= kinds
+
+
 @needs_plugin
 @pytest.mark.gpu_program
 @pytest.mark.parametrize("topology", ["h100", "rtx4090"])

@@ -37,7 +37,7 @@ _TOO_LARGE = re.compile(
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _SECONDS_BETWEEN_LOOKS = 0.5
-_GPU_FACTS = "works, form 3"  # raised when `compile_for_gpu` notes other facts
+_GPU_FACTS = "works, form 4"  # raised when `compile_for_gpu` notes other facts
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 

@@ -26,7 +26,8 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9][0-9a-z]*|pred)\[([\d,]*)\]")
 
 
 _CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|branch_computations|called_computations)=\{?%?([\w.-]+(?:, %[\w.-]+)*)"
+    r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation|called_computations)"
+    r"=\{?%?([\w.-]+(?:, %[\w.-]+)*)"
 )
 
 

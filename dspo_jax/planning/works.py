@@ -54,7 +54,8 @@ _WORKSPACE = re.compile(r"\b[su]8\[\d*\]")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _CALLS = re.compile(r"\b(?:calls|called_computations)=\{?%?([\w.-]+)")
 _INSIDE = re.compile(
-    r"\b(?:body|to_apply|branch_computations|calls|called_computations)=\{?%?([\w.-]+(?:, %[\w.-]+)*)"
+    r"\b(?:body|to_apply|branch_computations|true_computation|false_computation|calls|called_computations)"
+    r"=\{?%?([\w.-]+(?:, %[\w.-]+)*)"
 )
 _CONTRACTED = re.compile(r'"?lhs_contracting_dim(?:ension)?s"?[=:][\[{]([^\]}]*)[\]}]')
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")

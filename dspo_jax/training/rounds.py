@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Float, Float32, Integer, UInt8
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
@@ -178,19 +178,32 @@ class Rounds:
         images, finite, saturated = (read_share(array) for array in decoded[:3])
         rewards = np.full(len(images), np.nan, np.float32)
         good = np.flatnonzero(finite)
-        if len(good):
-            own = start + self._own_part()
-            scores = np.asarray(self._score(list(images[good]), [prompts[number] for number in own[good]]))
-            if scores.shape != (len(good),):
-                raise UserError(
-                    f"config.rewards.train: gave scores of shape {list(scores.shape)} for {len(good)} "
-                    f"images; it must give [{len(good)}]"
-                )
-            rewards[good] = scores
+        error: Exception | None = None
+        try:
+            if len(good):
+                rewards[good] = self._score_images(images[good], start + self._own_part()[good], prompts)
+        except Exception as caught:  # the other processes, which would wait for this one, are told first
+            error = caught
+        failures = gather_shares(np.full((len(images), 1), error is not None, np.int32), self._mesh)
+        if error is not None:
+            raise error
+        if failures.any():
+            raise UserError("config.rewards.train: failed in another process, which says why")
         own_values = np.stack([rewards, finite.astype(np.float32), saturated], axis=1)
         if self._progress:
             self._progress(start + self._chunk, self._count)
         return gather_shares(own_values, self._mesh)
+
+    def _score_images(
+        self, images: UInt8[np.ndarray, "N H W 3"], places: Integer[np.ndarray, " N"], prompts: Sequence[str]
+    ) -> Float[np.ndarray, " N"]:
+        scores = np.asarray(self._score(list(images), [prompts[place] for place in places]))
+        if scores.shape != (len(images),):
+            raise UserError(
+                f"config.rewards.train: gave scores of shape {list(scores.shape)} for {len(images)} images; "
+                f"it must give [{len(images)}]"
+            )
+        return scores
 
     def _own_part(self) -> Integer[np.ndarray, " b"]:
         """Returns the places in a chunk of the images that this process scores."""

@@ -9,6 +9,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.monitoring.gpus import GPUS
 from dspo_jax.planning import absent_gpu
 from dspo_jax.planning.plan import Plan, _judge_gpu, describe_plan, explain
+from dspo_jax.planning.program_text import read_instructions
 from dspo_jax.planning.roofline import EFFICIENCY, by_kind, longest, seconds
 from dspo_jax.planning.works import (
     ATTENTION,
@@ -169,6 +170,32 @@ def test_what_each_instruction_moves_and_computes():
         (40, False),
         (40, True),
     ]
+
+
+@pytest.mark.parametrize(
+    "branches", ["true_computation=%yes, false_computation=%no", "branch_computations={%no, %yes}"]
+)
+def test_both_branches_of_a_condition_count(branches):
+    text = f"""HloModule jit_f
+
+%yes (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %negate.1 = f32[64]{{0}} negate(%a)
+}}
+
+%no (b: f32[64]) -> f32[64] {{
+  %b = f32[64]{{0}} parameter(0)
+  ROOT %exponential.1 = f32[64]{{0}} exponential(%b)
+}}
+
+ENTRY %main (p: pred[], x: f32[64]) -> f32[64] {{
+  %p = pred[] parameter(0)
+  %x = f32[64]{{0}} parameter(1)
+  ROOT %conditional.1 = f32[64]{{0}} conditional(%p, %x, %x), {branches}
+}}
+"""
+    assert sorted(work.what for work in read_works(text)) == ["exponential", "negate"]
+    assert {"negate", "exponential"} <= {each.op for each in read_instructions(text)}
 
 
 def test_the_line_of_our_code():
