@@ -1,0 +1,82 @@
+"""Training on own images by two processes over loopback: one run, stopped between rounds, ended together."""
+
+import signal
+
+import numpy as np
+import pytest
+from processes import finish, last_step, log_of, start_training, wait_until
+from tiny_run import make_config, read_reproducible, saved_steps
+
+from dspo_jax.cli import EXIT_STOPPED
+from dspo_jax.training.run import train
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["a cat", "a dog", "a bird", "a red car"]
+SETTINGS = {
+    "stream.prompts": PROMPTS,
+    "stream.num_inference_steps": 3,
+    "stream.batch_size": 8,
+    "stream.images": 2,
+    "stream.updates": 2,
+    "rewards.train": "colourfulness",
+    "rewards.prompts": ["a horse"],
+    "validation.every": 4,
+    "batch_size": 8,
+    "checkpoint.every": 4,
+    "log_every": 1,
+    "samples.every": 0,
+    "optimizer.warmup_steps": 0,
+    "advantages.of": "group",
+}
+KINDS = {
+    "ddpo": {"stream.kind": "trajectories"},
+    "draft": {"stream.kind": "prompts", "mesh.fsdp": 4, "mesh.data": 1},
+    "dpo": {"stream.kind": "own_pairs", "objective.name": "diffusion_dpo"},
+}
+
+
+@pytest.fixture
+def settings(shallow_model):
+    return SETTINGS | {"model": str(shallow_model), "data.path": ""}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_make_the_run_of_one(kind, settings, tmp_path):
+    changes = settings | KINDS[kind] | {"steps": 4}
+    started = start_training(tmp_path / "two", changes, processes=2, devices=2)
+    assert finish(started) == [0, 0], log_of(tmp_path / "two", 0).read_text()
+    alone = {key: value for key, value in changes.items() if not key.startswith("mesh.")}
+    train(make_config(changes["model"], "", alone), tmp_path / "one")
+    ours, theirs = (read_reproducible(tmp_path / name) for name in ("two", "one"))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    # The images of the first update are those of the same noise; later ones come of other roundings.
+    for name in ("reward", "loss", "validation/reward_colourfulness"):
+        first = [next(record[name] for record in records if name in record) for records in (ours, theirs)]
+        np.testing.assert_allclose(*first, rtol=1e-2, atol=1e-4)
+
+
+def test_a_stop_that_is_asked_for_inside_a_round_waits_for_its_end(settings, tmp_path):
+    changes = settings | KINDS["ddpo"] | {"steps": 200, "validation.every": 0, "rewards.prompts": []}
+    started = start_training(tmp_path, changes, processes=2, devices=2)
+    wait_until(started, lambda: last_step(tmp_path) >= 3)
+    started[1].send_signal(signal.SIGTERM)
+    assert finish(started) == [EXIT_STOPPED] * 2
+    step = last_step(tmp_path)
+    assert 3 <= step < 200
+    assert step % 2 == 0
+    assert saved_steps(tmp_path)[-1] == step
+
+
+def test_a_reward_that_fails_in_one_process_ends_both(settings, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import jax\n\n\ndef fails(images, prompts):\n"
+        "    if jax.process_index() == 1:\n        raise RuntimeError('no score today')\n"
+        "    return [0.5] * len(images)\n"
+    )
+    changes = settings | KINDS["ddpo"] | {"steps": 4, "validation.every": 0, "rewards.train": f"{file}:fails"}
+    started = start_training(tmp_path / "run", changes, processes=2, devices=2)
+    assert 0 not in finish(started, timeout=200)
+    assert "failed in another process" in log_of(tmp_path / "run", 0).read_text()
+    assert "no score today" in log_of(tmp_path / "run", 1).read_text()
