@@ -55,10 +55,10 @@ def estimate(
     )
     side, part = pipe.image_side, max(1, settings.batch_size * task.loss.rows // settings.accumulation)
     unit = "images" if settings.stream.draws_images else "pairs"
-    of_step = "denoising steps" if task.loss.rows > 1 else unit
+    of_step = " denoising steps" if task.loss.rows > 1 else ""
     yield (
         f"{settings.method} of {pipe.path}, {side}x{side} pixels: {settings.batch_size} {unit} a step, "
-        f"{part} {of_step} at a time"
+        f"{part}{of_step} at a time"
     )
     if settings.epochs is None:
         drawn = settings.steps * settings.batch_size

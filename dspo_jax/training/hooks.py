@@ -182,7 +182,8 @@ class Validate:
             self._writer.write(at.step, {VALIDATION_PREFIX + name: value for name, value in scores.items()})
             self.scores[at.step] = score(scores)
             if processes.is_first():
-                names = [name for name in scores if name in _SHOWN or re.match(_SHOWN_REWARDS, name)]
+                rewards = [name for name in scores if re.match(_SHOWN_REWARDS, name)]
+                names = [*(name for name in _SHOWN if name in scores), *rewards]
                 shown = [f"{name.replace('_', ' ')} {scores[name]:.4g}" for name in names]
                 logging.info("step %d, held-out %s", at.step, ", ".join(shown))
                 self._draw()

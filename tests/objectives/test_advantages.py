@@ -178,7 +178,7 @@ def test_rounds_until_a_prompt_has_statistics_of_its_own(prompts, rounds):
         ),
         (lambda: PromptStatistics(8, 16), r"^config\.advantages\.buffer_size = 8: never holds"),
         (lambda: PromptStatistics(8, 1), r"^config\.advantages\.min_count = 1: must be at least 2"),
-        (lambda: group_advantages(np.zeros(4), 1), r"^config\.advantages\.group_size = 1: .* at least 2"),
+        (lambda: group_advantages(np.zeros(4), 1), r"^config\.stream\.images = 1: .* at least 2"),
         (
             lambda: group_advantages(np.zeros(4), 2, deviation="globl"),
             r"^config\.advantages\.deviation = 'globl': unknown; did you mean 'global'\?",

@@ -73,6 +73,8 @@ def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
             "format": "png",
             "vae_tile": 1024,
             "preview_vae": None,
+            "optimize_noise": "",
+            "optimize_steps": 0,
         },
     }
     assert [key for key in settings if key.endswith("_sha256")] == [
@@ -276,6 +278,7 @@ OPTIONS = {
     **{"model": ["m"], "prompts": "a", "out": "out", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5},
     **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": None},
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
+    **{"optimize_noise": None, "optimize_steps": 50, "reward_dir": "rewards"},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0},
 }
