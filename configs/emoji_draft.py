@@ -1,6 +1,9 @@
 """DRaFT-1 on the shipped emoji model, which makes its images more colourful: minutes on a laptop CPU.
 
 python -m dspo_jax.train --config configs/emoji_draft.py --workdir runs/emoji_draft
+
+After 20 updates all of 120 held-out images are more colourful than the base's; after 100 they show little
+else (docs/measurements.md).
 """
 
 from ml_collections import ConfigDict
