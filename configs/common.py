@@ -40,7 +40,7 @@ _REWARD_GRADIENT_ARGUMENTS = {
 
 
 def get_config() -> ConfigDict:
-    """Returns the schema; a recipe sets at least `model` and `data.path`."""
+    """Returns the schema; a recipe sets at least `model`, and `data.path` or `stream`."""
     config = ConfigDict()
 
     # The model to align, and the frozen reference: a diffusers folder.
@@ -51,10 +51,11 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # In place of `steps`: how often the run goes through the training examples, for example 10.0.
     config.epochs = config_dict.placeholder(float)
-    # Pairs in an update, over all devices.
+    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories".
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
-    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part.
+    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part. With "trajectories" the
+    # parts are of the batch's denoising steps, batch_size x num_inference_steps.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # A dropped caption is the empty one, or for SDXL zeros, as its model_index.json asks.

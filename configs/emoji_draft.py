@@ -2,8 +2,8 @@
 
 python -m dspo_jax.train --config configs/emoji_draft.py --workdir runs/emoji_draft
 
-After 20 updates all of 120 held-out images are more colourful than the base's; after 100 they show little
-else (docs/measurements.md).
+With --config.steps=20 all of 120 held-out images are more colourful than the base's; after 100 they show
+little else (docs/measurements.md).
 """
 
 from ml_collections import ConfigDict

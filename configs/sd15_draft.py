@@ -7,7 +7,8 @@
 Clark et al. 2024 released no code. Their smaller setting, as read second-hand: LoRA of rank 8, AdamW with
 weight decay 0.1, learning rate 4e-4, batches of 4, 2,000 updates, DDIM without noise, guidance 7.5. K = 1 is
 what they find best for the compute; `--config.reward_gradient.name=draft_lv` draws each result again, for
-less variance. Not run at this size by this project: no hours and no result to report.
+less variance. Not run at this size by this project: no hours and no result to report. As it stands for 1, 2
+or 4 devices; on 8: --config.batch_size=8.
 """
 
 from ml_collections import ConfigDict

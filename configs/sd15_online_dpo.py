@@ -7,7 +7,8 @@
 This project's choice: the loop without people (`examples/emoji/closed_loop.py`) as one run, in which every
 update sees images of the model as it is. Beta, learning rate and rank are those of diffusers' LoRA trainer
 of Diffusion-DPO. Any objective trains so: `--config.objective.name=dspo`; with `sft` it is RAFT, the best of
-four imitated. Not run at this size by this project: no hours and no result to report.
+four imitated. Not run at this size by this project: no hours and no result to report. As it stands for 1, 2
+or 4 devices; on 8: --config.accumulation=2.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,8 @@
         --config.rewards.prompts='("HELD_OUT.txt",)'
 
 This project's choice, as `sd15_online_dpo.py`, with SDXL's beta and batch of diffusers' LoRA trainer. Not
-run at this size by this project: no hours and no result to report.
+run at this size by this project: no hours and no result to report. As it stands for one device; on 8:
+--config.accumulation=1.
 """
 
 from ml_collections import ConfigDict

@@ -130,8 +130,8 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
         elif limit is not None:
             yield (
                 f"does not fit into the {in_units(limit)} of a device: raise config.accumulation (now "
-                f"{settings.accumulation}, up to {settings.batch_size}), set --config.remat=blocks, or train "
-                "adapters with --config.lora.rank=8"
+                f"{settings.accumulation}, up to {settings.batch_size * task.loss.rows}), set "
+                "--config.remat=blocks, or train adapters with --config.lora.rank=8"
             )
     yield "no step was made, nothing was written"
 
