@@ -13,7 +13,7 @@ from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, shard_batch
 from dspo_jax.rewards.reward import Score
 from dspo_jax.training.round_stream import RoundStream
-from dspo_jax.training.rounds import Progress, Round, Rounds
+from dspo_jax.training.rounds import Round, Rounds
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Batch, Task
 
@@ -32,8 +32,6 @@ class PairStream(RoundStream):
         prompts: Sequence[str],
         score: Score,
         mesh: Mesh,
-        *,
-        progress: Progress | None = None,
     ):
         """Prepares the programs.
 
@@ -44,7 +42,6 @@ class PairStream(RoundStream):
           prompts: to draw.
           score: gives the rewards, and NaN for an image that it cannot score.
           mesh: the devices.
-          progress: told of the images that are scored.
 
         Raises:
           UserError: settings that do not go together, by key.
@@ -52,9 +49,7 @@ class PairStream(RoundStream):
         stream = settings.stream
         check_pairs(settings, mesh)
         count = settings.batch_size * stream.updates * stream.images
-        rounds = Rounds(
-            settings, task, reference, prompts, score, mesh, count=count, keeps_path=False, progress=progress
-        )
+        rounds = Rounds(settings, task, reference, prompts, score, mesh, count=count, keeps_path=False)
         self._pipe, self._mesh, self._batch_size = task.pipe, mesh, settings.batch_size
         self._chosen: Int32[np.ndarray, "pairs 2"] = np.zeros((0, 2), np.int32)
         self._take = jax.jit(_take_moments, out_shardings=batch_sharding(mesh))

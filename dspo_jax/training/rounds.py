@@ -1,7 +1,7 @@
 """Rounds of images of the model in training: drawn, decoded and scored."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,9 +17,6 @@ from dspo_jax.training.prompt_stream import PromptOrder
 from dspo_jax.training.rollouts import Decoded, Rollout
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task
-
-Progress = Callable[[int, int], None]
-"""(images of the round that are scored, images of the round) -> None."""
 
 _OF_ROLLOUTS = 2**32 - 1
 """What the key of a run is folded with: a loss folds it with an example's index, which is never so large."""
@@ -81,7 +78,6 @@ class Rounds:
         count: int,
         shares_start: bool = False,
         keeps_path: bool = True,
-        progress: Progress | None = None,
     ):
         """Prepares the programs.
 
@@ -95,7 +91,6 @@ class Rounds:
           count: N, images of a round, over all processes.
           shares_start: whether images 2k and 2k+1 start from the same noise.
           keeps_path: whether a round keeps all states of an image, or its final latents alone.
-          progress: told of the images that are scored.
 
         Raises:
           UserError: numbers of images that do not go together, by key; a sampler that does not fit the model.
@@ -106,7 +101,6 @@ class Rounds:
         self.rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
         self._pipe, self._reference, self._score, self._mesh = task.pipe, reference, score, mesh
         self._count, self._shares_start, self._keeps_path = count, shares_start, keeps_path
-        self._progress = progress
         self._key = jax.jit(
             lambda: jax.random.fold_in(jax.random.key(settings.seed), np.uint32(_OF_ROLLOUTS)),
             out_shardings=replicated(mesh),
@@ -190,8 +184,6 @@ class Rounds:
         if failures.any():
             raise UserError("config.rewards.train: failed in another process, which says why")
         own_values = np.stack([rewards, finite.astype(np.float32), saturated], axis=1)
-        if self._progress:
-            self._progress(start + self._chunk, self._count)
         return gather_shares(own_values, self._mesh)
 
     def _score_images(

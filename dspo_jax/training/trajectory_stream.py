@@ -25,7 +25,7 @@ from dspo_jax.rewards.reward import Score
 from dspo_jax.samplers.sampler import Sampler
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.round_stream import RoundStream
-from dspo_jax.training.rounds import Progress, Round, Rounds
+from dspo_jax.training.rounds import Round, Rounds
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.step import split_batch
 from dspo_jax.training.task import Batch, Task
@@ -47,8 +47,6 @@ class TrajectoryStream(RoundStream):
         prompts: Sequence[str],
         score: Score,
         mesh: Mesh,
-        *,
-        progress: Progress | None = None,
     ):
         """Prepares the programs.
 
@@ -59,7 +57,6 @@ class TrajectoryStream(RoundStream):
           prompts: to draw.
           score: gives the rewards, and NaN for an image that it cannot score, which is then not trained on.
           mesh: the devices.
-          progress: told of the images that are scored.
 
         Raises:
           UserError: settings that do not go together, by key.
@@ -79,7 +76,6 @@ class TrajectoryStream(RoundStream):
             mesh,
             count=count,
             shares_start=self._method.images == 2,
-            progress=progress,
         )
         self._calls = noisy_calls(rounds.rollout.sampler, stream.eta)
         check_rows(settings, mesh, len(self._calls))

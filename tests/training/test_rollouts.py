@@ -74,9 +74,7 @@ def test_images_of_one_start_share_nothing_but_the_first_state(run, drawn):
 
 @pytest.mark.ci
 def test_a_round_measures_its_images(run):
-    rounds = Rounds(
-        run.settings, run.task, run.reference, PROMPTS, brightness, run.mesh, count=16, progress=None
-    )
+    rounds = Rounds(run.settings, run.task, run.reference, PROMPTS, brightness, run.mesh, count=16)
     drawn = rounds.draw(run.params, Position(round=1, prompts=3, images=16))
     assert [states.shape[1] for states in drawn.states] == [8, 8]
     assert list(drawn.prompts[::2]) == list(drawn.prompts[1::2])
