@@ -1,8 +1,8 @@
-"""DDPO on the shipped emoji model, by how well its images compress: the machinery in small, on a laptop CPU.
+"""DDPO on the shipped emoji model, which makes its images compress better: minutes on a laptop CPU.
 
 python -m dspo_jax.train --config configs/emoji_ddpo.py --workdir runs/emoji_ddpo
 
-It has not been shown to learn: after 30 updates 56 % [47, 65] of 120 held-out images compressed better.
+92 % of 120 held-out images then compress better than the base's (docs/measurements.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,19 +16,21 @@ def get_config() -> ConfigDict:
     config.stream.kind = "trajectories"
     config.stream.num_inference_steps = 8
     config.stream.eta = 1.0
-    config.stream.images = 4
+    config.stream.images = 8
     config.stream.updates = 2
-    config.stream.batch_size = 32
+    config.stream.batch_size = 64
     config.rewards.train = "compressibility"
     config.rewards.validation = ("colourfulness",)
     config.policy_gradient.name = "ddpo"
+    # The published 1e-4 of the mean is 1.64 nats of the sum at 512²; of the 1,024 numbers here this is one.
+    config.policy_gradient.clip = 1e-3
     config.advantages.of = "group"
-    config.batch_size = 16
-    config.accumulation = 8
-    config.steps = 60
+    config.batch_size = 32
+    config.accumulation = 16
+    config.steps = 20
     config.log_every = 2
-    config.checkpoint.every = 20
-    config.validation.every = 20
-    config.samples.every = 60
-    config.optimizer.learning_rate = 3e-4
+    config.checkpoint.every = 10
+    config.validation.every = 10
+    config.samples.every = 20
+    config.optimizer.learning_rate = 1e-4
     return config
