@@ -1,4 +1,4 @@
-"""What the recipes share that train on the model's own images: bfloat16, adapters, when they are watched."""
+"""Settings that all recipes for training on the model's own images begin with."""
 
 from ml_collections import ConfigDict
 

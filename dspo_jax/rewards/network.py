@@ -15,7 +15,7 @@ from dspo_jax.rewards.scorer import Scorer
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What becomes of an image before a network sees it, in two forms that differ by rounding.
+    """Preprocessing of images for a network, in two forms that differ by rounding.
 
     Attributes:
       on_host: as the released code does it: (an RGB or RGBA picture, S) -> pixels [S, S, 3] float32.

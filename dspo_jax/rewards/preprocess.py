@@ -13,7 +13,7 @@ DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class Frame(NamedTuple):
-    """Where a resized image meets a square of pixels.
+    """Size of a resized image, and its place on a square of pixels.
 
     Attributes:
       width, height: of the resized image.

@@ -1,4 +1,4 @@
-"""What a run on the model's own images reads beside the model: prompts and rewards."""
+"""Prompts and rewards of a run that trains on the model's own images."""
 
 import dataclasses
 from collections.abc import Sequence

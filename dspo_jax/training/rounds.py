@@ -19,7 +19,7 @@ from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task
 
 _OF_ROLLOUTS = 2**32 - 1
-"""What the key of a run is folded with: a loss folds it with an example's index, which is never so large."""
+"""Number that the run's key is folded with for rollouts; no example of a loss has an index as large."""
 
 
 @dataclasses.dataclass(frozen=True)

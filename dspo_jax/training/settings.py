@@ -148,7 +148,7 @@ class StreamSettings:
 
     @property
     def drawing(self) -> Drawing:
-        """How images are drawn."""
+        """The sampler's settings in training."""
         return Drawing(
             sampler=self.sampler,
             steps=self.num_inference_steps,

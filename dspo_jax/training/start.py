@@ -25,7 +25,6 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
 from dspo_jax.objectives import Objective
-from dspo_jax.objectives.reward_gradient import ReFL
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
 from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
@@ -36,14 +35,12 @@ from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
+from dspo_jax.training.online_checks import check_own_images, check_reward_gradient
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
-from dspo_jax.training.pair_stream import check_pairs
-from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
-from dspo_jax.training.trajectory_stream import check_rows, check_trajectories, noisy_calls
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.layout import DTYPES
 
@@ -116,38 +113,19 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count, images = examples["moments"].shape[:2]
         check_images(settings.objective, images, "the batch in memory")
     settings = settings.for_examples(count)
-    if own_images is not None:
-        try:
-            check_steps(pipe.schedule.num_train_timesteps, settings.stream.num_inference_steps)
-        except UserError as error:
-            raise UserError(f"config.stream.{error}") from error
     task = make_task(settings, pipe, own_images.trained if own_images else None)
-    if own_images is not None and settings.given.get("epochs"):
-        raise UserError(
-            "config.epochs: counts the examples of a dataset; set config.steps, the updates of the run"
-        )
     if settings.reference.every and not task.loss.needs_reference:
         raise UserError(
             f"config.reference.every = {settings.reference.every}: {settings.method!r} reads no reference "
             "that could move; set it to 0"
         )
     mesh = mesh_of(settings)
-    if settings.stream.kind == "trajectories":
-        check_trajectories(settings, mesh, len(set(own_images.prompts)) if own_images else count)
-        sampler = settings.stream.drawing.make_sampler(pipe)
-        check_rows(settings, mesh, len(noisy_calls(sampler, settings.stream.eta)))
-    else:
-        if settings.stream.kind == "own_pairs":
-            check_pairs(settings, mesh)
+    if settings.stream.kind != "trajectories" or own_images is None:
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
         )
     if own_images is not None:
-        check_rounds(settings)
-        check_batch_size(settings.stream.batch_size, mesh, "config.stream.batch_size")
-        if settings.stream.kind != "prompts":
-            images = settings.stream.images if settings.stream.kind == "own_pairs" else 1
-            check_round_sizes(settings, mesh, settings.batch_size * settings.stream.updates * images)
+        check_own_images(settings, pipe, mesh, own_images)
     elif settings.validation.every:
         check_batch_size(settings.validation.batch_size, mesh, "config.validation.batch_size")
     prompts: list[str] = []
@@ -240,50 +218,6 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         positive_ratio=settings.positive_ratio,
     )
     return PreferenceLoss(settings.objective, draws)
-
-
-def check_rounds(settings: Settings) -> None:
-    """Refuses a run that would have to stop, be saved or be validated inside a round of images.
-
-    Raises:
-      UserError: by key.
-    """
-    updates = settings.stream.updates if settings.stream.kind != "prompts" else 1
-    periods = {"steps": settings.steps, "checkpoint.every": settings.checkpoint.every}
-    if settings.validation.every:
-        periods["validation.every"] = settings.validation.every
-    for key, period in periods.items():
-        if period % updates:
-            raise UserError(
-                f"config.{key} = {period}: must be a multiple of config.stream.updates = {updates}, as a run "
-                "goes on from between two rounds of images"
-            )
-
-
-def check_reward_gradient(settings: Settings) -> None:
-    """Refuses a method of reward gradients that the sampler cannot do.
-
-    Raises:
-      UserError: by key.
-    """
-    stream, method = settings.stream, settings.reward_gradient
-    threshold = settings.given["reward_gradient"]["threshold"]
-    if isinstance(method, ReFL) and settings.rewards.train != "imagereward" and threshold is None:
-        raise UserError(
-            "config.reward_gradient.threshold is not set: refl's 2 is for ImageReward, and above it no "
-            f"gradient flows; set it to more than {settings.rewards.train} reaches, in its units"
-        )
-    k = method.hyperparameters.get("k", 1)
-    if isinstance(k, float) and k > stream.num_inference_steps:
-        raise UserError(
-            f"config.reward_gradient.k = {k:g}: more than config.stream.num_inference_steps = "
-            f"{stream.num_inference_steps}"
-        )
-    if stream.sampler == "euler_ancestral" and (method.renoised or isinstance(method, ReFL)):
-        raise UserError(
-            f"config.stream.sampler = {stream.sampler!r}: config.reward_gradient.name = {method.name!r} "
-            "needs whole timesteps; take 'ddim' or 'ddpm'"
-        )
 
 
 def _timesteps(settings: Settings, pipe: Pipeline) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from fake_time import FakeTime
 from dspo_jax.monitoring.clock import Clock
 from dspo_jax.training.hooks import Log, Profile, Save, Speed
 from dspo_jax.training.loop import AfterStep, fit
-from dspo_jax.training.run import TimedStream
+from dspo_jax.training.streams import TimedStream
 
 
 class Numbers:
