@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_share, shard_batch
+from dspo_jax.training.prompt_stream import EndlessOrder
 from dspo_jax.training.task import Batch
 
 
@@ -28,8 +29,8 @@ class MemoryStream:
           seed: of the order.
         """
         self._arrays = dict(examples)
-        self._count = len(self._arrays["moments"])
-        self._mesh, self._batch_size, self._seed = mesh, batch_size, seed
+        self._order = EndlessOrder(len(self._arrays["moments"]), seed)
+        self._mesh, self._batch_size = mesh, batch_size
         self._next_batch = 0
 
     def next(self, params: Params) -> Batch:
@@ -39,13 +40,9 @@ class MemoryStream:
         size = self._batch_size // shares
         positions = self._next_batch * self._batch_size + share * size + np.arange(size)
         self._next_batch += 1
-        epochs = {epoch: self._permute(epoch) for epoch in np.unique(positions // self._count).tolist()}
-        rows = [epochs[position // self._count][position % self._count] for position in positions.tolist()]
+        rows = self._order.at(positions)
         batch = {name: array[rows] for name, array in self._arrays.items()}
         return shard_batch({**batch, "index": positions.astype(np.uint32)}, self._mesh)
-
-    def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(self._count)
 
     def get_state(self) -> str:
         """Returns the position behind the last batch, as a JSON string."""

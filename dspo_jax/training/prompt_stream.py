@@ -14,15 +14,15 @@ from dspo_jax.training.task import Batch
 Tokenize = Callable[[Sequence[str]], PyTree]
 
 
-class PromptOrder:
-    """An endless shuffled order of N prompts: every prompt comes once an epoch; the same in every process."""
+class EndlessOrder:
+    """An endless shuffled order of N examples, each once an epoch; the same in every process."""
 
     def __init__(self, count: int, seed: int):
-        """Takes N and the seed of the order."""
+        """Takes N and the seed."""
         self._count, self._seed = count, seed
 
     def at(self, positions: np.ndarray) -> list[int]:
-        """Returns the numbers of the prompts at positions of the endless order."""
+        """Returns the numbers of the examples at positions of the order."""
         epochs = {epoch: self._permute(epoch) for epoch in np.unique(positions // self._count).tolist()}
         return [int(epochs[place // self._count][place % self._count]) for place in positions.tolist()]
 
@@ -56,7 +56,7 @@ class PromptStream:
           batch_size: prompts in a batch, over all processes; it may be larger than N.
           seed: of the order.
         """
-        self._prompts, self._order = prompts, PromptOrder(len(prompts), seed)
+        self._prompts, self._order = prompts, EndlessOrder(len(prompts), seed)
         self._tokenize, self._reward_tokenize = tokenize, reward_tokenize
         self._mesh, self._batch_size, self._next = mesh, batch_size, 0
 

@@ -13,7 +13,7 @@ from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_share, check_batch_size, read_share, replicated, shard_batch
 from dspo_jax.parallel.processes import gather_shares
 from dspo_jax.rewards.reward import Score
-from dspo_jax.training.prompt_stream import PromptOrder
+from dspo_jax.training.prompt_stream import EndlessOrder
 from dspo_jax.training.rollouts import Decoded, Rollout
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task
@@ -97,7 +97,7 @@ class Rounds:
         """
         self.images = settings.stream.images
         self._chunk = check_round_sizes(settings, mesh, count)
-        self._prompts, self._order = prompts, PromptOrder(len(prompts), settings.seed)
+        self._prompts, self._order = prompts, EndlessOrder(len(prompts), settings.seed)
         self.rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
         self._pipe, self._reference, self._score, self._mesh = task.pipe, reference, score, mesh
         self._count, self._shares_start, self._keeps_path = count, shares_start, keeps_path
