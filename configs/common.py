@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     # and their noise, as in every released code base; the prints (DSPO's Eq. 14) draw noise for each image.
     config.share_timesteps = True
     config.share_noise = True
+    # Deviation of a number that is drawn for each image and channel and added to all of its noise, so that
+    # brightness and colours of a whole image are learned, too; 0 is none, 0.1 Emu's. Not in validation.
+    config.noise_offset = 0.0
     # An objective for single images with labels (kto) takes one image of each pair, the winner with this
     # probability.
     config.positive_ratio = 0.8

@@ -13,7 +13,17 @@ from ml_collections import ConfigDict
 from dspo_jax import limits
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
-from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, Limit, choice, limited
+from dspo_jax.limits import (
+    AT_LEAST_1,
+    DECAY,
+    FINITE,
+    FINITE_NOT_NEGATIVE,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    Limit,
+    choice,
+    limited,
+)
 from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
@@ -220,6 +230,7 @@ class Settings:
     caption_dropout: float = limited(PROBABILITY)
     share_timesteps: bool
     share_noise: bool
+    noise_offset: float = limited(FINITE_NOT_NEGATIVE)
     positive_ratio: float = limited(PROBABILITY)
     train_text_encoder: bool
     lora: LoraSettings
@@ -289,6 +300,11 @@ def parse(config: ConfigDict) -> Settings:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
+        )
+    if settings.noise_offset and settings.stream.draws_images:
+        raise UserError(
+            f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
+            f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias

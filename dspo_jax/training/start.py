@@ -215,6 +215,7 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         caption_dropout=settings.caption_dropout,
         share_timesteps=settings.share_timesteps,
         share_noise=settings.share_noise,
+        noise_offset=settings.noise_offset,
         positive_ratio=settings.positive_ratio,
     )
     return PreferenceLoss(settings.objective, draws)

@@ -54,7 +54,14 @@ def make_params(seed):
 
 def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameters):
     """A task with an objective; `changes` are of the fields of its parts."""
-    draws = Draws((0, 999), caption_dropout=0.2, share_timesteps=True, share_noise=True, positive_ratio=0.8)
+    draws = Draws(
+        (0, 999),
+        caption_dropout=0.2,
+        share_timesteps=True,
+        share_noise=True,
+        noise_offset=0.0,
+        positive_ratio=0.8,
+    )
     rate = UpdateRule(optax.sgd(0.1), lambda count: jnp.float32(0.1), 1, ema_decay=0.0, loss_spike=0.0)
     precision = Precision("float32", "float32", "float32", "none")
     draws, rate, precision = (change(part, changes or {}) for part in (draws, rate, precision))

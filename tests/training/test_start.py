@@ -260,6 +260,7 @@ def test_a_run_from_before_weights_has_none(config, tmp_path):
     [
         ("share_timesteps", False, True),  # what share_noise=False alone meant, and means
         ("optimizer.factored_axes", "largest", "released"),
+        ("noise_offset", 0.0, 0.1),
     ],
 )
 def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, key, then, now):

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from promoting_optimizer import promote_dtypes
 from tiny_run import make_config, read_batches
 
+from dspo_jax.objectives import get_objective
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.losses.preference import PreferenceLoss, draw_noise
@@ -287,6 +289,53 @@ def test_winner_and_loser_share_timestep_or_noise_or_both_or_neither(draws, shar
     assert same_timestep == 1 if share_timesteps else same_timestep < 0.1
     # The posterior's noise is each image's own.
     assert not np.any(latents[:, 0] == latents[:, 1])
+
+
+@pytest.mark.parametrize("share_noise", [True, False])
+def test_a_noise_offset_is_one_normal_number_for_an_image_and_channel(draws, share_noise):
+    plain, shifted = (
+        make_draws(dataclasses.replace(draws, share_noise=share_noise, noise_offset=offset), np.arange(4000))
+        for offset in (0.0, 0.5)
+    )
+    for index in (0, 2, 3):  # all but the noise
+        np.testing.assert_array_equal(plain[index], shifted[index])
+    offset = np.asarray(shifted[1], np.float64) - np.asarray(plain[1], np.float64)
+    np.testing.assert_allclose(offset, np.broadcast_to(offset[..., :1, :1, :], offset.shape), atol=1e-6)
+    of_channels = offset[:, :, 0, 0] / 0.5  # [B, P, C]
+    assert np.all(of_channels[:, 0] == of_channels[:, 1]) == share_noise
+    kind, p = scipy.stats.kstest(of_channels[:, 0].ravel(), "norm")
+    assert p > 1e-3, kind
+    # Of an image the covariance of two pixels of a channel is o^2, of a pixel 1 + o^2; of two channels 0.
+    pixels = np.asarray(shifted[1])[:, 0].reshape(4000, -1, 4)
+    covariance = np.cov(pixels.reshape(4000, -1).T)
+    channel = np.arange(covariance.shape[0]) % 4
+    expected = 0.25 * (channel[:, None] == channel) + np.eye(len(channel))
+    np.testing.assert_allclose(covariance, expected, atol=0.12)
+
+
+def test_the_noise_offset_of_an_example_does_not_depend_on_its_batch(draws):
+    draws, moments = dataclasses.replace(draws, noise_offset=0.1), make_moments(8)
+    together, order = make_draws(draws, np.arange(8), moments)[1], np.array([5, 2, 7])
+    np.testing.assert_array_equal(together[order], make_draws(draws, order, moments[order])[1])
+
+
+def test_the_target_holds_the_noise_with_its_offset(task, batches):
+    """The network that gives back the target has no loss, whatever the offset."""
+    draws = dataclasses.replace(task.loss.draws, noise_offset=3.0)
+    batch, key = jax.tree.map(jnp.asarray, batches[0]), jax.random.key(0)
+    latents, noise, _, _ = draw_noise(draws, batch, key)
+    schedule = task.pipe.schedule
+
+    class Perfect(PreferenceLoss):
+        def forward(self, task, params, reference, noisy, timesteps, batch):
+            x, t = np.asarray(noisy, np.float64), np.asarray(timesteps)
+            signal = np.asarray(schedule.alphas_cumprod, np.float64)[t][..., None, None, None]
+            eps = (x - np.sqrt(signal) * np.asarray(latents, np.float64)) / np.sqrt(1 - signal)
+            return jnp.asarray(eps, jnp.float32), None
+
+    loss, _ = Perfect(get_objective("ddpm"), draws)({}, task, {}, batch, key)
+    assert np.abs(noise).max() > 3
+    assert loss < 1e-6
 
 
 def test_draws_have_the_distributions_they_should(draws):

@@ -21,6 +21,7 @@ class Draws:
       caption_dropout: probability of dropping the caption of a pair.
       share_timesteps: whether the images of a pair share their timestep.
       share_noise: whether the images of a pair share their noise.
+      noise_offset: deviation of what is added to all of an image's noise, a number for each channel.
       positive_ratio: probability that the image drawn of a pair is the winner, for an objective of one image.
     """
 
@@ -28,6 +29,7 @@ class Draws:
     caption_dropout: float
     share_timesteps: bool
     share_noise: bool
+    noise_offset: float
     positive_ratio: float
 
 
@@ -105,7 +107,7 @@ class PreferenceLoss:
             return jax.tree.map(lambda array: array[:, :1], arrays), preference
 
         def draw(index: jax.Array) -> jax.Array:
-            # The four keys of `draw_noise` are numbers 0 to 3.
+            # The keys of `draw_noise` are numbers 0 to 3, and 5.
             of_example = jax.random.fold_in(jax.random.fold_in(key, index), 4)
             return jax.random.bernoulli(of_example, 1 - self.draws.positive_ratio)
 
@@ -204,6 +206,10 @@ def draw_noise(
 
     So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C]
     (UNet units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
+
+    With `noise_offset` o the noise is eps + o delta, eps [P, h, w, C] and delta [P, 1, 1, C] standard normal;
+    it is what the latents are noised with and what the target is made of, as in the text-to-image trainer of
+    diffusers (examples/text_to_image, --noise_offset).
     """
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
@@ -213,9 +219,13 @@ def draw_noise(
     first, last = draws.timesteps
 
     def draw(index: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(jax.random.fold_in(key, index), 4)
+        of_example = jax.random.fold_in(key, index)
+        keys = jax.random.split(of_example, 4)
         posterior = jax.random.normal(keys[0], mean.shape[1:])
         noise = jax.random.normal(keys[1], (of_noise, *mean.shape[2:]))
+        if draws.noise_offset:  # 4 is the number of the key that draws an image of a pair
+            shape = (of_noise, 1, 1, mean.shape[-1])
+            noise = noise + draws.noise_offset * jax.random.normal(jax.random.fold_in(of_example, 5), shape)
         timesteps = jax.random.randint(keys[2], (of_timesteps,), first, last + 1)
         return posterior, noise, timesteps, jax.random.bernoulli(keys[3], draws.caption_dropout)
 
