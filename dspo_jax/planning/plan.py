@@ -182,7 +182,7 @@ def plan(
     known = {
         "topology": topology or "present",
         "part": part,
-        "unit": "images" if part == "step" and settings.stream.draws_images else UNITS[part],
+        "unit": settings.stream.unit if part == "step" else UNITS[part],
         "device_kind": device.device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),

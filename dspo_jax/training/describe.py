@@ -131,12 +131,11 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     drawn = settings.steps * settings.batch_size
     if stream.kind == "own_pairs":
         drawn *= stream.images
-    unit = "pairs" if stream.kind == "own_pairs" else "images"
     eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
     yield (
-        f"{len(own.prompts):,} prompts, {settings.batch_size} {unit} an update, {settings.steps} updates: "
-        f"{drawn:,} images are drawn and scored, each by {drawing.steps} steps of {drawing.sampler}{eta}, "
-        f"guidance {drawing.guidance_scale:g}"
+        f"{len(own.prompts):,} prompts, {settings.batch_size} {stream.unit} an update, "
+        f"{settings.steps} updates: {drawn:,} images are drawn and scored, each by {drawing.steps} steps of "
+        f"{drawing.sampler}{eta}, guidance {drawing.guidance_scale:g}"
     )
     yield from warm_up_warning(settings)
     trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]

@@ -54,7 +54,7 @@ def estimate(
         task, mesh_of(settings, jax.devices()[:1]), make_adapters(settings, pipe), abstract=True
     )
     side, part = pipe.image_side, max(1, settings.batch_size * task.loss.rows // settings.accumulation)
-    unit = "images" if settings.stream.draws_images else "pairs"
+    unit = settings.stream.unit
     of_step = " denoising steps" if task.loss.rows > 1 else ""
     yield (
         f"{settings.method} of {pipe.path}, {side}x{side} pixels: {settings.batch_size} {unit} a step, "
@@ -155,9 +155,10 @@ def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
 
 
 def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1) -> Iterator[str]:
-    """FLOPs of a pair, and the time of all steps, by the peak of the device or by a product that is timed."""
+    """FLOPs of an example, and the time of all steps, by a device's peak or by a product that is timed."""
     per_step = flops * settings.batch_size
-    yield f"{short(flops / 1e12)} TFLOP a pair, {short(per_step / 1e12)} a step"
+    one = "an image" if settings.stream.unit == "images" else "a pair"
+    yield f"{short(flops / 1e12)} TFLOP {one}, {short(per_step / 1e12)} a step"
     peak = peak_flops(kind) if settings.compute_dtype == "bfloat16" else None
     if peak is not None:
         rate = devices * peak * _EFFICIENCY

@@ -21,6 +21,8 @@ from dspo_jax.training.task import Metrics, cast, of_components, policy_params
 from dspo_jax.training.validation import score
 from dspo_jax.weights.checkpoints import Checkpoints
 
+# Beside the speed.
+_ON_BAR = ("mfu", "loss", "implicit_accuracy", "reward")
 # Of a validation, what tells whether the model learns what it should.
 _SHOWN = ("implicit_accuracy", "margin", "winner_drift", "winner_error")
 _SHOWN_REWARDS = r"(reward|win_rate)_(?!.*_(low|high)$)"
@@ -28,20 +30,22 @@ _SHOWN_REWARDS = r"(reward|win_rate)_(?!.*_(low|high)$)"
 
 @dataclasses.dataclass
 class Speed:
-    """Measures pairs per second, FLOP/s and memory between two lines of metrics.
+    """Measures examples per second, FLOP/s and memory between two lines of metrics.
 
     Attributes:
       clock: of the run.
-      batch_size: pairs of a step.
+      batch_size: examples of a step.
       step: the last step that was measured.
-      flops_per_pair: FLOPs of a pair on each device; None where they cannot be counted.
+      unit: what an example is called: pairs or images.
+      flops_per_example: FLOPs of an example on each device; None where they cannot be counted.
       peak_flops: FLOP/s that a device can do in the run's dtype; None where that is not known.
     """
 
     clock: Clock
     batch_size: int
     step: int
-    flops_per_pair: float | None = None
+    unit: str = "pairs"
+    flops_per_example: float | None = None
     peak_flops: float | None = None
 
     def measure(self, step: int) -> dict[str, float]:
@@ -51,13 +55,13 @@ class Speed:
         """
         self.clock.tick((step - self.step) * self.batch_size)
         self.step = step
-        pairs_per_second = self.clock.lap()
+        per_second = self.clock.lap()
         values = {"examples_seen": float(step * self.batch_size), **memory_peaks()}
-        if not pairs_per_second:
+        if not per_second:
             return values
-        values |= {"pairs_per_second": pairs_per_second, "data_wait": self.clock.data_wait}
-        if self.flops_per_pair is not None:
-            flops = self.flops_per_pair * pairs_per_second
+        values |= {f"{self.unit}_per_second": per_second, "data_wait": self.clock.data_wait}
+        if self.flops_per_example is not None:
+            flops = self.flops_per_example * per_second
             values["tflops_per_device"] = flops / 1e12
             if self.peak_flops is not None:
                 values["mfu"] = flops / self.peak_flops
@@ -121,10 +125,9 @@ class Log:
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
         values |= self._speed.measure(step)
         self._writer.write(step, values)
-        names = {"pairs_per_second": "pairs/s"}
         shown = {
-            names.get(name, name): values[name]
-            for name in ("pairs_per_second", "mfu", "loss", "implicit_accuracy", "reward")
+            name.replace("_per_second", "/s"): values[name]
+            for name in ("pairs_per_second", "images_per_second", *_ON_BAR)
             if name in values
         }
         self._progress.update(step, shown)

@@ -131,10 +131,10 @@ class Run:
         if settings.reference.every:
             moves = settings.reference
             self.moving = MoveReference(reference, state.params, every=moves.every, decay=moves.decay)
-        self._flops_per_pair = None
+        self._flops_per_example = None
         if processes.is_first():
             flops = count_flops(task, experiment.datasets, settings.data)
-            self._flops_per_pair = None if flops is None else flops / mesh.size
+            self._flops_per_example = None if flops is None else flops / mesh.size
         self._validator: Validator | RewardValidator | None = None
         self._grids = None
         own = experiment.own_images
@@ -287,7 +287,9 @@ class Run:
         )
         watching.append(hooks.Announced(save, progress, "saving"))
         peak = peak_flops(mesh.devices.flat[0].device_kind) if settings.compute_dtype == "bfloat16" else None
-        speed = hooks.Speed(clock, settings.batch_size, start, self._flops_per_pair, peak)
+        speed = hooks.Speed(
+            clock, settings.batch_size, start, settings.stream.unit, self._flops_per_example, peak
+        )
         log = hooks.Log(
             writer,
             progress,

@@ -152,9 +152,9 @@ class StreamSettings:
         return self.kind != "dataset"
 
     @property
-    def draws_images(self) -> bool:
-        """Whether the examples of a batch are images; otherwise they are pairs."""
-        return self.kind in ("prompts", "trajectories")
+    def unit(self) -> str:
+        """What the examples of a batch are called: "images" or "pairs"."""
+        return "images" if self.kind in ("prompts", "trajectories") else "pairs"
 
     @property
     def drawing(self) -> Drawing:

@@ -76,6 +76,7 @@ def read_reproducible(workdir: Path) -> list[dict[str, Any]]:
     measured = {
         "wall_seconds",
         "pairs_per_second",
+        "images_per_second",
         "data_wait",
         "tflops_per_device",
         "device_memory_peak_gib",

@@ -161,13 +161,28 @@ def test_metrics_are_written_before_the_state_is_saved(logged):
 
 def test_the_first_step_which_compiled_has_no_speed():
     now = FakeTime()
-    speed = Speed(Clock(now=now), 8, 0, flops_per_pair=1e12, peak_flops=1e13)
+    speed = Speed(Clock(now=now), 8, 0, flops_per_example=1e12, peak_flops=1e13)
     now.seconds += 60
     assert {k: v for k, v in speed.measure(1).items() if "memory" not in k} == {"examples_seen": 8}
     now.seconds += 4
     measured = speed.measure(2)
     assert measured["pairs_per_second"] == measured["tflops_per_device"] == 2
     assert (measured["mfu"], measured["data_wait"], measured["examples_seen"]) == (0.2, 0, 16)
+
+
+def test_the_speed_of_images_is_not_called_one_of_pairs():
+    now, shown, written = FakeTime(), [], []
+    log = Log(
+        SimpleNamespace(write=lambda step, values: written.append(values)),
+        SimpleNamespace(update=lambda step, values: shown.append(values)),
+        Speed(Clock(now=now), 8, 0, "images"),
+        every=1,
+    )
+    for step in (1, 2, 3):
+        now.seconds += 4
+        log(AfterStep(step, step == 3), None, {"loss": 0.5})
+    assert written[-1]["images_per_second"] == shown[-1]["images/s"] == 2
+    assert not any("pairs" in name for values in (*written, *shown) for name in values)
 
 
 def test_a_check_of_the_metrics_ends_the_run(logged):

@@ -91,6 +91,9 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model,
     steps = [record for record in records if record["step"] > 0]
     assert all(np.isfinite(record["loss"]) and "reward" in record for record in steps)
     assert all(record["grad_norm"] > 0 for record in steps)
+    speed = "pairs_per_second" if KINDS[kind]["stream.kind"] == "own_pairs" else "images_per_second"
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert [name for name in last if name.endswith("_per_second")] == [speed]
     if kind == "iterated":  # after it moved the reference is the policy again
         margins = [abs(record["margin"]) for record in steps]
         assert max(margins[0], margins[2]) < 1e-3 * min(margins[1], margins[3])
@@ -136,6 +139,7 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
     assert "3 steps of ddim, eta 1, guidance 5" in said
     assert "trained by" in said
     assert "at the peak" in said
+    assert ("TFLOP a pair" if "pairs an update" in said else "TFLOP an image") in said
 
 
 @each_row(
