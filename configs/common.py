@@ -4,7 +4,8 @@ from ml_collections import ConfigDict, config_dict
 
 # Hyperparameters of the objectives: None means the objective's own default (see dspo_jax/objectives/).
 _OBJECTIVE_ARGUMENTS = {
-    "beta": float,  # diffusion_dpo, diffusion_dpo_l2, sdpo, ipo, dmpo, kto, dspo_sdxl: scale of the reward
+    # Scale of the reward: diffusion_dpo and its relatives, kto, dspo_sdxl. Of orpo, weight of the comparison.
+    "beta": float,
     "lam": float,  # dspo, dspo_ref, dspo_e: lambda
     "gamma": float,  # dspo, dspo_ref, dspo_e
     "reward_scale": float,  # dspo, dspo_ref: the lambda inside G; default lam
@@ -14,7 +15,7 @@ _OBJECTIVE_ARGUMENTS = {
     "margin_weight": float,  # mapo: weight of the preference term
     "kappa": float,  # mapo: k of its score
     "scale": float,  # mapo: scale of the margin
-    "alpha": float,  # dmpo: probability of the loser in the target
+    "alpha": float,  # dmpo: probability of the loser in the target; alpha_dpo: factor of its order
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
     "min_snr_gamma": float,  # ddpm, sft: cap of the weight of small t; 5 is its paper's
     "reduction": str,  # "mean" or "sum" over an image
@@ -54,8 +55,9 @@ def get_config() -> ConfigDict:
     # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories".
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
-    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part. With "trajectories" the
-    # parts are of the batch's denoising steps, batch_size x num_inference_steps.
+    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part; `alpha_dpo` must see the
+    # batch at once, and takes 1. With "trajectories" the parts are of the batch's denoising steps, batch_size
+    # x num_inference_steps.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # A dropped caption is the empty one, or for SDXL zeros, as its model_index.json asks.

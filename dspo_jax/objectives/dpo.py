@@ -225,3 +225,136 @@ class SDPO(_OfMargin):
         loss = soft_label(_negative_log_sigmoid, margin, predictions)
         metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)
         return loss, metrics | {"loser_scale": scale}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlphaDPO(_OfMargin):
+    """(p^a - (1 - a) - a p) / (a (a - 1)), p = sigmoid(z), z the margin of `diffusion_dpo`.
+
+    alpha-DPO (ICLR 2026, the released code), an alpha divergence in the place of Diffusion-DPO's: a = alpha
+    times the mean of p over the whole batch, without a gradient. The less the policy ranks rightly, the less
+    the gradient of a pair that it ranks quite wrongly, which labels with mistakes ask for. As a goes to 1 the
+    loss goes to 1 - p + p log p, as a goes to 0 to p - 1 - log p.
+
+    The mean is over all devices. `accumulation` would change it and is refused.
+
+    Adds the metric `alpha`: a.
+
+    Attributes:
+      beta: as in `diffusion_dpo`; 4000 is the released value, for SDXL.
+      alpha: 0.9999 is the released value.
+      reduction: "mean" or "sum" over an image.
+      time_weight: "none", or "paper" for w(t) inside the reward.
+    """
+
+    name = "alpha_dpo"
+    needs_whole_batch = True
+
+    beta: float = number(4000.0, ABOVE_ZERO)
+    alpha: float = number(0.9999, INSIDE_0_AND_1)
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        margin = self._margin(predictions, schedule)
+        order = self.alpha * jax.lax.stop_gradient(jax.nn.sigmoid(margin).mean())
+        order = jnp.maximum(order, jnp.finfo(jnp.float32).tiny)
+        loss = soft_label(lambda z: _alpha_divergence(z, order), margin, predictions)
+        metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)
+        return loss, metrics | {"alpha": jnp.full_like(margin, order)}
+
+
+def _alpha_divergence(margin: Float32[Array, " b"], order: Float32[Array, ""]) -> Float32[Array, " b"]:
+    """(p^a - (1 - a) - a p) / (a (a - 1)) of p = sigmoid(margin), rewritten so that no end cancels."""
+    log_p, rest = jax.nn.log_sigmoid(margin), 1 - order
+    low = (jnp.expm1(log_p) - jnp.expm1(order * log_p) / order) / rest
+    # p (p^(a - 1) - 1) is 0 long before the exponent reaches its bound.
+    growth = jnp.expm1(jnp.minimum(-rest * log_p, 80.0)) / rest
+    high = -(jnp.expm1(log_p) + jnp.exp(log_p) * growth) / order
+    return jnp.where(order < 0.5, low, high)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hinge(_OfMargin):
+    """max(0, 1 - z), z = -beta {[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
+
+    The hinge loss of diffusers' and align-anything's trainers (released code), whose beta comes without 1/2.
+    A pair has no gradient once its margin is 1. With e = r the loss is exactly 1.
+
+    Attributes:
+      beta: 2500 is diffusers' value, for reduction "mean".
+      reduction: "mean" or "sum" over an image.
+      time_weight: "none", or "paper" for w(t) inside the reward.
+    """
+
+    name = "hinge"
+
+    beta: float = number(2500.0, ABOVE_ZERO)
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        margin = 2 * self._margin(predictions, schedule)
+        loss = soft_label(lambda z: jax.nn.relu(1 - z), margin, predictions)
+        return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image, half=False)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearDPO(_OfMargin):
+    """-z, z the margin of `diffusion_dpo`: no pair's gradient fades, however well it is ranked.
+
+    Linear-DPO (arXiv 2605.21123), of which summaries were read, neither the paper's equations nor code. There
+    the reference is a moving average of the policy: set `reference.every` and `reference.decay`, whose values
+    there are not known here. With a fixed reference the loss has no lower bound. With e = r it is 0, and its
+    gradient twice that of `diffusion_dpo`.
+
+    Attributes:
+      beta: scale of the loss; 5000 is Diffusion-DPO's. AdamW makes the same steps at any beta.
+      reduction: "mean" or "sum" over an image.
+      time_weight: "none", or "paper" for w(t) inside the reward.
+    """
+
+    name = "linear_dpo"
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        margin = self._margin(predictions, schedule)
+        loss = soft_label(jnp.negative, margin, predictions)
+        return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [
+            *super().notes(values_per_image),
+            "linear_dpo: the loss has no lower bound, and the paper's reference follows the policy: set "
+            "config.reference.every and config.reference.decay, and watch winner_drift",
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NPO(_OfMargin):
+    """`diffusion_dpo` with the labels swapped, -log sigmoid(-z): a model of what people dislike.
+
+    Diffusion-NPO (arXiv 2505.11245; the released code is diffusers' trainer on such labels). The result is no
+    model to draw with: it takes the place of the unconditional half of guidance, beside a model that was
+    trained on the preference or not at all. The margin and its accuracy are those of the labels as they are,
+    and fall.
+
+    Attributes:
+      beta: as in `diffusion_dpo`; 1000 is the released value for SD1.5, which is written there as 500.
+      reduction: "mean" or "sum" over an image.
+      time_weight: "none", or "paper" for w(t) inside the reward.
+    """
+
+    name = "npo"
+
+    beta: float = number(1000.0, ABOVE_ZERO)
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        margin = self._margin(predictions, schedule)
+        loss = soft_label(jax.nn.softplus, margin, predictions)
+        return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [
+            *super().notes(values_per_image),
+            "warning: npo: it learns what people dislike, so implicit_accuracy falls: take the newest "
+            "checkpoint, not @best, and leave config.validation.patience at 0",
+        ]

@@ -53,6 +53,8 @@ class Objective(abc.ABC):
       needs_loser: whether P must be 2.
       images: images of a pair that are trained on, and so that the step runs: "all", the "winner" alone, or
         "one" image that the step draws. Given more, it computes metrics from them.
+      needs_whole_batch: whether a batch that is worked through in parts would give another loss than at once,
+        for which accumulation is refused.
       reduction: "mean" (released code) or "sum" (papers) over an image.
       time_weight: "none" (released code), or "paper" for the weights that the papers derive.
     """
@@ -61,6 +63,7 @@ class Objective(abc.ABC):
     needs_reference: ClassVar[bool]
     needs_loser: ClassVar[bool]
     images: ClassVar[str] = "all"
+    needs_whole_batch: ClassVar[bool] = False
 
     reduction: str = choice("mean", "sum")
     time_weight: str = choice("none", "paper")

@@ -6,11 +6,22 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
 from dspo_jax.objectives.denoising import DDPM, SFT
-from dspo_jax.objectives.dpo import DMPO, IPO, SDPO, DiffusionDPO, DiffusionDPOL2
+from dspo_jax.objectives.dpo import (
+    DMPO,
+    IPO,
+    NPO,
+    SDPO,
+    AlphaDPO,
+    DiffusionDPO,
+    DiffusionDPOL2,
+    Hinge,
+    LinearDPO,
+)
 from dspo_jax.objectives.dspo import DSPO, DSPOSDXL, DSPOEnergy, DSPORef
 from dspo_jax.objectives.kto import KTO
 from dspo_jax.objectives.mapo import MaPO
 from dspo_jax.objectives.objective import Objective
+from dspo_jax.objectives.orpo import ORPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
@@ -22,8 +33,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
         SDPO,
         IPO,
         DMPO,
+        AlphaDPO,
+        Hinge,
+        LinearDPO,
+        NPO,
         KTO,
         MaPO,
+        ORPO,
         DSPO,
         DSPORef,
         DSPOEnergy,

@@ -306,6 +306,12 @@ def parse(config: ConfigDict) -> Settings:
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
+    of_pairs = settings.method_key == "objective"
+    if of_pairs and settings.objective.needs_whole_batch and settings.accumulation > 1:
+        raise UserError(
+            f"config.accumulation = {settings.accumulation}: objective {settings.objective.name!r} looks at "
+            "the whole batch at once; set it to 1, and save memory by config.remat or config.batch_size"
+        )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias
     if not settings.validation.every:

@@ -18,6 +18,7 @@ SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
 LN2 = np.float32(np.log(2))
 WITH_REWARD = (
     *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "mapo", "kto"),
+    *("alpha_dpo", "hinge", "linear_dpo", "npo", "orpo"),
     *("dspo", "dspo_ref", "dspo_sdxl"),
 )
 OBJECTIVES = ("ddpm", "sft", "dspo_e", *WITH_REWARD)
@@ -33,6 +34,12 @@ CASES = {
     "sdpo": ("sdpo", {"beta": 3.0, "mu": 0.7}),
     "ipo": ("ipo", {"beta": 0.8}),
     "dmpo": ("dmpo", {"beta": 3.0, "alpha": 0.1}),
+    "alpha_dpo": ("alpha_dpo", {"beta": 3.0}),
+    "alpha_dpo-low": ("alpha_dpo", {"beta": 3.0, "alpha": 0.3}),
+    "hinge": ("hinge", {"beta": 1.2}),
+    "linear_dpo": ("linear_dpo", {"beta": 3.0}),
+    "npo": ("npo", {"beta": 3.0}),
+    "orpo": ("orpo", {"beta": 0.7}),
     "kto": ("kto", {"beta": 1.5}),
     "mapo": ("mapo", {"margin_weight": 0.7, "kappa": 0.4, "scale": 5.0}),
     "dspo": ("dspo", {"lam": 0.7, "gamma": 1.5}),
@@ -185,6 +192,11 @@ class TestStep0:
         ("kto", {}, [0.5, 0.5, 0.5]),
         # With p = 1, 0.8 and 0.5.
         ("dspo_sdxl", {}, [0.25, 0.3**2, 0.0]),
+        ("hinge", {}, [1.0, 1.0, 1.0]),
+        ("linear_dpo", {}, [0.0, 0.0, 0.0]),
+        ("npo", {}, [LN2, LN2, LN2]),
+        # p = 1/2, and so a = 1/2.
+        ("alpha_dpo", {"alpha": 1 - 1e-7}, [(0.75 - 0.5**0.5) / 0.25] * 3),
         ("dmpo", {"alpha": 0.1}, [-np.log(2) - np.log(0.1 * 0.9) / 2] * 3),
     ],
 )
@@ -310,11 +322,12 @@ def test_metrics_are_those_that_the_data_allow(arrays):
         assert keys(dataclasses.replace(pairs, reference=None)) == pair_metrics
         assert keys(winners) == {"winner_error", "winner_drift", "deviation"}
         assert keys(dataclasses.replace(winners, reference=None)) == {"winner_error"}
-    own = {"kto": {"baseline"}, "sdpo": {"loser_scale"}}
+    own = {"kto": {"baseline"}, "sdpo": {"loser_scale"}, "alpha_dpo": {"alpha"}}
     for name in WITH_REWARD:
         assert set(get_objective(name)(pairs, schedule)[1]) == pair_metrics | drifts | own.get(name, set())
     alone = dataclasses.replace(pairs, reference=None)
-    assert set(get_objective("mapo")(alone, schedule)[1]) == pair_metrics | {"margin", "implicit_accuracy"}
+    for name in ("mapo", "orpo"):
+        assert set(get_objective(name)(alone, schedule)[1]) == pair_metrics | {"margin", "implicit_accuracy"}
 
 
 def test_single_images(arrays):

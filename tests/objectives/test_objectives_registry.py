@@ -18,8 +18,11 @@ from dspo_jax.objectives import Predictions, dpo, get_objective, registry
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.spelling import OBJECTIVE_ALIASES
 
-OF_PAIRS = ("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "dspo", "dspo_ref", "dspo_sdxl")
-PAIRWISE = (*OF_PAIRS, "mapo")
+OF_PAIRS = (
+    *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "alpha_dpo", "hinge", "linear_dpo", "npo"),
+    *("dspo", "dspo_ref", "dspo_sdxl"),
+)
+PAIRWISE = (*OF_PAIRS, "mapo", "orpo")
 WITH_REFERENCE = (*OF_PAIRS, "dspo_e", "kto")
 OBJECTIVES = ("ddpm", "sft", "dspo_e", "kto", *PAIRWISE)
 SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
@@ -134,6 +137,7 @@ def test_an_objective_says_what_it_is():
     images = {name: get_objective(name).images for name in OBJECTIVES}
     assert images == dict.fromkeys(OBJECTIVES, "all") | {"sft": "winner", "dspo_e": "winner", "kto": "one"}
     detached = {"dspo": True, "dspo_ref": True}
+    assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == {"alpha_dpo"}
     for name in OBJECTIVES:
         assert not get_objective(name).detaches_loser
         if name in detached:
@@ -218,6 +222,12 @@ def test_dspo_warns_when_it_is_numerically_sft(given, warned):
         ("ipo", {}, None),
         ("sdpo", {}, None),
         ("dspo_sdxl", {}, None),
+        ("alpha_dpo", {}, None),
+        ("hinge", {}, None),
+        ("linear_dpo", {}, None),
+        ("npo", {}, "what people dislike, so implicit_accuracy falls"),
+        ("orpo", {}, None),
+        ("orpo", {"beta": 0.0}, "this run is SFT"),
     ],
 )
 def test_warnings_of_a_term_that_does_nothing(name, given, warning):
@@ -259,14 +269,13 @@ def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", guide.partition("## Adding an objective")[2], re.DOTALL)
     names = dict(vars(dpo))
     exec(textwrap.dedent(code), names)
-    monkeypatch.setitem(registry.OBJECTIVES, "hinge", names["Hinge"])
-    objective = get_objective("hinge", beta=4.0)
+    monkeypatch.setitem(registry.OBJECTIVES, "exponential", names["Exponential"])
+    objective = get_objective("exponential", beta=4.0)
     loss, metrics = objective(dataclasses.replace(pairs, preference=None), Schedule.scaled_linear())
-    assert np.any(loss > 0)
-    np.testing.assert_allclose(loss, np.maximum(0, 1 - metrics["margin"]), rtol=1e-6)
+    np.testing.assert_allclose(loss, np.exp(-metrics["margin"]), rtol=1e-6)
     assert objective.notes(64) == []
     with pytest.raises(UserError, match=r"config\.objective\.beta = 0\.0: .*above zero"):
-        get_objective("hinge", beta=0.0)
+        get_objective("exponential", beta=0.0)
 
 
 def test_a_metric_that_is_not_per_example_is_found_by_the_tests(pairs):

@@ -101,6 +101,25 @@ def mapo(policy, reference, target, margin_weight, kappa, scale):
     return error_w.mean() - margin_weight * torch.nn.functional.logsigmoid(margin).mean()
 
 
+def alpha_dpo(policy, reference, target, beta, alpha):
+    """yangli-lab/Diffusion_alpha-DPO_ICLR2026 with --reweight_step -1, on one process."""
+    p = torch.sigmoid(inside_term(policy, reference, target, beta))
+    order = alpha * p.mean().detach()
+    return ((p.pow(order) - (1 - order) - order * p) / (order * (order - 1))).mean()
+
+
+def hinge(policy, reference, target, beta):
+    """diffusers' and align-anything's trainers, their loss_type hinge."""
+    (model_w, model_l), (ref_w, ref_l) = errors(policy, target), errors(reference, target)
+    return torch.relu(1 - beta * ((ref_w - ref_l) - (model_w - model_l))).mean()
+
+
+def orpo(policy, reference, target, beta):
+    """diffusers' ORPO trainer, but for the sign of the difference, which is turned."""
+    error_w, error_l = errors(policy, target)
+    return error_w.mean() - beta * torch.nn.functional.logsigmoid(error_l - error_w).mean()
+
+
 CASES = [
     (sft, {}),
     (diffusion_dpo, {"beta": 3.0}),
@@ -114,6 +133,10 @@ CASES = [
     (ipo, {"beta": 2500.0}),
     (dmpo, {"beta": 3.0, "alpha": 0.01}),
     (sdpo, {"beta": 3.0, "mu": 0.9}),
+    (alpha_dpo, {"beta": 3.0, "alpha": 0.9999}),
+    (alpha_dpo, {"beta": 40.0, "alpha": 0.9999}),
+    (hinge, {"beta": 0.8}),
+    (orpo, {"beta": 0.7}),
     (kto, {"beta": 2.0}),
     (mapo, {"margin_weight": 0.1, "kappa": 0.5, "scale": 1000.0}),
 ]

@@ -42,6 +42,10 @@ def kl_bernoulli(p, q):
     return sum(a * np.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)))
 
 
+def alpha_divergence(p, a):
+    return (p**a - (1 - a) - a * p) / (a * (a - 1))
+
+
 # The loss as a function of the margin, for a label that is certain.
 MARGIN_LOSSES = {
     "diffusion_dpo": lambda z, h: -log_sigmoid(z),
@@ -49,6 +53,10 @@ MARGIN_LOSSES = {
     "sdpo": lambda z, h: -log_sigmoid(z),
     "ipo": lambda z, h: (z - 1 / (2 * h["beta"])) ** 2,
     "dmpo": lambda z, h: kl_bernoulli(1 / (1 + np.exp(-z)), 1 - h["alpha"]),
+    "alpha_dpo": lambda z, h: alpha_divergence(1 / (1 + np.exp(-z)), h["order"]),
+    "hinge": lambda z, h: max(0.0, 1 - z),
+    "linear_dpo": lambda z, h: -z,
+    "npo": lambda z, h: -log_sigmoid(-z),
 }
 
 
@@ -61,8 +69,8 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
       betas: [T] of the schedule.
       prediction_type: "epsilon" or "v_prediction".
       held: the policy's predictions again, as what no gradient flows through: DSPO's detached G, KTO's
-        baseline, SDPO's scale, the switch of `dspo_sdxl`. Differences in `policy` alone then give the
-        gradient.
+        baseline, SDPO's scale, alpha-DPO's order, the switch of `dspo_sdxl`. Differences in `policy` alone
+        then give the gradient.
       **h: the hyperparameters.
     """
     reduce = {"mean": np.mean, "sum": np.sum}[h["reduction"]]
@@ -86,6 +94,8 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
         return 1 / (1 + np.exp(-z))
 
     baseline = max(0.0, gains(held).mean())
+    if name == "alpha_dpo":
+        h["order"] = h["alpha"] * np.mean(sigmoid(-h["beta"] / 2 * np.diff(gains(held), axis=1)))
     switched = np.mean((held[:, 0] - references[:, 0]) ** 2) >= 0.1
     errors, reference_errors, gain = squared_errors(policies), squared_errors(references), gains(policies)
     losses, metrics = [], []
@@ -124,6 +134,10 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
             m["margin"] = z = h["scale"] * (f[0] - f[1])
             ranked = p * log_sigmoid(z) + (1 - p) * log_sigmoid(-z)
             loss = a[0] * b[0] ** 2 * errors[i, 0] - h["margin_weight"] * ranked
+        elif name == "orpo":
+            m["margin"] = z = w[1] * errors[i, 1] - w[0] * errors[i, 0]
+            ranked = p * log_sigmoid(z) + (1 - p) * log_sigmoid(-z)
+            loss = a[0] * b[0] ** 2 * errors[i, 0] - h["beta"] * ranked
         elif name in MARGIN_LOSSES:
             if name == "diffusion_dpo_l2":
                 reward = h["beta"] / 2 * w * [reduce(x) for x in (policy - reference) ** 2]
@@ -139,9 +153,11 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
                     -h["beta"] / 2 * w[1] * (reduce((loser - target[1]) ** 2) - reference_errors[i, 1])
                 )
             else:
-                reward = gain[i] if name == "ipo" else h["beta"] / 2 * gain[i]
+                reward = {"ipo": 1.0, "hinge": h["beta"]}.get(name, h["beta"] / 2) * gain[i]
             m["margin"] = z = reward[0] - reward[1]
             loss = p * MARGIN_LOSSES[name](z, h) + (1 - p) * MARGIN_LOSSES[name](-z, h)
+            if name == "alpha_dpo":
+                m["alpha"] = h["order"]
         else:  # the DSPO family with G
             half_scale = h["beta" if name == "dspo_sdxl" else "reward_scale"] / 2
             m["margin"] = z = half_scale * (gain[i, 0] - gain[i, 1])

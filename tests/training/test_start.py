@@ -32,8 +32,8 @@ def config(shallow_model, tiny_pairs):
         (
             {"objective.name": "dpso"},
             "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
-            "(allowed: ddpm, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, dspo_ref, dspo_sdxl, ipo, "
-            "kto, mapo, sdpo, sft)",
+            "(allowed: alpha_dpo, ddpm, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, dspo_ref, "
+            "dspo_sdxl, hinge, ipo, kto, linear_dpo, mapo, npo, orpo, sdpo, sft)",
         ),
         (
             {"objective.name": "sft", "objective.beta": 1.0},
@@ -60,6 +60,10 @@ def config(shallow_model, tiny_pairs):
         ({"epochs": 0.0}, "config.epochs = 0.0: must be above 0 and at most a million"),
         ({"epochs": math.inf}, "config.epochs = inf: must be above 0 and at most a million"),
         ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
+        (
+            {"accumulation": 2, "objective.name": "alpha_dpo"},
+            "config.accumulation = 2: objective 'alpha_dpo' looks at the whole batch at once; set it to 1",
+        ),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
         ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
