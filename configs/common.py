@@ -17,7 +17,12 @@ _OBJECTIVE_ARGUMENTS = {
     "scale": float,  # mapo: scale of the margin
     "alpha": float,  # dmpo: probability of the loser in the target; alpha_dpo: factor of its order
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
-    "min_snr_gamma": float,  # ddpm, sft: cap of the weight of small t; 5 is its paper's
+    # Cap of the weight of small t; 5 is its paper's: ddpm, sft, and diffusion_dpo and its relatives.
+    "min_snr_gamma": float,
+    # Of comparisons with a reference, terms beside the loss: weight of the winner's denoising error, and of
+    # the squared distance to the reference's predictions.
+    "sft_weight": float,
+    "anchor_weight": float,
     "reduction": str,  # "mean" or "sum" over an image
     "time_weight": str,  # "none" or "paper"
 }

@@ -5,8 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Integer
 
-from dspo_jax.errors import UserError
-from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, reduce_image, squared_error
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -29,11 +28,7 @@ class _Denoising(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_snr_gamma is not None and self.time_weight != "none":
-            raise UserError(
-                f"config.objective.min_snr_gamma = {self.min_snr_gamma!r}: is a time weight of its own; "
-                f"leave it out, or config.objective.time_weight = {self.time_weight!r}"
-            )
+        check_one_time_weight(self.min_snr_gamma, self.time_weight)
 
     def _weigh(
         self, losses: Float32[Array, "*t"], timesteps: Integer[Array, "*t"], schedule: Schedule

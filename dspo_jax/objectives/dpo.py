@@ -1,7 +1,7 @@
 """Diffusion-DPO and the losses built like it: functions of one margin, the winner's reward minus the loser's.
 
 All of them take a preference p < 1 as p l(z) + (1 - p) l(-z), the loss that is expected when the label is
-right with probability p.
+right with probability p. All have the hyperparameters of `OfMargin` and `Comparison` besides their own.
 """
 
 import dataclasses
@@ -11,15 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from dspo_jax.objectives.comparison import OfMargin
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, BETWEEN_0_AND_1, INSIDE_0_AND_1, number
-from dspo_jax.objectives.implicit_reward import (
-    collect_metrics,
-    describe_scale,
-    reduce_image,
-    reward_margin,
-    soft_label,
-)
-from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, reduce_image, soft_label
+from dspo_jax.objectives.objective import LossAndMetrics, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
@@ -28,29 +23,7 @@ def _negative_log_sigmoid(margin: Float32[Array, " b"]) -> Float32[Array, " b"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _OfMargin(Objective):
-    """An objective of pairs with a reference whose reward has the scale `beta`."""
-
-    needs_reference = True
-    needs_loser = True
-
-    beta: float = number(5000.0, ABOVE_ZERO)
-
-    def _margin(self, predictions: Predictions, schedule: Schedule) -> Float32[Array, " b"]:
-        return reward_margin(
-            predictions,
-            schedule,
-            scale=self.beta,
-            reduction=self.reduction,
-            time_weight=self.time_weight,
-        )
-
-    def notes(self, values_per_image: int) -> list[str]:
-        return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionDPO(_OfMargin):
+class DiffusionDPO(OfMargin):
     """-log sigmoid(z), z = -(beta / 2) {[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
 
     The loss of the released code and of Eq. 46 in the supplement of Wallace et al. (2024), up to `reduction`.
@@ -71,7 +44,7 @@ class DiffusionDPO(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionDPOL2(_OfMargin):
+class DiffusionDPOL2(OfMargin):
     """-log sigmoid(z), z = +(beta / 2) (||e_w - r_w||^2 - ||e_l - r_l||^2).
 
     Diffusion-DPO with x_{t-1} drawn from the policy rather than from q(x_{t-1} | x_t, x_0) (supplement S2,
@@ -89,8 +62,7 @@ class DiffusionDPOL2(_OfMargin):
         assert predictions.reference is not None
         step = predictions.policy - predictions.reference
         rewards = 0.5 * self.beta * reduce_image(jnp.square(step), self.reduction)
-        if self.time_weight == "paper":
-            rewards *= schedule.reward_weight(predictions.timesteps)
+        rewards *= self._reward_weight(predictions.timesteps, schedule)
         margin = rewards[:, 0] - rewards[:, 1]
         loss = soft_label(_negative_log_sigmoid, margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
@@ -105,7 +77,7 @@ class DiffusionDPOL2(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IPO(_OfMargin):
+class IPO(OfMargin):
     """(z - 1 / (2 beta))^2, z = -D = -{[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
 
     IPO (Azar et al. 2024, Eq. 17) in the form of diffusers' trainer, where the margin is D without 1/2 and
@@ -122,9 +94,7 @@ class IPO(_OfMargin):
     beta: float = number(2500.0, ABOVE_ZERO)
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
-        margin = reward_margin(
-            predictions, schedule, scale=2.0, reduction=self.reduction, time_weight=self.time_weight
-        )
+        margin = self._margin(predictions, schedule, scale=2.0)
         loss = soft_label(lambda z: jnp.square(z - 1 / (2 * self.beta)), margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
 
@@ -139,7 +109,7 @@ class IPO(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DMPO(_OfMargin):
+class DMPO(OfMargin):
     """KL(Bernoulli(sigmoid z) || Bernoulli(1 - alpha)), z the margin of `diffusion_dpo`.
 
     The reverse of the divergence that Diffusion-DPO minimises (DMPO, Li et al. 2025; this form is that of the
@@ -180,7 +150,7 @@ class DMPO(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SDPO(_OfMargin):
+class SDPO(OfMargin):
     """`diffusion_dpo` with the loser's gradient scaled down where it would raise the winner's error.
 
     Diffusion-SDPO (Fu et al. 2025): with g the gradient of an image's error with respect to the prediction,
@@ -207,9 +177,9 @@ class SDPO(_OfMargin):
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         policy = predictions.policy
-        gradients = policy - predictions.target  # up to a factor common to both images
-        if self.time_weight == "paper":
-            gradients *= schedule.reward_weight(predictions.timesteps)[..., None, None, None]
+        weights = jnp.broadcast_to(self._reward_weight(predictions.timesteps, schedule), policy.shape[:2])
+        # Up to a factor common to both images.
+        gradients = (policy - predictions.target) * weights[..., None, None, None]
         winner, loser = gradients[:, 0], gradients[:, 1]
         agreement = reduce_image(winner * loser, self.reduction)
         bound = (1 - self.mu) * reduce_image(jnp.square(winner), self.reduction)
@@ -228,7 +198,7 @@ class SDPO(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlphaDPO(_OfMargin):
+class AlphaDPO(OfMargin):
     """(p^a - (1 - a) - a p) / (a (a - 1)), p = sigmoid(z), z the margin of `diffusion_dpo`.
 
     alpha-DPO (ICLR 2026, the released code), an alpha divergence in the place of Diffusion-DPO's: a = alpha
@@ -273,7 +243,7 @@ def _alpha_divergence(margin: Float32[Array, " b"], order: Float32[Array, ""]) -
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hinge(_OfMargin):
+class Hinge(OfMargin):
     """max(0, 1 - z), z = -beta {[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
 
     The hinge loss of diffusers' and align-anything's trainers (released code), whose beta comes without 1/2.
@@ -290,7 +260,7 @@ class Hinge(_OfMargin):
     beta: float = number(2500.0, ABOVE_ZERO)
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
-        margin = 2 * self._margin(predictions, schedule)
+        margin = self._margin(predictions, schedule, scale=2 * self.beta)
         loss = soft_label(lambda z: jax.nn.relu(1 - z), margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
 
@@ -299,7 +269,7 @@ class Hinge(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearDPO(_OfMargin):
+class LinearDPO(OfMargin):
     """-z, z the margin of `diffusion_dpo`: no pair's gradient fades, however well it is ranked.
 
     Linear-DPO (arXiv 2605.21123), of which summaries were read, neither the paper's equations nor code. There
@@ -329,7 +299,7 @@ class LinearDPO(_OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NPO(_OfMargin):
+class NPO(OfMargin):
     """`diffusion_dpo` with the labels swapped, -log sigmoid(-z): a model of what people dislike.
 
     Diffusion-NPO (arXiv 2505.11245; the released code is diffusers' trainer on such labels). The result is no

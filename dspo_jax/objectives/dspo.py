@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from dspo_jax.objectives.comparison import Comparison
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import (
     collect_metrics,
@@ -103,7 +104,7 @@ def _warn_of_weight(name: str, weight: float, gate: float, is_sft: bool) -> list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DSPO(_ScoreMatching):
+class DSPO(_ScoreMatching, Comparison):
     """reduce[(e_w - y_w) - s G (e_w - r_w)]^2, G = 1 - sigmoid(z), z the margin of rewards (Eq. 13-14).
 
     With e = r the loss is exactly that of `sft`, and its gradient 1 - s G times SFT's: keep s below 2.
@@ -119,7 +120,6 @@ class DSPO(_ScoreMatching):
     """
 
     name = "dspo"
-    needs_loser = True
 
     reward_scale: float | None = number(None)
     detach: bool = False
@@ -131,8 +131,8 @@ class DSPO(_ScoreMatching):
 
     @property
     def detaches_loser(self) -> bool:
-        """The loser enters through G alone."""
-        return self.detach
+        """The loser enters through G alone, but for an anchor."""
+        return self.detach and not self.anchor_weight
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         return self._match_gated_score(predictions, schedule, predictions.target)
@@ -225,7 +225,7 @@ class DSPOEnergy(_ScoreMatching):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DSPOSDXL(Objective):
+class DSPOSDXL(Comparison):
     """G^2, G = 1 - sigmoid(z), z the margin of `diffusion_dpo`: what the paper trained SDXL with (Eq. 47).
 
     With the reference's score as the target, (e_w - r_w) is a common factor (`dspo_ref`); the paper drops it,
@@ -242,8 +242,6 @@ class DSPOSDXL(Objective):
     """
 
     name = "dspo_sdxl"
-    needs_reference = True
-    needs_loser = True
 
     beta: float = number(5000.0, ABOVE_ZERO)
     released_switch: bool = False

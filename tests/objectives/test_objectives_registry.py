@@ -102,6 +102,13 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
             {"min_snr_gamma": 5.0, "time_weight": "paper"},
             r"^config\.objective\.min_snr_gamma = 5\.0: .*config\.objective\.time_weight = 'paper'$",
         ),
+        (
+            "hinge",
+            {"min_snr_gamma": 5.0, "time_weight": "paper"},
+            r"^config\.objective\.min_snr_gamma = 5\.0: .*config\.objective\.time_weight = 'paper'$",
+        ),
+        ("mapo", {"sft_weight": 1.0}, r"argument of objective 'mapo' = 'sft_weight': unknown"),
+        ("hinge", {"anchor_weight": -1.0}, r"config\.objective\.anchor_weight = -1\.0: .*zero or above"),
         ("dspo", {"min_snr_gamma": 5.0}, r"argument of objective 'dspo' = 'min_snr_gamma': unknown"),
         ("sdpo", {"mu": 1.5}, r"config\.objective\.mu = 1\.5: .*between 0 and 1"),
         ("dspo_e", {"detach": True}, r"'dspo_e' = 'detach': .*allowed: gamma, lam, reduction, score_weight"),
@@ -126,6 +133,8 @@ def test_an_objective_says_what_it_is():
         "reward_scale": None,
         "score_weight": 0.3,
         "detach": False,
+        "sft_weight": 0.0,
+        "anchor_weight": 0.0,
         "reduction": "mean",
         "time_weight": "none",
     }
@@ -142,6 +151,7 @@ def test_an_objective_says_what_it_is():
         assert not get_objective(name).detaches_loser
         if name in detached:
             assert get_objective(name, detach=True).detaches_loser
+            assert not get_objective(name, detach=True, anchor_weight=0.1).detaches_loser
     assert get_objective("diffusion_dpo").hyperparameters["beta"] == 5000
 
 

@@ -84,6 +84,11 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
         ]
     )
 
+    min_snr = h.get("min_snr_gamma")
+    if name in MARGIN_LOSSES and min_snr is not None:  # in the place of w(t) and of A(t) B(t)^2
+        for row, times in zip(weights, arrays["timesteps"], strict=True):
+            row[:, 0] = row[:, 1] = [min_snr_weight(betas, t, prediction_type, min_snr) for t in times]
+
     def squared_errors(predictions):
         return np.array([[reduce(x) for x in row] for row in (predictions - targets) ** 2])
 
@@ -171,6 +176,10 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
             else:
                 data = step if name == "dspo_ref" else policy[0] - target[0]
                 loss = a[0] * reduce((b[0] * data - h["score_weight"] * gate * step) ** 2)
+        if h.get("sft_weight"):
+            loss += h["sft_weight"] * a[0] * b[0] ** 2 * errors[i, 0]
+        if h.get("anchor_weight"):
+            loss += h["anchor_weight"] / 2 * w @ [reduce(x) for x in (policy - reference) ** 2]
         if "margin" in m:
             m["implicit_accuracy"] = {1.0: 1.0, 0.0: 0.5, -1.0: 0.0}[float(np.sign(m["margin"]))]
         losses.append(loss)

@@ -1,0 +1,106 @@
+"""Comparisons of a winner with a loser under a reference: weights of the reward, terms beside the loss."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Integer
+
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, number
+from dspo_jax.objectives.implicit_reward import (
+    describe_scale,
+    error_drift,
+    reduce_image,
+    squared_error,
+)
+from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.schedules.variance_preserving import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Objective):
+    """An objective of pairs with a reference, to which two terms may be added.
+
+    They are sft_weight SE(e_w), as RPO of language models has it, and anchor_weight / 2 (||e_w - r_w||^2 +
+    ||e_l - r_l||^2), which with time_weight "paper" is the KL divergence to the reference. SimpleTuner trains
+    with both.
+
+    Attributes:
+      sft_weight: weight of the winner's denoising error.
+      anchor_weight: weight of the distance to the reference.
+    """
+
+    needs_reference = True
+    needs_loser = True
+
+    sft_weight: float = number(0.0)
+    anchor_weight: float = number(0.0)
+
+    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        predictions = self._prepare(predictions)
+        loss, metrics = self.loss_and_metrics(predictions, schedule)
+        if self.sft_weight:
+            error = squared_error(predictions, self.reduction)[:, 0]
+            loss += self.sft_weight * error * self._denoising_weight(predictions.timesteps[:, 0], schedule)
+        if self.anchor_weight:
+            assert predictions.reference is not None
+            step = jnp.square(predictions.policy - predictions.reference)
+            distance = reduce_image(step, self.reduction) * self._reward_weight(
+                predictions.timesteps, schedule
+            )
+            loss += self.anchor_weight / 2 * distance.sum(1)
+        return loss, metrics
+
+    def _reward_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        """Returns the time weight of an error inside the reward."""
+        return schedule.reward_weight(timesteps) if self.time_weight == "paper" else 1.0
+
+    def _denoising_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        """Returns the time weight of a denoising error that is itself the loss."""
+        return schedule.denoising_weight(timesteps) if self.time_weight == "paper" else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfMargin(Comparison):
+    """A comparison that is a function of one margin of rewards, whose scale is `beta`.
+
+    Attributes:
+      beta: scale of the reward.
+      min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors inside the reward, which makes beta
+        depend on the timestep; None is no such weight. Not with "paper".
+    """
+
+    beta: float = number(5000.0, ABOVE_ZERO)
+    min_snr_gamma: float | None = number(None, ABOVE_ZERO)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_time_weight(self.min_snr_gamma, self.time_weight)
+
+    def _reward_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        if self.min_snr_gamma is not None:
+            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        return super()._reward_weight(timesteps, schedule)
+
+    def _denoising_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        if self.min_snr_gamma is not None:
+            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        return super()._denoising_weight(timesteps, schedule)
+
+    def _margin(
+        self, predictions: Predictions, schedule: Schedule, scale: float | None = None
+    ) -> Float32[Array, " b"]:
+        """Returns the winner's reward less the loser's, [B], at the scale `beta` or a given one."""
+        rewards = -0.5 * (self.beta if scale is None else scale) * error_drift(predictions, self.reduction)
+        rewards *= self._reward_weight(predictions.timesteps, schedule)
+        return rewards[:, 0] - rewards[:, 1]
+
+    def notes(self, values_per_image: int) -> list[str]:
+        return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]
