@@ -310,7 +310,7 @@ def parse(config: ConfigDict) -> Settings:
     if of_pairs and settings.objective.needs_whole_batch and settings.accumulation > 1:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: objective {settings.objective.name!r} looks at "
-            "the whole batch at once; set it to 1, and save memory by config.remat or config.batch_size"
+            "the whole batch at once; set it to 1"
         )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias
