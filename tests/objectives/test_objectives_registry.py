@@ -283,7 +283,7 @@ def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
     objective = get_objective("exponential", beta=4.0)
     loss, metrics = objective(dataclasses.replace(pairs, preference=None), Schedule.scaled_linear())
     np.testing.assert_allclose(loss, np.exp(-metrics["margin"]), rtol=1e-6)
-    assert objective.notes(64) == []
+    assert objective.notes(64)[0].startswith("exponential: beta = 4 ")
     with pytest.raises(UserError, match=r"config\.objective\.beta = 0\.0: .*above zero"):
         get_objective("exponential", beta=0.0)
 
