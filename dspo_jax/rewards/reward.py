@@ -34,17 +34,32 @@ class Reward:
         Raises:
           UserError: the function gave another number of scores, or one that is not finite.
         """
-        scores = np.asarray(self.function(images, prompts))
-        if scores.shape != (len(images),):
-            raise UserError(
-                f"reward {self.name}: gave scores of shape {list(scores.shape)} for {len(images)} images; "
-                f"it must give [{len(images)}]"
-            )
-        scores = scores.astype(np.float32)
+        with np.errstate(over="ignore"):
+            scores = self.score_or_nan(images, prompts).astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):
             raise UserError(
                 f"reward {self.name}: gave {scores[bad[0]]} for an image of {prompts[bad[0]]!r}; "
                 "every score must be finite"
+            )
+        return scores
+
+    def score_or_nan(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        """Scores [N] float64 of N images, as `score` does, of which some may be NaN or infinite.
+
+        Raises:
+          UserError: the function gave no numbers, or another number of them.
+        """
+        given = self.function(images, prompts)
+        try:
+            scores = np.asarray(given, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"reward {self.name}: gave {given!r:.60}; it must give a number for each image"
+            ) from error
+        if scores.shape != (len(images),):
+            raise UserError(
+                f"reward {self.name}: gave scores of shape {list(scores.shape)} for {len(images)} images; "
+                f"it must give [{len(images)}]"
             )
         return scores

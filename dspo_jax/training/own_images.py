@@ -37,29 +37,8 @@ class OwnImages:
         """Scores [N] of N images [H, W, 3] uint8 by the trained reward; NaN where a reward gives none."""
         total = np.zeros(len(images))
         for reward, weight in zip(self.watched, self.weights, strict=False):
-            total += weight * score_leniently(reward, images, prompts)
+            total += weight * reward.score_or_nan(images, prompts)
         return total
-
-
-def score_leniently(reward: Reward, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-    """Scores [N] float64 of N images [H, W, 3] uint8, in which `Reward.score` would refuse NaN.
-
-    Raises:
-      UserError: the reward gave no numbers, or another number of them.
-    """
-    given = reward.function(images, prompts)
-    try:
-        scores = np.asarray(given, np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"reward {reward.name}: gave {given!r:.60}; it must give a number for each image"
-        ) from error
-    if scores.shape != (len(images),):
-        raise UserError(
-            f"reward {reward.name}: gave scores of shape {list(scores.shape)} for {len(images)} images; it "
-            f"must give [{len(images)}]"
-        )
-    return scores
 
 
 def open_own_images(settings: Settings) -> OwnImages:

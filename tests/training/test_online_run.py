@@ -9,7 +9,6 @@ from dspo_jax.conversion.export_model import export
 from dspo_jax.monitoring.metrics import read_metrics, read_validations
 from dspo_jax.rewards import Reward, load_reward
 from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.own_images import score_leniently
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import prepare
@@ -231,7 +230,7 @@ def test_scores_that_are_none_are_refused_by_the_name_of_the_reward():
     for given, message in ((["a", "b"], "reward mine: gave .*number"), ([1.0], r"shape \[1\] for 2 images")):
         reward = Reward("mine", "", lambda images, prompts, given=given: given)
         with pytest.raises(ValueError, match=message):
-            score_leniently(reward, images, prompts)
-    some = score_leniently(Reward("mine", "", lambda images, prompts: [1, float("nan")]), images, prompts)
+            reward.score_or_nan(images, prompts)
+    some = Reward("mine", "", lambda images, prompts: [1, float("nan")]).score_or_nan(images, prompts)
     assert some[0] == 1
     assert np.isnan(some[1])
