@@ -37,10 +37,14 @@ def main(argv: Sequence[str]) -> None:
         return
     seconds = time.perf_counter() - started
     if not complete:
-        print(
-            f"{out}: share {flags.FLAGS.shard} encoded in {seconds:.1f} s; the last share to end finishes "
-            "the dataset"
-        )
+        if (out / shards.UNFINISHED).is_dir():
+            done = "encoded", "the last share to end finishes the dataset"
+        else:
+            done = (
+                "scored",
+                "run it again when the other shares are scored, as which rows are encoded follows from all",
+            )
+        print(f"{out}: share {flags.FLAGS.shard} {done[0]} in {seconds:.1f} s; {done[1]}")
         return
     for split, content in shards.read_manifest(out)["splits"].items():
         notes = [f"{count} skipped: {reason}" for reason, count in content["skipped"].items()]

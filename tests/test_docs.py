@@ -191,7 +191,7 @@ def after_the_readme(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("data", 7), ("evaluation", 2), ("recipes", 1), ("sampling", 1), ("training", 1), ("weights", 5)],
+    [("data", 8), ("evaluation", 2), ("recipes", 1), ("sampling", 1), ("training", 1), ("weights", 5)],
 )
 def test_the_commands_of_a_page_on_a_tiny_model(name, count, after_the_readme, tmp_path):
     folder = Path(shutil.copytree(after_the_readme, tmp_path / "here", symlinks=True))

@@ -22,9 +22,9 @@ ONLINE = tuple(name for name in RECIPES if name.endswith(METHODS))
 PUBLISHED = [
     name
     for name in RECIPES
-    if name.startswith(("sd15_", "sdxl_")) and not name.endswith("_lora") and name not in ONLINE
+    if name.startswith(("sd15_", "sdxl_")) and not name.endswith(("_lora", "_emu")) and name not in ONLINE
 ]
-DIFFERENTLY_NAMED = ("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora")
+DIFFERENTLY_NAMED = ("sdxl_emu", "emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora")
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
 

@@ -37,6 +37,23 @@ def get_config() -> ConfigDict:
     # Which splits of the source to encode; empty means all.
     config.splits = ()
 
+    # A reward that scores every image of the source, in a first pass: a name, or FILE.py:FUNCTION. The scores
+    # are stored with the examples. "" is none.
+    config.score = ""
+    config.rewards = ConfigDict()
+    # Holds the weights of each reward under its name, as dspo_jax.rewards.convert writes them.
+    config.rewards.folder = "rewards"
+
+    # What is encoded, by these scores.
+    config.select = ConfigDict()
+    # "pairs", or "single": each image of a pair is an example of its own, once for each caption.
+    config.select.images = "pairs"
+    # Share of `train` with the highest scores, of the winners where examples are pairs; 1 is all.
+    config.select.top = 1.0
+    # Pairs of `train` whose winner scores at least so much more than the loser; at 0 the reward agrees with
+    # people. None: all.
+    config.select.min_gap = config_dict.placeholder(float)
+
     config.source = ConfigDict()
     # Where the pairs come from: a name in dspo_jax/data/sources/registry.py. The source's own arguments
     # stand beside it.

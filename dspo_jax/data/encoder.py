@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from dspo_jax.data import shards
-from dspo_jax.data.prepare import Framing, Prepared, prepare_rows
+from dspo_jax.data.prepare import Framing, Prepared, map_rows, prepare_row
 from dspo_jax.data.records import Example
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.errors import UserError
@@ -124,7 +125,8 @@ class PairEncoder:
     def _batches(self, rows: Iterable[PreferencePair], on_bad_row: _OnBadRow) -> Iterator[_Batch]:
         """Full batches of images of one size; at the end one of each size with what is left."""
         waiting: dict[tuple[int, ...], _Batch] = {}
-        for row, prepared in self._timed(prepare_rows(rows, self._framing, self._pool, self._ahead)):
+        prepare = partial(prepare_row, framing=self._framing)
+        for row, prepared in self._timed(map_rows(rows, prepare, self._pool, self._ahead)):
             if isinstance(prepared, BadRow):
                 on_bad_row(row, prepared)
                 continue
@@ -172,8 +174,10 @@ class PairEncoder:
             except BadRow as problem:
                 on_bad_row(row, problem)
                 continue
+            scores = {} if row.scores is None else {shards.SCORE: np.asarray(row.scores, np.float32)}
             yield {
                 "moments": rounded,
+                **scores,
                 **{name: array[i] for name, array in conditioning.items()},
                 "preference": np.float32(row.preference),
                 "loser_won": np.bool_(row.loser_won),

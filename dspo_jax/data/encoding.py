@@ -1,30 +1,32 @@
 """Encodes a source of preference pairs into TFDS shards, once, so that training never sees an image."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
 
 import jax
 from ml_collections import ConfigDict
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.data.chosen_rows import ChosenRows, check_selection
 from dspo_jax.data.encoder import BadRowLog, PairEncoder
 from dspo_jax.data.prepare import Framing, bucket_sizes, worker_pool
+from dspo_jax.data.row_progress import SECONDS_BETWEEN_LOOKS, RowProgress
+from dspo_jax.data.scoring import RowScorer, ScoreFiles, score_shards
 from dspo_jax.data.settings import EncodeSettings, parse
-from dspo_jax.data.sources import PreferencePair, Source, get_source
+from dspo_jax.data.source_shards import SourceShards
+from dspo_jax.data.sources import Source, get_source
+from dspo_jax.data.sources.single_images import divide_pairs
 from dspo_jax.data.writer import DatasetWriter
 from dspo_jax.errors import UserError
-from dspo_jax.monitoring.progress import Progress
+from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-
-# Seconds between two looks at the shards that all processes have finished.
-_SECONDS_BETWEEN_LOOKS = 3.0
+from dspo_jax.rewards import Reward, load_reward
 
 
 def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) -> bool:
@@ -52,7 +54,12 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
 
 def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) -> bool:
     source = get_source(settings.source.name, **settings.source.arguments)
+    if settings.select.images == "single":
+        source = divide_pairs(source)
     splits = _choose_splits(settings, source)
+    check_selection(settings.select, splits, source.images_per_example)
+    rows = SourceShards(source, splits, settings.rows_per_shard)
+    reward = _load_reward(settings, source.images_per_example)
     pipe = load_pipeline(settings.model)
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
@@ -68,65 +75,93 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: getattr(settings, key) for key in _ENCODING},
+        "score": None if reward is None else {"reward": reward.name, "version": reward.version},
+        "select": None if reward is None else dataclasses.asdict(settings.select),
     }
     if shards.is_complete(out, manifest, splits):
         return True
-    rows = {split: source.num_examples(split) for split in splits}
-    per_shard = settings.rows_per_shard
-    num_shards = {split: math.ceil(count / per_shard) for split, count in rows.items()}
-    rows_of = {
-        (split, number): min(per_shard, rows[split] - number * per_shard)
-        for split in splits
-        for number in range(num_shards[split])
-    }
-    buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
-    side = None if buckets else resolution // pipe.vae_scale_factor
-    features = shards.feature_spec(
-        (source.images_per_example, side, side, 2 * pipe.latent_channels),
-        pipe.conditioning_shapes(source.images_per_example),
-    )
-    writer = DatasetWriter(out, features, manifest, num_shards, buckets)
+    index, count = share or (jax.process_index(), jax.process_count())
+    mine = list(rows.rows)[index::count]
     workers = cpu_cores() if settings.num_workers is None else settings.num_workers
+    ahead = max(2 * settings.batch_size, 4 * workers)
     # Imports of this module, which take long; each worker imports the module itself.
     with worker_pool(workers, [PairEncoder.__module__, DatasetWriter.__module__]) as pool:
+        files = None
+        if reward is not None:
+            files = ScoreFiles(out, _scores_of(manifest, settings), rows)
+            scorer = RowScorer(reward, batch_size=settings.batch_size, pool=pool, ahead=ahead)
+            score_shards(rows, mine, scorer, files, settings.source.max_skipped)
+            while share is None and not files.are_complete():
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
+            if not files.are_complete():
+                return False
+            del reward, scorer  # the devices have room for the VAE
+        chosen = ChosenRows(rows, files, settings.select)
+        buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
+        side = None if buckets else resolution // pipe.vae_scale_factor
+        features = shards.feature_spec(
+            (source.images_per_example, side, side, 2 * pipe.latent_channels),
+            pipe.conditioning_shapes(source.images_per_example),
+            scored=files is not None,
+        )
+        writer = DatasetWriter(out, features, manifest, rows.count, buckets)
         encoder = PairEncoder(
             pipe,
             framing,
             batch_size=settings.batch_size,
             vae_dtype=settings.vae_dtype,
             pool=pool,
-            ahead=max(2 * settings.batch_size, 4 * workers),
+            ahead=ahead,
         )
-        index, count = share or (jax.process_index(), jax.process_count())
-        with _Progress(writer, encoder, rows_of, source.images_per_example) as progress:
-            for split, number in list(rows_of)[index::count]:
+        with RowProgress("encode", rows, writer.finished, encoder) as progress:
+            for split, number in mine:
                 if writer.is_written(split, number):
                     continue
-                first = number * per_shard
-                of_shard = source.pairs(split, first, first + rows_of[split, number])
-                log = BadRowLog(split, rows[split], settings.source.max_skipped, writer.skipped(split))
-                examples = encoder.examples(progress.track(of_shard), log)
-                writer.write_shard(split, number, examples, log.reasons)
-            while share is None and not _is_ready(out, writer, len(rows_of)):
-                time.sleep(_SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
+                of_shard = chosen.take((split, number), progress.track(rows.pairs((split, number))))
+                log = BadRowLog(
+                    split, rows.of_split[split], settings.source.max_skipped, writer.skipped(split)
+                )
+                writer.write_shard(split, number, encoder.examples(of_shard, log), log.reasons)
+            while share is None and not _is_ready(out, writer, len(rows.rows)):
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
                 progress.look()
     if (out / shards.MANIFEST).is_file():
         return True
-    if len(writer.finished()) < len(rows_of):
+    if len(writer.finished()) < len(rows.rows):
         return False
     try:
         for split in splits:
             skipped = writer.skipped(split)
-            BadRowLog(split, rows[split], settings.source.max_skipped, skipped).check()
-            if skipped.total() >= rows[split]:
+            BadRowLog(split, rows.of_split[split], settings.source.max_skipped, skipped).check()
+            if skipped.total() >= chosen.count(split):
                 raise UserError(
                     f"split {split!r} of source {settings.source.name!r}: no usable row ({dict(skipped)})"
                 )
-        writer.commit({split: source.left_out(split) for split in splits})
+        writer.commit({split: {**source.left_out(split), **chosen.left_out(split)} for split in splits})
     except FileNotFoundError:
         if not (out / shards.MANIFEST).is_file():  # else another process has just finished the dataset
             raise
     return True
+
+
+def _load_reward(settings: EncodeSettings, images: int) -> Reward | None:
+    """Returns the reward that scores batches of rows of so many images, if there is one."""
+    if not settings.score:
+        return None
+    try:
+        return load_reward(settings.score, settings.rewards.folder, batch_size=settings.batch_size * images)
+    except UserError as error:
+        raise UserError(f"config.score: {error}") from error
+
+
+def _scores_of(manifest: JsonObject, settings: EncodeSettings) -> JsonObject:
+    """Returns what the scores of a source's images follow from."""
+    return {
+        **manifest["score"],
+        "source": manifest["source"],
+        "images": settings.select.images,
+        "rows_per_shard": settings.rows_per_shard,
+    }
 
 
 # Keys of the config that decide the content of the shards, besides the model and the source.
@@ -172,45 +207,3 @@ def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
     if (out / shards.MANIFEST).is_file():
         return True
     return processes.is_first() and len(writer.finished()) == num_shards
-
-
-class _Progress:
-    """A bar over the rows of all processes, with images/s and the share of time spent waiting for images."""
-
-    def __init__(
-        self, writer: DatasetWriter, encoder: PairEncoder, rows_of: Mapping[tuple[str, int], int], images: int
-    ):
-        """Takes the rows of every shard, and the number of images of a row."""
-        self._writer, self._encoder, self._rows_of, self._images = writer, encoder, rows_of, images
-        self._started = self._looked = time.perf_counter()
-        self._before = self._finished_rows()
-        self._bar = Progress(
-            "encode", sum(rows_of.values()), self._before, first="compiling", active=processes.is_first()
-        )
-
-    def __enter__(self) -> Self:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.look()
-        self._bar.__exit__(*error)
-
-    def track(self, rows: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
-        """The rows of a shard, showing now and then how many are taken."""
-        for taken, row in enumerate(rows, start=1):
-            yield row
-            if time.perf_counter() - self._looked > _SECONDS_BETWEEN_LOOKS:
-                self.look(taken)
-
-    def look(self, taken: int = 0) -> None:
-        """Counts the finished shards of all processes and the rows taken of the one in work."""
-        self._looked = time.perf_counter()
-        done = self._finished_rows() + taken
-        seconds = self._looked - self._started - self._encoder.seconds_compiling
-        waiting = self._encoder.seconds_waiting / seconds
-        speed = (done - self._before) * self._images / seconds
-        self._bar.update(done, {"images/s": speed, "waiting for images": waiting})
-
-    def _finished_rows(self) -> int:
-        return sum(self._rows_of[shard] for shard in self._writer.finished())

@@ -10,10 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from dspo_jax.images.image_files import BadRow
 from dspo_jax.images.resize import Crop, prepare_image
 
 FLIPS = ("none", "random", "independent", "both")
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +131,17 @@ def _start_forkserver() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def prepare_rows(
-    rows: Iterable[PreferencePair], framing: Framing, pool: Executor | None, ahead: int
-) -> Iterator[tuple[PreferencePair, list[Prepared] | BadRow]]:
-    """Yields every row in order, with its examples or what is wrong with it.
+def map_rows(
+    rows: Iterable[PreferencePair],
+    function: Callable[[PreferencePair], Result],
+    pool: Executor | None,
+    ahead: int,
+) -> Iterator[tuple[PreferencePair, Result | BadRow]]:
+    """Yields every row in order, with what a function makes of it or what is wrong with it.
 
     Args:
       rows: read as they are needed, `ahead` of what is yielded.
-      framing: of the images.
+      function: of a module, as other processes call it; what it raises as `BadRow` is yielded.
       pool: from `worker_pool`.
       ahead: how many rows are being worked on at a time.
 
@@ -144,14 +150,14 @@ def prepare_rows(
     """
     if pool is None:
         for row in rows:
-            yield row, _prepare_or_explain(row, framing)
+            yield row, _call_or_explain(function, row)
         return
     rows = iter(rows)
-    pending: collections.deque[tuple[PreferencePair, Future[list[Prepared] | BadRow]]] = collections.deque()
+    pending: collections.deque[tuple[PreferencePair, Future[Result | BadRow]]] = collections.deque()
     try:
         while True:
             for row in itertools.islice(rows, ahead - len(pending)):
-                pending.append((row, pool.submit(_prepare_or_explain, row, framing)))
+                pending.append((row, pool.submit(_call_or_explain, function, row)))
             if not pending:
                 return
             row, future = pending.popleft()
@@ -163,9 +169,9 @@ def prepare_rows(
         ) from error
 
 
-def _prepare_or_explain(row: PreferencePair, framing: Framing) -> list[Prepared] | BadRow:
+def _call_or_explain(function: Callable[[PreferencePair], Result], row: PreferencePair) -> Result | BadRow:
     try:
-        return prepare_row(row, framing)
+        return function(row)
     except BadRow as problem:
         return problem
 

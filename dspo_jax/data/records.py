@@ -20,7 +20,7 @@ Example = dict[str, Any]
 HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, what the model is conditioned on (`Pipeline.conditioning_shapes`, each
 array with an axis B before), `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B
-strings."""
+strings; and `score` [B, P] float32 where all datasets have it."""
 
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
@@ -69,8 +69,10 @@ class Records:
         manifest = datasets[0].manifest
         model = manifest["model"]
         height, width = (side // model["vae_scale_factor"] for side in bucket_size(bucket))
-        features = shards.read_features(datasets[0].folder)
-        self._conditioning = {name: features[name] for name in features.keys() - shards.COMMON_FEATURES}
+        features = [shards.read_features(dataset.folder) for dataset in datasets]
+        # Of datasets with and without scores none are read.
+        names = set.intersection(*(set(each) for each in features)) - shards.COMMON_FEATURES
+        self._arrays = {name: features[0][name] for name in names}
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
     def read(self, numbers: Sequence[int]) -> HostBatch:
@@ -80,9 +82,9 @@ class Records:
           OSError, RuntimeError, ValueError: a file cannot be read, or not understood.
         """
         moments = np.empty((len(numbers), *self._moments_shape), np.float16)
-        conditioning = {
+        others = {
             name: np.empty((len(numbers), *feature.shape), feature.np_dtype)
-            for name, feature in self._conditioning.items()
+            for name, feature in self._arrays.items()
         }
         preference, loser_won, captions, keys = [], [], [], []
         # All at once: array_record reads and decompresses them in parallel.
@@ -92,7 +94,7 @@ class Records:
             feature = tf_example_pb2.Example.FromString(record).features.feature
             name = _MOMENTS if _MOMENTS in feature else _SIZED_MOMENTS
             _fill(moments[i], feature[name].bytes_list.value[0])
-            for name, arrays in conditioning.items():
+            for name, arrays in others.items():
                 _fill(arrays[i], feature[name].bytes_list.value[0])
             preference.append(feature["preference"].float_list.value[0])
             loser_won.append(feature["loser_won"].int64_list.value[0])
@@ -100,7 +102,7 @@ class Records:
             keys.append(feature["key"].bytes_list.value[0].decode())
         return {
             "moments": moments,
-            **conditioning,
+            **others,
             "preference": np.asarray(preference, np.float32),
             "loser_won": np.asarray(loser_won, np.bool_),
             "caption": captions,

@@ -19,6 +19,9 @@ def format_report(report: JsonObject) -> str:
         _line("encoded with", ", ".join([name, *_settings(model | report["encoding"])])),
         _line("source", ", ".join([source["name"], *_settings(source["arguments"])])),
     ]
+    if report["score"]:
+        score = {key: value for key, value in report["score"].items() if value is not None}
+        lines.append(_line("score", ", ".join(_settings(score))))
     if report["checksums_verified"]:
         lines.append(_line("checksums", "as in the manifest"))
     for split, content in report["splits"].items():
@@ -65,6 +68,13 @@ def _format_split(name: str, content: JsonObject) -> Iterator[str]:
         if preferences["hard"] < read:
             yield _line("", f"soft: {_counts(preferences['soft'])}")
         yield _line("loser won", f"{_share(preferences['loser_won'], read, 'losers')} win another pair")
+    if "scores" in content:
+        scores = content["scores"]
+        yield _line("score", _format(scores["winner"]) + (", of winners" if "loser" in scores else ""))
+        if "loser" in scores:
+            yield _line("", f"{_format(scores['loser'])}, of losers")
+            yield _line("score gap", f"{_format(scores['gap'])}, winner less loser")
+            yield _line("", f"{_share(scores['agree'], read, 'pairs')} have the higher score on the winner")
 
 
 def check_keys(report: JsonObject) -> None:

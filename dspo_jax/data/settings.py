@@ -4,6 +4,7 @@ A field is a key, with its limit beside it; configs/encode/common.py says what t
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -27,6 +28,24 @@ class SourceSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """The keys of `config.rewards`."""
+
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectSettings:
+    """The keys of `config.select`."""
+
+    images: str = choice("pairs", "single")
+    top: float = limited(Limit("must be above 0 and at most 1", lambda share: 0 < share <= 1))
+    min_gap: float | None = limited(
+        Limit("must be a finite number", lambda gap: gap is None or math.isfinite(gap))
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
     """A config of the encoding, its ranges checked."""
 
@@ -41,6 +60,9 @@ class EncodeSettings:
     num_workers: int | None = limited(Limit("must be at least 0", lambda count: count is None or count >= 0))
     rows_per_shard: int = limited(AT_LEAST_1)
     splits: Sequence[str]
+    score: str
+    rewards: RewardSettings
+    select: SelectSettings
     source: SourceSettings
 
 
@@ -57,4 +79,12 @@ def parse(config: ConfigDict) -> EncodeSettings:
     source = config.source.to_dict()
     common = {key: source.pop(key) for key in ("name", "max_skipped") if key in source}
     values = {**config.to_dict(), "source": {**common, "arguments": source}}
-    return limits.parse(EncodeSettings, values, "config")
+    settings = limits.parse(EncodeSettings, values, "config")
+    if not settings.score:
+        for key, value in {"images": "pairs", "top": 1.0, "min_gap": None}.items():
+            given = getattr(settings.select, key)
+            if given != value:
+                raise UserError(
+                    f"config.select.{key} = {given!r}: selects by a score; give --config.score=REWARD, too"
+                )
+    return settings

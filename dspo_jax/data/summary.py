@@ -90,8 +90,11 @@ def describe_manifest(manifest: JsonObject, path: Path) -> JsonObject:
             "images_per_example": manifest["images_per_example"],
             "source": {"name": source["name"], "arguments": dict(source.get("arguments", {}))},
             "encoding": dict(manifest.get("encoding", {})),
+            "score": None,
             "splits": {},
         }
+        if score := manifest.get("score"):
+            report["score"] = {"reward": score["reward"], "version": score["version"], **manifest["select"]}
         for split, content in manifest["splits"].items():
             entry = report["splits"][split] = {
                 "num_examples": content["num_examples"],
@@ -121,6 +124,7 @@ class Columns(NamedTuple):
     crops: list[Crop]  # of N * P images
     preferences: np.ndarray  # [N]
     loser_won: np.ndarray  # [N]
+    scores: np.ndarray | None  # [N, P]
 
 
 def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
@@ -141,6 +145,7 @@ def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
         [crop for row in rows for crop in read_crops(row)],
         np.asarray([row["preference"] for row in rows]),
         np.asarray([row["loser_won"] for row in rows]),
+        np.asarray([row[shards.SCORE] for row in rows]) if shards.SCORE in rows[0] else None,
     )
 
 
@@ -149,7 +154,8 @@ def summarize_examples(columns: Columns) -> JsonObject:
 
     Returns:
       JSON-able: `examples_read`; `captions`, their length in tokens with the two that begin and end them;
-      `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `duplicate_keys`.
+      `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `scores`, where images
+      were scored; `duplicate_keys`.
     """
     captions, num_examples = Counter(columns.captions), len(columns.captions)
     crops = columns.crops
@@ -184,6 +190,14 @@ def summarize_examples(columns: Columns) -> JsonObject:
             "soft": dict(zip(bins, np.histogram(soft, edges)[0].tolist(), strict=True)),
             "loser_won": int(columns.loser_won.sum()),
         }
+    if columns.scores is not None:
+        of_images = columns.scores.T.astype(np.float64)
+        summary["scores"] = {
+            name: _spread(each) for name, each in zip(("winner", "loser"), of_images, strict=False)
+        }
+        if len(of_images) == 2:
+            gap = of_images[0] - of_images[1]
+            summary["scores"] |= {"gap": _spread(gap), "agree": int((gap > 0).sum())}
     return summary
 
 

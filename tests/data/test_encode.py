@@ -2,7 +2,6 @@
 kept."""
 
 import dataclasses
-import io
 import re
 import subprocess
 import sys
@@ -12,73 +11,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from example_shards import conditioning_shapes
-from PIL import Image
+from stub_pipeline import StubPipeline, png
 from tables import each_row
 
 from configs.encode import common
-from dspo_jax.data import encoder, encoding, loader, shards, sources
+from dspo_jax.data import encoder, encoding, loader, row_progress, shards, sources
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.encode import parse_share
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class StubPipeline:
-    """Has the interface of `Pipeline` that encoding uses; a latent is the mean of 4x4 pixels, its std is
-    1."""
-
-    vae_scale_factor = 4
-    latent_channels = 3
-    image_side = 32
-
-    scale = 1.0
-
-    def __init__(self):
-        self.batch_shapes: list[tuple[int, ...]] = []
-
-    def fingerprint(self):
-        return {
-            "model": "stub",
-            "vae_sha256": "a" * 64,
-            "scaling_factor": 1.0,
-            "vae_scale_factor": self.vae_scale_factor,
-            "latent_channels": self.latent_channels,
-            "tokenizer_sha256": ["b", "c"],
-        }
-
-    def conditioning_shapes(self, images):
-        return conditioning_shapes(2, images)
-
-    def make_conditioning(self, captions, crops):
-        tokens = np.zeros((len(captions), 2, 77), np.int32)
-        for i, caption in enumerate(captions):
-            tokens[i, :, 0] = len(caption), -len(caption)
-        return {"tokens": tokens, "micro_conditioning": np.asarray(crops, np.int32)}
-
-    def read_params(self, component, dtype):
-        assert component == "vae"
-        return {"scale": np.ones((), dtype)}
-
-    def encode_moments(self, params, images):
-        """Is traced once for each shape."""
-        self.batch_shapes.append(images.shape)
-        assert images.dtype == params["vae"]["scale"].dtype
-        n, height, width, channels = images.shape
-        mean = images.reshape(n, height // 4, 4, width // 4, 4, channels).mean(axis=(2, 4), dtype=np.float32)
-        return jnp.concatenate([self.scale * mean, jnp.ones_like(mean)], axis=-1)
-
-
-def png(color: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +138,7 @@ def test_the_speed_that_is_shown_leaves_compiling_out(pipe, config, tmp_path, mo
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + compiling, sleep=time.sleep)
     monkeypatch.setattr(pipe, "encode_moments", encode_moments)
     monkeypatch.setattr(encoder, "time", clock)
-    monkeypatch.setattr(encoding, "time", clock)
+    monkeypatch.setattr(row_progress, "time", clock)
     encode(config, tmp_path / "out")
     said = capsys.readouterr().err
     assert said.startswith("encode 0/12 (0%)  compiling\n")

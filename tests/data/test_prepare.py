@@ -1,6 +1,7 @@
 """What becomes of an image before the VAE sees it, and the processes that do it."""
 
 import collections
+import functools
 import os
 import signal
 import subprocess
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dspo_jax.data.prepare import Framing, bucket_sizes, prepare_row, prepare_rows, worker_pool
+from dspo_jax.data.prepare import Framing, bucket_sizes, map_rows, prepare_row, worker_pool
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.images.resize import prepare_image
 
 SQUARE = Framing(((16, 16),))
+prepare_square = functools.partial(prepare_row, framing=SQUARE)
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -153,9 +155,9 @@ def test_ctrl_c_in_a_terminal_is_left_to_this_process():
 
 def test_workers_give_what_this_process_gives_in_order():
     with worker_pool(0) as none:
-        expected = list(prepare_rows(rows(23), SQUARE, none, 4))
+        expected = list(map_rows(rows(23), prepare_square, none, 4))
     with worker_pool(2) as pool:
-        found = list(prepare_rows(rows(23), SQUARE, pool, 4))
+        found = list(map_rows(rows(23), prepare_square, pool, 4))
     assert [row.key for row, _ in found] == [str(i) for i in range(23)]
     for (_, ours), (row, theirs) in zip(found, expected, strict=True):
         if int(row.key) % 5 == 3:
@@ -175,7 +177,7 @@ def test_rows_are_read_only_a_little_ahead():
             yield row
 
     with worker_pool(1) as pool:
-        prepared = prepare_rows(watched(), SQUARE, pool, 4)
+        prepared = map_rows(watched(), prepare_square, pool, 4)
         for _ in range(3):
             next(prepared)
         assert 3 <= len(read) <= 7
@@ -185,7 +187,7 @@ def test_rows_are_read_only_a_little_ahead():
 def test_a_worker_that_is_killed_is_an_os_error():
     with worker_pool(1) as pool:
         victim = pool.submit(os.getpid).result()
-        prepared = prepare_rows(rows(500), SQUARE, pool, 8)
+        prepared = map_rows(rows(500), prepare_square, pool, 8)
         next(prepared)
         os.kill(victim, signal.SIGKILL)
         with pytest.raises(OSError, match=r"was ended.*smaller --config\.num_workers"):

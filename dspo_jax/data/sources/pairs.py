@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from dspo_jax import spelling
@@ -25,6 +26,7 @@ class PreferencePair:
       key: stable identifier of the row, unique within its split.
       loser_won: whether the loser is the winner of another pair of the split, which makes it a liked image
         where images are labelled one by one (KTO).
+      scores: a reward's score of each image, winner first; None where none was asked for.
       meta: whatever else the source knows (JSON-able); it is not written to the shards.
     """
 
@@ -34,15 +36,20 @@ class PreferencePair:
     preference: float = 1.0
     key: str = ""
     loser_won: bool = False
+    scores: tuple[float, ...] | None = None
     meta: Row = dataclasses.field(default_factory=dict)
 
 
-def decode_pair(pair: PreferencePair) -> list[Image.Image]:
+def decode_pair(pair: PreferencePair, *, keep_alpha: bool = False) -> list[Image.Image]:
     """Checks a row and decodes its images: [winner, loser], or [winner] for single-image data.
 
+    Args:
+      pair: the row.
+      keep_alpha: see `decode_image`.
+
     Raises:
-      BadRow: "empty caption", "caption is no text", "preference outside [0.5, 1]", "identical images", or
-        any of `decode_image`'s.
+      BadRow: "empty caption", "caption is no text", "preference outside [0.5, 1]", "identical images", "score
+        not finite", or any of `decode_image`'s.
     """
     if not pair.caption.strip():
         raise BadRow("empty caption")
@@ -51,7 +58,11 @@ def decode_pair(pair: PreferencePair) -> list[Image.Image]:
         raise BadRow("caption is no text", f"{fault} in {pair.caption!r}")
     if not 0.5 <= pair.preference <= 1.0:  # also refuses NaN
         raise BadRow("preference outside [0.5, 1]", str(pair.preference))
-    images = [decode_image(image) for image in (pair.winner, pair.loser) if image is not None]
+    images = [
+        decode_image(image, keep_alpha=keep_alpha) for image in (pair.winner, pair.loser) if image is not None
+    ]
     if len(images) == 2 and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
         raise BadRow("identical images")
+    if not np.isfinite(pair.scores or ()).all():
+        raise BadRow("score not finite", str(pair.scores))
     return images
