@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import tiny_model
 from fake_time import FakeTime
+from PIL import Image
 from tables import each_row
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import compare, measuring, step_parts, torch_reference, train_step  # noqa: E402
+from benchmarks import compare, measuring, online, step_parts, torch_reference, train_step  # noqa: E402
 from configs import common, emoji_diffusion_dpo  # noqa: E402
+from dspo_jax.images.contact_sheet import contact_sheet, enlargement  # noqa: E402
 from dspo_jax.models.model import build_model  # noqa: E402
 from dspo_jax.monitoring.devices import peak_bytes  # noqa: E402
 from dspo_jax.parallel.mesh import make_mesh  # noqa: E402
@@ -218,6 +220,66 @@ def test_the_input_pipeline_says_how_far_ahead_it_keeps(tmp_path):
     speed = results["read, 1 thread(s)", "dspo_jax"]["pairs_per_second"]
     assert f"keeps ahead of a step of 0.5 pairs/s by {speed / 0.5:.0f} x" in done.stdout
     assert not (tmp_path / "pairs").exists()
+
+
+@pytest.fixture
+def online_runs(tmp_path: Path) -> Path:
+    """Folder of finished runs of the online methods, with made-up metrics and samples."""
+    rng = np.random.default_rng(0)
+    for number, (method, reward) in enumerate(online.RUNS):
+        workdir = tmp_path / f"{method}_{reward}"
+        (workdir / "samples").mkdir(parents=True)
+        config = online.make_config(method, reward)
+        lines = []
+        for step in range(0, config.steps + 1, config.validation.every):
+            scores = {"diversity": 0.07 - step / 1e4}
+            for each in online.REWARDS:
+                scores |= {f"reward_{each}": 80 + number + step, f"win_rate_{each}": 0.9}
+                scores |= {f"win_rate_{each}_low": 0.84, f"win_rate_{each}_high": 0.95}
+            scalars = {f"validation/{name}": value for name, value in scores.items()}
+            lines.append(json.dumps({"step": step, "wall_seconds": 60.0 * step, **scalars}))
+        (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        for step in range(config.samples.every, config.steps + 1, config.samples.every):
+            pictures = rng.integers(0, 256, (3, 2, 64, 64, 3), np.uint8)
+            rows = list(zip(config.samples.prompts, pictures, strict=True))
+            sheet = contact_sheet(rows, [("base", 1), ("now", 1)], enlargement(64, 64), ["seed 0"] * 2)
+            sheet.save(workdir / "samples" / f"step_{step:06d}.png")
+            np.save(workdir / "last.npy", pictures)
+    return tmp_path
+
+
+def test_finished_online_runs_are_read_counted_and_drawn(online_runs):
+    results = {}
+    for method, reward in online.RUNS:
+        workdir, config = online_runs / f"{method}_{reward}", online.make_config(method, reward)
+        results[method, reward] = found = online.read(workdir, config)
+        assert list(found.scores) == [0, 128, 256, 384, 512, 640, 768]
+        # Images that the recipe's stream draws for these updates, which are rounds but for `prompts`.
+        drawn = config.steps * config.batch_size * (4 if method == "online_dpo" else 1)
+        assert drawn == 768
+        assert not config.validation.every % (1 if method == "draft_k" else config.stream.updates)
+        assert list(found.pictures) == [0, 256, 512, 768]
+        # The sheet enlarges 64 pixels fourfold.
+        shown = np.stack([found.pictures[0], found.pictures[768]], axis=1)[:, :, ::4, ::4]
+        np.testing.assert_array_equal(shown, np.load(workdir / "last.npy"))
+        (workdir / "metrics.jsonl").write_text(
+            '{"step": 0, "wall_seconds": 1.0, "validation/diversity": 1}\n'
+        )
+        assert online.read(workdir, config) is None  # goes on
+    table = online.markdown(results).splitlines()
+    assert table[3] == (
+        "| DRaFT-1 on colourfulness | 768 | 176 | 90 % [84, 95] | 176 | 90 % [84, 95] | 0.060 | 96 |"
+    )
+    assert len(table) == 2 + 2 * 4
+    figure = online.draw(results)
+    figure.savefig(online_runs / "online.png")
+    with Image.open(online_runs / "online.png") as image:
+        assert image.width == 900
+    assert [len(axes.lines) for axes in figure.axes[:6]] == [4, 4, 4] * 2
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata()[-1], (768, 176))
+    titles = [axes.get_title() for axes in figure.axes[6:] if axes.get_title()]
+    assert titles[0] == "the base"
+    assert len(titles) == 7
 
 
 @pytest.mark.slow
