@@ -8,6 +8,7 @@ watched on held-out prompts, whose images are not counted. Takes about 40 minute
 was stopped goes on where it was, and one that is finished is only read.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class Method(NamedTuple):
 METHODS = {
     "draft_k": Method("DRaFT-1", emoji_draft.get_config(), "#0072b2", "o"),
     "ddpo": Method("DDPO", emoji_ddpo.get_config(), "#b84a00", "^"),
-    "online_dpo": Method("online Diffusion-DPO", emoji_online_dpo.get_config(), "#707070", "s"),
+    "online_dpo": Method("online DPO", emoji_online_dpo.get_config(), "#707070", "s"),
 }
 RUNS = (
     ("draft_k", "colourfulness"),
@@ -147,33 +148,34 @@ def markdown(results: Mapping[tuple[str, str], Found]) -> str:
 
 def draw(results: Mapping[tuple[str, str], Found]) -> Figure:
     """Draws the figure: the course of every run, what became of all else meanwhile, and pictures."""
-    figure = Figure(figsize=(9, 11), dpi=100, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(8, 3))
-    for column, reward in zip(above.subfigures(1, 2), REWARDS, strict=True):
-        _draw_curves(column, reward, {name: found for name, found in results.items() if name[1] == reward})
+    figure = Figure(figsize=(9, 10.5), dpi=100, layout="constrained")
+    *above, below = figure.subfigures(3, 1, height_ratios=(7, 7, 6))
+    for part, reward in zip(above, REWARDS, strict=True):
+        _draw_curves(part, reward, {name: found for name, found in results.items() if name[1] == reward})
     _draw_pictures(below, results)
     return figure
 
 
 def _draw_curves(figure: SubFigure, reward: str, results: Mapping[tuple[str, str], Found]) -> None:
-    course, held_out, diversity = figure.subplots(3, 1, height_ratios=(2, 1, 1))
+    mosaic = [["course", "held_out"], ["course", "diversity"]]
+    course, held_out, diversity = figure.subplot_mosaic(mosaic).values()
     held_out.sharex(diversity)
     for (method, _), found in results.items():
         label, _, colour, marker = METHODS[method]
         rewards, watched = found.curve(f"reward_{reward}"), found.curve(f"reward_{other(reward)}")
-        label += f": {win_rate(list(found.scores.values())[-1], reward)}"
+        label += f", {win_rate(list(found.scores.values())[-1], reward)}"
         course.plot(list(found.scores), rewards, color=colour, marker=marker, label=label)
         course.axhline(rewards[0], color=colour, linestyle="--", linewidth=1)
         for axes, values in ((held_out, watched), (diversity, found.curve("diversity"))):
             axes.plot(rewards, values, color=colour, marker=marker, markersize=5)
             axes.plot(rewards[0], values[0], "o", color="black", markersize=7, zorder=3)
-    course.set(xlabel="images scored in training; dashed: the base", ylabel=reward)
-    course.set_title(f"trained by {reward}, on held-out prompts", fontweight="bold")
-    course.legend(title="images that beat the base's at the end", frameon=False)
+    course.set(xlabel="images scored in training; dashed: the base", ylabel=f"{reward}, held-out prompts")
+    course.set_title(f"trained by {reward}", fontweight="bold", fontsize=11)
+    course.legend(title="wins over the base at the end", alignment="left", frameon=False, fontsize=9)
     held_out.set_ylabel(other(reward))
-    held_out.set_title("what was not trained; black: the base", fontsize=10)
+    held_out.set_title("what was not trained; black: the base", fontsize=11)
     held_out.tick_params(labelbottom=False)
-    diversity.set(xlabel=f"{reward}, which was trained", ylabel="diversity")
+    diversity.set(xlabel=f"{reward}, held-out prompts", ylabel="diversity")
     for axes in (course, held_out, diversity):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -185,13 +187,17 @@ def _draw_pictures(figure: SubFigure, results: Mapping[tuple[str, str], Found]) 
         shown = [scored for scored in found.pictures if scored == SCORED or (method == "draft_k" and scored)]
         for scored in shown:
             columns[f"{METHODS[method].label},\n{reward},\n{scored} images"] = found.pictures[scored]
-    rows = len(columns["the base"])
-    axes = figure.subplots(rows, len(columns))
+    prompts = METHODS["draft_k"].recipe.samples.prompts
+    axes = figure.subplots(len(prompts), len(columns))
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=9)
         for row, picture in enumerate(pictures):
             axes[row, column].imshow(picture)
-            axes[row, column].set_axis_off()
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, column].spines[:].set_visible(False)
+    for row, prompt in enumerate(prompts):
+        label = textwrap.fill(prompt, 12)
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
 
 def main(argv: Sequence[str]) -> int:
