@@ -117,6 +117,26 @@ def test_log_probability_is_the_density_of_a_gaussian(deviation: float | list[fl
     np.testing.assert_allclose(ours, np.log(density).sum((1, 2, 3)), rtol=1e-4)
 
 
+def test_rounded_states_shift_a_ratio_by_more_than_the_clip() -> None:
+    """Why trajectories are float32: the last of 50 steps deviates by 0.0206, and the clip is 1e-4."""
+    config = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+    sampler = make_sampler("ddim", SCHEDULE, config, 50, eta=1.0)
+    assert sampler.step_noise is not None
+    deviation = sampler.step_noise[-1]
+    assert deviation == pytest.approx(0.0206, abs=5e-5)
+    z, x = np.random.default_rng(1).normal(size=(2, 1, 64, 64, 4)).astype(np.float32)
+    reached = jnp.asarray(x + deviation * z)
+
+    def mean_log_p(reached: jax.Array) -> float:
+        return float(log_probability(reached, jnp.asarray(x), jnp.float32(deviation))[0]) / x.size
+
+    def shift(dtype: Any) -> float:
+        return mean_log_p(reached.astype(dtype).astype(jnp.float32)) - mean_log_p(reached)
+
+    assert shift(jnp.bfloat16) < -20 * 1e-4
+    assert abs(shift(jnp.float16)) < 1e-4
+
+
 def test_a_step_without_noise_has_no_density() -> None:
     assert jnp.isnan(log_probability(jnp.asarray(REACHED), jnp.asarray(REACHED), jnp.float32(0))).all()
 
