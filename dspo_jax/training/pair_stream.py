@@ -118,7 +118,11 @@ def choose_pairs(
     missing = ~np.isfinite(rewards)
     usable = np.flatnonzero((~missing).sum(1) >= 2)
     if not len(usable):
-        raise UserError("no prompt of the round has two images with a reward, of which a pair could be made")
+        raise UserError(
+            f"config.rewards.train: gives a reward to no two of the {images} images of any prompt of a "
+            "round, of which a pair could be made; look at what it gives for the images of this model, or "
+            "set config.stream.images to more"
+        )
     best = np.where(missing, -np.inf, rewards).argmax(1)
     worst = images - 1 - np.where(missing, np.inf, rewards)[:, ::-1].argmin(1)  # another one in a tie
     pairs = np.stack([best, worst], axis=1) + np.arange(prompts)[:, None] * images
