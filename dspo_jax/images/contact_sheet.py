@@ -23,6 +23,7 @@ def contact_sheet(
     columns: Sequence[tuple[str, int]],
     scale: int = 1,
     labels: Sequence[str] = (),
+    captions: Sequence[Sequence[Sequence[str]]] = (),
 ) -> Image.Image:
     """Draws images in a grid, each row under its prompt, which is written out, below headings.
 
@@ -31,6 +32,8 @@ def contact_sheet(
       columns: (heading, how many of the columns it stands over), from the left.
       scale: whole number that the images are enlarged by.
       labels: of each column, such as its seed; none leaves the line out.
+      captions: of each row, for each of its images lines that stand below it, as many for all; none leaves
+        them out.
     """
     height, width = (scale * size for size in rows[0][1][0].shape[:2])
     count = len(rows[0][1])
@@ -38,7 +41,8 @@ def contact_sheet(
     sheet_width = count * width + _MARGIN * (count + 1) + _MARGIN * (len(columns) - 1)
     prompts = [wrap(prompt, sheet_width - 2 * _MARGIN, font) for prompt, _ in rows]
     head = _LINE * (2 if labels else 1)
-    row_heights = [_LINE * len(lines) + height + _MARGIN for lines in prompts]
+    below = _LINE * len(captions[0][0]) if captions else 0
+    row_heights = [_LINE * len(lines) + height + below + _MARGIN for lines in prompts]
     sheet = Image.new("RGB", (sheet_width, head + sum(row_heights) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     lefts, x = [], _MARGIN
@@ -51,12 +55,14 @@ def contact_sheet(
     for left, label in zip(lefts, labels, strict=False):
         draw.text((left, _LINE), label, "dimgray", font)
     top = head
-    for lines, row_height, (_, images) in zip(prompts, row_heights, rows, strict=True):
+    for row, (lines, row_height, (_, images)) in enumerate(zip(prompts, row_heights, rows, strict=True)):
         for number, line in enumerate(lines):
             draw.text((_MARGIN, top + number * _LINE), line, "dimgray", font)
-        for left, image in zip(lefts, images, strict=True):
+        for column, (left, image) in enumerate(zip(lefts, images, strict=True)):
             picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left, top + len(lines) * _LINE))
+            for number, line in enumerate(captions[row][column] if captions else ()):
+                draw.text((left, top + (len(lines) + number) * _LINE + height), line, "black", font)
         top += row_height
     return sheet
 

@@ -16,6 +16,7 @@ from dspo_jax.files import whole
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.rewards.reward import Reward
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
@@ -56,6 +57,7 @@ class SampleGrids:
         *,
         prompts: Sequence[str],
         compute_dtype: str,
+        rewards: Sequence[Reward] = (),
     ):
         """Draws the images to compare with.
 
@@ -67,9 +69,10 @@ class SampleGrids:
           settings: `seeds`, the columns under either heading; `num_inference_steps` and `guidance_scale`.
           prompts: rows: those of the settings, or what stands in for them.
           compute_dtype: of the networks.
+          rewards: score each image, which stands below it.
 
         Raises:
-          UserError: no prompt.
+          UserError: no prompt, or scores that are none.
         """
         if not prompts:
             raise UserError(f"config.samples.prompts = {prompts}: needs at least one")
@@ -86,6 +89,7 @@ class SampleGrids:
         self._noise = np.asarray(initial_noise(requests, (*pipe.latent_size, pipe.latent_channels)))
         drawing = Drawing(steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
+        self._rewards = rewards
         self._base = self._draw(params, "the base")
 
     def write(self, step: int, params: Params) -> Path | None:
@@ -98,13 +102,18 @@ class SampleGrids:
         if not images:
             return None
         columns = len(self._seeds)
-        rows = [
-            (prompt, self._base[i * columns :][:columns] + images[i * columns :][:columns])
-            for i, prompt in enumerate(self._prompts)
+        beside = [
+            self._base[i * columns :][:columns] + images[i * columns :][:columns]
+            for i in range(len(self._prompts))
         ]
+        rows = [
+            (prompt, [image for image, _ in row]) for prompt, row in zip(self._prompts, beside, strict=True)
+        ]
+        captions = [[lines for _, lines in row] for row in beside]
         headings = [("base", columns), (f"step {step}", columns)]
         labels = [f"seed {seed}" for seed in self._seeds] * 2
-        sheet = contact_sheet(rows, headings, enlargement(*images[0].shape[:2]), labels)
+        scale = enlargement(*images[0][0].shape[:2])
+        sheet = contact_sheet(rows, headings, scale, labels, captions)
         picture = self._folder / f"step_{step:06d}.png"
         with whole(picture) as partial:
             sheet.save(partial, format="PNG")
@@ -115,8 +124,10 @@ class SampleGrids:
         """Only the first process has one."""
         return Decoder(self._pipe)
 
-    def _draw(self, params: Params, name: str) -> list[np.ndarray]:
-        """Returns an image [H, W, 3] uint8 for each prompt and seed; none in other processes than the first.
+    def _draw(self, params: Params, name: str) -> list[tuple[np.ndarray, list[str]]]:
+        """Returns (image [H, W, 3] uint8, its rewards in words) for each prompt and seed.
+
+        Other processes than the first return none.
 
         Warns of those that are not finite, which are black: the training goes on.
         """
@@ -133,6 +144,12 @@ class SampleGrids:
             return []
         # One at a time: a decoder takes more memory for an image than the UNet for its latents.
         decoded = [self._decoder(image[None]) for image in latents]
-        prompts = [request.prompt for request in self._requests]
+        prompts = [request.prompt for request in self._requests[: self._count]]
         warn_of_non_finite(f"samples of {name}", prompts, np.concatenate([finite for _, finite in decoded]))
-        return [images[0] for images, _ in decoded]
+        images = [images[0] for images, _ in decoded]
+        scores = {reward.name: reward.score_or_nan(images, prompts) for reward in self._rewards}
+        lines = [
+            [f"{key} {values[i]:.4g}" if finite[0] else f"{key} -" for key, values in scores.items()]
+            for i, (_, finite) in enumerate(decoded)
+        ]
+        return list(zip(images, lines, strict=True))

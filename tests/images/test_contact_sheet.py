@@ -24,5 +24,19 @@ def test_images_lie_under_headings_labels_and_a_whole_caption():
     assert all((text[14 * line : 14 * (line + 1)] < 255).any() for line in range(lines))
 
 
+def test_captions_stand_below_their_images():
+    rows = [("a", [RED, BLUE]), ("b", [BLUE, RED])]
+    captions = [[["one", "two"], ["one", "two"]], [["one", "two"], ["", ""]]]
+    plain = np.asarray(contact_sheet(rows, [("base", 2)], 4))
+    pixels = np.asarray(contact_sheet(rows, [("base", 2)], 4, captions=captions))
+    assert len(pixels) == len(plain) + 2 * 28
+    np.testing.assert_array_equal(pixels[:60], plain[:60])
+    second = 28 + 32 + 28 + 4 + 14  # row of pixels where the images of the second prompt begin
+    np.testing.assert_array_equal(pixels[second : second + 32], plain[78:110])
+    for top, left, written in ((60, 4, True), (60, 40, True), (138, 4, True), (138, 40, False)):
+        for line in (top, top + 14):
+            assert (pixels[line : line + 14, left : left + 32] < 128).any() == written
+
+
 def test_small_images_are_enlarged_to_a_visible_size():
     assert [enlargement(side, side) for side in (16, 64, 100, 256, 1024)] == [16, 4, 3, 1, 1]

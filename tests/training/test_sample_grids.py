@@ -9,10 +9,12 @@ from PIL import Image
 from tiny_model import write_pairs
 
 from dspo_jax.data.datasets import read_datasets
+from dspo_jax.images.contact_sheet import contact_sheet
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.rewards import Reward, load_reward
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler
 from dspo_jax.sampling.rendering import Drawing, Rendering
@@ -38,8 +40,18 @@ def place(pipe, mesh, dtype="float32"):
 def make_grids(pipe, params, mesh, workdir, **changes):
     arguments = {"prompts": PROMPTS, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **changes}
     dtype = arguments.pop("compute_dtype", "float32")
+    rewards = arguments.pop("rewards", ())
     settings = SampleSettings(every=1, seeds=SEEDS, **arguments)
-    return SampleGrids(pipe, params, mesh, workdir, settings, prompts=settings.prompts, compute_dtype=dtype)
+    return SampleGrids(
+        pipe,
+        params,
+        mesh,
+        workdir,
+        settings,
+        prompts=settings.prompts,
+        compute_dtype=dtype,
+        rewards=rewards,
+    )
 
 
 def read_grid(path):
@@ -86,6 +98,25 @@ def test_many_images_are_drawn_in_several_calls(pipe, tmp_path, monkeypatch):
         make_grids(pipe, params, mesh, workdir).write(1, params)
     grids = [read_grid(workdir / "samples" / "step_000001.png") for workdir in (together, apart)]
     assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+def test_each_image_has_its_rewards_below_it(pipe, tmp_path, monkeypatch):
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    params, sheets = place(pipe, mesh), []
+
+    def keep(rows, columns, scale, labels, captions):
+        sheets.append((rows, captions))
+        return contact_sheet(rows, columns, scale, labels, captions)
+
+    monkeypatch.setattr(sample_grids, "contact_sheet", keep)
+    known = Reward("known", "", lambda images, prompts: [len(prompt) for prompt in prompts])
+    grids = make_grids(pipe, params, mesh, tmp_path, rewards=[load_reward("colourfulness"), known])
+    grids.write(1, {**params, "unet": jax.tree.map(lambda leaf: leaf * np.nan, params["unet"])})
+    ((rows, captions),) = sheets
+    for (prompt, images), of_row in zip(rows, captions, strict=True):
+        start = load_reward("colourfulness").score(images[:2], [prompt] * 2)
+        lines = [[f"colourfulness {score:.4g}", f"known {len(prompt)}"] for score in start]
+        assert of_row == [*lines, *[["colourfulness -", "known -"]] * 2]
 
 
 @pytest.mark.ci
