@@ -112,6 +112,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_own_devices(arrays: PyTree) -> tuple[Mesh, PyTree]:
+    """Returns arrays of a run's mesh as whole arrays on those of its devices that are this process's.
+
+    What is whole on every device is not copied; what the mesh splits is. Every process must call it alike.
+
+    Args:
+      arrays: on one mesh.
+
+    Returns:
+      (a mesh of the devices, with the axis "data" alone; the arrays on it).
+    """
+    mesh = jax.tree.leaves(arrays)[0].sharding.mesh
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    own = make_mesh({"data": len(devices)}, devices)
+
+    def view(array: jax.Array) -> jax.Array:
+        if not array.sharding.is_fully_replicated:
+            array = jax.jit(lambda whole: whole, out_shardings=replicated(mesh))(array)
+        parts = {shard.device: shard.data for shard in array.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            array.shape, replicated(own), [parts[device] for device in devices]
+        )
+
+    return own, jax.tree.map(view, arrays)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array with the global batch as leading axis: over (`data`, `fsdp`)."""
     return NamedSharding(mesh, BATCH_SPEC)

@@ -15,6 +15,7 @@ from dspo_jax.models.model import Params
 from dspo_jax.rewards.network import RewardNetwork, ignore_prompts
 from dspo_jax.rewards.pixels import differentiable_colourfulness
 from dspo_jax.rewards.registry import read_function, read_reward
+from dspo_jax.rewards.reward import Reward, describe_error
 
 Images = Float32[Array, "B H W 3"]
 Scores = Float32[Array, " B"]
@@ -37,6 +38,7 @@ gives. aesthetic: half a point of its ten, an estimate. colourfulness: 109 / 6, 
 seven degrees of colourfulness to which Hasler and Süsstrunk 2003 give values.
 """
 
+_FILES = 32  # images in one call of a network, as by default in `load_reward`
 # Two images of noise, on which a user's function is tried.
 _TRIAL_SHAPE = (2, 512, 512, 3)
 
@@ -55,6 +57,8 @@ class DifferentiableReward:
         The caller clamps images to [0, 1].
       divisor: a unit of the reward (`DIVISORS`). Training climbs function / divisor, so that learning rates
         of different rewards compare.
+      of_files: makes the rewards of image files, one of each part of a sum, from weights like `params`, which
+        may be on the devices already; none by default.
     """
 
     name: str
@@ -63,6 +67,7 @@ class DifferentiableReward:
     tokenize: Callable[[Sequence[str]], PyTree]
     function: Callable[[Params, Images, PyTree], Scores]
     divisor: float
+    of_files: Callable[[Params], Sequence[Reward]] = lambda params: ()
 
 
 def load_differentiable(reward: str, folder: str | Path | None = None) -> DifferentiableReward:
@@ -126,6 +131,7 @@ def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> Differentiab
     # Neither function may keep the weights of the networks.
     tokenizers = {reward.name: reward.tokenize for reward, _ in parts}
     terms = {reward.name: (reward.function, weight / reward.divisor) for reward, weight in parts}
+    files = {reward.name: reward.of_files for reward, _ in parts}
 
     def tokenize(prompts: Sequence[str]) -> dict[str, PyTree]:
         return {name: tokenizer(prompts) for name, tokenizer in tokenizers.items()}
@@ -135,6 +141,9 @@ def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> Differentiab
             factor * score(params[name], images, tokens[name]) for name, (score, factor) in terms.items()
         ]
         return jnp.stack(scores).sum(0)
+
+    def of_files(params: Params) -> list[Reward]:
+        return [reward for name, make in files.items() for reward in make(params[name])]
 
     return DifferentiableReward(
         name=",".join(
@@ -146,12 +155,14 @@ def combine(parts: Sequence[tuple[DifferentiableReward, float]]) -> Differentiab
         tokenize=tokenize,
         function=function,
         divisor=1.0,
+        of_files=of_files,
     )
 
 
 def differentiate(network: RewardNetwork) -> DifferentiableReward:
     """Returns the differentiable form of one of the registry's networks, with the same weights."""
     apply, transform, size = network.apply, network.preprocess.on_device, network.size
+    bare = dataclasses.replace(network, params={})
 
     def function(params: Params, images: Images, tokens: PyTree) -> Scores:
         return apply(params, transform(images, size), tokens)
@@ -163,6 +174,7 @@ def differentiate(network: RewardNetwork) -> DifferentiableReward:
         network.tokenize,
         _in_float32(function),
         DIVISORS[network.name],
+        lambda params: [dataclasses.replace(bare, params=params).make_reward(_FILES)],
     )
 
 
@@ -177,23 +189,37 @@ def _load(name: str, folder: str | Path | None) -> DifferentiableReward:
     loaded = read_reward(name, folder)
     if isinstance(loaded, RewardNetwork):
         return differentiate(loaded)
-    return _without_weights(name, loaded.version, differentiable_colourfulness, DIVISORS[name])
+    return _without_weights(loaded, differentiable_colourfulness, DIVISORS[name])
 
 
 def _load_function(name: str) -> DifferentiableReward:
     function, version = read_function(name)
     _check_function(name, function)
-    return _without_weights(name.rpartition(":")[2], version, function, 1.0)
+
+    def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+        del prompts
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(function(jnp.asarray(np.stack(images), jnp.float32) / 255))
+
+    return _without_weights(Reward(name.rpartition(":")[2], version, score), function, 1.0)
 
 
 def _without_weights(
-    name: str, version: str, score: Callable[[Images], Scores], divisor: float
+    of_files: Reward, score: Callable[[Images], Scores], divisor: float
 ) -> DifferentiableReward:
     def function(params: Params, images: Images, tokens: PyTree) -> Scores:
         del params, tokens
         return score(images)
 
-    return DifferentiableReward(name, version, {}, ignore_prompts, _in_float32(function), divisor)
+    return DifferentiableReward(
+        of_files.name,
+        of_files.version,
+        {},
+        ignore_prompts,
+        _in_float32(function),
+        divisor,
+        lambda params: [of_files],
+    )
 
 
 def _in_float32(
@@ -209,27 +235,26 @@ def _in_float32(
 
 
 def _check_function(name: str, function: Callable) -> None:
-    """Refuses a user's function that JAX cannot trace or differentiate; other errors of its own pass."""
+    """Refuses a user's function that fails, or that JAX cannot trace or differentiate."""
     fix = "it must be a JAX function (images [B, H, W, 3] float32 in [0, 1]) -> scores [B] float32"
+    images = jax.ShapeDtypeStruct(_TRIAL_SHAPE, jnp.float32)
     try:
-        scores = jax.eval_shape(function, jax.ShapeDtypeStruct(_TRIAL_SHAPE, jnp.float32))
-    except (TypeError, jax.errors.JAXIndexError) as error:
-        raise UserError(f"reward {name}: cannot be traced: {_first_line(error)}; {fix}") from error
+        scores = jax.eval_shape(function, images)
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"reward {name}: cannot be traced: {describe_error(error)}; {fix}") from error
     if not isinstance(scores, jax.ShapeDtypeStruct):
         raise UserError(f"reward {name}: gave a {type(scores).__name__}; {fix}")
     if (scores.shape, scores.dtype) != (_TRIAL_SHAPE[:1], jnp.float32):
         raise UserError(f"reward {name}: gave {scores.dtype}{list(scores.shape)} for 2 images; {fix}")
     noise = np.random.default_rng(0).random(_TRIAL_SHAPE, np.float32)
+    slope = jax.grad(lambda images: function(images).sum())
     try:
-        gradient = jax.jit(jax.grad(lambda images: function(images).sum()))(noise)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"reward {name}: cannot be differentiated: {_first_line(error)}; {fix}") from error
+        jax.eval_shape(slope, images)
+        gradient = jax.jit(slope)(noise)
+    except Exception as error:
+        raise UserError(f"reward {name}: cannot be differentiated: {describe_error(error)}; {fix}") from error
     size = np.abs(np.asarray(gradient)).max()
     if not size or not math.isfinite(size):
         raise UserError(
             f"reward {name}: its gradient for images of noise is {size:g}; it must be finite and not 0"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".;")

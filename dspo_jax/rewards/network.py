@@ -49,8 +49,10 @@ class RewardNetwork:
     tokenize: Callable[[Sequence[str]], PyTree]
 
     def make_reward(self, batch_size: int) -> Reward:
-        """Makes the reward that scores image files, `batch_size` images in one call of the network."""
+        """Makes the reward that scores image files, `batch_size` images in one call of the network.
 
+        Weights that are on the devices already are used there, see `Scorer`.
+        """
         transform, size = self.preprocess.on_host, self.size  # `prepare` must not keep the weights
 
         def prepare(image: Image.Image) -> np.ndarray:

@@ -11,6 +11,12 @@ Score = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
 """(images [H, W, 3] uint8, which may differ in size, the prompt of each) -> scores [N]; higher is better."""
 
 
+def describe_error(error: Exception) -> str:
+    """Returns type and first line of an exception that a reward of the user's raised."""
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}".rstrip(".;: ")
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """A reward model that is ready to score.

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from PIL import Image
 
 from dspo_jax.models.model import Params
-from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dspo_jax.parallel.mesh import batch_sharding, make_mesh, on_own_devices, replicated
 
 
 class Scorer:
@@ -26,31 +26,37 @@ class Scorer:
         *,
         batch_size: int,
     ):
-        """Puts the weights on the devices of this process.
+        """Takes the weights: arrays on devices stay where they are, others are placed at the first call.
 
         Args:
           network: pure: (params, pixels [B, H, W, 3] float32, tokens) -> scores [B] float32.
-          params: weights of the network.
+          params: weights of the network, on the host, or on the mesh of a run as `on_own_devices` takes them.
           prepare: an RGB or RGBA picture of any size -> pixels [H, W, 3] float32.
           tokenize: B prompts -> what `network` takes as tokens: arrays with a leading axis B.
           batch_size: images in one call, filled up to a multiple of the devices.
         """
-        devices = jax.local_devices()
-        mesh = make_mesh({"data": len(devices)}, devices)
-        self._batch_size = math.ceil(batch_size / len(devices)) * len(devices)
-        self._placement = batch_sharding(mesh)
-        self._params = jax.device_put(params, replicated(mesh))
+        leaves = jax.tree.leaves(params)
+        self._on_host = not (leaves and isinstance(leaves[0], jax.Array))
+        if self._on_host:
+            devices = jax.local_devices()
+            self._mesh, self._params = make_mesh({"data": len(devices)}, devices), params
+        else:
+            self._mesh, self._params = on_own_devices(params)
+        self._batch_size = math.ceil(batch_size / self._mesh.size) * self._mesh.size
+        self._placement = batch_sharding(self._mesh)
 
         def in_float32(params: Params, pixels: jax.Array, tokens: PyTree) -> jax.Array:
             # Otherwise an accelerator multiplies in fewer bits (TF32, bfloat16) and scores depend on it.
             with jax.default_matmul_precision("highest"):
                 return network(params, pixels, tokens)
 
-        self._network = jax.jit(in_float32, out_shardings=replicated(mesh))
+        self._network = jax.jit(in_float32, out_shardings=replicated(self._mesh))
         self._prepare, self._tokenize = prepare, tokenize
 
     def __call__(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         """Scores [N] float32 of N images [H, W, 3] or [H, W, 4] uint8; a short last batch is filled up."""
+        if self._on_host:
+            self._params, self._on_host = jax.device_put(self._params, replicated(self._mesh)), False
         scores: list[np.ndarray] = []
         with ThreadPoolExecutor() as pool:
             pixels = pool.map(lambda image: self._prepare(Image.fromarray(image)), images)

@@ -1,15 +1,17 @@
 """Prompts and rewards of a run that trains on the model's own images."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from dspo_jax.errors import UserError
+from dspo_jax.models.model import Params
 from dspo_jax.rewards.differentiable import DIVISORS, DifferentiableReward, load_differentiable, read_sum
 from dspo_jax.rewards.registry import load_reward
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.reward import Reward, describe_error
 from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training.settings import RewardSettings, Settings
 
@@ -40,13 +42,38 @@ class OwnImages:
             total += weight * reward.score_or_nan(images, prompts)
         return total
 
+    def with_weights(self, params: Params) -> "OwnImages":
+        """Returns the same, where the reward that is trained by its gradient scores files by given weights.
 
-def open_own_images(settings: Settings) -> OwnImages:
+        Args:
+          params: like those of `trained`, on the mesh of the run, so that they are there once.
+        """
+        assert self.trained is not None
+        others = self.watched[len(self.weights) :]
+        return dataclasses.replace(self, watched=[*self.trained.of_files(params), *others])
+
+    def pins(self) -> dict[str, str]:
+        """Tells prompts and rewards apart that a run trains by, by the key that names them."""
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        trained = self.watched[: len(self.weights)]
+        return {
+            "stream.prompts": f"{len(self.prompts)} prompts with the SHA-256 {digest}",
+            "rewards.train": "; ".join(f"{reward.name} {reward.version}" for reward in trained),
+        }
+
+
+def open_own_images(settings: Settings, size: tuple[int, int]) -> OwnImages:
     """Reads the prompts and rewards of a run whose `config.stream.kind` is not "dataset".
+
+    Functions of the user's score two images of noise.
+
+    Args:
+      settings: of the run.
+      size: (height, width) of the images in pixels.
 
     Raises:
       UserError, FileNotFoundError: by key: no prompts, an unknown reward, one without the gradient that is
-        asked for, weights that are missing.
+        asked for, weights that are missing, a function that fails.
     """
     stream, rewards = settings.stream, settings.rewards
     if not rewards.train:
@@ -67,24 +94,31 @@ def open_own_images(settings: Settings) -> OwnImages:
     weights = [weight / DIVISORS.get(name, 1.0) for name, weight in parts]
     if rewards.train == parts[0][0]:  # no sum
         weights = [1.0]
-    watched = [
-        _as_reward(name) if trained and ":" in name else load_reward(name, rewards.folder)
-        for name, _ in parts
-    ]
-    watched += [load_reward(name, rewards.folder) for name in _not_trained(rewards)]
+    names = [] if trained else [name for name, _ in parts]
+    watched = list(trained.of_files(trained.params)) if trained else []
+    for name in [*names, *_not_trained(rewards)]:
+        watched.append(load_reward(name, rewards.folder))
+        if ":" in name:
+            _try(name, watched[-1], size, [*prompts, *prompts][:2])
     return OwnImages(prompts, held_out, trained, watched, weights)
 
 
-def _as_reward(name: str) -> Reward:
-    """Returns a user's JAX function, which takes float pixels, as a reward of image files."""
-    part = load_differentiable(name)
+def _try(name: str, reward: Reward, size: tuple[int, int], prompts: Sequence[str]) -> None:
+    """Scores two images of noise by a user's function, before a run depends on it.
 
-    def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-        tokens = part.tokenize(prompts)
-        pixels = jnp.asarray(np.stack(images), jnp.float32) / 255
-        return np.asarray(part.function(part.params, pixels, tokens))
-
-    return Reward(part.name, part.version, score)
+    Raises:
+      UserError: it fails, or gives something else than two numbers.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+    try:
+        dataclasses.replace(reward, name=name).score_or_nan(list(noise), prompts)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"reward {name}: failed for two images of noise, uint8{list(noise.shape[1:])}, and two prompts: "
+            f"{describe_error(error)}; it must be a function (images, prompts) -> scores"
+        ) from error
 
 
 def _not_trained(rewards: RewardSettings) -> Sequence[str]:

@@ -1,16 +1,15 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from dspo_jax.errors import UserError
 from dspo_jax.hub_cache import hide_folders
 from dspo_jax.interrupts import stop_requests
 from dspo_jax.kernels.layouts import format_of
@@ -26,6 +25,7 @@ from dspo_jax.training import hooks
 from dspo_jax.training.costs import mean_flops_per_example
 from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
+from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.moving_reference import MoveReference
 from dspo_jax.training.reward_validation import RewardValidator
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
@@ -33,15 +33,11 @@ from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment, make_state, prepare
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.streams import TimedStream, open_stream
-from dspo_jax.training.task import Batch, Metrics, policy_params, predict
+from dspo_jax.training.task import policy_params, predict
+from dspo_jax.training.updates import Step, Unstable, Updater, refuse_instability
 from dspo_jax.training.validation import Validator, exhausted, read_scores
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.checkpoints import Checkpoints
-
-Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
-
-
-_ROLLBACK = "go on from there past these examples with --config.stability.rollback=true"
 
 
 class Outcome(NamedTuple):
@@ -56,49 +52,6 @@ class Outcome(NamedTuple):
     step: int
     finished: bool
     best: int | None
-
-
-class Unstable(UserError):
-    """Too many updates in a row were skipped."""
-
-
-class Updater:
-    """Compiled training steps of a run; the time that compiling takes is not training time."""
-
-    def __init__(
-        self,
-        step: Step,
-        reference: Params,
-        key: jax.Array,
-        clock: Clock,
-        progress: Progress,
-        of_batch: Callable[[], Mapping[str, Any]],
-    ):
-        """Takes what the run uses.
-
-        Args:
-          step: from `compile_step`.
-          reference, key, clock, progress: of the run.
-          of_batch: gives metrics of the batch itself.
-        """
-        self._of_batch = of_batch
-        self._step, self._reference, self._key, self._clock = step, reference, key, clock
-        self._progress = progress
-        self._compiled: set[tuple[tuple[int, ...], ...]] = set()  # shapes of batches
-
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Dispatches a step, which donates the state."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes in self._compiled:
-            return self._run(state, batch)
-        self._compiled.add(shapes)
-        jax.block_until_ready(state)  # steps that still run are training time
-        with self._progress.busy("compiling the step", once=True), self._clock.paused():
-            return self._run(state, batch)
-
-    def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        state, metrics = self._step(state, self._reference, batch, self._key)
-        return state, {**metrics, **self._of_batch()}
 
 
 class Run:
@@ -138,6 +91,8 @@ class Run:
         self._validator: Validator | RewardValidator | None = None
         self._grids = None
         own = experiment.own_images
+        if own is not None and own.trained is not None:  # its weights are among the reference's
+            own = own.with_weights(reference[REWARD])
         if settings.validation.every and own is not None:
             self._validator = RewardValidator(task, own, settings, mesh, state.params, reference)
         elif settings.validation.every:
@@ -159,6 +114,7 @@ class Run:
                 settings.samples,
                 prompts=experiment.prompts or _first_prompts(experiment, split),
                 compute_dtype=settings.compute_dtype,
+                rewards=own.watched if own is not None else (),
             )
 
     def more_arrays(self) -> dict[str, Params]:
@@ -309,27 +265,6 @@ def _first_prompts(experiment: Experiment, split: str) -> Sequence[str]:
     return first_captions(experiment.datasets, split)
 
 
-def refuse_instability(
-    settings: Settings, checkpoints: Checkpoints, step: int, values: Mapping[str, float]
-) -> None:
-    """Ends a run in which too many updates in a row were skipped.
-
-    Raises:
-      Unstable: more than `config.stability.max_skipped`; names the last good checkpoint.
-    """
-    allowed = settings.stability.max_skipped
-    if values["skipped_in_a_row"] > allowed:
-        newest = checkpoints.latest_step()  # waits for the one that is being written
-        raise Unstable(
-            f"step {step}: {values['skipped_in_a_row']:.0f} updates in a row were skipped "
-            f"(config.stability.max_skipped = {allowed}): their losses or gradients were not finite, or the "
-            "loss a spike; the last good checkpoint is "
-            + ("none" if newest is None else f"{checkpoints.directory / str(newest)}")
-            + "; lower config.optimizer.learning_rate"
-            + ("" if settings.stability.rollback else f", or {_ROLLBACK}")
-        )
-
-
 def train(
     config: ConfigDict | Settings,
     workdir: Path,
@@ -348,7 +283,8 @@ def train(
     """
     with processes.claim(workdir):
         experiment = prepare(config)
-        claim_workdir(workdir, experiment.settings.given)
+        own = experiment.own_images
+        claim_workdir(workdir, experiment.settings.given, own.pins() if own else None)
         return _train(experiment, workdir, make_step, make_stream, count_flops)
 
 

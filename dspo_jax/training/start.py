@@ -102,7 +102,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     datasets: Sequence[Dataset] = ()
     own_images = None
     if examples is None and settings.stream.is_online:
-        own_images = open_own_images(settings)
+        own_images = open_own_images(settings, pipe.image_size)
         count = len(own_images.prompts)
         check_images(settings.objective, 2, "config.stream")
     elif examples is None:

@@ -1,5 +1,6 @@
-"""The folder of a run: its config is written once and compared whenever the run is resumed."""
+"""The folder of a run: its config and what it trains by are written once, and compared on resuming."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
@@ -32,8 +33,8 @@ MAY_DIFFER = (
 _ONLINE = ("stream.", "rewards.", "policy_gradient.", "advantages.", "reward_gradient.")
 
 
-def claim_workdir(workdir: Path, config: JsonObject) -> None:
-    """Writes config.json into a fresh workdir, or checks that it is the one this run was started with.
+def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | None = None) -> None:
+    """Writes config.json and pins.json into a fresh workdir, or checks that they are those of this run.
 
     Where a run failed before its first step, as one that does not fit into memory does, it left nothing to go
     on with, and the workdir is fresh.
@@ -41,15 +42,18 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
     Args:
       workdir: folder of the run.
       config: `Settings.given`.
+      pins: what stands behind keys that name files, by key: `OwnImages.pins`. A run from before there were
+        any takes these.
 
     Raises:
-      UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`.
+      UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`, or of other pins.
     """
     optimizer = config["optimizer"]
     lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
     may_differ = {*MAY_DIFFER, *lengths}
     path = workdir / "config.json"
-    if path.is_file() and _has_begun(workdir):
+    begun = path.is_file() and _has_begun(workdir)
+    if begun:
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
         mine, theirs = (flatten_dict(each, sep=".") for each in (config, written))
         # Keys that older runs did not have, by what those runs did.
@@ -72,10 +76,26 @@ def claim_workdir(workdir: Path, config: JsonObject) -> None:
                     f"{mine.get(key)!r}; resume with the same config or choose another --workdir "
                     f"(what may differ: {', '.join(sorted(may_differ))})"
                 )
+    pinned = workdir / "pins.json"
+    if pins and begun and pinned.is_file():
+        _check_pins(pinned, pins, config)
     processes.wait_for_all("config checked")
     if processes.is_first():
         write_json(path, config, sort_keys=True)
+        if pins:
+            write_json(pinned, pins, sort_keys=True)
     processes.wait_for_all("config written")
+
+
+def _check_pins(path: Path, pins: Mapping[str, str], config: JsonObject) -> None:
+    written = json_files.read_object(path, "it says what the run was trained by; choose another --workdir")
+    given = flatten_dict(config, sep=".")
+    for key, now in pins.items():
+        if written.get(key, now) != now:
+            raise UserError(
+                f"{path}: this run was started with {written[key]}, now config.{key} = {given[key]!r:.200} "
+                f"gives {now}; resume with the same or choose another --workdir"
+            )
 
 
 def _has_begun(workdir: Path) -> bool:

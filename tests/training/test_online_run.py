@@ -85,6 +85,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model,
     assert train(config_of(shallow_model, kind, steps=2), parts).finished
     assert train(config_of(shallow_model, kind), parts).finished
     assert saved_steps(whole) == saved_steps(parts) == [2, 4]
+    assert (whole / "pins.json").read_text() == (parts / "pins.json").read_text()
     records = read_reproducible(whole)
     assert records == read_reproducible(parts)
     steps = [record for record in records if record["step"] > 0]
