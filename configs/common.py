@@ -4,7 +4,8 @@ from ml_collections import ConfigDict, config_dict
 
 # Hyperparameters of the objectives: None means the objective's own default (see dspo_jax/objectives/).
 _OBJECTIVE_ARGUMENTS = {
-    # Scale of the reward: diffusion_dpo and its relatives, kto, dspo_sdxl. Of orpo, weight of the comparison.
+    # Scale of the reward: diffusion_dpo and its relatives, kto, dspo_sdxl, lpo_list, dgpo, crd. Of orpo the
+    # weight of the comparison; of nft, how far its mixtures lie from the reference.
     "beta": float,
     "lam": float,  # dspo, dspo_ref, dspo_e: lambda
     "gamma": float,  # dspo, dspo_ref, dspo_e
@@ -13,6 +14,7 @@ _OBJECTIVE_ARGUMENTS = {
     "detach": bool,  # dspo, dspo_ref: stop the gradient through G
     "released_switch": bool,  # dspo_sdxl: change the loss where the released code does
     "margin_weight": float,  # mapo: weight of the preference term
+    "clip": float,  # awm, dgpo: of the ratio of likelihoods to the reference's
     "kappa": float,  # mapo: k of its score
     "scale": float,  # mapo: scale of the margin
     "alpha": float,  # dmpo: probability of the loser in the target; alpha_dpo: factor of its order

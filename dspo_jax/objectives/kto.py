@@ -35,6 +35,7 @@ class KTO(Objective):
     name = "kto"
     needs_reference = True
     needs_loser = False
+    needs_labels = True
     images = "one"
 
     beta: float = number(1000.0, ABOVE_ZERO)

@@ -25,12 +25,14 @@ class Predictions:
     """Denoiser outputs for a batch of noised images, and what they are compared with.
 
     Attributes:
-      policy: [B, P, h, w, C], the trained network's output. P = 1, or 2: the winner, the loser.
+      policy: [B, P, h, w, C], the trained network's output. P = 1, or 2: the winner, the loser; or a list of
+        more, best first or with scores.
       reference: the frozen network's output for the same inputs, or None for an objective that needs none.
       target: [B, P, h, w, C], the output of a perfect network (`Schedule.target`).
       timesteps: [B] or [B, P] int, when the images of a pair are noised to different levels.
       preference: [B], the probability in [0.5, 1] that the winner is the better image; None means 1. Where
-        P = 1 it is the probability in [0, 1] that the image is liked, which only `kto` reads.
+        P = 1 it is the probability in [0, 1] that the image is liked, which `kto`, `nft` and `awm` read.
+      scores: [B, P], what each image is worth, of which more is better; None means the order of the images.
     """
 
     policy: Float[Array, "..."]
@@ -38,6 +40,7 @@ class Predictions:
     target: Float[Array, "..."]
     timesteps: Integer[Array, "..."]
     preference: Float[Array, "..."] | None = None
+    scores: Float[Array, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,9 @@ class Objective(abc.ABC):
     Attributes:
       name: `objective.name` of a config.
       needs_reference: whether `Predictions.reference` must be given.
-      needs_loser: whether P must be 2.
+      needs_loser: whether P must be 2, or more where lists are taken.
+      needs_labels: whether single images must come with labels.
+      takes_lists: whether P may be more than 2.
       images: images of a pair that are trained on, and so that the step runs: "all", the "winner" alone, or
         "one" image that the step draws. Given more, it computes metrics from them.
       needs_whole_batch: whether a batch that is worked through in parts would give another loss than at once,
@@ -62,6 +67,8 @@ class Objective(abc.ABC):
     name: ClassVar[str]
     needs_reference: ClassVar[bool]
     needs_loser: ClassVar[bool]
+    needs_labels: ClassVar[bool] = False
+    takes_lists: ClassVar[bool] = False
     images: ClassVar[str] = "all"
     needs_whole_batch: ClassVar[bool] = False
 
@@ -81,7 +88,7 @@ class Objective(abc.ABC):
           The loss [B], not reduced over the batch, and the metrics, each [B].
 
         Raises:
-          UserError: The reference or the loser is missing.
+          UserError: The reference or the loser is missing, or there are more images than it takes.
           ValueError: Shapes do not match.
         """
         return self.loss_and_metrics(self._prepare(predictions), schedule)
@@ -117,11 +124,17 @@ class Objective(abc.ABC):
     def _prepare(self, predictions: Predictions) -> Predictions:
         """Checks the inputs; gives float32 arrays and timesteps [B, P]."""
         policy = predictions.policy
-        if policy.ndim != 5 or policy.shape[1] not in (1, 2):
+        if policy.ndim != 5 or policy.shape[1] == 0:
             raise ValueError(
-                f"Predictions.policy has shape {policy.shape}; it must be [B, P, h, w, C] with P = 1 or 2"
+                f"Predictions.policy has shape {policy.shape}; it must be [B, P, h, w, C] with P of 1 or more"
             )
         batch, images = policy.shape[:2]
+        if images > 2 and not self.takes_lists:
+            pair = "a pair" if self.needs_loser else "a single image or a pair"
+            raise UserError(
+                f"objective {self.name!r} takes {pair} per example, but the batch has {images} images: use "
+                "one for lists (lpo_list, dgpo, crd, nft, awm)"
+            )
         if self.needs_reference and predictions.reference is None:
             raise UserError(
                 f"objective {self.name!r} compares the policy with the reference model: "
@@ -147,10 +160,13 @@ class Objective(abc.ABC):
         preference = predictions.preference
         if preference is not None and preference.shape != (batch,):
             raise ValueError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
-        policy, reference, target, preference = jax.tree.map(
+        scores = predictions.scores
+        if scores is not None and scores.shape != (batch, images):
+            raise ValueError(f"Predictions.scores has shape {scores.shape}; it must be {(batch, images)}")
+        policy, reference, target, preference, scores = jax.tree.map(
             lambda array: jnp.asarray(array, jnp.float32),
-            (policy, predictions.reference, predictions.target, preference),
+            (policy, predictions.reference, predictions.target, preference, scores),
         )
         reference, target = jax.lax.stop_gradient((reference, target))
         timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
-        return Predictions(policy, reference, target, timesteps, preference)
+        return Predictions(policy, reference, target, timesteps, preference, scores)

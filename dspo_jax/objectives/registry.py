@@ -5,6 +5,7 @@ import dataclasses
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
+from dspo_jax.objectives.awm import AWM
 from dspo_jax.objectives.denoising import DDPM, SFT
 from dspo_jax.objectives.dpo import (
     DMPO,
@@ -19,7 +20,9 @@ from dspo_jax.objectives.dpo import (
 )
 from dspo_jax.objectives.dspo import DSPO, DSPOSDXL, DSPOEnergy, DSPORef
 from dspo_jax.objectives.kto import KTO
+from dspo_jax.objectives.lists import CRD, DGPO, LPOList
 from dspo_jax.objectives.mapo import MaPO
+from dspo_jax.objectives.nft import NFT
 from dspo_jax.objectives.objective import Objective
 from dspo_jax.objectives.orpo import ORPO
 
@@ -38,6 +41,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
         LinearDPO,
         NPO,
         KTO,
+        NFT,
+        AWM,
+        LPOList,
+        DGPO,
+        CRD,
         MaPO,
         ORPO,
         DSPO,

@@ -356,7 +356,7 @@ def check_images(objective: Objective, images: int, data: str) -> None:
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {data} "
             "holds single images; use sft or ddpm, or encode pairs"
         )
-    if objective.images == "one" and images == 1:
+    if objective.needs_labels and images == 1:
         raise UserError(
             f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
             f"{data} holds single images without such labels; use sft or ddpm, or encode pairs"

@@ -22,9 +22,11 @@ OF_PAIRS = (
     *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "alpha_dpo", "hinge", "linear_dpo", "npo"),
     *("dspo", "dspo_ref", "dspo_sdxl"),
 )
-PAIRWISE = (*OF_PAIRS, "mapo", "orpo")
-WITH_REFERENCE = (*OF_PAIRS, "dspo_e", "kto")
-OBJECTIVES = ("ddpm", "sft", "dspo_e", "kto", *PAIRWISE)
+OF_LISTS = ("lpo_list", "dgpo", "crd")
+PAIRWISE = (*OF_PAIRS, *OF_LISTS, "mapo", "orpo")
+OF_LABELS = ("kto", "nft", "awm")
+WITH_REFERENCE = (*OF_PAIRS, *OF_LISTS, *OF_LABELS, "dspo_e")
+OBJECTIVES = ("ddpm", "sft", "dspo_e", *OF_LABELS, *PAIRWISE)
 SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
 
 
@@ -52,7 +54,7 @@ def test_missing_loser_is_one_clear_error(name, pairs):
     ("field", "shape", "message"),
     [
         ("policy", (4, 3, 2, 2), r"Predictions.policy has shape \(4, 3, 2, 2\)"),
-        ("policy", (4, 3, 3, 2, 2), r"Predictions.policy has shape \(4, 3, 3, 2, 2\)"),
+        ("policy", (4, 0, 3, 2, 2), r"Predictions.policy has shape \(4, 0, 3, 2, 2\)"),
         ("reference", (4, 2, 2, 3, 2), r"Predictions.reference has shape \(4, 2, 2, 3, 2\)"),
         ("target", (1, 2, 3, 2, 2), r"Predictions.target has shape \(1, 2, 3, 2, 2\)"),
         ("timesteps", (8,), r"Predictions.timesteps has shape \(8,\)"),
@@ -147,6 +149,8 @@ def test_an_objective_says_what_it_is():
     assert images == dict.fromkeys(OBJECTIVES, "all") | {"sft": "winner", "dspo_e": "winner", "kto": "one"}
     detached = {"dspo": True, "dspo_ref": True}
     assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == {"alpha_dpo"}
+    assert {name for name in OBJECTIVES if get_objective(name).needs_labels} == set(OF_LABELS)
+    assert {name for name in OBJECTIVES if get_objective(name).takes_lists} == {*OF_LISTS, "nft", "awm"}
     for name in OBJECTIVES:
         assert not get_objective(name).detaches_loser
         if name in detached:

@@ -30,6 +30,11 @@ OBJECTIVES = {
     "npo": {"beta": 10.0},
     "orpo": {},
     "kto": {"beta": 5.0},
+    "nft": {},
+    "awm": {"clip": 0.2},
+    "lpo_list": {"beta": 10.0},
+    "dgpo": {"beta": 10.0, "clip": 0.2},
+    "crd": {},
     "mapo": {"scale": 10.0},
     "dspo": {"reward_scale": 10.0, "score_weight": 1.0},
     "dspo_ref": {"reward_scale": 10.0, "score_weight": 1.0},
@@ -141,6 +146,27 @@ def test_kto_draws_one_labelled_image_of_each_pair():
     always_winner = dataclasses.replace(loss, draws=dataclasses.replace(loss.draws, positive_ratio=1.0))
     always, _ = always_winner.choose_images(batch, key, image)
     assert not always.any()
+
+
+def test_a_step_on_scored_lists_and_on_labelled_images():
+    """Four images of each prompt; the scores reach the objective, in their order."""
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
+    for name in ("nft", "awm", "lpo_list", "dgpo", "crd"):
+        task = make_task(name, **OBJECTIVES[name])
+        given = make_state(task), make_reference(task, seed=1)
+        losses = [
+            train_step(*given, make_batch(images=4) | batch, jax.random.key(0))[1]["loss"]
+            for batch in ({"scores": scores}, {"scores": -scores}, {"scores": 3 * scores + 1})
+        ]
+        assert losses[0] != losses[1], name
+        np.testing.assert_allclose(losses[0], losses[2], rtol=1e-5, err_msg=name)
+    _, metrics = train_step(
+        make_state(make_task("nft")),
+        make_reference(make_task("nft"), seed=1),
+        make_batch(images=1),
+        jax.random.key(0),
+    )
+    assert {"error", "drift", "deviation", "liked"} < set(metrics)
 
 
 def test_single_images_are_taken_as_they_are():

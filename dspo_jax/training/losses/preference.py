@@ -38,7 +38,8 @@ class PreferenceLoss:
     """Mean of an objective over a batch of encoded pairs; a `LossFn`.
 
     A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
-    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on.
+    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on; it may have `scores`
+    [B, P], what the images are worth.
 
     Attributes:
       objective: from `get_objective`.
@@ -68,8 +69,8 @@ class PreferenceLoss:
         schedule = task.pipe.schedule
         latents, noise, timesteps, drop = draw_noise(self.draws, batch, key)
         per_image = {name: batch[name] for name in task.pipe.image_inputs}
-        (latents, noise, timesteps, per_image), preference = self.choose_images(
-            batch, key, (latents, noise, timesteps, per_image)
+        (latents, noise, timesteps, per_image, scores), preference = self.choose_images(
+            batch, key, (latents, noise, timesteps, per_image, batch.get("scores"))
         )
         batch = task.pipe.drop_captions({**batch, **per_image}, drop)
         noisy = schedule.add_noise(latents, noise, timesteps)
@@ -80,6 +81,7 @@ class PreferenceLoss:
             target=schedule.target(latents, noise, timesteps),
             timesteps=timesteps,
             preference=preference,
+            scores=scores,
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
