@@ -1,9 +1,9 @@
-"""Advantages of images from their rewards, on the host and in float64.
+"""Advantages and weights of images from their rewards, on the host and in float64.
 
 A reward that is not finite marks an image that could not be scored: it is left out of every statistic, its
-advantage is 0, and the mask says so. All functions want the rewards of all processes, in one order, so that
-the result does not depend on how many processes there are. The cut at +-5 deviations (+-10 in the JAX
-original of DDPO) is part of the losses: `advantage_clip` in `policy_gradient`.
+advantage or weight is 0, and the mask of advantages says so. All functions want the rewards of all processes,
+in one order, so that the result does not depend on how many processes there are. The cut at +-5 deviations
+(+-10 in the JAX original of DDPO) is part of the losses: `advantage_clip` in `policy_gradient`.
 """
 
 import math
@@ -150,6 +150,28 @@ def pair_preferences(rewards: Float[np.ndarray, "n 2"]) -> Advantages:
     labels = np.zeros(len(values), np.float32)
     labels[mask] = np.sign(values[mask, 0] - values[mask, 1])
     return Advantages(labels, mask)
+
+
+def softmax_weights(
+    rewards: Float[np.ndarray, " n"], group_size: int, beta: float
+) -> Float64[np.ndarray, " n"]:
+    """Returns softmax(beta r) x N over groups of N images (Black et al. 2023's RWR; `make_weights` of ddpo).
+
+    Their mean over the round is 1. Groups count alike: those of which no image has a reward give their share
+    to the others.
+
+    Args:
+      rewards: [G * group_size], the images of a group side by side; one of them at least is finite.
+      group_size: N, the images of a prompt, or all of the round.
+      beta: inverse temperature.
+    """
+    values, mask = (array.reshape(-1, group_size) for array in _start(rewards))
+    usable = values[mask.any(1)]
+    logits = beta * np.where(np.isfinite(usable), usable, -np.inf)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    found = np.zeros_like(values)
+    found[mask.any(1)] = weights / weights.sum(1, keepdims=True) * (values.size / len(usable))
+    return found.reshape(-1)
 
 
 def check_group_size(group_size: int) -> None:

@@ -1,11 +1,13 @@
-"""Denoising without a preference: pretraining on every image, or fine-tuning on the winners."""
+"""Denoising without a preference: of every image, of the winners, or of images weighed by their rewards."""
 
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Integer
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Integer
 
-from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, number
+from dspo_jax.objectives.advantages import softmax_weights
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, choice, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, reduce_image, squared_error
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
@@ -13,7 +15,7 @@ from dspo_jax.schedules.variance_preserving import Schedule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Denoising(Objective):
-    """Hyperparameters of `ddpm` and `sft`.
+    """Hyperparameters of `ddpm`, `sft` and `rwr`.
 
     Attributes:
       min_snr_gamma: the gamma of `Schedule.min_snr_weight`; None is no such weight. Not with "paper".
@@ -69,3 +71,34 @@ class SFT(_Denoising):
         loss = reduce_image(jnp.square(residual), self.reduction)
         loss = self._weigh(loss, predictions.timesteps[:, 0], schedule)
         return loss, collect_metrics(predictions, reduction=self.reduction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RWR(_Denoising):
+    """w SE(e), averaged over the images of an example: reward-weighted regression (Black et al. 2023).
+
+    w = softmax(beta r) x N over N of the model's own images, see `advantages.softmax_weights`; 1 on average.
+    The released code also guides the prediction that is trained, which is not done here. A row holds two
+    images of a prompt, the one with the higher reward first; the reference is read for metrics only.
+
+    Attributes:
+      beta: inverse temperature, in 1 / the units of the reward. The released 0.2 is for kilobytes of JPEG and
+        for aesthetic scores; rewards that differ by hundredths, as PickScore's do, want about 100.
+      softmax_over: "round", all images that are drawn together, or "prompt", those of each prompt, so that
+        prompts of high reward do not weigh more. The released code does either.
+    """
+
+    name = "rwr"
+    needs_weight = True
+
+    beta: float = number(0.2, ABOVE_ZERO)
+    softmax_over: str = choice("round", "prompt")
+
+    def weigh(self, rewards: Float[np.ndarray, " n"], images: int) -> Float64[np.ndarray, " n"]:
+        return softmax_weights(rewards, images if self.softmax_over == "prompt" else len(rewards), self.beta)
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        assert predictions.weight is not None
+        losses = squared_error(predictions, self.reduction)
+        losses = predictions.weight * self._weigh(losses, predictions.timesteps, schedule)
+        return losses.mean(1), collect_metrics(predictions, reduction=self.reduction)

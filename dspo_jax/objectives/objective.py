@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Integer
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Integer
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
@@ -33,6 +34,7 @@ class Predictions:
       preference: [B], the probability in [0.5, 1] that the winner is the better image; None means 1. Where
         P = 1 it is the probability in [0, 1] that the image is liked, which `kto`, `nft` and `awm` read.
       scores: [B, P], what each image is worth, of which more is better; None means the order of the images.
+      weight: [B, P], of each image by its reward, or None for an objective that needs none.
     """
 
     policy: Float[Array, "..."]
@@ -41,6 +43,7 @@ class Predictions:
     timesteps: Integer[Array, "..."]
     preference: Float[Array, "..."] | None = None
     scores: Float[Array, "..."] | None = None
+    weight: Float[Array, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,7 @@ class Objective(abc.ABC):
         "one" image that the step draws. Given more, it computes metrics from them.
       needs_whole_batch: whether a batch that is worked through in parts would give another loss than at once,
         for which accumulation is refused.
+      needs_weight: whether `Predictions.weight` must be given, which is `weigh` of a round's rewards.
       reduction: "mean" (released code) or "sum" (papers) over an image.
       time_weight: "none" (released code), or "paper" for the weights that the papers derive.
     """
@@ -71,6 +75,7 @@ class Objective(abc.ABC):
     takes_lists: ClassVar[bool] = False
     images: ClassVar[str] = "all"
     needs_whole_batch: ClassVar[bool] = False
+    needs_weight: ClassVar[bool] = False
 
     reduction: str = choice("mean", "sum")
     time_weight: str = choice("none", "paper")
@@ -88,7 +93,8 @@ class Objective(abc.ABC):
           The loss [B], not reduced over the batch, and the metrics, each [B].
 
         Raises:
-          UserError: The reference or the loser is missing, or there are more images than it takes.
+          UserError: The reference, the loser or the weights are missing, or there are more images than it
+            takes.
           ValueError: Shapes do not match.
         """
         return self.loss_and_metrics(self._prepare(predictions), schedule)
@@ -101,6 +107,16 @@ class Objective(abc.ABC):
           predictions: checked, float32, with timesteps [B, P].
           schedule: of the model; most objectives read it only where `time_weight` is "paper".
         """
+
+    def weigh(self, rewards: Float[np.ndarray, " n"], images: int) -> Float64[np.ndarray, " n"]:
+        """Weighs images by their rewards, on the host: here all alike; 1 on average.
+
+        Args:
+          rewards: [N], of a round; NaN for an image that has none.
+          images: of each prompt; they lie side by side.
+        """
+        del images
+        return np.ones(len(rewards))
 
     def notes(self, values_per_image: int) -> list[str]:
         """Lists advice and warnings for a run with these hyperparameters, a line each.
@@ -163,10 +179,18 @@ class Objective(abc.ABC):
         scores = predictions.scores
         if scores is not None and scores.shape != (batch, images):
             raise ValueError(f"Predictions.scores has shape {scores.shape}; it must be {(batch, images)}")
-        policy, reference, target, preference, scores = jax.tree.map(
+        weight = predictions.weight
+        if self.needs_weight and weight is None:
+            raise UserError(
+                f"objective {self.name!r} weighs images by their rewards: Predictions.weight is None, pass "
+                "the weight of each image [B, P]"
+            )
+        if weight is not None and weight.shape != (batch, images):
+            raise ValueError(f"Predictions.weight has shape {weight.shape}; it must be {(batch, images)}")
+        policy, reference, target, preference, scores, weight = jax.tree.map(
             lambda array: jnp.asarray(array, jnp.float32),
-            (policy, predictions.reference, predictions.target, preference, scores),
+            (policy, predictions.reference, predictions.target, preference, scores, weight),
         )
         reference, target = jax.lax.stop_gradient((reference, target))
         timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
-        return Predictions(policy, reference, target, timesteps, preference, scores)
+        return Predictions(policy, reference, target, timesteps, preference, scores, weight)

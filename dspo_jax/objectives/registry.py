@@ -6,7 +6,7 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
 from dspo_jax.objectives.awm import AWM
-from dspo_jax.objectives.denoising import DDPM, SFT
+from dspo_jax.objectives.denoising import DDPM, RWR, SFT
 from dspo_jax.objectives.dpo import (
     DMPO,
     IPO,
@@ -31,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     for cls in (
         DDPM,
         SFT,
+        RWR,
         DiffusionDPO,
         DiffusionDPOL2,
         SDPO,

@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 from tables import each_row
 
 from dspo_jax.errors import UserError
@@ -14,6 +15,7 @@ from dspo_jax.objectives.advantages import (
     group_advantages,
     pair_preferences,
     rounds_to_fill,
+    softmax_weights,
 )
 
 NAN = float("nan")
@@ -196,3 +198,21 @@ def test_mismatched_lengths_are_refused():
         PromptStatistics(4, 2).update(["a", "b"], np.zeros(3))
     with pytest.raises(ValueError, match="5 rewards are no whole groups of 2"):
         group_advantages(np.zeros(5), 2)
+
+
+@each_row("group", [4, 12])
+def test_weights_are_a_softmax_over_the_images_that_have_a_reward(group):
+    rewards = np.random.default_rng(0).normal(0, 30, 12)
+    rewards[[1, 2, 4, 5, 6, 7]] = NAN, NAN, NAN, NAN, np.inf, NAN  # of the second group none is left
+    expected, usable = np.zeros(12), [0, 8] if group == 4 else [0]
+    for start in usable:
+        places = start + np.flatnonzero(np.isfinite(rewards[start : start + group]))
+        expected[places] = softmax(0.2 * rewards[places]) * 12 / len(usable)
+    weights = softmax_weights(rewards, group, 0.2)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert weights.mean() == pytest.approx(1, rel=1e-12)
+
+
+def test_equal_rewards_weigh_one_and_large_ones_do_not_overflow():
+    np.testing.assert_array_equal(softmax_weights(np.full(4, 7.0), 4, 0.2), np.ones(4))
+    np.testing.assert_allclose(softmax_weights(np.array([0.0, 1e5]), 2, 1.0), [0, 2])

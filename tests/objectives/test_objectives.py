@@ -21,7 +21,7 @@ WITH_REWARD = (
     *("alpha_dpo", "hinge", "linear_dpo", "npo", "orpo"),
     *("dspo", "dspo_ref", "dspo_sdxl"),
 )
-OBJECTIVES = ("ddpm", "sft", "dspo_e", *WITH_REWARD)
+OBJECTIVES = ("ddpm", "sft", "rwr", "dspo_e", *WITH_REWARD)
 
 # Every hyperparameter with a value at which it matters: the scales put the sigmoids where they bend.
 CASES = {
@@ -29,6 +29,8 @@ CASES = {
     "ddpm-min_snr": ("ddpm", {"min_snr_gamma": 5.0}),
     "sft": ("sft", {}),
     "sft-min_snr": ("sft", {"min_snr_gamma": 5.0}),
+    "rwr": ("rwr", {}),
+    "rwr-min_snr": ("rwr", {"min_snr_gamma": 5.0}),
     "diffusion_dpo": ("diffusion_dpo", {"beta": 3.0}),
     "diffusion_dpo_l2": ("diffusion_dpo_l2", {"beta": 3.0}),
     "diffusion_dpo-min_snr": ("diffusion_dpo", {"beta": 3.0, "min_snr_gamma": 5.0, "sft_weight": 0.3}),
@@ -81,13 +83,15 @@ def arrays():
         "target": target,
         "timesteps": np.array([[1, 900], [40, 60], [500, 500], [999, 0]]),
         "preference": np.array([1.0, 0.9, 0.5, 0.7]),
+        "weight": np.array([[3.0, 0.0], [1.5, 0.4], [0.2, 2.0], [0.7, 0.2]]),
     }
 
 
 def as_predictions(arrays, dtype=jnp.float32):
     floats = {key: jnp.asarray(arrays[key], dtype) for key in ("policy", "reference", "target")}
-    preference = jnp.asarray(arrays["preference"], jnp.float32)
-    return Predictions(**floats, timesteps=jnp.asarray(arrays["timesteps"]), preference=preference)
+    preference, weight = (jnp.asarray(arrays[key], jnp.float32) for key in ("preference", "weight"))
+    timesteps = jnp.asarray(arrays["timesteps"])
+    return Predictions(**floats, timesteps=timesteps, preference=preference, weight=weight)
 
 
 def with_defaults(name, given, **options):

@@ -26,7 +26,7 @@ OF_LISTS = ("lpo_list", "dgpo", "crd")
 PAIRWISE = (*OF_PAIRS, *OF_LISTS, "mapo", "orpo")
 OF_LABELS = ("kto", "nft", "awm")
 WITH_REFERENCE = (*OF_PAIRS, *OF_LISTS, *OF_LABELS, "dspo_e")
-OBJECTIVES = ("ddpm", "sft", "dspo_e", *OF_LABELS, *PAIRWISE)
+OBJECTIVES = ("ddpm", "sft", "rwr", "dspo_e", *OF_LABELS, *PAIRWISE)
 SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
 
 
@@ -40,6 +40,11 @@ def pairs():
 def test_missing_reference_is_one_clear_error(name, pairs):
     with pytest.raises(ValueError, match=f"'{name}' .* reference model: Predictions.reference is None"):
         get_objective(name)(dataclasses.replace(pairs, reference=None), Schedule.scaled_linear())
+
+
+def test_missing_weights_are_one_clear_error(pairs):
+    with pytest.raises(ValueError, match=r"'rwr' weighs .* rewards: Predictions\.weight is None"):
+        get_objective("rwr")(pairs, Schedule.scaled_linear())
 
 
 @each_row("name", PAIRWISE)
@@ -59,6 +64,7 @@ def test_missing_loser_is_one_clear_error(name, pairs):
         ("target", (1, 2, 3, 2, 2), r"Predictions.target has shape \(1, 2, 3, 2, 2\)"),
         ("timesteps", (8,), r"Predictions.timesteps has shape \(8,\)"),
         ("preference", (4, 1), r"Predictions.preference has shape \(4, 1\)"),
+        ("weight", (4,), r"Predictions.weight has shape \(4,\)"),
     ],
 )
 def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
@@ -112,6 +118,7 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
         ("mapo", {"sft_weight": 1.0}, r"argument of objective 'mapo' = 'sft_weight': unknown"),
         ("hinge", {"anchor_weight": -1.0}, r"config\.objective\.anchor_weight = -1\.0: .*zero or above"),
         ("dspo", {"min_snr_gamma": 5.0}, r"argument of objective 'dspo' = 'min_snr_gamma': unknown"),
+        ("rwr", {"softmax_over": "promt"}, r"config\.objective\.softmax_over = 'promt': .*'prompt'"),
         ("sdpo", {"mu": 1.5}, r"config\.objective\.mu = 1\.5: .*between 0 and 1"),
         ("dspo_e", {"detach": True}, r"'dspo_e' = 'detach': .*allowed: gamma, lam, reduction, score_weight"),
         ("mapo", {"beta": 1.0}, r"argument of objective 'mapo' = 'beta': .*kappa, margin_weight"),

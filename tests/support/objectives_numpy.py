@@ -65,7 +65,7 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
 
     Args:
       name: of the objective.
-      arrays: dict of policy, reference, target [B, P, h, w, C], timesteps [B, P], preference [B].
+      arrays: dict of policy, reference, target [B, P, h, w, C], timesteps and weight [B, P], preference [B].
       betas: [T] of the schedule.
       prediction_type: "epsilon" or "v_prediction".
       held: the policy's predictions again, as what no gradient flows through: DSPO's detached G, KTO's
@@ -113,12 +113,14 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
         if len(policy) == 2:
             m |= {"loser_error": errors[i, 1], "loser_drift": drift[1], "margin": drift[1] - drift[0]}
 
-        if name in ("ddpm", "sft"):
+        if name in ("ddpm", "sft", "rwr"):
             weighted = a * b**2 * errors[i]
             if h["min_snr_gamma"] is not None:
                 times = arrays["timesteps"][i]
                 weighted *= [min_snr_weight(betas, t, prediction_type, h["min_snr_gamma"]) for t in times]
-            loss = weighted.mean() if name == "ddpm" else weighted[0]
+            if name == "rwr":
+                weighted *= arrays["weight"][i]
+            loss = weighted[0] if name == "sft" else weighted.mean()
         elif name == "dspo_e":
             step = h["score_weight"] * (policy[0] - reference[0])
             loss = a[0] * reduce((b[0] * (policy[0] - target[0]) - step) ** 2)

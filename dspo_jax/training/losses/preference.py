@@ -39,7 +39,8 @@ class PreferenceLoss:
 
     A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
     `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on; it may have `scores`
-    [B, P], what the images are worth.
+    [B, P], what the images are worth;
+    for an objective that needs it, `weight` [B, P] float32.
 
     Attributes:
       objective: from `get_objective`.
@@ -82,6 +83,7 @@ class PreferenceLoss:
             timesteps=timesteps,
             preference=preference,
             scores=scores,
+            weight=batch["weight"] if self.objective.needs_weight else None,
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
@@ -148,7 +150,8 @@ class PreferenceLoss:
 
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""
-        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", "index")
+        weight = ("weight",) if self.objective.needs_weight else ()
+        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", *weight, "index")
 
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
@@ -156,11 +159,13 @@ class PreferenceLoss:
         """Returns shapes and dtypes of an example as the shards hold it, without the batch axis."""
         height, width = (side // pipe.vae_scale_factor for side in size)
         shape = jax.ShapeDtypeStruct
+        weight = {"weight": shape((images,), jnp.float32)} if self.objective.needs_weight else {}
         return {
             "moments": shape((images, height, width, 2 * pipe.latent_channels), jnp.float16),
             **pipe.conditioning_shapes(images),
             "preference": shape((), jnp.float32),
             "loser_won": shape((), jnp.bool_),
+            **weight,
             "index": shape((), jnp.uint32),
         }
 
