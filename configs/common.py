@@ -4,8 +4,8 @@ from ml_collections import ConfigDict, config_dict
 
 # Hyperparameters of the objectives: None means the objective's own default (see dspo_jax/objectives/).
 _OBJECTIVE_ARGUMENTS = {
-    # Scale of the reward: diffusion_dpo and its relatives, kto, dspo_sdxl, lpo_list, dgpo, crd. Of orpo the
-    # weight of the comparison; of nft, how far its mixtures lie from the reference.
+    # Scale of the reward: diffusion_dpo and its relatives, kto, dspo_sdxl, lpo_list, dgpo, crd, rwr. Of orpo
+    # the weight of the comparison; of nft, how far its mixtures lie from the reference.
     "beta": float,
     "lam": float,  # dspo, dspo_ref, dspo_e: lambda
     "gamma": float,  # dspo, dspo_ref, dspo_e
@@ -19,12 +19,13 @@ _OBJECTIVE_ARGUMENTS = {
     "scale": float,  # mapo: scale of the margin
     "alpha": float,  # dmpo: probability of the loser in the target; alpha_dpo: factor of its order
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
-    # Cap of the weight of small t; 5 is its paper's: ddpm, sft, and diffusion_dpo and its relatives.
+    # Cap of the weight of small t; 5 is its paper's: ddpm, sft, rwr, and diffusion_dpo and its relatives.
     "min_snr_gamma": float,
     # Of comparisons with a reference, terms beside the loss: weight of the winner's denoising error, and of
     # the squared distance to the reference's predictions.
     "sft_weight": float,
     "anchor_weight": float,
+    "softmax_over": str,  # rwr: whose rewards are compared, of the "round" or of each "prompt"
     "reduction": str,  # "mean" or "sum" over an image
     "time_weight": str,  # "none" or "paper"
 }
@@ -59,7 +60,8 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # In place of `steps`: how often the run goes through the training examples, for example 10.0.
     config.epochs = config_dict.placeholder(float)
-    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories".
+    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories". For
+    # `rwr` a pair is two of the images of a prompt, which are all trained on.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
     # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part; `alpha_dpo` must see the
@@ -126,7 +128,9 @@ def get_config() -> ConfigDict:
     # Where batches come from: "dataset", encoded pairs of `data`; or the model's own images: "prompts", where
     # the gradient of a reward flows back through the sampler (`reward_gradient`); "trajectories", where a
     # reward weights the steps that led to an image (`policy_gradient`); "own_pairs", where the best and the
-    # worst image of a prompt are a pair for `objective`.
+    # worst image of a prompt are a pair for `objective`, or all images of a prompt are weighed by their
+    # rewards (`rwr`). Or both: "self_play", where the winners are images of `data` and the losers those that
+    # the reference draws for their captions; it needs `reference.every` and no rewards.
     config.stream = ConfigDict()
     config.stream.kind = "dataset"
     # Prompts to draw, or names of files of them, as `sample --prompts` takes them.
@@ -134,7 +138,8 @@ def get_config() -> ConfigDict:
     # In "trajectories" and "own_pairs": images of each prompt in a round, and updates with a round's images.
     config.stream.images = 4
     config.stream.updates = 1
-    # Images that are drawn, decoded and scored together in a round, over all devices.
+    # Images that are drawn, decoded and scored together in a round, over all devices; in "self_play" those of
+    # a batch that are drawn together.
     config.stream.batch_size = 16
     # How images are drawn: "ddim", with `eta`, "ddpm" or "euler_ancestral".
     config.stream.sampler = "ddim"

@@ -55,9 +55,10 @@ def main(argv: Sequence[str]) -> int:
         for line in dry_run(settings):
             print(line, flush=True)
         return 0
+    reads_data = not settings.stream.needs_prompts
     needed = {
         "--config.model=DIR, a diffusers folder": settings.model,
-        "--config.data.path=DIR, written by dspo_jax.encode": settings.data.path or settings.stream.is_online,
+        "--config.data.path=DIR, written by dspo_jax.encode": settings.data.path or not reads_data,
         "--workdir=DIR, the folder of the run": values.workdir,
     }
     if missing := [name for name, value in needed.items() if not value]:
@@ -94,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         return status
     chosen, of_best = workdir, ""
     if best is not None and best != step:
-        print(f"the held-out {'prompts' if settings.stream.is_online else 'pairs'} find step {best} best")
+        print(f"the held-out {'pairs' if reads_data else 'prompts'} find step {best} best")
         chosen, of_best = Path(f"{workdir}@best"), " --step=best"
     base, trained = shlex.quote(f"--base={settings.model}"), shlex.quote(f"--model={chosen}")
     run = shlex.quote(f"--run={workdir}")

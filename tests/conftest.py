@@ -59,6 +59,7 @@ TYPECHECKED: tuple[str, ...] = (
     "dspo_jax.training.pair_stream",
     "dspo_jax.training.rollouts",
     "dspo_jax.training.rounds",
+    "dspo_jax.training.self_play_stream",
     "dspo_jax.training.step",
     "dspo_jax.training.task",
     "dspo_jax.training.trajectory_stream",

@@ -31,10 +31,12 @@ _METHODS: Mapping[str, Mapping[str, type]] = {
     "policy_gradient": POLICY_GRADIENTS,
     "reward_gradient": REWARD_GRADIENTS,
 }
+_DRAWING = ("stream.sampler", "stream.num_inference_steps", "stream.guidance_scale", "stream.eta")
 _OWN_IMAGES = (
     *("stream.kind", "stream.prompts", "rewards.train", "rewards.validation", "rewards.prompts"),
-    *("stream.sampler", "stream.num_inference_steps", "stream.guidance_scale", "stream.eta"),
+    *_DRAWING,
 )
+_OF_DATA = ("dataset", "self_play")
 
 
 def make_card(
@@ -54,7 +56,7 @@ def make_card(
     config = read_run_config(run, "objective.name")
     values = flatten_dict(config, sep=".")
     kind = values.get("stream.kind", "dataset")
-    if kind == "dataset":
+    if kind in _OF_DATA:
         read_run_config(run, "data.path")
     group = _GROUPS.get(kind, "objective")
     method = config[group]["name"]
@@ -154,9 +156,13 @@ def _describe_training(values: JsonObject, group: str, step: int) -> JsonObject:
 
 def _describe_examples(values: JsonObject, kind: str) -> str:
     """Describes the datasets of a run, or the prompts and rewards of one on the model's own images."""
-    if kind == "dataset":
+    if kind in _OF_DATA:
         parts = values["data.path"].split(",")
-        return "\n\n".join(_table(_describe_data(Path(part.strip()))) for part in parts)
+        tables = [_table(_describe_data(Path(part.strip()))) for part in parts]
+        if kind == "self_play":
+            rows = {key: values.get(key) for key in ("stream.kind", "reference.every", *_DRAWING)}
+            tables.append("The losers are images that the reference drew.\n\n" + _table(rows))
+        return "\n\n".join(tables)
     rows = {key: values.get(key) for key in _OWN_IMAGES}
     for key in ("stream.prompts", "rewards.prompts", "rewards.validation"):
         rows[key] = ", ".join(hide_folders(list(rows[key] or ())))

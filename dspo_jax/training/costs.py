@@ -112,12 +112,13 @@ def least_activations(pipe: Pipeline, dtype: str, size: tuple[int, int]) -> int:
     return kept(4) - kept(2)  # of two images: the parameters, which are kept too, are in both
 
 
-def mean_flops_per_example(task: Task, datasets: Sequence[Dataset], data: DataSettings) -> float | None:
-    """Returns mean of `flops_per_example` over the image sizes that a run draws; its own without datasets."""
+def mean_flops_per_example(
+    task: Task, datasets: Sequence[Dataset], data: DataSettings, images: int
+) -> float | None:
+    """Returns mean of `flops_per_example` over the image sizes that a run reads; its own without datasets."""
     if not datasets:
-        return flops_per_example(task, 2, task.pipe.image_size)
+        return flops_per_example(task, images, task.pipe.image_size)
     rows = mixing_weights(datasets, data.split, data.weights)
-    images = datasets[0].manifest["images_per_example"]
     total, drawn = 0.0, sum(map(sum, rows.values()))
     for bucket, row in rows.items():
         flops = flops_per_example(task, images, bucket_size(bucket))

@@ -127,15 +127,11 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     """Prompts, rewards, and how many images a run draws."""
     settings, own = experiment.settings, experiment.own_images
     assert own is not None
-    stream, drawing = settings.stream, settings.stream.drawing
-    drawn = settings.steps * settings.batch_size
-    if stream.kind == "own_pairs":
-        drawn *= stream.images
-    eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
+    stream = settings.stream
+    drawn = settings.steps * settings.batch_size * settings.images_per_example
     yield (
         f"{len(own.prompts):,} prompts, {settings.batch_size} {stream.unit} an update, "
-        f"{settings.steps} updates: {drawn:,} images are drawn and scored, each by {drawing.steps} steps of "
-        f"{drawing.sampler}{eta}, guidance {drawing.guidance_scale:g}"
+        f"{settings.steps} updates: {drawn:,} images are drawn and scored, {_describe_drawing(settings)}"
     )
     yield from warm_up_warning(settings)
     trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]
@@ -155,6 +151,13 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
             yield "warning: some prompts of config.rewards.prompts are trained on, too"
 
 
+def _describe_drawing(settings: Settings) -> str:
+    """Says how the images of a run are drawn."""
+    drawing = settings.stream.drawing
+    eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
+    return f"each by {drawing.steps} steps of {drawing.sampler}{eta}, guidance {drawing.guidance_scale:g}"
+
+
 def _describe_data(experiment: Experiment) -> Iterator[str]:
     """Examples, batches and epochs; shares of several datasets; image sizes."""
     settings, datasets = experiment.settings, experiment.datasets
@@ -167,6 +170,11 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
         f"them; {settings.steps} steps are {short(drawn / examples)} epochs"
     )
     yield from warnings(settings, examples)
+    if datasets and settings.stream.kind == "self_play":
+        yield (
+            f"the losers are {drawn:,} images that the reference draws, {_describe_drawing(settings)}; it "
+            f"moves every {settings.reference.every} steps"
+        )
     if settings.validation.every:
         held_out = sum(count_examples(datasets, settings.validation.split).values())
         yield f"{held_out:,} held-out examples, split {settings.validation.split!r}"

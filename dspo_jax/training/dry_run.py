@@ -101,7 +101,7 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters, abstract=True)
     largest = max(map(bucket_size, experiment.count_examples()), key=math.prod)
-    images = experiment.datasets[0].manifest["images_per_example"] if experiment.datasets else 2
+    images = experiment.images_per_example
     batch = abstract_batch(task, images, largest, settings.batch_size, mesh)
     yield from describe_run(experiment, state, reference)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
@@ -109,7 +109,7 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
         yield f"batch: {name} {leaf.dtype}{list(leaf.shape)}"
     yield _describe_checkpoints(settings, state)
     device = mesh.local_devices[0]
-    flops = mean_flops_per_example(task, experiment.datasets, settings.data)
+    flops = mean_flops_per_example(task, experiment.datasets, settings.data, images)
     if flops is not None:
         yield from _describe_time(settings, flops, device.device_kind, mesh.size)
     limit = memory_of(device)

@@ -9,7 +9,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.training.own_images import OwnImages
 from dspo_jax.training.pair_stream import check_pairs
-from dspo_jax.training.rounds import check_round_sizes
+from dspo_jax.training.rounds import check_chunk, check_round_sizes
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.trajectory_stream import check_rows, check_trajectories, noisy_calls
 
@@ -25,10 +25,7 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
         raise UserError(
             "config.epochs: counts the examples of a dataset; set config.steps, the updates of the run"
         )
-    try:
-        check_steps(pipe.schedule.num_train_timesteps, stream.num_inference_steps)
-    except UserError as error:
-        raise UserError(f"config.stream.{error}") from error
+    check_drawing(settings, pipe)
     check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
     if stream.kind == "prompts":
         return
@@ -38,8 +35,40 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
     else:
         check_pairs(settings, mesh)
     check_rounds(settings)
-    images = stream.images if stream.kind == "own_pairs" else 1
-    check_round_sizes(settings, mesh, settings.batch_size * stream.updates * images)
+    check_round_sizes(settings, mesh, settings.batch_size * stream.updates * settings.images_per_example)
+
+
+def check_drawing(settings: Settings, pipe: Pipeline) -> None:
+    """Refuses more steps than the model's schedule has.
+
+    Raises:
+      UserError: by key.
+    """
+    try:
+        check_steps(pipe.schedule.num_train_timesteps, settings.stream.num_inference_steps)
+    except UserError as error:
+        raise UserError(f"config.stream.{error}") from error
+
+
+def check_self_play(settings: Settings, pipe: Pipeline, mesh: Mesh) -> None:
+    """Refuses settings with which self-play compares nothing.
+
+    Raises:
+      UserError: by key.
+    """
+    objective = settings.objective
+    if not objective.needs_reference or objective.images == "winner":
+        raise UserError(
+            f"config.objective.name = {objective.name!r}: does not compare images of the data with those of "
+            "the reference, as config.stream.kind = 'self_play' needs it; take diffusion_dpo or the like"
+        )
+    if not settings.reference.every:
+        raise UserError(
+            "config.reference.every = 0: in self-play the reference, which draws the losers, is the policy "
+            "of the iteration before; set it to the updates of one, e.g. --config.reference.every=500"
+        )
+    check_drawing(settings, pipe)
+    check_chunk(settings, mesh, settings.batch_size)
 
 
 def check_rounds(settings: Settings) -> None:

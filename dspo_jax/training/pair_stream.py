@@ -1,4 +1,4 @@
-"""Pairs of the model's own images, the best and the worst of a prompt, for a preference objective."""
+"""Pairs of the model's own images: the best and the worst of a prompt, or all of them two by two."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,8 @@ from dspo_jax.training.task import Batch, Task
 class PairStream(RoundStream):
     """Pairs of rounds of images; batches are those of `PreferenceLoss`.
 
-    A round is `batch_size` x `stream.updates` prompts with `stream.images` images each.
+    A round is `batch_size` x `stream.updates` pairs. Each is the best and the worst of `stream.images` images
+    of a prompt; for an objective that weighs images every image is used, two by two in the order of reward.
     """
 
     def __init__(
@@ -48,17 +49,25 @@ class PairStream(RoundStream):
         """
         stream = settings.stream
         check_pairs(settings, mesh)
-        count = settings.batch_size * stream.updates * stream.images
+        count = settings.batch_size * stream.updates * settings.images_per_example
         rounds = Rounds(settings, task, reference, prompts, score, mesh, count=count, keeps_path=False)
         self._pipe, self._mesh, self._batch_size = task.pipe, mesh, settings.batch_size
+        self._objective, self._images_per_pair = settings.objective, settings.images_per_example
         self._chosen: Int32[np.ndarray, "pairs 2"] = np.zeros((0, 2), np.int32)
+        self._weights: Float32[np.ndarray, " N"] | None = None
         self._take = jax.jit(_take_moments, out_shardings=batch_sharding(mesh))
         super().__init__(rounds, stream.updates)
 
     def _begin(self, params: Params, drawn: Round) -> dict[str, float]:
-        """Chooses the pairs."""
+        """Chooses the pairs, and weighs the images where they are weighed."""
         del params
-        self._chosen, replaced = choose_pairs(drawn.rewards.reshape(-1, self._rounds.images))
+        of_prompts = drawn.rewards.reshape(-1, self._rounds.images)
+        if self._objective.needs_weight:
+            self._chosen = pair_all(of_prompts)
+            weights = self._objective.weigh(drawn.rewards, self._rounds.images)
+            self._weights = weights.astype(np.float32)
+            return {"effective_images": float(weights.sum() ** 2 / np.square(weights).sum())}
+        self._chosen, replaced = choose_pairs(of_prompts)
         better, worse = drawn.rewards[self._chosen].T
         return {
             "replaced_pairs": float(replaced),
@@ -76,7 +85,7 @@ class PairStream(RoundStream):
         tokens = self._pipe.tokenize([drawn.prompts[number] for number in chosen[:, 0]])
         inputs = jax.device_get(self._pipe.prompt_batch(tokens, self._pipe.image_size))
         per_image = {name: np.repeat(inputs[name], 2, axis=1) for name in self._pipe.image_inputs}
-        index = drawn.position.prompts + first + np.arange(size)
+        index = drawn.position.images // self._images_per_pair + first + np.arange(size)
         columns = shard_batch(
             {
                 **inputs,
@@ -85,6 +94,7 @@ class PairStream(RoundStream):
                 "loser_won": np.zeros(size, bool),
                 "index": index.astype(np.uint32),
                 "chosen": chosen,
+                **({} if self._weights is None else {"weight": self._weights[chosen]}),
             },
             self._mesh,
         )
@@ -96,6 +106,7 @@ def _take_moments(
 ) -> Float16[jax.Array, "B 2 h w moments"]:
     """Returns chosen latents of a round as means, with deviations of 0, in the dtype of encoded pairs."""
     latents = jnp.concatenate(chunks, axis=1)[0][chosen].astype(jnp.float16)
+    latents = jnp.where(jnp.isfinite(latents), latents, 0)  # of images that weigh nothing
     return jnp.concatenate([latents, jnp.zeros_like(latents)], axis=-1)
 
 
@@ -130,6 +141,20 @@ def choose_pairs(
     return pairs[source].astype(np.int32), prompts - len(usable)
 
 
+def pair_all(rewards: Float32[np.ndarray, "prompts images"]) -> Int32[np.ndarray, "pairs 2"]:
+    """Pairs all images of each prompt in the order of reward, those without a reward last.
+
+    Args:
+      rewards: of an even number of images; NaN where an image has none.
+
+    Returns:
+      Places in the flattened rewards, the better image of a pair first; each place once.
+    """
+    prompts, images = rewards.shape
+    order = np.argsort(np.where(np.isfinite(rewards), -rewards, np.inf), axis=1, kind="stable")
+    return (order + np.arange(prompts)[:, None] * images).reshape(-1, 2).astype(np.int32)
+
+
 def check_pairs(settings: Settings, mesh: Mesh) -> None:
     """Refuses settings with which no pairs can be made, before any weights are read.
 
@@ -141,4 +166,9 @@ def check_pairs(settings: Settings, mesh: Mesh) -> None:
         raise UserError(
             f"config.stream.images = {settings.stream.images}: the best and the worst image of a prompt make "
             "a pair; there must be at least 2"
+        )
+    if settings.objective.needs_weight and settings.stream.images % 2:
+        raise UserError(
+            f"config.stream.images = {settings.stream.images}: {settings.objective.name!r} takes all images "
+            "of a prompt two by two; there must be an even number"
         )

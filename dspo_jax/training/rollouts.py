@@ -166,6 +166,15 @@ class Rollout:
         return self._decode(self._vae, latents, prompt, reach)
 
 
+def make_rollout_key(seed: int, mesh: Mesh) -> Key[jax.Array, ""]:
+    """Returns the key of all rollouts of a run, on every device."""
+    # No example of a loss, whose randomness follows from the run's key and its index, has one as large.
+    return jax.jit(
+        lambda: jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1)),
+        out_shardings=replicated(mesh),
+    )()
+
+
 def _measure_distances(
     images: UInt8[jax.Array, "B H W 3"],
     finite: Bool[jax.Array, " B"],

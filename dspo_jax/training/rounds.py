@@ -10,16 +10,13 @@ from jaxtyping import Float, Float32, Integer, UInt8
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
-from dspo_jax.parallel.mesh import batch_share, check_batch_size, read_share, replicated, shard_batch
+from dspo_jax.parallel.mesh import batch_share, check_batch_size, read_share, shard_batch
 from dspo_jax.parallel.processes import gather_shares
 from dspo_jax.rewards.reward import Score
 from dspo_jax.training.prompt_stream import EndlessOrder
-from dspo_jax.training.rollouts import Decoded, Rollout
+from dspo_jax.training.rollouts import Decoded, Rollout, make_rollout_key
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task
-
-_OF_ROLLOUTS = 2**32 - 1
-"""Number that the run's key is folded with for rollouts; no example of a loss has an index as large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +98,7 @@ class Rounds:
         self.rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
         self._pipe, self._reference, self._score, self._mesh = task.pipe, reference, score, mesh
         self._count, self._shares_start, self._keeps_path = count, shares_start, keeps_path
-        self._key = jax.jit(
-            lambda: jax.random.fold_in(jax.random.key(settings.seed), np.uint32(_OF_ROLLOUTS)),
-            out_shardings=replicated(mesh),
-        )()
+        self._key = make_rollout_key(settings.seed, mesh)
 
     def draw(self, params: Params, position: Position) -> Round:
         """Draws, decodes and scores a round.
@@ -221,6 +215,21 @@ def check_round_sizes(settings: Settings, mesh: Mesh, count: int) -> int:
             f"config.stream.images = {stream.images}: must divide the {count} images of a round, "
             f"config.batch_size x config.stream.updates = {settings.batch_size} x {stream.updates}"
         )
+    return check_chunk(settings, mesh, count)
+
+
+def check_chunk(settings: Settings, mesh: Mesh, count: int) -> int:
+    """Returns how many of the images of a round are drawn at a time.
+
+    Args:
+      settings: `stream` is read.
+      mesh: the devices.
+      count: images of a round, over all processes.
+
+    Raises:
+      UserError: a number of images that does not divide those of the round.
+    """
+    stream = settings.stream
     check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
     chunk = min(stream.batch_size, count)
     if count % chunk:

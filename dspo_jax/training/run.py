@@ -86,7 +86,7 @@ class Run:
             self.moving = MoveReference(reference, state.params, every=moves.every, decay=moves.decay)
         self._flops_per_example = None
         if processes.is_first():
-            flops = count_flops(task, experiment.datasets, settings.data)
+            flops = count_flops(task, experiment.datasets, settings.data, experiment.images_per_example)
             self._flops_per_example = None if flops is None else flops / mesh.size
         self._validator: Validator | RewardValidator | None = None
         self._grids = None

@@ -136,7 +136,7 @@ class ProfileSettings:
 class StreamSettings:
     """The keys of `config.stream`."""
 
-    kind: str = choice("dataset", "prompts", "trajectories", "own_pairs")
+    kind: str = choice("dataset", "prompts", "trajectories", "own_pairs", "self_play")
     prompts: Sequence[str]
     images: int = limited(AT_LEAST_1)
     updates: int = limited(AT_LEAST_1)
@@ -147,9 +147,9 @@ class StreamSettings:
     guidance_scale: float = limited(FINITE)
 
     @property
-    def is_online(self) -> bool:
-        """Whether batches are made of the model's own images."""
-        return self.kind != "dataset"
+    def needs_prompts(self) -> bool:
+        """Whether batches are made of prompts and rewards, and not of `config.data`."""
+        return self.kind not in ("dataset", "self_play")
 
     @property
     def unit(self) -> str:
@@ -261,6 +261,13 @@ class Settings:
     recipe: str = ""
 
     @property
+    def images_per_example(self) -> int:
+        """Images that are drawn for an example of a batch, on average over a round."""
+        if self.stream.kind != "own_pairs":
+            return 1
+        return 2 if self.objective.needs_weight else self.stream.images
+
+    @property
     def method_key(self) -> str:
         """Name of the group of keys that says what trains."""
         return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(
@@ -301,7 +308,7 @@ def parse(config: ConfigDict) -> Settings:
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
         )
-    if settings.noise_offset and settings.stream.draws_images:
+    if settings.noise_offset and settings.stream.unit == "images":
         raise UserError(
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
@@ -311,6 +318,12 @@ def parse(config: ConfigDict) -> Settings:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: objective {settings.objective.name!r} looks at "
             "the whole batch at once; set it to 1"
+        )
+    if of_pairs and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
+        raise UserError(
+            f"config.objective.name = {settings.objective.name!r}: weighs the model's own images by their "
+            f"rewards, which config.stream.kind = {settings.stream.kind!r} has not; set "
+            "--config.stream.kind=own_pairs"
         )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias

@@ -35,7 +35,7 @@ from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
-from dspo_jax.training.online_checks import check_own_images, check_reward_gradient
+from dspo_jax.training.online_checks import check_own_images, check_reward_gradient, check_self_play
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.settings import Settings, parse
@@ -69,6 +69,14 @@ class Experiment:
     adapters: Params
     own_images: OwnImages | None = None
 
+    @property
+    def images_per_example(self) -> int:
+        """Images of an example of a batch: 2, or 1 of a dataset of single images, if none is drawn beside."""
+        if not self.datasets or self.settings.stream.kind == "self_play":
+            return 2
+        images: int = self.datasets[0].manifest["images_per_example"]
+        return images
+
     def count_examples(self) -> dict[str, int]:
         """Counts the examples or prompts to train on by image size, "HEIGHTxWIDTH" in pixels."""
         if self.own_images is not None:
@@ -101,7 +109,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     adapters = make_adapters(settings, pipe)
     datasets: Sequence[Dataset] = ()
     own_images = None
-    if examples is None and settings.stream.is_online:
+    if examples is None and settings.stream.needs_prompts:
         own_images = open_own_images(settings, pipe.image_size)
         count = len(own_images.prompts)
         check_images(settings.objective, 2, "config.stream")
@@ -114,12 +122,14 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         check_images(settings.objective, images, "the batch in memory")
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)
+    mesh = mesh_of(settings)
+    if datasets and settings.stream.kind == "self_play":
+        check_self_play(settings, pipe, mesh)
     if settings.reference.every and not task.loss.needs_reference:
         raise UserError(
             f"config.reference.every = {settings.reference.every}: {settings.method!r} reads no reference "
             "that could move; set it to 0"
         )
-    mesh = mesh_of(settings)
     if settings.stream.kind != "trajectories" or own_images is None:
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
@@ -324,8 +334,8 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     check_weights(data.weights, datasets)
     for dataset in datasets:
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
-    images = datasets[0].manifest["images_per_example"]
-    check_images(settings.objective, images, data.path)
+    if settings.stream.kind != "self_play":  # which draws the other image
+        check_images(settings.objective, datasets[0].manifest["images_per_example"], data.path)
     # These raise where a split has no examples. Not every dataset needs held-out ones.
     for dataset in datasets:
         count_examples([dataset], data.split, "config.data.split")

@@ -9,6 +9,7 @@ from dspo_jax.training.loop import Stream
 from dspo_jax.training.pair_stream import PairStream
 from dspo_jax.training.prompt_stream import PromptStream
 from dspo_jax.training.round_stream import RoundStream
+from dspo_jax.training.self_play_stream import SelfPlayStream
 from dspo_jax.training.shard_stream import ShardStream
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.task import Batch
@@ -24,6 +25,8 @@ def open_stream(experiment: Experiment, reference: Params) -> Stream:
     """
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     own = experiment.own_images
+    if own is None and settings.stream.kind == "self_play":
+        return SelfPlayStream(experiment.datasets, settings, task, reference, mesh)
     if own is None:
         return ShardStream(experiment.datasets, settings, mesh, task.loss.inputs(task.pipe))
     if own.trained is not None:

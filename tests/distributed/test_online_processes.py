@@ -33,6 +33,7 @@ KINDS = {
     "ddpo": {"stream.kind": "trajectories"},
     "draft": {"stream.kind": "prompts", "mesh.fsdp": 4, "mesh.data": 1},
     "dpo": {"stream.kind": "own_pairs", "objective.name": "diffusion_dpo"},
+    "rwr": {"stream.kind": "own_pairs", "objective.name": "rwr"},
 }
 
 
@@ -54,6 +55,26 @@ def test_two_processes_make_the_run_of_one(kind, settings, tmp_path):
     for name in ("reward", "loss", "validation/reward_colourfulness"):
         first = [next(record[name] for record in records if name in record) for records in (ours, theirs)]
         np.testing.assert_allclose(*first, rtol=1e-2, atol=1e-4)
+
+
+def test_two_processes_play_against_one_reference(settings, tiny_pairs, tmp_path):
+    changes = settings | {
+        "stream.kind": "self_play",
+        "data.path": str(tiny_pairs),
+        "objective.name": "diffusion_dpo",
+        "reference.every": 2,
+        "validation.every": 0,
+        "steps": 4,
+    }
+    started = start_training(tmp_path / "two", changes, processes=2, devices=2)
+    assert finish(started) == [0, 0], log_of(tmp_path / "two", 0).read_text()
+    train(make_config(changes["model"], tiny_pairs, changes), tmp_path / "one")
+    ours, theirs = (
+        [record["loser_error"] for record in read_reproducible(tmp_path / name) if "loss" in record]
+        for name in ("two", "one")
+    )
+    assert len(ours) == 4
+    np.testing.assert_allclose(ours, theirs, rtol=1e-2)
 
 
 def test_a_stop_that_is_asked_for_inside_a_round_waits_for_its_end(settings, tmp_path):

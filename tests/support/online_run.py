@@ -11,7 +11,7 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state, make_task
 
 PROMPTS = ("a red circle", "a blue square", "two cats")
 STEPS = 3
@@ -60,7 +60,7 @@ class OnlineRun:
             rule = dataclasses.replace(task.update, accumulation=accumulation)
             task = dataclasses.replace(task, update=rule)
         self.task, self.loss = task, task.loss
-        self.state, self.reference = make_state(task, self.mesh)
+        self.state, self.reference = make_state(task, self.mesh, make_adapters(self.settings, self.pipe))
         self.params = self.state.params
         self.key = jax.random.key(7)
 

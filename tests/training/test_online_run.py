@@ -52,6 +52,20 @@ KINDS = {
         "rewards.train": "compressibility",
         "objective.name": "diffusion_dpo",
     },
+    "rwr": {
+        "stream.kind": "own_pairs",
+        "stream.updates": 2,
+        "stream.images": 4,
+        "rewards.train": "compressibility",
+        "objective.name": "rwr",
+    },
+    "raft": {
+        "stream.kind": "own_pairs",
+        "stream.images": 2,
+        "rewards.train": "compressibility",
+        "objective.name": "sft",
+        "lora.rank": 2,
+    },
     # The reference follows the policy, at once and as an average.
     "iterated": {
         "stream.kind": "own_pairs",
@@ -151,6 +165,11 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
         ("ddpo", {"policy_gradient.name": "ddpo_sf"}, "config.stream.updates = 2: .*ddpo_sf"),
         ("grpo", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
         ("dpo", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
+        ("rwr", {"stream.images": 1}, "config.stream.images = 1: .*at least 2"),
+        ("rwr", {"stream.images": 3}, "config.stream.images = 3: 'rwr' .*even number"),
+        ("rwr", {"stream.kind": "dataset"}, "config.objective.name = 'rwr': .*stream.kind=own_pairs"),
+        ("rwr", {"stream.kind": "self_play"}, "config.objective.name = 'rwr': .*stream.kind=own_pairs"),
+        ("raft", {"reference.every": 2}, "config.reference.every = 2: 'sft' reads no reference"),
         ("ddpo", {"advantages.min_count": 100}, "config.advantages.min_count"),
         ("dpo", {"rewards.train": "pickscore"}, "reward pickscore: no weights in rewards"),
         ("draft", {"reference.every": 1}, "config.reference.every = 1: 'alignprop' reads no reference"),
@@ -171,6 +190,65 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
 def test_what_cannot_be_trained_is_refused_before_weights_are_read(kind, changes, message, shallow_model):
     with pytest.raises((ValueError, OSError), match=message):
         prepare(config_of(shallow_model, kind, **changes))
+
+
+SELF_PLAY = {
+    "stream.kind": "self_play",
+    "stream.num_inference_steps": 3,
+    "stream.batch_size": 8,
+    "objective.name": "diffusion_dpo",
+    "reference.every": 2,
+    "steps": 4,
+    "checkpoint.every": 1,
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("rank", [0, 2])
+def test_self_play_goes_on_in_the_middle_of_an_iteration(rank, shallow_model, tiny_pairs, tmp_path):
+    changes = SELF_PLAY | {"lora.rank": rank, "validation.every": 2, "validation.draws": 2}
+    changes |= {"validation.batch_size": 8, "checkpoint.max_to_keep": 9}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(make_config(shallow_model, tiny_pairs, changes), whole).finished
+    for steps in (1, 3, 4):
+        assert train(make_config(shallow_model, tiny_pairs, changes | {"steps": steps}), parts).finished
+    assert saved_steps(whole) == saved_steps(parts) == [1, 2, 3, 4]
+    records = [
+        [record for record in read_reproducible(folder) if "loss" in record] for folder in (whole, parts)
+    ]
+    assert records[0] == records[1]
+    losses = [record["loss"] for record in records[0]]
+    # In the first update of an iteration the policy is the reference.
+    assert losses[0] == losses[2] == pytest.approx(np.log(2), rel=1e-6)
+    assert losses[1] != losses[0] != losses[3]
+    export(whole, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The losers are images that the reference drew." in card
+    assert "| reference.every | 2 |" in card
+    assert f"| name | {tiny_pairs.name} |" in card
+
+
+def test_a_dry_run_of_self_play_tells_what_the_reference_draws(shallow_model, tiny_pairs):
+    said = "\n".join(dry_run(make_config(shallow_model, tiny_pairs, SELF_PLAY)))
+    assert "32 images that the reference draws, each by 3 steps of ddim, eta 1, guidance 5" in said
+    assert "it moves every 2 steps" in said
+    assert "at the peak" in said
+
+
+@each_row(
+    ("changes", "message"),
+    [
+        ({"reference.every": 0}, "config.reference.every = 0: in self-play .*reference.every=500"),
+        ({"objective.name": "sft"}, "config.objective.name = 'sft': does not compare"),
+        ({"objective.name": "dspo_e"}, "config.objective.name = 'dspo_e': does not compare"),
+        ({"stream.batch_size": 16, "batch_size": 24}, "config.stream.batch_size = 16: must divide the 24"),
+        ({"stream.num_inference_steps": 5000}, "config.stream.num_inference_steps = 5000"),
+        ({"data.path": None}, "config.data.path is not set"),
+    ],
+)
+def test_self_play_that_compares_nothing_is_refused(changes, message, shallow_model, tiny_pairs):
+    with pytest.raises((ValueError, OSError), match=message):
+        prepare(make_config(shallow_model, tiny_pairs, SELF_PLAY | changes))
 
 
 def test_the_method_is_that_of_the_kind(shallow_model):

@@ -1,12 +1,13 @@
 """Pairs of own images: the best and the worst of each prompt, as encoded pairs, for any objective."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from online_run import PROMPTS, OnlineRun, brightness, moved
 
 from dspo_jax.errors import UserError
-from dspo_jax.training.pair_stream import PairStream, choose_pairs
+from dspo_jax.training.pair_stream import PairStream, _take_moments, choose_pairs, pair_all
 from dspo_jax.training.step import compile_step
 
 
@@ -77,4 +78,73 @@ def test_every_objective_trains_on_them_and_a_resumed_round_is_the_same(shallow_
 def test_one_image_of_a_prompt_is_refused(shallow_model):
     run = OnlineRun(shallow_model, {"stream.images": 1}, trajectories=False)
     with pytest.raises(UserError, match=r"config\.stream\.images = 1: .*at least 2"):
+        run.open(PairStream, prompts=PROMPTS)
+
+
+def test_all_images_of_each_prompt_are_paired_once_in_the_order_of_reward():
+    nan = np.nan
+    rewards = np.asarray([[1, 3, 2, 4], [nan, 7, 7, -np.inf], [5, nan, nan, 6]], np.float32)
+    assert pair_all(rewards).tolist() == [[3, 1], [2, 0], [5, 6], [4, 7], [11, 8], [9, 10]]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("softmax_over", ["round", "prompt"])
+def test_images_are_weighed_by_the_rewards_of_the_round(softmax_over, shallow_model):
+    """Against the whole round in float64: every image once, those without a reward for nothing."""
+    changes = {
+        "objective.name": "rwr",
+        "objective.beta": 20.0,
+        "objective.softmax_over": softmax_over,
+        "stream.images": 4,
+        "stream.updates": 2,
+        "batch_size": 4,
+    }
+    run, scores = OnlineRun(shallow_model, changes, {"data": 2}, trajectories=False), []
+
+    def score(images, prompts):
+        rewards = brightness(images, prompts)
+        rewards[1::8] = np.nan
+        scores.append(rewards)
+        return rewards
+
+    stream = run.open(PairStream, score)
+    batches = [stream.next(run.params) for _ in range(2)]
+    step = compile_step(run.state)
+    shapes = run.loss.input_shapes(run.pipe, 2, run.pipe.image_size)
+    assert {name: (array.shape[1:], array.dtype) for name, array in batches[0].items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
+    }
+    rewards = np.concatenate(scores).astype(np.float32).astype(np.float64)
+    finite = np.isfinite(rewards)
+    odds = np.where(finite, np.exp(20 * np.where(finite, rewards, 0)), 0).reshape(4, 4)
+    weights = 16 * odds / odds.sum() if softmax_over == "round" else 4 * odds / odds.sum(1, keepdims=True)
+    found = np.concatenate([jax.device_get(batch["weight"]) for batch in batches])
+    # A prompt has two rows, and each row the better image first.
+    np.testing.assert_allclose(found.reshape(4, 4), -np.sort(-weights, axis=1), rtol=1e-5)
+    assert found.mean() == pytest.approx(1, abs=1e-6)
+    assert stream.metrics()["effective_images"] == pytest.approx(256 / np.sum(weights**2), rel=1e-5)
+    assert np.concatenate([jax.device_get(batch["index"]) for batch in batches]).tolist() == list(range(8))
+    latents = np.concatenate([jax.device_get(batch["moments"]) for batch in batches]).reshape(16, -1)
+    assert len(np.unique(latents, axis=0)) == 16
+    state, metrics = step(run.state, run.reference, batches[0], run.key)
+    assert metrics["grad_norm"] > 0
+    following = stream.next(state.params)
+    assert jax.device_get(following["index"]).tolist() == [8, 9, 10, 11]
+
+
+def test_an_image_that_is_not_finite_does_not_reach_the_loss():
+    """Nothing times NaN would be NaN."""
+    chunk = np.ones((1, 4, 2, 2, 3), np.float32)
+    chunk[0, 1, 0, 0] = np.nan, np.inf, -1e9
+    taken = np.asarray(_take_moments((jnp.asarray(chunk),), jnp.asarray([[0, 1]])))
+    assert np.isfinite(taken).all()
+    assert taken[0, 1, 0, 0].tolist() == [0] * 6
+    assert taken[0, 1, 1, 1].tolist() == [1] * 3 + [0] * 3
+
+
+def test_an_odd_number_of_images_cannot_be_paired(shallow_model):
+    run = OnlineRun(
+        shallow_model, {"stream.images": 3, "batch_size": 6, "objective.name": "rwr"}, trajectories=False
+    )
+    with pytest.raises(UserError, match=r"config\.stream\.images = 3: 'rwr' .*even number"):
         run.open(PairStream, prompts=PROMPTS)
