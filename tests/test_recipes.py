@@ -11,20 +11,27 @@ from dspo_jax import limits
 from dspo_jax.objectives import get_objective
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.training.optim import OptimizerSettings, make_optimizer
+from dspo_jax.training.pair_stream import check_pairs
+from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import parse
 from dspo_jax.training.trajectory_stream import check_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NOT_RECIPES = ("common.py", "online.py", "pick_a_pic.py")
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.name not in NOT_RECIPES)
-METHODS = ("draft", "alignprop", "refl", "ddpo", "dpok", "d3po", "online_dpo")
+METHODS = ("draft", "alignprop", "refl", "ddpo", "dpok", "d3po", "online_dpo", "rwr", "raft", "iterated_dpo")
 ONLINE = tuple(name for name in RECIPES if name.endswith(METHODS))
 PUBLISHED = [
     name
     for name in RECIPES
-    if name.startswith(("sd15_", "sdxl_")) and not name.endswith(("_lora", "_emu")) and name not in ONLINE
+    if name.startswith(("sd15_", "sdxl_"))
+    and not name.endswith(("_lora", "_emu", "_spin"))
+    and name not in ONLINE
 ]
-DIFFERENTLY_NAMED = ("sdxl_emu", "emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora")
+DIFFERENTLY_NAMED = (
+    *("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora"),
+    *("sd15_spin", "sdxl_emu"),
+)
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
 
@@ -60,18 +67,35 @@ def test_recipe_is_accepted(name, variant):
 @each_row("name", ONLINE)
 def test_a_recipe_for_own_images_trains_by_what_it_is_named_after(name):
     settings = parse(load(name).get_config())
-    assert settings.stream.is_online
-    method = {"draft_k": "draft", "diffusion_dpo": "online_dpo"}.get(settings.method, settings.method)
+    assert settings.stream.needs_prompts
+    dpo = "iterated_dpo" if settings.reference.every else "online_dpo"
+    names = {"draft_k": "draft", "diffusion_dpo": dpo, "sft": "raft"}
+    method = names.get(settings.method, settings.method)
     assert name.partition("_")[2] == method
     assert settings.rewards.train not in settings.rewards.validation
     assert (
         settings.steps % settings.stream.updates == settings.validation.every % settings.stream.updates == 0
     )
     assert settings.checkpoint.every % settings.stream.updates == 0
+    if settings.reference.every:
+        assert settings.reference.every % settings.stream.updates == 0
+    if settings.stream.kind == "own_pairs":
+        mesh = make_mesh({"data": 1}, jax.devices()[:1])
+        check_pairs(settings, mesh)
+        count = settings.batch_size * settings.stream.updates * settings.images_per_example
+        assert check_round_sizes(settings, mesh, count) == settings.stream.batch_size
     if settings.stream.kind == "trajectories":
         for devices in (1, 8):
             mesh = make_mesh({"data": devices}, jax.devices()[:devices])
             check_rows(settings, mesh, settings.stream.num_inference_steps)
+
+
+def test_self_play_goes_through_the_three_iterations_of_its_paper():
+    settings = parse(load("sd15_spin").get_config())
+    assert settings.stream.kind == "self_play"
+    assert settings.steps == 3 * settings.reference.every
+    assert settings.batch_size % settings.stream.batch_size == 0
+    assert settings.reference.every % settings.validation.every == 0
 
 
 @each_row("name", RECIPES)
