@@ -1,14 +1,19 @@
 """The loss of policy gradients: log-probabilities of the draw, a ratio of 1, and rows that do not count."""
 
+import dataclasses
 import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from online_run import PROMPTS, STEPS, OnlineRun, moved
+from tables import each_row
 
+from dspo_jax.parallel.mesh import shard_batch
 from dspo_jax.training.rollouts import Rollout
+from dspo_jax.training.step import compile_step, mean_gradient
 
 INDEX = np.arange(4, dtype=np.uint32)
 
@@ -105,6 +110,42 @@ def test_a_row_of_weight_0_counts_nothing_even_if_it_is_not_finite(grpo):
     ):
         assert np.all(np.isfinite(got))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.ci
+@each_row("parts", [1, 3, 12])
+def test_parts_of_an_update_and_the_order_of_its_rows_do_not_matter(parts, grpo):
+    """One gradient of the whole, of ratios other than 1, with rows that count more and less."""
+    run, order = grpo.run, np.random.default_rng(parts).permutation(12)
+    other = {
+        "first": np.zeros(12, bool),
+        "old_log_probability": np.asarray(grpo.make_steps().log_probability),
+        "weight": np.linspace(0, 2, 12, dtype=np.float32),
+    }
+    params = moved(run.params)
+    (loss, metrics), expected = grpo.evaluate(params, **other)
+    assert abs(metrics["ratio"] - 1) > 1e-4
+    task = dataclasses.replace(run.task, update=dataclasses.replace(run.task.update, accumulation=parts))
+    batch = shard_batch({name: array[order] for name, array in (grpo.batch | other).items()}, run.mesh)
+    (own_loss, own_metrics), gradient = jax.jit(mean_gradient, static_argnums=1)(
+        params, task, run.reference, batch, run.key
+    )
+    assert float(own_loss) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+    assert float(own_metrics["ratio"]) == pytest.approx(float(metrics["ratio"]), rel=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.ci
+def test_an_update_moves_the_policy_and_not_the_reference(grpo):
+    run, state = grpo.run, jax.tree.map(jnp.copy, grpo.run.state)
+    before = jax.device_get((run.reference, state.params))
+    after, _ = compile_step(state)(state, run.reference, shard_batch(grpo.batch, run.mesh), run.key)
+    reference, params = jax.device_get((run.reference, after.params))
+    jax.tree.map(np.testing.assert_array_equal, reference, before[0])
+    moves = jax.tree.map(lambda new, old: np.any(new != old), params, before[1])
+    assert np.mean(jax.tree.leaves(moves)) > 0.9
 
 
 @pytest.mark.ci
