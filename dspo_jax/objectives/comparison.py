@@ -69,12 +69,20 @@ class OfMargin(Comparison):
 
     Attributes:
       beta: scale of the reward.
+      smpo_weight: the margin is multiplied by so much times 2 q - 1, q = sigmoid(s_w - s_l) of the images'
+        scores; 10 in SmPO (arXiv 2506.02698, not its code), whose inversion is not done here. Scores that
+        contradict the label turn the margin round. 0 is no such factor.
       min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors inside the reward, which makes beta
         depend on the timestep; None is no such weight. Not with "paper".
     """
 
     beta: float = number(5000.0, ABOVE_ZERO)
+    smpo_weight: float = number(0.0)
     min_snr_gamma: float | None = number(None, ABOVE_ZERO)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.smpo_weight > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,8 +107,19 @@ class OfMargin(Comparison):
     ) -> Float32[Array, " b"]:
         """Returns the winner's reward less the loser's, [B], at the scale `beta` or a given one."""
         rewards = -0.5 * (self.beta if scale is None else scale) * error_drift(predictions, self.reduction)
-        rewards *= self._reward_weight(predictions.timesteps, schedule)
-        return rewards[:, 0] - rewards[:, 1]
+        return self._difference(rewards, predictions, schedule)
+
+    def _difference(
+        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Schedule
+    ) -> Float32[Array, " b"]:
+        """Returns the difference of two rewards with the weights of timestep and scores, [B]."""
+        rewards = rewards * self._reward_weight(predictions.timesteps, schedule)
+        margin = rewards[:, 0] - rewards[:, 1]
+        if self.smpo_weight:
+            assert predictions.scores is not None
+            # 2 sigmoid(x) - 1 without its cancellation.
+            margin *= self.smpo_weight * jnp.tanh((predictions.scores[:, 0] - predictions.scores[:, 1]) / 2)
+        return margin
 
     def notes(self, values_per_image: int) -> list[str]:
         return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]

@@ -62,8 +62,7 @@ class DiffusionDPOL2(OfMargin):
         assert predictions.reference is not None
         step = predictions.policy - predictions.reference
         rewards = 0.5 * self.beta * reduce_image(jnp.square(step), self.reduction)
-        rewards *= self._reward_weight(predictions.timesteps, schedule)
-        margin = rewards[:, 0] - rewards[:, 1]
+        margin = self._difference(rewards, predictions, schedule)
         loss = soft_label(_negative_log_sigmoid, margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
 

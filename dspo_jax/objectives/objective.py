@@ -133,6 +133,11 @@ class Objective(abc.ABC):
         return False
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether `Predictions.scores` must be given."""
+        return False
+
+    @property
     def hyperparameters(self) -> dict[str, object]:
         """Every field with its value, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -177,6 +182,11 @@ class Objective(abc.ABC):
         if preference is not None and preference.shape != (batch,):
             raise ValueError(f"Predictions.preference has shape {preference.shape}; it must be {(batch,)}")
         scores = predictions.scores
+        if self.needs_scores and scores is None:
+            raise UserError(
+                f"objective {self.name!r} weighs pairs by the scores of their images: "
+                "Predictions.scores is None"
+            )
         if scores is not None and scores.shape != (batch, images):
             raise ValueError(f"Predictions.scores has shape {scores.shape}; it must be {(batch, images)}")
         weight = predictions.weight

@@ -119,7 +119,14 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     else:
         settings = _turn_watching_off(settings)
         count, images = examples["moments"].shape[:2]
-        check_images(settings.objective, images, "the batch in memory")
+        labelled = bool((np.asarray(examples["preference"]) < 1).any())
+        check_images(settings.objective, images, "the batch in memory", labelled=labelled)
+    scored = examples is not None and "scores" in examples
+    if settings.method_key == "objective" and settings.objective.needs_scores and not scored:
+        raise UserError(
+            "config.objective.smpo_weight: needs a score of each image, which only examples in memory can "
+            "have; leave it out"
+        )
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)
     mesh = mesh_of(settings)
@@ -350,13 +357,14 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     return datasets
 
 
-def check_images(objective: Objective, images: int, data: str) -> None:
-    """Refuses single images where an objective needs pairs.
+def check_images(objective: Objective, images: int, data: str, *, labelled: bool = False) -> None:
+    """Refuses single images where an objective needs pairs, and unlabelled ones where it needs labels.
 
     Args:
       objective: of the run.
       images: of an example, 2 or 1.
       data: what the error calls the examples.
+      labelled: whether some single images are disliked.
 
     Raises:
       UserError: by the name of the objective.
@@ -366,7 +374,7 @@ def check_images(objective: Objective, images: int, data: str) -> None:
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {data} "
             "holds single images; use sft or ddpm, or encode pairs"
         )
-    if objective.needs_labels and images == 1:
+    if objective.needs_labels and images == 1 and not labelled:
         raise UserError(
             f"config.objective.name = {objective.name!r}: needs liked and disliked images, but "
             f"{data} holds single images without such labels; use sft or ddpm, or encode pairs"

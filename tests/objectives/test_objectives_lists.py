@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import lists_numpy
 import numpy as np
+import objectives_numpy
 import pytest
 from tables import each_row
 
@@ -92,6 +93,24 @@ def test_loss_and_gradient_match_numpy_in_float64(name, case, reduction, time_we
     scale = np.maximum(scale, 1e-3 * scale.max())
     along = (gradient * direction).sum((1, 2, 3, 4))
     np.testing.assert_allclose(along / scale, (ahead - behind) / 2e-6 / scale, rtol=2e-3, atol=1e-3)
+
+
+@each_row("name", ["diffusion_dpo", "diffusion_dpo_l2", "sdpo", "hinge"])
+def test_scores_weigh_the_margin_of_a_pair(name):
+    arrays = make_arrays(2, scored=True)
+    arrays["scores"][2] = [0.3, 1.5]  # against the label
+    objective, schedule = get_objective(name, beta=3.0, smpo_weight=10.0), Schedule.scaled_linear()
+    loss, metrics = objective(as_predictions(arrays), schedule)
+    expected, expected_metrics = objectives_numpy.evaluate(
+        name, arrays, BETAS, "epsilon", **objective.hyperparameters
+    )
+    np.testing.assert_allclose(loss, expected, rtol=3e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["margin"], expected_metrics["margin"], rtol=3e-4, atol=1e-6)
+    assert metrics["margin"][1] == 0  # equal scores
+    with pytest.raises(
+        UserError, match=rf"'{name}' weighs pairs by the scores .* Predictions.scores is None"
+    ):
+        objective(as_predictions(arrays | {"scores": None}), schedule)
 
 
 @each_row("preference", [1.0, 0.7])

@@ -161,7 +161,11 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
                 )
             else:
                 reward = {"ipo": 1.0, "hinge": h["beta"]}.get(name, h["beta"] / 2) * gain[i]
-            m["margin"] = z = reward[0] - reward[1]
+            z = reward[0] - reward[1]
+            if h.get("smpo_weight"):
+                q = np.exp(arrays["scores"][i]) / np.exp(arrays["scores"][i]).sum()
+                z *= h["smpo_weight"] * (2 * q[0] - 1)
+            m["margin"] = z
             loss = p * MARGIN_LOSSES[name](z, h) + (1 - p) * MARGIN_LOSSES[name](-z, h)
             if name == "alpha_dpo":
                 m["alpha"] = h["order"]

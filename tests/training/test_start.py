@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_model import write_model, write_pairs
 from tiny_run import begin, make_config
@@ -63,6 +64,11 @@ def config(shallow_model, tiny_pairs):
         (
             {"accumulation": 2, "objective.name": "alpha_dpo"},
             "config.accumulation = 2: objective 'alpha_dpo' looks at the whole batch at once; set it to 1",
+        ),
+        (
+            {"objective.name": "hinge", "objective.smpo_weight": 10.0},
+            "config.objective.smpo_weight: needs a score of each image, which only examples in memory can "
+            "have; leave it out",
         ),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
@@ -198,6 +204,23 @@ def test_single_images_are_refused_for_an_objective_that_compares(config, tiny_m
         f"config.objective.name = 'kto': needs liked and disliked images, but {singles} holds single images "
         "without such labels; use sft or ddpm, or encode pairs"
     )
+
+
+def test_single_images_in_memory_may_be_labelled_and_scored(config):
+    examples = {
+        "moments": np.zeros((8, 1, 8, 8, 8), np.float16),
+        "preference": np.ones(8, np.float32),
+    }
+    config.objective.name = "nft"
+    with pytest.raises(ValueError, match="'nft': needs liked and disliked images, but the batch in memory"):
+        prepare(config, examples)
+    examples["preference"][3] = 0.2
+    assert prepare(config, examples).settings.objective.name == "nft"
+    pairs = {"moments": np.zeros((8, 2, 8, 8, 8), np.float16), "preference": np.ones(8, np.float32)}
+    config.objective.name, config.objective.smpo_weight = "diffusion_dpo", 10.0
+    with pytest.raises(ValueError, match=r"config\.objective\.smpo_weight: needs a score"):
+        prepare(config, pairs)
+    assert prepare(config, pairs | {"scores": np.zeros((8, 2))}).settings.objective.needs_scores
 
 
 def test_a_run_cannot_start_from_a_checkpoint_over_another_model(config, tmp_path):
