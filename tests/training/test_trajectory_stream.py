@@ -95,17 +95,21 @@ def test_every_split_gives_the_same_update(shallow_model, on_one_device, sizes, 
     stream = run.open(TrajectoryStream)
     batch = stream.next(run.params)
     metrics, expected, ((loss, _), slope) = on_one_device
-    assert stream.metrics() == pytest.approx(metrics, abs=3e-3)
+    assert stream.metrics() == pytest.approx(metrics, abs=3e-4)
     found = rows(batch)
     assert np.array_equal(found["call"], expected["call"])
     np.testing.assert_allclose(found["state"], expected["state"], rtol=1e-4, atol=5e-5)
+    # One of the 768 numbers of 8 bits that is rounded the other way moves an image's reward by 5e-6, and its
+    # advantage by that over the deviation of its prompt's rewards, 1e-3 and more. On 8 devices none was: the
+    # states differed by 6e-6, numbers of the gradient by 3e-6 of its norm.
+    moved_by = float(np.abs(found["advantage"] - expected["advantage"]).max())
+    assert moved_by <= 1e-2
     (own_loss, own_metrics), own_slope = gradient(run, batch)
     assert own_metrics["ratio"] == pytest.approx(1, abs=1e-6)
-    # A reward of rounded pixels moves by steps.
-    assert own_loss == pytest.approx(loss, abs=2e-2)
+    assert own_loss == pytest.approx(loss, abs=1e-5 + moved_by)
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(slope)))
     for one, other in zip(jax.tree.leaves(own_slope), jax.tree.leaves(slope), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-2 * norm)
+        np.testing.assert_allclose(one, other, atol=(2e-5 + moved_by) * norm)
 
 
 @pytest.mark.ci
