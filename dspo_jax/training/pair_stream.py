@@ -95,6 +95,7 @@ class PairStream(RoundStream):
                 "index": index.astype(np.uint32),
                 "chosen": chosen,
                 **({} if self._weights is None else {"weight": self._weights[chosen]}),
+                **({"scores": drawn.rewards[chosen]} if self._objective.needs_scores else {}),
             },
             self._mesh,
         )

@@ -121,11 +121,11 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count, images = examples["moments"].shape[:2]
         labelled = bool((np.asarray(examples["preference"]) < 1).any())
         check_images(settings.objective, images, "the batch in memory", labelled=labelled)
-    scored = examples is not None and "scores" in examples
+    scored = settings.stream.kind == "own_pairs" if examples is None else "scores" in examples
     if settings.method_key == "objective" and settings.objective.needs_scores and not scored:
         raise UserError(
-            "config.objective.smpo_weight: needs a score of each image, which only examples in memory can "
-            "have; leave it out"
+            "config.objective.smpo_weight: needs a score of each image, which own_pairs give, and examples "
+            "in memory can have; leave it out"
         )
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)

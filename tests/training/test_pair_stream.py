@@ -25,6 +25,7 @@ def test_the_best_and_the_worst_of_each_prompt_make_a_pair():
 @pytest.mark.ci
 def test_a_batch_is_like_encoded_pairs(shallow_model):
     changes = {"stream.images": 4, "stream.eta": 0.0, "batch_size": 4, "objective.name": "diffusion_dpo"}
+    changes["objective.smpo_weight"] = 10.0
     run, seen = OnlineRun(shallow_model, changes, trajectories=False), []
 
     def score(images, prompts):
@@ -49,6 +50,7 @@ def test_a_batch_is_like_encoded_pairs(shallow_model):
         np.testing.assert_allclose(np.clip(decoded * 127.5 + 127.5, 0, 255), expected, atol=1.5)
     assert batch["index"].tolist() == [0, 1, 2, 3]
     assert np.all(batch["preference"] == 1)
+    np.testing.assert_allclose(batch["scores"], np.stack([rewards.max(1), rewards.min(1)], 1), rtol=1e-6)
     assert batch["micro_conditioning"].tolist() == [[[16, 16, 0, 0, 16, 16]] * 2] * 4
     assert stream.metrics()["reward_gap"] == pytest.approx(np.ptp(rewards, axis=1).mean(), abs=1e-5)
 

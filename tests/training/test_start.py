@@ -34,7 +34,8 @@ def config(shallow_model, tiny_pairs):
             {"objective.name": "dpso"},
             "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
             "(allowed: alpha_dpo, awm, crd, ddpm, dgpo, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, "
-            "dspo_ref, dspo_sdxl, hinge, ipo, kto, linear_dpo, lpo_list, mapo, nft, npo, orpo, sdpo, sft)",
+            "dspo_ref, dspo_sdxl, hinge, ipo, kto, linear_dpo, lpo_list, mapo, nft, npo, orpo, rwr, sdpo, "
+            "sft)",
         ),
         (
             {"objective.name": "sft", "objective.beta": 1.0},
@@ -67,8 +68,8 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"objective.name": "hinge", "objective.smpo_weight": 10.0},
-            "config.objective.smpo_weight: needs a score of each image, which only examples in memory can "
-            "have; leave it out",
+            "config.objective.smpo_weight: needs a score of each image, which own_pairs give, and examples "
+            "in memory can have; leave it out",
         ),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),

@@ -151,7 +151,8 @@ class PreferenceLoss:
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""
         weight = ("weight",) if self.objective.needs_weight else ()
-        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", *weight, "index")
+        scores = ("scores",) if self.objective.needs_scores else ()
+        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", *weight, *scores, "index")
 
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
@@ -166,6 +167,7 @@ class PreferenceLoss:
             "preference": shape((), jnp.float32),
             "loser_won": shape((), jnp.bool_),
             **weight,
+            **({"scores": shape((images,), jnp.float32)} if self.objective.needs_scores else {}),
             "index": shape((), jnp.uint32),
         }
 
