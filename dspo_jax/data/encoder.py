@@ -174,7 +174,7 @@ class PairEncoder:
             except BadRow as problem:
                 on_bad_row(row, problem)
                 continue
-            scores = {} if row.scores is None else {shards.SCORE: np.asarray(row.scores, np.float32)}
+            scores = {} if row.scores is None else {shards.SCORES: np.asarray(row.scores, np.float32)}
             yield {
                 "moments": rounded,
                 **scores,

@@ -20,7 +20,7 @@ Example = dict[str, Any]
 HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, what the model is conditioned on (`Pipeline.conditioning_shapes`, each
 array with an axis B before), `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B
-strings; and `score` [B, P] float32 where all datasets have it."""
+strings; and `scores` [B, P] float32 where all datasets have it."""
 
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.

@@ -57,7 +57,7 @@ class ScoreFiles:
         Raises:
           UserError: scores of something else are there.
         """
-        self._folder, self._rows = out / shards.SCORES, rows
+        self._folder, self._rows = out / shards.SCORES_FOLDER, rows
         path = self._folder / _MADE_OF
         if path.exists():
             there = read_object(path, f"delete {self._folder}, and the images are scored again")

@@ -32,9 +32,9 @@ DATASET_NAME = "pairs"
 UNFINISHED = ".unfinished"
 """The folder within a dataset's that is there as long as it is being written."""
 COMMON_FEATURES = frozenset({"moments", "preference", "loser_won", "caption", "key"})
-"""Features of every dataset; the others are what the model is conditioned on and, in some, `SCORE`."""
-SCORE = "score"
+"""Features of every dataset; the others are what the model is conditioned on and, in some, `SCORES`."""
 SCORES = "scores"
+SCORES_FOLDER = "scores"
 """The folder within a dataset's with the scores of all images of its source, also of those left out."""
 _FEATURES = "features.json"  # by TFDS
 _REMAKE = "delete the folder and run dspo_jax.encode again"
@@ -80,7 +80,7 @@ def feature_spec(
     Returns:
       Features `moments` float16 (mean ‖ std of the VAE's posterior in the UNet's units), those of
       `conditioning`, `preference` float32, `loser_won` bool, `caption` and `key`; of scored images also
-      `score` float32 [P].
+      `scores` float32 [P].
     """
 
     def raw(shape: Sequence[int | None], dtype: DTypeLike) -> tfds.features.Tensor:
@@ -91,7 +91,7 @@ def feature_spec(
         {
             "moments": raw(moments_shape, np.float16),
             **{name: raw(each.shape, each.dtype) for name, each in conditioning.items()},
-            **({SCORE: raw(moments_shape[:1], np.float32)} if scored else {}),
+            **({SCORES: raw(moments_shape[:1], np.float32)} if scored else {}),
             "preference": tfds.features.Scalar(np.float32),
             "loser_won": tfds.features.Scalar(np.bool_),
             "caption": tfds.features.Text(),
@@ -264,7 +264,7 @@ def is_complete(out: str | Path, manifest: JsonObject, splits: Iterable[str]) ->
     if not out.is_dir():
         raise UserError(f"--out={out}: exists and is not a folder; choose another")
     if not (out / MANIFEST).is_file():
-        if (out / UNFINISHED).is_dir() or (out / SCORES).is_dir():
+        if (out / UNFINISHED).is_dir() or (out / SCORES_FOLDER).is_dir():
             return False
         raise UserError(f"--out={out}: not empty and not an encoded dataset; choose another folder")
     there = read_manifest(out)

@@ -163,6 +163,6 @@ def _notes(split: str, example: Example) -> list[str]:
     notes = [f"{split} {example['key']}", f"from {sizes} pixels"]
     if example["preference"] < 1:
         notes.append(f"preference {example['preference']:.2f}")
-    if shards.SCORE in example:
-        notes.append("score " + " and ".join(f"{score:.4g}" for score in example[shards.SCORE]))
+    if shards.SCORES in example:
+        notes.append("score " + " and ".join(f"{score:.4g}" for score in example[shards.SCORES]))
     return notes

@@ -145,7 +145,7 @@ def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
         [crop for row in rows for crop in read_crops(row)],
         np.asarray([row["preference"] for row in rows]),
         np.asarray([row["loser_won"] for row in rows]),
-        np.asarray([row[shards.SCORE] for row in rows]) if shards.SCORE in rows[0] else None,
+        np.asarray([row[shards.SCORES] for row in rows]) if shards.SCORES in rows[0] else None,
     )
 
 

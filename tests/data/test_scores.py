@@ -126,11 +126,13 @@ def test_the_stored_scores_are_the_rewards_of_the_sources_images(pipe, config, t
         assert len(rows) == count
         for row, pair in zip(rows, pairs, strict=True):
             images = [np.asarray(Image.open(io.BytesIO(image))) for image in (pair.winner, pair.loser)]
-            assert row["score"].dtype == np.float32
-            np.testing.assert_allclose(row["score"], scorer.score(images, [pair.caption] * 2), rtol=1e-6)
+            assert row["scores"].dtype == np.float32
+            np.testing.assert_allclose(row["scores"], scorer.score(images, [pair.caption] * 2), rtol=1e-6)
     reds = np.asarray([Reds().reds(i) for i in range(10)])
     if name == "own":  # of all 30 columns, 8 of which are red: not of what the VAE sees
-        np.testing.assert_allclose([row["score"] for row in read(tmp_path / "out")], reds * 8 / 30, rtol=1e-6)
+        np.testing.assert_allclose(
+            [row["scores"] for row in read(tmp_path / "out")], reds * 8 / 30, rtol=1e-6
+        )
     manifest = shards.read_manifest(tmp_path / "out")
     assert manifest["score"] == {"reward": scorer.name, "version": scorer.version}
     assert manifest["select"] == {"images": "pairs", "top": 1.0, "min_gap": None}
@@ -141,16 +143,16 @@ def test_the_loader_reads_scores_and_does_without(pipe, config, tmp_path):
     encode(config, tmp_path / "scored")
     config.score = ""
     encode(config, tmp_path / "plain")
-    assert "score" not in read(tmp_path / "plain")[0]
+    assert "scores" not in read(tmp_path / "plain")[0]
     assert not (tmp_path / "plain" / "scores").exists()
     for names, has_scores in ((["scored"], True), (["scored", "plain"], False), (["plain", "scored"], False)):
         datasets = read_datasets(",".join(str(tmp_path / name) for name in names))
         with closing(loader.eval_batches(datasets, batch_size=3)) as batches:
             batch = next(batches)
-        assert ("score" in batch) == has_scores
+        assert ("scores" in batch) == has_scores
     with closing(loader.eval_batches(read_datasets(tmp_path / "scored"), batch_size=3)) as batches:
         expected = [Reds().reds(i) for i in range(3)]
-        np.testing.assert_allclose(next(batches)["score"], np.asarray(expected) * 8 / 30, rtol=1e-6)
+        np.testing.assert_allclose(next(batches)["scores"], np.asarray(expected) * 8 / 30, rtol=1e-6)
 
 
 def test_a_dataset_of_an_earlier_version_is_the_same_without_scores(pipe, config, tmp_path):
@@ -213,7 +215,7 @@ def test_each_image_of_a_pair_once_for_a_caption(pipe, config, tmp_path):
     rows = read(tmp_path / "out")
     assert [row["key"].decode() for row in rows] == [key for key, _ in expected]
     np.testing.assert_allclose(
-        [row["score"][0] * 30 / 8 for row in rows], [red for _, red in expected], rtol=1e-6
+        [row["scores"][0] * 30 / 8 for row in rows], [red for _, red in expected], rtol=1e-6
     )
     assert rows[0]["moments"].shape == (1, 4, 4, 6)
     assert manifest["splits"]["train"]["left_out"] == {"repeated image": 1, "tie": 4}

@@ -72,6 +72,12 @@ def config(shallow_model, tiny_pairs):
             "in memory can have; leave it out",
         ),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
+        ({"noise_offset": -0.1}, "config.noise_offset = -0.1: must be finite and not negative"),
+        (
+            {"noise_offset": 0.1, "stream.kind": "prompts"},
+            "config.noise_offset = 0.1: is of noised examples, and config.stream.kind = 'prompts' trains on "
+            "the steps of a sampler; leave it 0",
+        ),
         ({"checkpoint.every": 0}, "config.checkpoint.every = 0: must be at least 1"),
         ({"samples.every": -1}, "config.samples.every = -1: must not be negative"),
         ({"validation.every": -1}, "config.validation.every = -1: must not be negative"),
