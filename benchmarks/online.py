@@ -4,8 +4,8 @@
 
 `draft_k` on colourfulness and `ddpo` on compressibility, each beside online Diffusion-DPO on the same reward.
 The recipes are those of configs/; only lengths and rounds are changed. The reward that is not trained by is
-watched on held-out prompts, whose images are not counted. Takes about 40 minutes on two CPU cores. A run that
-was stopped goes on where it was, and one that is finished is only read.
+watched on held-out prompts, whose images are not counted. By an estimate it takes 35 minutes on two idle CPU
+cores. A run that was stopped goes on where it was, and one that is finished is only read.
 """
 
 import textwrap
