@@ -257,14 +257,19 @@ def test_self_play_goes_on_in_the_middle_of_an_iteration(rank, shallow_model, ti
     for steps in (1, 3, 4):
         assert train(make_config(shallow_model, tiny_pairs, changes | {"steps": steps}), parts).finished
     assert saved_steps(whole) == saved_steps(parts) == [1, 2, 3, 4]
+    # The last step of each part is validated, too.
     records = [
-        [record for record in read_reproducible(folder) if "loss" in record] for folder in (whole, parts)
+        [
+            {key: value for key, value in record.items() if not key.startswith("validation/")}
+            for record in read_reproducible(folder)
+            if "loss" in record
+        ]
+        for folder in (whole, parts)
     ]
     assert records[0] == records[1]
     losses = [record["loss"] for record in records[0]]
     # In the first update of an iteration the policy is the reference.
-    assert losses[0] == losses[2] == pytest.approx(np.log(2), rel=1e-6)
-    assert losses[1] != losses[0] != losses[3]
+    assert np.isclose(losses, np.log(2), atol=1e-3).tolist() == [True, False, True, False]
     export(whole, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The losers are images that the reference drew." in card
