@@ -415,7 +415,7 @@ def test_a_tenth_of_the_emoji_by_colourfulness_and_two_steps(tmp_path):
     best = sorted(sorted(range(len(pairs)), key=lambda i: (-scores[i], i))[: round(0.1 * len(pairs))])
     assert keys(tmp_path / "out") == [pairs[i].key for i in best]
     run = training.get_config()
-    run.update(model=model, steps=2, batch_size=8, noise_offset=0.1)
+    run.update(model=model, steps=2, batch_size=8, log_every=1, noise_offset=0.1)
     run.update(data={"path": str(tmp_path / "out")}, objective={"name": "sft"}, samples={"every": 0})
     run.validation.every = 0
     train(run, tmp_path / "run")
