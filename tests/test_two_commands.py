@@ -162,7 +162,7 @@ def test_an_empty_file_of_ours_is_named_with_the_remedy(tmp_path):
 
 def test_an_empty_file_of_kept_facts_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compilation, "compile_facts", lambda lowered: {"peak_bytes": 1})
+    monkeypatch.setattr(compilation, "compile_facts", lambda lowered, trips: {"peak_bytes": 1})
     lowered, device = (
         SimpleNamespace(as_text=lambda: "text"),
         SimpleNamespace(platform="cpu", device_kind="cpu"),

@@ -70,6 +70,10 @@ class RewardGradient:
         """Returns how many steps pass a gradient on average, for estimates of cost."""
         return float(calls)
 
+    def mean_open_trips(self, calls: int) -> float:
+        """Returns how often, on average, the loop runs whose length is an argument: the backward pass."""
+        return self.mean_attached(calls)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DRaFTK(RewardGradient):
@@ -176,6 +180,10 @@ class ReFL(RewardGradient):
         """See `RewardGradient.mean_attached`."""
         del calls
         return 1.0
+
+    def mean_open_trips(self, calls: int) -> float:
+        """See `RewardGradient.mean_open_trips`; here it is the way to the attached step."""
+        return (int(self.first * calls) + calls - 1) / 2
 
 
 REWARD_GRADIENTS: dict[str, type[RewardGradient]] = {

@@ -41,13 +41,16 @@ _GPU_FACTS = "works, form 4"  # raised when `compile_for_gpu` notes other facts
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
-def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None) -> JsonObject:
+def kept_facts(
+    lowered: jax.stages.Lowered, device: jax.Device, topology: str | None = None, open_trips: int = 1
+) -> JsonObject:
     """Returns `compile_facts`, kept for the next time by the program's text and compiler.
 
     Args:
       lowered: the program.
       device: one of those that it is for.
       topology: how they are connected; None for those that are here.
+      open_trips: see `compile_facts`.
     """
     versions = [
         f"{name} {metadata.version(name)}"
@@ -61,23 +64,29 @@ def kept_facts(lowered: jax.stages.Lowered, device: jax.Device, topology: str | 
     text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
     if device.platform == "gpu":
         text = f"{_GPU_FACTS}\n{text}"
+    if open_trips != 1:
+        text = f"open loops {open_trips}\n{text}"
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if path.is_file():
         return read_object(path, "delete it, and the program is compiled again")
     if device.platform == "gpu":
-        facts = compile_for_gpu(lowered, absent=topology is not None)
+        facts = compile_for_gpu(lowered, topology is not None, open_trips)
     else:
-        facts = compile_facts(lowered)
+        facts = compile_facts(lowered, open_trips)
     write_json(path, facts, shared=True)
     return facts
 
 
-def compile_facts(lowered: jax.stages.Lowered) -> JsonObject:
+def compile_facts(lowered: jax.stages.Lowered, open_trips: int = 1) -> JsonObject:
     """Compiles a program and returns the raw facts: memory, FLOPs, collectives, the compiler's estimate.
 
     Of a program that is too large only peak_bytes, as far as its compiler had counted, and hbm_bytes, which
     is None of all others.
+
+    Args:
+      lowered: the program.
+      open_trips: how often a loop of it runs whose length is known only when it does.
     """
     before = time.perf_counter()
     try:
@@ -96,7 +105,7 @@ def compile_facts(lowered: jax.stages.Lowered) -> JsonObject:
     memory: Any = program.memory_analysis()
     costs = program.cost_analysis() or {}
     text = program.as_text() or ""
-    instructions = list(read_instructions(text))
+    instructions = list(read_instructions(text, open_trips))
     return {
         "peak_bytes": peak_bytes(memory),
         "hbm_bytes": None,
@@ -111,26 +120,27 @@ def compile_facts(lowered: jax.stages.Lowered) -> JsonObject:
     }
 
 
-def compile_for_gpu(lowered: jax.stages.Lowered, absent: bool) -> JsonObject:
+def compile_for_gpu(lowered: jax.stages.Lowered, absent: bool, open_trips: int = 1) -> JsonObject:
     """Compiles a program for NVIDIA GPUs and returns the raw facts: memory, and what instructions do.
 
     Args:
       lowered: the program.
       absent: whether its devices are of `absent_gpu.find_devices`.
+      open_trips: see `compile_facts`.
     """
     before = time.perf_counter()
     program = absent_gpu.compile_lowered(lowered) if absent else lowered.compile()
     seconds = time.perf_counter() - before
     memory: Any = program.memory_analysis()
     text = program.as_text() or ""
-    found = works.read_works(text)
+    found = works.read_works(text, open_trips)
     return {
         "peak_bytes": peak_bytes(memory),
         "hbm_bytes": None,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "bytes_accessed": sum(work.times * work.bytes for work in found if work.kind != works.COMMUNICATION),
-        "collectives": collectives(read_instructions(text)),
+        "collectives": collectives(read_instructions(text, open_trips)),
         "works": [dataclasses.asdict(work) | {"group": list(work.group)} for work in found],
         "compile_seconds": seconds,
     }

@@ -33,11 +33,13 @@ class Program:
       function: jitted.
       arguments: shapes, with their shardings.
       fixed_bytes: of a device's memory, whatever the batch.
+      open_trips: how often the loop runs whose length is known only when it does, see `task.Passes`.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     fixed_bytes: int
+    open_trips: int = 1
 
     def lower(self, absent: Any = None) -> jax.stages.Lowered:
         """Traces and lowers the program; `absent` is a GPU of `absent_gpu.find_devices` among its devices."""
@@ -61,7 +63,8 @@ def step(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, 
     state, reference = make_state(task, mesh, make_adapters(settings, pipe), abstract=True)
     batch = abstract_batch(task, 2, size, count, mesh)
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
-    return Program(compile_step(state), (state, reference, batch, abstract_key(mesh)), fixed)
+    arguments, trips = (state, reference, batch, abstract_key(mesh)), task.loss.passes(2).open_trips
+    return Program(compile_step(state), arguments, fixed, trips)
 
 
 def judge(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, mesh: Mesh) -> Program:

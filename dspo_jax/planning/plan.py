@@ -191,7 +191,7 @@ def plan(
     }
     if facts is None:
         absent = device if topology is not None and absent_gpu.is_gpu(topology) else None
-        facts = compilation.kept_facts(program.lower(absent), device, topology)
+        facts = compilation.kept_facts(program.lower(absent), device, topology, program.open_trips)
     gpu = gpu_of_kind(device.device_kind)
     if gpu is not None and "works" in facts:
         each = absent_gpu.parse_topology(topology)[2] if topology else jax.local_device_count()

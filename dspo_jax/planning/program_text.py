@@ -68,13 +68,17 @@ class Instruction:
     times: int
 
 
-def read_instructions(text: str) -> Iterator[Instruction]:
+def read_instructions(text: str, open_trips: int = 1) -> Iterator[Instruction]:
     """Every instruction of the entry computation and of what it calls, with how often it runs.
 
-    The inside of a fusion is given too. A loop whose length cannot be read counts once.
+    The inside of a fusion is given too.
+
+    Args:
+      text: of the compiled program.
+      open_trips: how often a loop runs whose length the text does not tell.
     """
     computations, entry = read_computations(text)
-    yield from _walk(computations, entry, 1)
+    yield from _walk(computations, entry, 1, open_trips)
 
 
 def entry_instructions(text: str) -> Sequence[Instruction]:
@@ -100,19 +104,21 @@ def read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _walk(computations: Mapping[str, Sequence[Instruction]], name: str, times: int) -> Iterator[Instruction]:
+def _walk(
+    computations: Mapping[str, Sequence[Instruction]], name: str, times: int, open_trips: int
+) -> Iterator[Instruction]:
     for instruction in computations.get(name, ()):
         yield dataclasses.replace(instruction, times=times)
         inside = times
         if instruction.op == "while":
-            inside *= trips(computations, instruction)
+            inside *= trips(computations, instruction, open_trips)
         for names in _CALLED.findall(instruction.rest):
             for called in names.replace("%", "").split(", "):
-                yield from _walk(computations, called, inside)
+                yield from _walk(computations, called, inside, open_trips)
 
 
-def trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) -> int:
-    """Counts how often the body of a loop runs: as noted there, or by its condition."""
+def trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction, open_trips: int = 1) -> int:
+    """Counts how often the body of a loop runs: as noted there, by its condition, or else `open_trips`."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     if condition := _CONDITION.search(loop.rest):
@@ -123,7 +129,7 @@ def trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction) 
         ]
         if len(bounds) == 1:
             return bounds[0]
-    return 1
+    return open_trips
 
 
 def array_bytes(type_: str) -> int:

@@ -84,18 +84,22 @@ _MOVING = {*_NAMES, *_COPIES, *_PARTS}
 _PARTLY_READ = ("slice", "dynamic-slice", "gather")
 
 
-def read_works(text: str) -> list[Work]:
+def read_works(text: str, open_trips: int = 1) -> list[Work]:
     """Lists what a compiled program's instructions do, those that are alike together.
 
     The body of a loop counts as often as it runs, and so does each branch of a condition. What a fusion keeps
     to itself is no traffic, and of an operand that it only takes slices from the slices count.
+
+    Args:
+      text: of the compiled program.
+      open_trips: how often a loop runs whose length the text does not tell.
     """
     computations, entry = read_computations(text)
     types = {each.name: each.type for inside in computations.values() for each in inside}
     sources = _read_sources(text)
     has_gradient = "jvp(" in text
     found: dict[Work, int] = {}
-    for instruction in _top_level(computations, entry, 1):
+    for instruction in _top_level(computations, entry, 1, open_trips):
         if instruction.op in _FREE:
             continue
         work = _work(instruction, types, computations, has_gradient)
@@ -105,16 +109,17 @@ def read_works(text: str) -> list[Work]:
 
 
 def _top_level(
-    computations: Mapping[str, Sequence[Instruction]], name: str, times: int
+    computations: Mapping[str, Sequence[Instruction]], name: str, times: int, open_trips: int
 ) -> Iterator[Instruction]:
     """Gives the instructions that run one after another, those of loops with how often."""
     for instruction in computations.get(name, ()):
         yield dataclasses.replace(instruction, times=times)
         if instruction.op in _ENTERED:
-            inside = times * (trips(computations, instruction) if instruction.op == "while" else 1)
+            loop = instruction.op == "while"
+            inside = times * (trips(computations, instruction, open_trips) if loop else 1)
             for names in _INSIDE.findall(instruction.rest):
                 for called in names.replace("%", "").split(", "):
-                    yield from _top_level(computations, called, inside)
+                    yield from _top_level(computations, called, inside, open_trips)
 
 
 def _work(

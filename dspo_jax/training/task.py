@@ -27,6 +27,7 @@ class Passes(NamedTuple):
       reference: forward passes of the frozen denoiser.
       encoded: forward passes of the text encoders, for the policy and the reference together.
       encoded_backward: passes of the text encoders that gradients flow through where these are trained.
+      open_trips: how often, on average, the loop runs whose length the compiled program does not tell.
     """
 
     policy: int
@@ -34,6 +35,7 @@ class Passes(NamedTuple):
     reference: int
     encoded: int
     encoded_backward: int
+    open_trips: int = 1
 
 
 @runtime_checkable

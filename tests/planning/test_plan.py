@@ -12,16 +12,18 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tables import each_row
 from test_compiled import BUFFERS, TPU_TEXT
 from tiny_run import make_config
 
+from dspo_jax.monitoring.devices import count_flops
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.planning import compilation
+from dspo_jax.planning import compilation, parts
 from dspo_jax.planning import plan as plan_module
 from dspo_jax.planning.plan import (
     KERNEL_EFFICIENCY,
@@ -34,6 +36,7 @@ from dspo_jax.planning.plan import (
     plan,
 )
 from dspo_jax.planning.program_text import collectives, read_instructions
+from dspo_jax.planning.works import read_works
 from dspo_jax.training.costs import abstract_batch, flops_per_example
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state, make_task
@@ -240,21 +243,63 @@ def test_a_topology_of_unknown_chips_is_refused_before_anything_is_compiled(monk
         find_devices("v4:2x2x1")
 
 
+@pytest.mark.ci
+@each_row(
+    ("changes", "trips", "each"),
+    [
+        # Of a step that is trained: forward, and backward by states and parameters; ReFL's way goes forward.
+        ({"reward_gradient.name": "draft_k", "reward_gradient.k": 3.0}, 3, 3),
+        ({"reward_gradient.name": "alignprop"}, 4, 3),
+        (
+            {
+                "reward_gradient.name": "refl",
+                "reward_gradient.first": 0.5,
+                "reward_gradient.threshold": 2.0,
+            },
+            6,
+            1,
+        ),
+    ],
+)
+def test_the_loop_of_a_reward_gradient_counts_as_often_as_it_runs(changes, trips, each, shallow_model):
+    """By XLA's own count of the network's FLOPs; 8 steps, two predictions each."""
+    online = {"stream.kind": "prompts", "stream.prompts": ["a cat"] * 4, "rewards.train": "colourfulness"}
+    online |= {"stream.num_inference_steps": 8, "stream.guidance_scale": 3.0, "batch_size": 4}
+    settings = parse(make_config(shallow_model, "", {**online, **changes}))
+    pipe = load_pipeline(shallow_model)
+    program = parts.step(settings, pipe, pipe.image_size, 4, make_mesh({"data": 1}, jax.devices()[:1]))
+    assert program.open_trips == trips
+    text = program.lower().compile().as_text()
+    once, twice = (sum(work.times * work.flops for work in read_works(text, n)) for n in (1, 2))
+    assert (twice - once) / _network_flops(pipe, 8) == pytest.approx(each, rel=0.2)
+
+
+def _network_flops(pipe, images):
+    params = {name: pipe.networks[name].abstract_params() for name in pipe.components}
+    text = jax.eval_shape(
+        pipe.encode_conditioning, params, {"tokens": jax.ShapeDtypeStruct((images, 1, 77), jnp.int32)}
+    )
+    latents = jax.ShapeDtypeStruct((images, *pipe.latent_size, pipe.latent_channels), jnp.float32)
+    timesteps = jax.ShapeDtypeStruct((images,), jnp.int32)
+    return count_flops(pipe.predict, params, latents, timesteps, text)
+
+
 def test_what_was_compiled_with_other_flags_or_for_another_topology_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     count = itertools.count()
-    monkeypatch.setattr(compilation, "compile_facts", lambda lowered: {"number": next(count)})
+    monkeypatch.setattr(compilation, "compile_facts", lambda lowered, trips: {"number": next(count)})
     program = SimpleNamespace(as_text=lambda: "module @f")
 
-    def number(topology: str = "v5p:2x2x1") -> int:
-        return compilation.kept_facts(program, V5P, topology)["number"]
+    def number(topology: str = "v5p:2x2x1", trips: int = 1) -> int:
+        return compilation.kept_facts(program, V5P, topology, trips)["number"]
 
     assert [number(), number(), number("v5p:1x2x2"), number()] == [0, 0, 1, 0]
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_hlo_deduplication=true")
     assert number() == 2
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_dump_to=folder")
     assert number() == 2
+    assert [number(trips=10), number(trips=10), number()] == [3, 3, 2]
 
 
 @pytest.mark.slow

@@ -198,6 +198,52 @@ ENTRY %main (p: pred[], x: f32[64]) -> f32[64] {{
     assert {"negate", "exponential"} <= {each.op for each in read_instructions(text)}
 
 
+def test_a_loop_whose_length_the_text_does_not_tell_runs_as_often_as_is_said():
+    """An open loop around one of three trips: a product of 2 x 4 x 8 x 16 FLOPs in each."""
+    text = """HloModule jit_f
+
+%inner (s: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %s = (s32[], f32[4,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %a = f32[4,8]{1,0} constant({...})
+  %b = f32[8,16]{1,0} constant({...})
+  %dot.1 = f32[4,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[4,16]{1,0}) tuple(%i, %dot.1)
+}
+
+%three (s.1: (s32[], f32[4,16])) -> pred[] {
+  %s.1 = (s32[], f32[4,16]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %n.1 = s32[] constant(3)
+  ROOT %less.1 = pred[] compare(%i.1, %n.1), direction=LT
+}
+
+%outer (s.2: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %s.2 = (s32[], f32[4,16]{1,0}) parameter(0)
+  ROOT %while.1 = (s32[], f32[4,16]{1,0}) while(%s.2), condition=%three, body=%inner
+}
+
+%open (s.3: (s32[], f32[4,16])) -> pred[] {
+  %s.3 = (s32[], f32[4,16]{1,0}) parameter(0)
+  %i.3 = s32[] get-tuple-element(%s.3), index=0
+  %n.3 = s32[] get-tuple-element(%s.3), index=0
+  ROOT %less.3 = pred[] compare(%i.3, %n.3), direction=LT
+}
+
+ENTRY %main (x: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %x = (s32[], f32[4,16]{1,0}) parameter(0)
+  ROOT %while.2 = (s32[], f32[4,16]{1,0}) while(%x), condition=%open, body=%outer
+}
+"""
+
+    def flops(*trips):
+        return sum(work.times * work.flops for work in read_works(text, *trips))
+
+    assert (flops(), flops(1), flops(10)) == (3 * 1024, 3 * 1024, 30 * 1024)
+    products = [each.times for each in read_instructions(text, 10) if each.op == "dot"]
+    assert products == [30]
+
+
 def test_the_line_of_our_code():
     sources = {work.what: work.source for work in read_works(TEXT)}
     assert sources["__cudnn$convForward"] == "models/blocks.py:172"  # what calls the kernel

@@ -194,6 +194,7 @@ class RewardGradientLoss:
             reference=round(reference),
             encoded=each,
             encoded_backward=each,
+            open_trips=round(self.method.mean_open_trips(calls)),
         )
 
     def notes(self, values_per_image: int) -> list[str]:
