@@ -17,7 +17,7 @@ from dspo_jax.kernels.layouts import format_of
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import stability
-from dspo_jax.training.task import Batch, Metrics, Task
+from dspo_jax.training.task import USABLE, Batch, Metrics, Task
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +121,26 @@ def train_step(
 def mean_gradient(
     params: Params, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
 ) -> tuple[tuple[Float32[jax.Array, ""], Metrics], Params]:
-    """Computes loss, metrics and float32 gradient of a batch, part by part where it is split."""
+    """Computes loss, metrics and float32 gradient of a batch, part by part where it is split.
+
+    Where the loss leaves examples out all of them are means over the others of the whole batch, however it is
+    split; the metric `unusable_images` counts what is left out, and of more than half the loss is NaN.
+    """
+    (loss, metrics), grads = _mean_of_parts(params, task, reference, batch, key)
+    usable = metrics.pop(USABLE, None)
+    if usable is None:
+        return (loss, metrics), grads
+    (loss, metrics), grads = jax.tree.map(lambda x: x / usable, ((loss, metrics), grads))
+    examples = len(jax.tree.leaves(batch)[0])
+    unusable = jnp.round((1 - usable) * examples)
+    loss = jnp.where(2 * unusable > examples, jnp.nan, loss)
+    return (loss, metrics | {"unusable_images": unusable}), grads
+
+
+def _mean_of_parts(
+    params: Params, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
+) -> tuple[tuple[Float32[jax.Array, ""], Metrics], Params]:
+    """Returns means over the parts of a batch, in which examples that a loss leaves out are zeros."""
     grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 
     def evaluate(part: Batch) -> tuple[tuple[jax.Array, Metrics], Params]:

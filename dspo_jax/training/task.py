@@ -16,6 +16,8 @@ from dspo_jax.pipelines.pipeline import Pipeline
 Batch = Mapping[str, Any]
 """Arrays, or trees of them, with a leading axis of examples, by name."""
 Metrics = dict[str, jax.Array]
+USABLE = "usable"
+"""Metric of a loss that leaves examples out: the share of those that it counts, the others being zeros."""
 
 
 class Passes(NamedTuple):
@@ -49,7 +51,7 @@ class LossFn(Protocol):
     def __call__(
         self, params: Params, task: "Task", reference: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Returns scalar loss, and scalar metrics, in float32."""
+        """Returns scalar loss, and scalar metrics, in float32; the step uses up `USABLE` of these."""
 
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""

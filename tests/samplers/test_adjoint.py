@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dspo_jax.samplers import make_sampler
-from dspo_jax.samplers.adjoint import run_with_gradients
+from dspo_jax.samplers.adjoint import checkpoint_images, run_with_gradients
 from dspo_jax.schedules.variance_preserving import Schedule
 
 CALLS, SHAPE = 6, (2, 2, 2, 3)
@@ -161,3 +161,39 @@ def test_memory_does_not_grow_with_the_steps_that_pass_gradients():
         return program.memory_analysis().temp_size_in_bytes - states
 
     assert temporaries(40) < 1.2 * temporaries(5) + 4096
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_image_that_is_not_finite_passes_no_gradient(bad):
+    """The gradient is that of the other image alone, to parameters and noise, also through the penalties."""
+    kept, step, x, noise = make_case(1.0)
+    theta, attached = make_theta(), jnp.asarray([0, 1, 1, 0, 1, 1], bool)
+    spoilt = noise.at[2, 1, 0, 0, 0].set(bad)  # x_3 is the first state that is not finite
+
+    def value(theta, x, noise):
+        last, penalty = run_with_gradients(step, theta, noise, x, attached, kept)
+        usable = jnp.isfinite(last).all((1, 2, 3))
+        return (
+            jnp.where(usable[:, None, None, None], jnp.sin(last), 0).sum()
+            + jnp.where(usable, penalty, 0).sum()
+        )
+
+    found = jax.grad(value)(theta, x, spoilt)
+    expected = jax.grad(value)(theta, x[:1], noise[:, :1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
+
+
+def test_what_is_computed_again_passes_no_gradient_of_an_image_that_is_not_finite():
+    theta, x = make_theta(), jax.random.normal(KEYS[4], SHAPE, jnp.float64)
+    spoilt = x.at[1, 0, 0, 0].set(-1e200)
+
+    def function(theta, x):
+        return jnp.square(x) ** 2 @ theta["w"], x.sum((1, 2, 3))  # the square of the square overflows
+
+    def value(theta, x):
+        squares, sums = checkpoint_images(function, theta, x)
+        return jnp.where(jnp.isfinite(squares), squares, 0).sum() + sums[0]
+
+    (of_theta, of_x), (expected, of_x0) = (jax.grad(value, (0, 1))(theta, each) for each in (spoilt, x[:1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), of_theta, expected)
+    np.testing.assert_allclose(of_x, jnp.concatenate([of_x0, jnp.zeros_like(of_x0)]), rtol=1e-12)

@@ -1,5 +1,7 @@
 """Losses that differentiate a reward through the sampler: against the plain derivative, on any mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,6 +223,51 @@ def test_devices_and_parts_of_a_batch_do_not_change_the_update(shallow_model):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-3 * largest), other[2], grads
         )
+
+
+@pytest.mark.ci
+@each_row(
+    "changes",
+    [
+        {"reward_gradient.name": "draft_plus"},
+        {"reward_gradient.name": "draft_lv"},
+        {"reward_gradient.name": "alignprop", "accumulation": 2},
+        {"reward_gradient.name": "refl", "reward_gradient.threshold": 100.0},
+    ],
+)
+def test_an_image_without_a_reward_is_left_out(changes, shallow_model):
+    """The update is the mean of those that each of the other images gives alone; of too many it is none."""
+    experiment, mesh, state, reference = make(shallow_model, changes)
+    reward = experiment.own_images.trained
+
+    def function(params, images, bad):
+        return jnp.where(bad, jnp.nan, 1.0) * reward.function(params, images, None)
+
+    loss = dataclasses.replace(experiment.task.loss, reward=dataclasses.replace(reward, function=function))
+    task = dataclasses.replace(experiment.task, loss=loss)
+    whole, run = jax.device_get(make_batch(experiment, mesh)), jax.jit(mean_gradient, static_argnums=1)
+
+    def update(rows, bad=(0, 0, 0, 0)):
+        batch = {name: column[list(rows)] for name, column in whole.items() if name != "reward_tokens"}
+        batch = shard_batch(batch | {"reward_tokens": np.array(bad, bool)}, mesh)
+        return jax.device_get(run(state.params, task, reference, batch, KEY))
+
+    alone = [update([row] * 4) for row in range(4)]
+    for bad in ((0, 0, 0, 1), (1, 0, 1, 0)):
+        (value, metrics), grads = update(range(4), bad)
+        good = [each for each, left_out in zip(alone, bad, strict=True) if not left_out]
+        (expected, of_images), slopes = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *good)
+        assert metrics.pop("unusable_images") == sum(bad)
+        assert of_images.pop("unusable_images") == 0
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert metrics == pytest.approx(of_images, rel=1e-5)
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(slopes))
+        assert largest > 0
+        for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * largest)
+    (value, metrics), _ = update(range(4), (1, 1, 0, 1))
+    assert np.isnan(value)
+    assert metrics["unusable_images"] == 3
 
 
 @each_row(

@@ -6,17 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Key, PyTree
+from jaxtyping import Bool, Float, Float32, Key, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.objectives.reward_gradient import ReFL, RewardGradient
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.differentiable import DifferentiableReward
-from dspo_jax.samplers.adjoint import run_with_gradients
+from dspo_jax.samplers.adjoint import checkpoint_images, run_with_gradients
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
-from dspo_jax.training.task import Batch, Metrics, Passes, Task, cast, of_components, policy_params
+from dspo_jax.training.task import (
+    USABLE,
+    Batch,
+    Metrics,
+    Passes,
+    Task,
+    cast,
+    of_components,
+    policy_params,
+)
 
 REWARD, VAE = "reward", "vae"
 """Names of the frozen parameters beside those of the pipeline's components."""
@@ -25,6 +34,8 @@ REWARD, VAE = "reward", "vae"
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardGradientLoss:
     """Mean loss of images that are drawn of a batch of prompts; a `LossFn`.
+
+    An image whose pixels or reward are not finite is left out: it has no gradient and counts in no mean.
 
     A batch has `tokens` [B, E, S], `reward_tokens` as the reward takes them, `index` [B] uint32 (unique over
     the run) and `update` [B] uint32, the number of the update.
@@ -49,7 +60,9 @@ class RewardGradientLoss:
     def __call__(
         self, params: Params, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
     ) -> tuple[Float32[jax.Array, ""], Metrics]:
-        """Returns means of the loss and of the metrics, float32 scalars.
+        """Returns means of the loss and of the metrics, float32 scalars, with unusable images as zeros.
+
+        `USABLE`, among the metrics, is the share of the others.
 
         Args:
           params: trained parameters by component.
@@ -110,44 +123,62 @@ class RewardGradientLoss:
             # To the attached step without gradients; its prediction gives the image.
             held, i = jax.lax.stop_gradient(theta), jnp.argmax(attached)
             x = jax.lax.fori_loop(0, i, lambda i, x: (walk or step)(held, (), x, i)[0], start)
-            x, t = jax.lax.stop_gradient(x), jnp.take(jnp.asarray(sampler.timesteps), i)
-            prediction = predict(theta, x, t)
-            latents = pipe.schedule.to_x0(prediction, x, t)
-            penalty = drift(x, t, prediction) if self.needs_reference else jnp.zeros(len(x), jnp.float32)
+            t = jnp.take(jnp.asarray(sampler.timesteps), i)
+
+            def expect(theta: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+                prediction = predict(theta, x, t)
+                penalty = drift(x, t, prediction) if self.needs_reference else jnp.zeros(len(x), jnp.float32)
+                return pipe.schedule.to_x0(prediction, x, t), penalty
+
+            latents, penalty = checkpoint_images(expect, theta, jax.lax.stop_gradient(x))
         else:
             latents, penalty = run_with_gradients(step, theta, (), start, attached, sampler.kept, walk)
             penalty /= jnp.maximum(attached.sum(), 1)
-        losses, metrics = self._judge(pipe, reference, latents, batch["reward_tokens"])
+        losses, usable, metrics = self._judge(pipe, reference, latents, batch["reward_tokens"])
+
+        def take_last(theta: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return step(theta, (), x, jnp.asarray(calls - 1, jnp.int32))
+
         for number in range(self.method.renoised):
             eps = noise(2**30 + number)
             noised = pipe.schedule.add_noise(jax.lax.stop_gradient(latents), eps, int(sampler.timesteps[-1]))
-            last = jnp.asarray(calls - 1, jnp.int32)
-            again, _ = jax.checkpoint(step)(theta, (), noised, last)
-            losses += self._judge(pipe, reference, again, batch["reward_tokens"])[0]
+            again, _ = checkpoint_images(take_last, theta, noised)
+            more, usable_again, _ = self._judge(pipe, reference, again, batch["reward_tokens"])
+            losses, usable = losses + more, usable & usable_again
         if self.needs_reference:
             losses += self.method.beta * penalty
             metrics["prediction_drift"] = penalty
         metrics["attached_steps"] = attached.sum().astype(jnp.float32)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+        def mean(values: jax.Array) -> jax.Array:
+            return jnp.where(usable, values, 0.0).mean()
+
+        means = {name: mean(values) for name, values in metrics.items()}
+        return mean(losses), means | {USABLE: usable.mean(dtype=jnp.float32)}
 
     def _judge(
         self, pipe: Pipeline, reference: Params, latents: Float[jax.Array, "B h w C"], tokens: PyTree
-    ) -> tuple[Float32[jax.Array, " B"], Metrics]:
-        """Returns losses and metrics [B] of latents; nothing of the decoder is kept for the backward pass.
+    ) -> tuple[Float32[jax.Array, " B"], Bool[jax.Array, " B"], Metrics]:
+        """Returns losses of latents [B], which of them are usable, and metrics [B].
+
+        Nothing of the decoder is kept for the backward pass.
 
         Pixels are clamped to [0, 1], as images are saved: outside nothing is gained, and no gradient flows.
         """
 
-        @jax.checkpoint
-        def score(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def score(theta: PyTree, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+            del theta
             pixels = pipe.decode({VAE: reference[VAE]}, latents).astype(jnp.float32) / 2 + 0.5
             outside = ((pixels < 0) | (pixels > 1)).mean((1, 2, 3), dtype=jnp.float32)
+            outside = jnp.where(jnp.isfinite(pixels).all((1, 2, 3)), outside, jnp.nan)
             images = jnp.clip(pixels, 0.0, 1.0)
             return self.reward.function(reference[REWARD], images, tokens), outside
 
-        rewards, outside = score(latents)
+        rewards, outside = checkpoint_images(score, (), latents)
+        usable = jnp.isfinite(rewards) & jnp.isfinite(outside)
         metrics = {"reward": rewards, "saturated": outside}
-        return self.method.loss(rewards / self.reward.divisor), jax.lax.stop_gradient(metrics)
+        losses = self.method.loss(rewards / self.reward.divisor)
+        return losses, usable, jax.lax.stop_gradient(metrics)
 
     @property
     def beside_components(self) -> tuple[str, ...]:
