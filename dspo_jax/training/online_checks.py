@@ -35,7 +35,7 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
     else:
         check_pairs(settings, mesh)
     check_rounds(settings)
-    check_round_sizes(settings, mesh, settings.batch_size * stream.updates * settings.images_per_example)
+    check_round_sizes(settings, mesh, settings.round_images)
 
 
 def check_drawing(settings: Settings, pipe: Pipeline) -> None:

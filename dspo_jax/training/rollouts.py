@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Float32, Integer, Key, UInt8, UInt32
+from jaxtyping import Bool, Float, Float32, Int32, Integer, Key, UInt8, UInt32
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import BATCH_SPEC, batch_sharding, replicated
 from dspo_jax.parallel.rules import gather, place
+from dspo_jax.samplers.transitions import log_probability
 from dspo_jax.sampling.decoding import PIXELS_AT_ONCE, to_pixels
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
@@ -62,6 +63,15 @@ class Rollout:
         shape = (*size, task.pipe.latent_channels)
         sampler = self.sampler
 
+        def noise(
+            key: Key[jax.Array, ""], of: UInt32[jax.Array, " N"], number: jax.Array | int
+        ) -> Float[jax.Array, "N h w C"]:
+            def one(index: jax.Array, number: jax.Array) -> jax.Array:
+                of_image = jax.random.fold_in(key, index)
+                return jax.random.normal(jax.random.fold_in(of_image, number), shape)
+
+            return jax.vmap(one)(of, jnp.broadcast_to(jnp.asarray(number), of.shape))
+
         def draw(
             params: Params,
             reference: Params,
@@ -73,23 +83,27 @@ class Rollout:
             policy = gather(policy_params(task, params, reference))
             conditioning = denoiser.encode(policy, tokens, size)
 
-            def noise(of: jax.Array, number: jax.Array | int) -> Float[jax.Array, "B h w C"]:
-                def one(index: jax.Array) -> jax.Array:
-                    of_image = jax.random.fold_in(key, index)
-                    return jax.random.normal(jax.random.fold_in(of_image, number), shape)
-
-                return jax.vmap(one)(of)
-
             return sampler.rollout(
                 lambda x, t: denoiser.predict(policy, x, t, conditioning),
-                sampler.start(noise(start, 0)),
-                lambda i: noise(index, i + 1),
+                sampler.start(noise(key, start, 0)),
+                lambda i: noise(key, index, i + 1),
             ).latents
+
+        def judge(
+            index: UInt32[jax.Array, " N"], calls: Int32[jax.Array, "N n"], key: Key[jax.Array, ""]
+        ) -> Float32[jax.Array, "N n"]:
+            def of_call(call: jax.Array) -> jax.Array:
+                deviation = jnp.take(jnp.asarray(sampler.step_noise), call)
+                drawn = deviation.reshape(-1, 1, 1, 1) * noise(key, index, call + 1)
+                return log_probability(drawn, jnp.zeros_like(drawn), deviation)
+
+            return jax.lax.map(of_call, calls.T).T
 
         self._draw = jax.jit(
             on_mesh(draw, mesh),
             out_shardings=NamedSharding(mesh, PartitionSpec(None, *BATCH_SPEC)),
         )
+        self._judge = jax.jit(on_mesh(judge, mesh), out_shardings=replicated(mesh))
 
     def __call__(
         self,
@@ -111,6 +125,17 @@ class Rollout:
           start: [B], what x_0 follows from in place of the index, for images that share it.
         """
         return self._draw(params, reference, tokens, index, index if start is None else start, key)
+
+    def log_probability(
+        self, index: UInt32[Array, " N"], calls: Int32[Array, "N n"], key: Key[jax.Array, ""]
+    ) -> Float32[jax.Array, "N n"]:
+        """Computes log-probabilities of steps as they were drawn: from their noise, without the network.
+
+        Args:
+          index, key: of the images, as when they were drawn.
+          calls: [N, n], steps of each image that add noise.
+        """
+        return self._judge(index, calls, key)
 
     @property
     def program(self) -> jax.stages.Wrapped:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Integer, UInt8
+from jaxtyping import Float, Float32, Int32, Integer, UInt8, UInt32
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
@@ -140,6 +140,12 @@ class Rounds:
         if pairs:
             metrics["diversity"] = distances / pairs
         return Round(position, states, prompts, rewards, metrics)
+
+    def log_probability(
+        self, index: UInt32[np.ndarray, " N"], calls: Int32[np.ndarray, "N n"]
+    ) -> Float32[np.ndarray, "N n"]:
+        """Returns log-probabilities of steps as they were drawn, see `Rollout.log_probability`."""
+        return np.asarray(jax.device_get(self.rollout.log_probability(index, calls, self._key)))
 
     def _launch(
         self, params: Params, position: Position, prompts: Sequence[str], start: int

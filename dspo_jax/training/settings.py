@@ -268,6 +268,11 @@ class Settings:
         return 2 if self.objective.needs_weight else self.stream.images
 
     @property
+    def round_images(self) -> int:
+        """Images of a round of `trajectories` or `own_pairs`, over all processes."""
+        return self.batch_size * self.stream.updates * self.images_per_example
+
+    @property
     def method_key(self) -> str:
         """Name of the group of keys that says what trains."""
         return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int32
 
@@ -20,6 +21,7 @@ from dspo_jax.objectives.advantages import (
     pair_preferences,
     rounds_to_fill,
 )
+from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, replicated, shard_batch
 from dspo_jax.rewards.reward import Score
 from dspo_jax.samplers.sampler import Sampler
@@ -66,7 +68,6 @@ class TrajectoryStream(RoundStream):
             raise ValueError(f"the loss is a {type(loss).__name__}; trajectories are for PolicyGradientLoss")
         self._loss, self._method = loss, loss.method
         check_trajectories(settings, mesh, len(prompts))
-        count = settings.batch_size * stream.updates
         rounds = Rounds(
             settings,
             task,
@@ -74,7 +75,7 @@ class TrajectoryStream(RoundStream):
             prompts,
             score,
             mesh,
-            count=count,
+            count=settings.round_images,
             shares_start=self._method.images == 2,
         )
         self._calls = noisy_calls(rounds.rollout.sampler, stream.eta)
@@ -86,24 +87,33 @@ class TrajectoryStream(RoundStream):
         self._order: Int32[np.ndarray, "N n"] = np.zeros((0, 0), np.int32)
         self._judged = batch_advantages(np.zeros(0))
         self._old: dict[int, Float32[np.ndarray, "R P"]] = {}
+        self._has_told_noise = False
         self._take = jax.jit(self._take_steps, out_shardings=batch_sharding(mesh))
         self._evaluate = jax.jit(on_mesh(self._evaluate_steps, mesh), out_shardings=replicated(mesh))
         super().__init__(rounds, stream.updates)
 
     def _begin(self, params: Params, drawn: Round) -> dict[str, float]:
-        """Computes old log-probabilities where they are needed, and advantages."""
+        """Computes old log-probabilities where they are needed, and advantages.
+
+        Where it runs the network anyway, and in the first round of the run, it measures by how much the
+        program that trains and the one that drew differ.
+        """
         groups, images = self._groups * self._updates, self._method.images
         order = np.tile(self._calls, (groups, 1))
         self._order = np.random.default_rng((self._seed, drawn.position.round)).permuted(order, axis=1)
         self._judged = Advantages(np.zeros(groups, np.float32), np.ones(groups, bool))
         self._old, penalties = {}, []
+        metrics: dict[str, float] = {}
+        alone = self._updates == 1 and drawn.position.round == 0
         for update in range(self._updates):
-            if update or self._method.penalises_reward:
+            if update or self._method.penalises_reward or alone:
                 batch = self._make_batch(drawn, update)
                 found = jax.device_get(self._evaluate(params, self._reference, batch))
                 self._old[update] = found[0]
                 penalties.append(found)
-        rewards, metrics = drawn.rewards, {}
+        if self._old:
+            metrics["ratio_noise"] = self._measure_noise(drawn, *next(iter(self._old.items())))
+        rewards = drawn.rewards
         if self._method.penalises_reward:
             policy, reference = (
                 jnp.concatenate(each).reshape(groups * images, -1) for each in zip(*penalties, strict=True)
@@ -113,6 +123,45 @@ class TrajectoryStream(RoundStream):
             metrics["reward_penalty"] = float(np.nanmean(penalty))
         self._judged = self._judge(drawn, rewards)
         return metrics
+
+    def _measure_noise(self, drawn: Round, update: int, log_probability: Float32[np.ndarray, "R P"]) -> float:
+        """Returns how far the ratio is off 1 at most with unchanged parameters; says so once.
+
+        Args:
+          drawn: the round.
+          update: of which the steps are.
+          log_probability: of the steps, by the program that trains.
+        """
+        groups, images = self._groups, self._method.images
+        first = drawn.position.images + update * groups * images
+        index = (first + np.arange(groups * images)).astype(np.uint32)
+        calls = self._order[update * groups : (update + 1) * groups]
+        of_images = self._rounds.log_probability(index, np.repeat(calls, images, axis=0))
+        as_drawn = np.moveaxis(of_images.reshape(groups, images, -1), 1, 2).reshape(-1, images)
+        difference = np.float64(log_probability) - as_drawn
+        if self._method.reduction == "mean":
+            difference /= drawn.states[0][0, 0].size
+        noise = np.expm1(difference[np.isfinite(difference)])
+        most, usual = float(np.abs(noise).max()), float(np.sqrt(np.square(noise).mean()))
+        if not self._has_told_noise and processes.is_first():
+            clip = self._method.hyperparameters.get("clip")
+            logging.info(
+                "ratio noise: of the program that trains to the one that drew, before any update, the ratio "
+                "of a step is off 1 by %.2g at most and %.2g in the root mean square%s",
+                most,
+                usual,
+                "" if clip is None else f"; the clip is {clip:g}",
+            )
+            if clip is not None and most > clip / 2:
+                logging.warning(
+                    "the ratio noise of %.2g is more than half of config.policy_gradient.clip = %g: images "
+                    "are drawn off the policy by as much as an update may move it; raise the clip, or set "
+                    "--config.compute_dtype=float32",
+                    most,
+                    clip,
+                )
+        self._has_told_noise = True
+        return most
 
     def _judge(self, drawn: Round, rewards: Float[np.ndarray, " N"]) -> Advantages:
         if self._method.images == 2:

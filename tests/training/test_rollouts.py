@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 from online_run import PROMPTS, STEPS, OnlineRun, brightness
 
 from dspo_jax.errors import UserError
@@ -54,6 +55,18 @@ def test_states_are_those_of_the_sampler_with_noise_of_image_and_step(run, drawn
         expected = by_hand(params, run.pipe.tokenize([PROMPTS[number % 3]]))
         np.testing.assert_array_equal(states[0, number], expected[0, 0])
         np.testing.assert_allclose(states[:, number], expected[:, 0], rtol=1e-4, atol=2e-5)
+
+
+def test_log_probabilities_are_those_of_the_noise_that_was_drawn(run, drawn):
+    calls = np.array([[2, 0], [1, 1], [0, 2]], np.int32)
+    found = drawn[0].log_probability(INDEX[:3], calls, run.key)
+    deviation = drawn[0].sampler.step_noise
+    for image, call in np.ndindex(calls.shape):
+        step = calls[image, call]
+        key = jax.random.fold_in(jax.random.fold_in(run.key, INDEX[image]), step + 1)
+        z = np.float64(jax.random.normal(key, (*run.size, 4)))
+        expected = scipy.stats.norm.logpdf(z * deviation[step], scale=deviation[step]).sum()
+        assert found[image, call] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.ci

@@ -132,6 +132,31 @@ def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(shallo
     assert second["state"].dtype == second["old_log_probability"].dtype == np.float32
     assert not np.any(jax.device_get(second["first"]))
     assert gradient(run, second)[0][1]["ratio"] == pytest.approx(1, abs=1e-6)
+    # By the noise that was drawn, log p differs by rounding alone.
+    assert 0 < stream.metrics()["ratio_noise"] < 1e-5
+
+
+def test_the_noise_of_the_ratio_is_measured_and_said_once(shallow_model, caplog):
+    """The first round of a run with one update: one step is 0.3 nats a number less probable."""
+    run = OnlineRun(shallow_model, {"policy_gradient.name": "ddpo", "policy_gradient.clip": 0.1})
+    stream = run.open(TrajectoryStream)
+    evaluate, size = stream._evaluate, 4 * np.prod(run.size)
+
+    def spoil(*arguments):
+        policy, reference = evaluate(*arguments)
+        return policy.at[5, 0].add(-0.3 * size), reference
+
+    stream._evaluate = spoil
+    with caplog.at_level("INFO", "absl"):
+        stream.next(run.params)
+    assert stream.metrics()["ratio_noise"] == pytest.approx(1 - np.exp(-0.3), rel=1e-4)
+    usual = (1 - np.exp(-0.3)) / np.sqrt(8 * STEPS)
+    assert f"off 1 by 0.26 at most and {usual:.2g} in the root mean square; the clip is 0.1" in caplog.text
+    assert "more than half of config.policy_gradient.clip = 0.1" in caplog.text
+    caplog.clear()
+    stream.next(run.params)
+    assert "ratio_noise" not in stream.metrics()
+    assert "ratio noise" not in caplog.text
 
 
 @pytest.mark.ci
@@ -172,8 +197,10 @@ def test_pairs_of_d3po_share_prompt_and_start_and_are_labelled_by_reward(shallow
         seen.append(brightness(images, prompts))
         return seen[-1]
 
-    batch = jax.device_get(run.open(TrajectoryStream, score).next(run.params))
+    stream = run.open(TrajectoryStream, score)
+    batch = jax.device_get(stream.next(run.params))
     assert batch["state"].shape[:2] == (4 * STEPS, 2)
+    assert stream.metrics()["ratio_noise"] < 1e-5
     start = batch["call"] == 0
     np.testing.assert_array_equal(batch["state"][start, 0], batch["state"][start, 1])
     assert not np.any(batch["next_state"][:, 0] == batch["next_state"][:, 1])
