@@ -1,5 +1,6 @@
 """Shapes of a training batch, and the FLOPs of a step."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from dspo_jax.data.datasets import Dataset, bucket_size, mixing_weights
 from dspo_jax.monitoring.devices import count_flops
 from dspo_jax.parallel.mesh import batch_sharding
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.settings import DataSettings
 from dspo_jax.training.task import Task
 
@@ -49,19 +51,41 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
     Returns:
       FLOPs, or None where the backend cannot count them.
     """
-    pipe = task.pipe
-    params, batch, latents, timesteps, conditioning = _abstract_call(
-        pipe, task.precision.compute_dtype, 1, size
-    )
-    denoiser = count_flops(pipe.predict, params, latents, timesteps, conditioning)
-    encoders = count_flops(pipe.encode_conditioning, params, batch)
-    if denoiser is None or encoders is None:
+    counted = _flops_of_pass(task.pipe, task.precision.compute_dtype, size)
+    if counted is None:
         return None
+    denoiser, encoders = counted
     passes = task.loss.passes(images)
     backward = 1 if task.adapters else 2
     encoded = passes.encoded + (backward * passes.encoded_backward if task.train_text_encoder else 0)
     each = denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
     return task.loss.rows * each
+
+
+def flops_per_drawing(task: Task, drawing: Drawing) -> float | None:
+    """Counts the FLOPs of an image's latents, of the model's own size; decoding is not among them.
+
+    Args:
+      task: the model in its compute dtype.
+      drawing: how images are drawn.
+
+    Returns:
+      FLOPs, or None where the backend cannot count them.
+    """
+    counted = _flops_of_pass(task.pipe, task.precision.compute_dtype, task.pipe.image_size)
+    if counted is None:
+        return None
+    denoiser, encoders = counted
+    return (2 if drawing.guidance_scale > 1 else 1) * (drawing.steps * denoiser + encoders)
+
+
+@functools.lru_cache(maxsize=8)  # traced for the first lines of a run, and for its metrics
+def _flops_of_pass(pipe: Pipeline, dtype: str, size: tuple[int, int]) -> tuple[float, float] | None:
+    """Counts the FLOPs of a pass of the denoiser and of the text encoders, for one image."""
+    params, batch, latents, timesteps, conditioning = _abstract_call(pipe, dtype, 1, size)
+    denoiser = count_flops(pipe.predict, params, latents, timesteps, conditioning)
+    encoders = count_flops(pipe.encode_conditioning, params, batch)
+    return None if denoiser is None or encoders is None else (denoiser, encoders)
 
 
 def _abstract_call(

@@ -4,11 +4,15 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dspo_jax.data.datasets import count_examples, mixing_weights
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import has_bfloat16, in_units, short
+from dspo_jax.objectives.advantages import rounds_to_fill
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.costs import flops_per_drawing, flops_per_example
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
@@ -123,6 +127,21 @@ def warnings(settings: Settings, examples: int) -> Iterator[str]:
         )
 
 
+def kept_state_bytes(settings: Settings, pipe: Pipeline, mesh: Mesh) -> int:
+    """Returns bytes on each device of the sampler's states that a run keeps at a time, in float32.
+
+    In `trajectories` all states of a round's images, in `own_pairs` the last; in `prompts` those before each
+    step, of the images that are worked on at a time.
+    """
+    stream, (height, width) = settings.stream, pipe.latent_size
+    steps, images = stream.num_inference_steps, settings.round_images
+    if stream.kind == "prompts":
+        states = steps * (settings.batch_size // settings.accumulation)
+    else:
+        states = images * (steps + 1 if stream.kind == "trajectories" else 1)
+    return 4 * height * width * pipe.latent_channels * states // (mesh.shape["data"] * mesh.shape["fsdp"])
+
+
 def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     """Prompts, rewards, and how many images a run draws."""
     settings, own = experiment.settings, experiment.own_images
@@ -133,6 +152,8 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
         f"{len(own.prompts):,} prompts, {settings.batch_size} {stream.unit} an update, "
         f"{settings.steps} updates: {drawn:,} images are drawn and scored, {_describe_drawing(settings)}"
     )
+    yield from _describe_rounds(experiment)
+    yield from _describe_flops(experiment)
     yield from warm_up_warning(settings)
     trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]
     yield "trained by " + ", ".join(f"{reward.name} ({reward.version})" for reward in trained)
@@ -156,6 +177,53 @@ def _describe_drawing(settings: Settings) -> str:
     drawing = settings.stream.drawing
     eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
     return f"each by {drawing.steps} steps of {drawing.sampler}{eta}, guidance {drawing.guidance_scale:g}"
+
+
+def _describe_rounds(experiment: Experiment) -> Iterator[str]:
+    """Rounds with the states that a device keeps of one, and when statistics per prompt begin."""
+    settings, own, stream = experiment.settings, experiment.own_images, experiment.settings.stream
+    assert own is not None
+    kept = in_units(kept_state_bytes(settings, experiment.task.pipe, experiment.mesh))
+    if stream.kind == "prompts":
+        yield f"the states of an image on its way are kept for the backward pass: {kept} on each device"
+        return
+    images, rounds = settings.round_images, settings.steps // stream.updates
+    yield (
+        f"{rounds:,} rounds of {images:,} images, {stream.updates} update(s) with each; their states in "
+        f"float32 are {kept} on each device"
+    )
+    if stream.kind == "trajectories" and settings.policy_gradient.images == 1:
+        advantages = settings.advantages
+        if advantages.of == "prompt":
+            needed = rounds_to_fill(
+                advantages.buffer_size,
+                advantages.min_count,
+                prompts=len(set(own.prompts)),
+                images_per_round=images,
+                rounds=rounds,
+            )
+            yield (
+                f"a prompt has the {advantages.min_count} rewards of its own statistics after {needed} "
+                "round(s) on average; before, rewards are compared with those of the whole round"
+            )
+
+
+def _describe_flops(experiment: Experiment) -> Iterator[str]:
+    """FLOPs of an image, where the backend can count them."""
+    settings, task = experiment.settings, experiment.task
+    update = flops_per_example(task, 2, task.pipe.image_size)
+    drawing = flops_per_drawing(task, settings.stream.drawing)
+    if update is None or drawing is None:
+        return
+    rest = "decoding and rewards come on top"
+    if settings.stream.kind == "prompts":
+        yield f"{short(update / 1e12)} TFLOP an image, drawn and trained by; {rest}"
+        return
+    update *= settings.batch_size * settings.stream.updates / settings.round_images
+    yield (
+        f"{short((drawing + update) / 1e12)} TFLOP an image: {short(drawing / 1e12)} to draw it and "
+        f"{short(update / 1e12)} to train by it; {rest}"
+    )
 
 
 def _describe_data(experiment: Experiment) -> Iterator[str]:

@@ -2,14 +2,18 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dspo_jax.data.datasets import bucket_size
+from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import in_units, memory_of, peak_bytes, peak_flops, short, time_product
 from dspo_jax.monitoring.gpus import FRACTION_VARIABLE, find_gpu, memory_fraction
+from dspo_jax.parallel.mesh import batch_sharding
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import (
@@ -18,10 +22,12 @@ from dspo_jax.training.costs import (
     least_activations,
     mean_flops_per_example,
 )
-from dspo_jax.training.describe import describe_run, held, warnings
+from dspo_jax.training.describe import describe_run, held, kept_state_bytes, warnings
+from dspo_jax.training.rollouts import Rollout
+from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import Settings
-from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
-from dspo_jax.training.step import TrainState, lower_step
+from dspo_jax.training.start import Experiment, make_adapters, make_state, make_task, mesh_of, prepare
+from dspo_jax.training.step import TrainState, abstract_key, lower_step
 
 # Share of a device's peak that a run is taken to reach: a guess, as none was timed on these devices.
 _EFFICIENCY = 1 / 3
@@ -115,25 +121,70 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     limit = memory_of(device)
     if limit is not None:
         yield f"a device has {in_units(limit)}"
-    yield "compiling the step, which tells the rest; for a full-size model that takes minutes"
-    before = time.perf_counter()
-    memory = lower_step(state, reference, batch, mesh).compile().memory_analysis()
-    yield f"the step compiles in {time.perf_counter() - before:.0f} s"
-    if memory is not None:
-        needed = peak_bytes(memory)
-        yield (
-            f"on each device: arguments {in_units(memory.argument_size_in_bytes)}, temporaries "
-            f"{in_units(memory.temp_size_in_bytes)}; at the peak {in_units(needed)}"
+    rounds = settings.stream.kind in ("trajectories", "own_pairs")
+    what = "the step and the drawing of images, which tell" if rounds else "the step, which tells"
+    yield f"compiling {what} the rest; for a full-size model that takes minutes"
+    kept = kept_state_bytes(settings, task.pipe, mesh) if rounds else 0
+    peaks: dict[str, int] = {}
+    step = partial(lower_step, state, reference, batch, mesh)
+    yield from _describe_program("the step", step, kept, peaks)
+    if rounds:
+        parts = held(state, reference)
+        beside = sum(
+            bytes_per_device(parts[name]) for name in ("optimizer", "moving average") if name in parts
         )
-        if limit is not None and needed < limit:
+        draw = partial(_lower_drawing, experiment, state, reference)
+        yield from _describe_program("drawing", draw, kept + beside, peaks)
+    if limit is not None and peaks:
+        highest = max(peaks, key=lambda name: peaks[name])
+        if peaks[highest] < limit:
             yield f"fits into the {in_units(limit)} of a device"
-        elif limit is not None:
+        elif highest == "drawing":
+            yield (
+                f"drawing does not fit into the {in_units(limit)} of a device: lower "
+                f"config.stream.batch_size (now {settings.stream.batch_size})"
+            )
+        else:
             yield (
                 f"does not fit into the {in_units(limit)} of a device: raise config.accumulation (now "
                 f"{settings.accumulation}, up to {settings.batch_size * task.loss.rows}), set "
                 "--config.remat=blocks, or train adapters with --config.lora.rank=8"
             )
     yield "no step was made, nothing was written"
+
+
+def _lower_drawing(experiment: Experiment, state: TrainState, reference: Params) -> jax.stages.Lowered:
+    """Traces the program that draws a part of a round, without decoding."""
+    settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
+    split, images = batch_sharding(mesh), check_round_sizes(settings, mesh, settings.round_images)
+    rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
+    tokens = jax.ShapeDtypeStruct((images, *task.pipe.empty_tokens.shape), jnp.int32, sharding=split)
+    index = jax.ShapeDtypeStruct((images,), jnp.uint32, sharding=split)
+    return rollout.program.lower(state.params, reference, tokens, index, index, abstract_key(mesh))
+
+
+def _describe_program(
+    name: str, lower: Callable[[], jax.stages.Lowered], beside: int, peaks: dict[str, int]
+) -> Iterator[str]:
+    """Compiles a program; tells its memory, and notes what is needed at its peak.
+
+    Args:
+      name: of the program.
+      lower: traces it.
+      beside: bytes of a device that are held at the time and are not the program's.
+      peaks: takes the bytes of a device, by name.
+    """
+    before = time.perf_counter()
+    memory = lower().compile().memory_analysis()
+    yield f"{name} compiles in {time.perf_counter() - before:.0f} s"
+    if memory is None:
+        return
+    peaks[name] = peak_bytes(memory) + beside
+    others = f", {in_units(beside)} of it held beside the program" if beside else ""
+    yield (
+        f"on each device: arguments {in_units(memory.argument_size_in_bytes)}, temporaries "
+        f"{in_units(memory.temp_size_in_bytes)}; at the peak {in_units(peaks[name])}{others}"
+    )
 
 
 def _describe_room(kind: str, usable: int, needed: int, part: int, each: int) -> str:

@@ -152,7 +152,7 @@ class TrajectoryStream(RoundStream):
                 usual,
                 "" if clip is None else f"; the clip is {clip:g}",
             )
-            if clip is not None and most > clip / 2:
+            if isinstance(clip, float) and most > clip / 2:
                 logging.warning(
                     "the ratio noise of %.2g is more than half of config.policy_gradient.clip = %g: images "
                     "are drawn off the policy by as much as an update may move it; raise the clip, or set "

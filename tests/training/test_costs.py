@@ -8,7 +8,10 @@ from tiny_run import make_config
 
 from dspo_jax.monitoring.devices import count_flops
 from dspo_jax.pipelines.loading import load_pipeline
-from dspo_jax.training.costs import flops_per_example
+from dspo_jax.samplers.sampler import State
+from dspo_jax.sampling.guidance import GuidedDenoiser
+from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.training.costs import flops_per_drawing, flops_per_example
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_task
 
@@ -54,6 +57,23 @@ def test_flops_of_a_pair_are_those_of_its_passes(shallow_model, changes, denoise
     task, _, denoiser, encoder = prepare(shallow_model, changes)
     counted = flops_per_example(task, 2, (16, 16))
     assert counted == pytest.approx(denoiser_passes * denoiser + text_passes * encoder)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_flops_of_a_drawing_are_those_of_its_steps_written_out(shallow_model, guidance):
+    task, params, *_ = prepare(shallow_model, {})
+    pipe, drawing = task.pipe, Drawing(steps=3, guidance_scale=guidance)
+    sampler, denoiser = drawing.make_sampler(pipe), GuidedDenoiser(pipe, drawing)
+
+    def draw(params, tokens, x):
+        text = denoiser.encode(params, tokens, pipe.latent_size)
+        for i in range(3):
+            x = sampler.transition(lambda x, t: denoiser.predict(params, x, t, text), State(x), i)[0].latents
+        return x
+
+    tokens = jax.ShapeDtypeStruct((1, *pipe.empty_tokens.shape), "int32")
+    expected = count_flops(draw, params, tokens, jax.ShapeDtypeStruct((1, 4, 4, 4), "float32"))
+    assert flops_per_drawing(task, drawing) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.ci

@@ -1,5 +1,7 @@
 """Runs on the model's own images: from the config to checkpoints, stopped between rounds and gone on with."""
 
+import re
+
 import numpy as np
 import pytest
 from tables import each_row
@@ -149,7 +151,24 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
     assert "8 prompts" in said
     assert "3 steps of ddim, eta 1, guidance 5" in said
     assert "trained by" in said
-    assert "at the peak" in said
+    assert ("TFLOP a pair" if "pairs an update" in said else "TFLOP an image") in said
+    # Latents of 4 x 4 x 4 float32 numbers, a state before and after each of 3 steps, on 8 devices.
+    of_rounds = (
+        "{} rounds of {} images, {} update(s) with each; their states in float32 are {} on each device"
+    )
+    kept = {
+        "draft": "are kept for the backward pass: 768 B on each device",
+        "ddpo": of_rounds.format(2, 16, 2, "2 KiB"),
+        "grpo": of_rounds.format(4, 8, 1, "1 KiB"),
+        "dpo": of_rounds.format(2, 32, 2, "1 KiB"),
+    }
+    assert kept.get(kind, "") in said
+    own = "a prompt has the 2 rewards of its own statistics after 1 round(s) on average"
+    assert (own in said) == (kind == "ddpo")
+    assert " to train by it; " in said or "drawn and trained by; " in said
+    programs = ["the step"] if kind == "draft" else ["the step", "drawing"]
+    assert re.findall(r"^(.*) compiles in \d+ s$", said, re.MULTILINE) == programs
+    assert said.count("at the peak") == len(programs)
 
 
 @each_row(
