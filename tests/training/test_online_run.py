@@ -11,7 +11,6 @@ from dspo_jax.conversion.export_model import export
 from dspo_jax.monitoring.metrics import read_metrics, read_validations
 from dspo_jax.rewards import Reward, load_reward
 from dspo_jax.training.dry_run import dry_run
-from dspo_jax.training.own_images import score_leniently
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import prepare
@@ -102,11 +101,15 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model,
     assert train(config_of(shallow_model, kind, steps=2), parts).finished
     assert train(config_of(shallow_model, kind), parts).finished
     assert saved_steps(whole) == saved_steps(parts) == [2, 4]
+    assert (whole / "pins.json").read_text() == (parts / "pins.json").read_text()
     records = read_reproducible(whole)
     assert records == read_reproducible(parts)
     steps = [record for record in records if record["step"] > 0]
     assert all(np.isfinite(record["loss"]) and "reward" in record for record in steps)
     assert all(record["grad_norm"] > 0 for record in steps)
+    speed = "pairs_per_second" if KINDS[kind]["stream.kind"] == "own_pairs" else "images_per_second"
+    last = read_metrics(whole / "metrics.jsonl")[-1]
+    assert [name for name in last if name.endswith("_per_second")] == [speed]
     if kind == "iterated":  # after it moved the reference is the policy again
         margins = [abs(record["margin"]) for record in steps]
         assert max(margins[0], margins[2]) < 1e-3 * min(margins[1], margins[3])
@@ -377,7 +380,7 @@ def test_scores_that_are_none_are_refused_by_the_name_of_the_reward():
     for given, message in ((["a", "b"], "reward mine: gave .*number"), ([1.0], r"shape \[1\] for 2 images")):
         reward = Reward("mine", "", lambda images, prompts, given=given: given)
         with pytest.raises(ValueError, match=message):
-            score_leniently(reward, images, prompts)
-    some = score_leniently(Reward("mine", "", lambda images, prompts: [1, float("nan")]), images, prompts)
+            reward.score_or_nan(images, prompts)
+    some = Reward("mine", "", lambda images, prompts: [1, float("nan")]).score_or_nan(images, prompts)
     assert some[0] == 1
     assert np.isnan(some[1])
