@@ -62,8 +62,8 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # In place of `steps`: how often the run goes through the training examples, for example 10.0.
     config.epochs = config_dict.placeholder(float)
-    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories". For
-    # `rwr` a pair is two of the images of a prompt, which are all trained on.
+    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories". `rwr`
+    # trains on all images of a prompt and takes them two by two, so that its images are twice as many.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
     # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part; `alpha_dpo` must see the

@@ -6,8 +6,8 @@
 
 This project's choice: four iterations of 250 updates of `sd15_online_dpo.py`, and after each the reference
 becomes the policy. So the pull of beta is to the start of the iteration, and the model goes further; nothing
-holds it to the start of the run. In the checkpoints is the reference too. Not run at this size by this
-project: no hours and no result to report. As it stands for 1, 2 or 4 devices; on 8: --config.accumulation=2.
+holds it to the start of the run. Checkpoints hold the reference too. Not run at this size by this project: no
+hours and no result to report. As it stands for 1, 2 or 4 devices; on 8: --config.accumulation=2.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@
 Reward-ranked fine-tuning (Dong et al. 2023): in every round the model draws K images of each prompt, and is
 fine-tuned on the best of them. The loop is the paper's. The numbers are this project's choice, with the rate
 of its LoRA recipes: K = 8, 64 prompts a round in four updates. Not run at this size by this project: no hours
-and no result to report.
+and no result to report. As it stands for 1, 2, 4 or 8 devices.
 """
 
 from ml_collections import ConfigDict

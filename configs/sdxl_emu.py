@@ -11,6 +11,7 @@ without a smaller error on `validation_unique`, 20 % of the captions dropped.
 
 S1.1 reports that both selections do better than fine-tuning on all winners, and win less than 45 % of
 PartiPrompts against Diffusion-DPO. Not run at this size by this project: no hours and no result to report.
+As it stands for 8, 16 or 32 devices; on one: --config.accumulation=8.
 """
 
 from ml_collections import ConfigDict

@@ -128,9 +128,10 @@ class AlignProp(RewardGradient):
     """Truncation at random (Prabhudesai et al. 2023).
 
     Attributes:
-      draw: "once": the last K steps, K uniform in 1 .. n, drawn once an update, as the paper prints and as
-        the release of October 2024 does; or "each_step": step i passes a gradient with probability
-        (i + 1) / (n + 1), drawn by itself, with gaps, as the release before it and TRL's copy do.
+      draw: "once": the last K steps, K uniform in 1 .. n, drawn once an update, as the paper prints; the
+        release of October 2024 draws from 1 .. n - 1, and never trains all steps. Or "each_step": step i
+        passes a gradient with probability (i + 1) / (n + 1), drawn by itself, with gaps, as the release
+        before it and TRL's copy do.
     """
 
     name = "alignprop"
