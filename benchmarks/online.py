@@ -22,7 +22,7 @@ from PIL import Image
 from configs import emoji_ddpo, emoji_draft, emoji_online_dpo
 from dspo_jax import cli
 from dspo_jax.files import whole
-from dspo_jax.images.contact_sheet import CELL
+from dspo_jax.images.contact_sheet import CELL, LINE
 from dspo_jax.monitoring.metrics import read_metrics, read_validations
 
 SCORED, BETWEEN = 768, 128  # images scored in a run, and from one validation to the next
@@ -110,10 +110,11 @@ def cut(sheet: Path, rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Cuts the images of a grid of samples out of it: those of the base, and those of the policy."""
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB"))
-    # Below each image is a margin, above each a line with its prompt, and the headings are two such lines.
+    # Two lines of headings; then in each row a line with its prompt, the images, lines with their rewards, and
+    # a margin; and one at the end.
     margin = (pixels.shape[1] - 2 * CELL) // 4
-    line = (pixels.shape[0] - margin - rows * (CELL + margin)) // (rows + 2)
-    tops = [(row + 3) * line + row * (CELL + margin) for row in range(rows)]
+    each = (pixels.shape[0] - 2 * LINE - margin) // rows
+    tops = [3 * LINE + row * each for row in range(rows)]
     base, policy = (
         [pixels[top : top + CELL, left : left + CELL] for top in tops] for left in (margin, CELL + 3 * margin)
     )

@@ -242,7 +242,8 @@ def online_runs(tmp_path: Path) -> Path:
         for step in range(config.samples.every, config.steps + 1, config.samples.every):
             pictures = rng.integers(0, 256, (3, 2, 64, 64, 3), np.uint8)
             rows = list(zip(config.samples.prompts, pictures, strict=True))
-            sheet = contact_sheet(rows, [("base", 1), ("now", 1)], enlargement(64, 64), ["seed 0"] * 2)
+            headings, captions = [("base", 1), ("now", 1)], [[["a reward", "another"]] * 2] * 3
+            sheet = contact_sheet(rows, headings, enlargement(64, 64), ["seed 0"] * 2, captions)
             sheet.save(workdir / "samples" / f"step_{step:06d}.png")
             np.save(workdir / "last.npy", pictures)
     return tmp_path

@@ -9,7 +9,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 CELL = 256
 """The least side of an image on a sheet, in pixels: smaller ones are enlarged by a whole number."""
-_LINE = 14
+LINE = 14
+"""Height of a line of text on a sheet, in pixels."""
 _MARGIN = 4
 
 
@@ -40,9 +41,9 @@ def contact_sheet(
     font = ImageFont.load_default(11)
     sheet_width = count * width + _MARGIN * (count + 1) + _MARGIN * (len(columns) - 1)
     prompts = [wrap(prompt, sheet_width - 2 * _MARGIN, font) for prompt, _ in rows]
-    head = _LINE * (2 if labels else 1)
-    below = _LINE * len(captions[0][0]) if captions else 0
-    row_heights = [_LINE * len(lines) + height + below + _MARGIN for lines in prompts]
+    head = LINE * (2 if labels else 1)
+    below = LINE * len(captions[0][0]) if captions else 0
+    row_heights = [LINE * len(lines) + height + below + _MARGIN for lines in prompts]
     sheet = Image.new("RGB", (sheet_width, head + sum(row_heights) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     lefts, x = [], _MARGIN
@@ -53,16 +54,16 @@ def contact_sheet(
             x += width + _MARGIN
         x += _MARGIN
     for left, label in zip(lefts, labels, strict=False):
-        draw.text((left, _LINE), label, "dimgray", font)
+        draw.text((left, LINE), label, "dimgray", font)
     top = head
     for row, (lines, row_height, (_, images)) in enumerate(zip(prompts, row_heights, rows, strict=True)):
         for number, line in enumerate(lines):
-            draw.text((_MARGIN, top + number * _LINE), line, "dimgray", font)
+            draw.text((_MARGIN, top + number * LINE), line, "dimgray", font)
         for column, (left, image) in enumerate(zip(lefts, images, strict=True)):
             picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, top + len(lines) * _LINE))
+            sheet.paste(picture, (left, top + len(lines) * LINE))
             for number, line in enumerate(captions[row][column] if captions else ()):
-                draw.text((left, top + (len(lines) + number) * _LINE + height), line, "black", font)
+                draw.text((left, top + (len(lines) + number) * LINE + height), line, "black", font)
         top += row_height
     return sheet
 

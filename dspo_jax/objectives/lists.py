@@ -30,7 +30,7 @@ class _OfList(Objective):
 class LPOList(_OfList):
     """-log P(the ranking), P of Plackett-Luce over the implicit rewards: sum_k of -log softmax(R_k .. R_K)_k.
 
-    R = -(beta / 2) [SE(e) - SE(r)]. Diffusion-LPO (arXiv 2510.01540), of which a page was read, no code. The
+    R = -(beta / 2) [SE(e) - SE(r)]. Diffusion-LPO (arXiv 2510.01540), known second-hand and without code. The
     images are ranked by their scores, equal ones in the order given, or best first. For a pair it is
     `diffusion_dpo`, soft labels included. With e = r it is exactly log K!, up to rounding.
 

@@ -1,13 +1,14 @@
-"""Stable Diffusion 1.5 at full size on this machine: a DSPO step of every parameter, and one of adapters.
+"""Stable Diffusion 1.5 at full size on this machine: steps of DSPO, and of a reward's gradient.
 
 pytest -m slow -s tests/training/test_full_size_step.py     (20 GB of disk, 24 GiB of memory)
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tiny_model import random_params, write_model, write_pairs
 
 from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
+from dspo_jax.pipelines.published import VAE
 from dspo_jax.weights.components import write_params
 
 ROOT = Path(__file__).parents[2]
@@ -69,18 +71,15 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_fits_into_24_gib(kind: str, model: Path, pairs: Path, scratch: Path) -> None:
-    workdir = scratch / "run"
+def run(recipe: str, workdir: Path, changes: Mapping[str, object]) -> tuple[list[dict[str, float]], float]:
+    """Trains in a process of its own; returns its metrics and the most memory that it took, in GiB."""
     shutil.rmtree(workdir, ignore_errors=True)
-    changes = {**CHANGES, **KINDS[kind], "model": model, "data.path": pairs}
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     command = [
         sys.executable,
         "-m",
         "dspo_jax.train",
-        "--config=configs/sd15_dspo.py",
+        f"--config=configs/{recipe}.py",
         f"--workdir={workdir}",
     ]
     process = subprocess.Popen(
@@ -89,12 +88,60 @@ def test_a_step_fits_into_24_gib(kind: str, model: Path, pairs: Path, scratch: P
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    records = read_metrics(workdir / "metrics.jsonl")
+    return read_metrics(workdir / "metrics.jsonl"), usage.ru_maxrss / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_fits_into_24_gib(kind: str, model: Path, pairs: Path, scratch: Path) -> None:
+    records, most = run(
+        "sd15_dspo", scratch / "run", {**CHANGES, **KINDS[kind], "model": model, "data.path": pairs}
+    )
     last = records[-1]
     print(
         f"\n{kind}: {1 / last['pairs_per_second']:.0f} s a step, "
         f"{1000 * last['tflops_per_device']:.0f} GFLOP/s, peak memory {last['host_memory_peak_gib']:.1f} GiB "
-        f"in the steps, {usage.ru_maxrss / 2**20:.1f} GiB with the checkpoint"
+        f"in the steps, {most:.1f} GiB with the checkpoint"
     )
     assert [record["skipped"] for record in records] == [0, 0]
     assert last["host_memory_peak_gib"] < 23
+
+
+@pytest.fixture(scope="module")
+def model_of_256_pixels(scratch: Path, model: Path) -> Path:
+    """The same networks beside a VAE of full size, made for images of 256 pixels."""
+    folder = scratch / "sd15_256"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("vae", "*.safetensors"))
+    for weights in model.glob("*/*.safetensors"):
+        if weights.parent.name != "vae":
+            (folder / weights.parent.name / weights.name).hardlink_to(weights)
+    unet = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps({**unet, "sample_size": 32}))
+    vae = build_model("AutoencoderKL", {"_class_name": "AutoencoderKL", **VAE})
+    write_params(folder / "vae", vae, random_params(vae, np.random.default_rng(1)))
+    return folder
+
+
+@pytest.mark.slow
+def test_memory_of_a_reward_gradient_does_not_grow_with_its_steps(
+    model_of_256_pixels: Path, scratch: Path
+) -> None:
+    """DRaFT-1 and DRaFT-10 of ten steps: back-propagation through all would keep each UNet's activations."""
+    changes = {
+        **CHANGES,
+        "model": model_of_256_pixels,
+        "compute_dtype": "float32",
+        "stream.prompts": '("a cat",)',
+        "stream.num_inference_steps": 10,
+        "rewards.train": "colourfulness",
+        "rewards.validation": "()",
+    }
+    peaks = {}
+    for k in (1, 10):
+        records, most = run("sd15_draft", scratch / "run", {**changes, "reward_gradient.k": k})
+        last = records[-1]
+        assert last["attached_steps"] == k
+        assert last["gradient_norm"] > 0
+        peaks[k] = last["host_memory_peak_gib"]
+        print(f"\nK = {k}: peak memory {peaks[k]:.2f} GiB in the steps, {most:.2f} GiB with the checkpoint")
+    assert abs(peaks[10] / peaks[1] - 1) < 0.1

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from processes import finish, last_step, log_of, start_training
+from processes import finish, last_step, log_of, start_training, wait_until
 from tiny_run import read_reproducible, saved_steps
 
 from dspo_jax.weights.checkpoints import is_array_metadata
@@ -105,6 +105,35 @@ def assert_same_run(workdir, undisturbed):
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
     return ours, json.loads(position)
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_of_a_run_by_reward_gradients(shallow_model, tmp_path):
+    """An update draws its images itself: a kill is inside one, or between two."""
+    changes = SETTINGS | {
+        "model": str(shallow_model),
+        "stream.kind": "prompts",
+        "stream.updates": 1,
+        "rewards.train": "colourfulness",
+        "reward_gradient.name": "alignprop",
+        "steps": 120,
+        "checkpoint.every": 30,
+    }
+    workdir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    assert run_command(undisturbed, changes) == 0, log_of(undisturbed, 0).read_text()
+    for reached in (
+        lambda: last_step(workdir) >= 10,
+        lambda: 30 in saved_steps(workdir),
+        lambda: last_step(workdir) >= 75,
+    ):
+        started = start_training(workdir, changes, processes=1, devices=1)
+        wait_until(started, reached)
+        started[0].kill()
+        assert finish(started) == [-signal.SIGKILL]
+        assert last_step(workdir) < 120
+    assert run_command(workdir, changes) == 0, log_of(workdir, 0).read_text()
+    _, position = assert_same_run(workdir, undisturbed)
+    assert position == {"next_batch": 120}
 
 
 @pytest.mark.slow
