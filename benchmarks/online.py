@@ -110,7 +110,7 @@ def cut(sheet: Path, rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Cuts the images of a grid of samples out of it: those of the base, and those of the policy."""
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB"))
-    # Two lines of headings; then in each row a line with its prompt, the images, lines with their rewards, and
+    # Two lines of headings; then in each row a line with its prompt, images, lines with their rewards and
     # a margin; and one at the end.
     margin = (pixels.shape[1] - 2 * CELL) // 4
     each = (pixels.shape[0] - 2 * LINE - margin) // rows
