@@ -65,7 +65,12 @@ def reserve(path: Path) -> Iterator[None]:
 
 def is_empty(folder: Path) -> bool:
     """Returns whether nothing lies in a folder but locks, or there is no such folder."""
-    return not folder.is_dir() or all(file.name.startswith(_NAME) for file in folder.iterdir())
+    return not folder.is_dir() or all(is_lock(file) for file in folder.iterdir())
+
+
+def is_lock(file: Path) -> bool:
+    """Returns whether a file in a folder locks that folder."""
+    return file.name.startswith(_NAME)
 
 
 @contextmanager

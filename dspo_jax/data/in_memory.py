@@ -31,13 +31,15 @@ def encode_pairs(
       The arrays of a batch of N examples (`data.records.HostBatch`), in the order of `pairs`.
 
     Raises:
-      UserError: no pairs, pairs beside single images, a pair that cannot be used (by its key), or a
-        resolution that is not a multiple of the pixels per latent.
+      UserError: no pairs, pairs beside single images, pairs with scores beside some without, a pair that
+        cannot be used (by its key), or a resolution that is not a multiple of the pixels per latent.
     """
     if not pairs:
         raise UserError("pairs: empty; give at least one")
     if len({pair.loser is None for pair in pairs}) > 1:
         raise UserError("pairs: some have a loser and some have none; give pairs or single images")
+    if len({pair.scores is None for pair in pairs}) > 1:
+        raise UserError("pairs: some have scores and some have none; give scores to all or to none")
     side = pipe.image_side if resolution is None else resolution
     if side < 1 or side % pipe.vae_scale_factor:
         raise UserError(

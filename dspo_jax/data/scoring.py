@@ -23,7 +23,6 @@ from dspo_jax.images.image_files import BadRow
 from dspo_jax.json_files import JsonObject, read_object
 from dspo_jax.rewards import Reward
 
-_MADE_OF = "scores.json"
 _IMAGE = np.dtype([("score", "<f4"), ("picture", "<u8")])
 
 
@@ -58,7 +57,8 @@ class ScoreFiles:
           UserError: scores of something else are there.
         """
         self._folder, self._rows = out / shards.SCORES_FOLDER, rows
-        path = self._folder / _MADE_OF
+        self._unusable: dict[Shard, int] = {}
+        path = self._folder / shards.SCORES_MADE_OF
         if path.exists():
             there = read_object(path, f"delete {self._folder}, and the images are scored again")
             difference = shards.first_difference(there, made_of)
@@ -93,19 +93,33 @@ class ScoreFiles:
         Raises:
           UserError: a file is damaged, by name.
         """
-        per_row = self._rows.source.images_per_example
-        parts = [np.empty((0, per_row), _IMAGE)]
-        for shard in sorted(shard for shard in self.finished() if shard[0] == split):
-            path = self._file(shard)
-            try:
-                part = np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from error
-            if (part.dtype, part.shape) != (_IMAGE, (self._rows.rows[shard], per_row)):
-                raise UserError(f"{path}: damaged (not of this shard); delete it, and it is made again")
-            parts.append(part)
+        parts = [np.empty((0, self._rows.source.images_per_example), _IMAGE)]
+        parts += [self._read_shard(shard) for shard in sorted(self.finished()) if shard[0] == split]
         found = np.concatenate(parts)
         return SplitScores(found["score"], found["picture"])
+
+    def count_unusable(self, split: str) -> int:
+        """Counts the rows without a score in the shards of a split that are scored; reads each file once.
+
+        Raises:
+          UserError: a file is damaged, by name.
+        """
+        finished = [shard for shard in self.finished() if shard[0] == split]
+        for shard in finished:
+            if shard not in self._unusable:
+                scores = self._read_shard(shard)["score"]
+                self._unusable[shard] = int((~np.isfinite(scores)).any(axis=1).sum())
+        return sum(self._unusable[shard] for shard in finished)
+
+    def _read_shard(self, shard: Shard) -> np.ndarray:
+        path, expected = self._file(shard), (self._rows.rows[shard], self._rows.source.images_per_example)
+        try:
+            images: np.ndarray = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from error
+        if (images.dtype, images.shape) != (_IMAGE, expected):
+            raise UserError(f"{path}: damaged (not of this shard); delete it, and it is made again")
+        return images
 
     def _file(self, shard: Shard) -> Path:
         return self._folder / f"{shard[0]}-{shard[1]:05d}.npy"
@@ -171,8 +185,7 @@ def score_shards(
             if shard in files.finished():
                 continue
             split = shard[0]
-            unusable = int((~np.isfinite(files.read(split).scores)).any(axis=1).sum())
-            before = {"without a score": unusable}
+            before = {"without a score": files.count_unusable(split)}
             log = BadRowLog(split, rows.of_split[split], max_skipped, before)
             found = scorer.score(progress.track(rows.pairs(shard)), rows.rows[shard], images, log)
             files.write(shard, found)

@@ -19,7 +19,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.json_files import JsonObject
-from dspo_jax.locks import is_empty
+from dspo_jax.locks import is_empty, is_lock
 from dspo_jax.pipelines.stored import comparable
 from dspo_jax.schema import REQUIRED, Key, integer
 
@@ -36,6 +36,8 @@ COMMON_FEATURES = frozenset({"moments", "preference", "loser_won", "caption", "k
 SCORES = "scores"
 SCORES_FOLDER = "scores"
 """The folder within a dataset's with the scores of all images of its source, also of those left out."""
+SCORES_MADE_OF = "scores.json"
+"""The file in it that says what the scores follow from."""
 _FEATURES = "features.json"  # by TFDS
 _REMAKE = "delete the folder and run dspo_jax.encode again"
 
@@ -264,7 +266,7 @@ def is_complete(out: str | Path, manifest: JsonObject, splits: Iterable[str]) ->
     if not out.is_dir():
         raise UserError(f"--out={out}: exists and is not a folder; choose another")
     if not (out / MANIFEST).is_file():
-        if (out / UNFINISHED).is_dir() or (out / SCORES_FOLDER).is_dir():
+        if (out / UNFINISHED).is_dir() or _holds_scores_alone(out):
             return False
         raise UserError(f"--out={out}: not empty and not an encoded dataset; choose another folder")
     there = read_manifest(out)
@@ -280,6 +282,15 @@ def is_complete(out: str | Path, manifest: JsonObject, splits: Iterable[str]) ->
         )
     verify_shards(out, there, checksums=True)
     return True
+
+
+def _holds_scores_alone(out: Path) -> bool:
+    """Tells whether nothing but scores lies in a folder, as before the first of its rows is encoded."""
+    entries = {entry.name for entry in out.iterdir() if not is_lock(entry)}
+    files = {file.name for file in out.glob(f"{SCORES_FOLDER}/*")}
+    # At the same moment another share may be making the first file, under a hidden name.
+    begins = all(name.startswith(f".{SCORES_MADE_OF}.") for name in files)
+    return entries == {SCORES_FOLDER} and (SCORES_MADE_OF in files or begins)
 
 
 def first_difference(theirs: object, ours: object) -> tuple[str, object, object] | None:

@@ -48,6 +48,8 @@ def test_pairs_keep_their_order_and_have_the_moments_of_their_images(pipe):
     [
         ([], {}, ["pairs", "empty"]),
         ([PAIRS[0], dataclasses.replace(PAIRS[1], loser=None)], {}, ["loser", "single images"]),
+        ([PAIRS[0], dataclasses.replace(PAIRS[1], scores=(1.0, 0.5))], {}, ["some have scores", "to none"]),
+        ([dataclasses.replace(PAIRS[1], scores=(1.0, 0.5)), PAIRS[0]], {}, ["some have scores", "to none"]),
         ([PAIRS[0], PreferencePair("same", picture(0), picture(0), key="k")], {}, ["k", "identical images"]),
         (PAIRS, {"resolution": 18}, ["resolution = 18", "multiple of 4"]),
     ],

@@ -22,7 +22,7 @@ from dspo_jax.data.chosen_rows import choose
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.report import format_report
-from dspo_jax.data.scoring import RowScorer, SplitScores
+from dspo_jax.data.scoring import RowScorer, ScoreFiles, SplitScores
 from dspo_jax.data.settings import SelectSettings
 from dspo_jax.data.sources import PreferencePair
 from dspo_jax.data.summary import summarize_dataset
@@ -377,6 +377,44 @@ def test_a_damaged_file_of_scores_is_named(pipe, config, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train-00000.npy: damaged .*delete it, and it is made again"):
             encode(config, tmp_path / "out", (1, 2))
+
+
+def test_each_file_of_scores_is_read_once_to_count_its_bad_rows(pipe, config, tmp_path, monkeypatch):
+    config.update(rows_per_shard=1, score="colourfulness")
+    config.source.winners = (20, -1, 60, 55, 90, 40, 60, 30, -1, 70)
+    config.source.max_skipped = 0.2
+    read, count_unusable, counts = [], ScoreFiles.count_unusable, []
+    load = np.load
+    monkeypatch.setattr(
+        np, "load", lambda path, **options: read.append(Path(path).name) or load(path, **options)
+    )
+
+    def counted(self, split):
+        counts.append(count_unusable(self, split))
+        assert len(read) == len(set(read))
+        return counts[-1]
+
+    monkeypatch.setattr(ScoreFiles, "count_unusable", counted)
+    encode(config, tmp_path / "out")
+    # Before each of the ten rows of train: rows 1 and 8 are bad. Then before those of validation.
+    assert counts == [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 0, 0, 0]
+
+
+def test_a_folder_with_more_than_scores_is_not_taken_over(pipe, config, tmp_path):
+    assert not encode(config, tmp_path / "out", (0, 2))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"^--out=.*out: not empty and not an encoded dataset; choose another"
+    ):
+        encode(config, tmp_path / "out", (1, 2))
+    (tmp_path / "music" / "scores").mkdir(parents=True)
+    (tmp_path / "music" / "scores" / "sonata.pdf").write_text("...")
+    with pytest.raises(UserError, match=r"^--out=.*music: not empty and not an encoded dataset"):
+        encode(config, tmp_path / "music")
+    begun = tmp_path / "begun" / "scores" / ".scores.json.0f.partial"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{")
+    assert encode(config, tmp_path / "begun")
 
 
 def test_inspect_shows_scores_and_agreement(pipe, config, tmp_path):
