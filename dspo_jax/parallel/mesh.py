@@ -115,7 +115,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def on_own_devices(arrays: PyTree) -> tuple[Mesh, PyTree]:
     """Returns arrays of a run's mesh as whole arrays on those of its devices that are this process's.
 
-    What is whole on every device is not copied; what the mesh splits is. Every process must call it alike.
+    What is whole on every device is not copied; what the mesh splits is, by one program. Every process must
+    call it alike.
 
     Args:
       arrays: on one mesh.
@@ -127,15 +128,20 @@ def on_own_devices(arrays: PyTree) -> tuple[Mesh, PyTree]:
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     own = make_mesh({"data": len(devices)}, devices)
 
+    leaves, structure = jax.tree.flatten(arrays)
+    split = [number for number, leaf in enumerate(leaves) if not leaf.sharding.is_fully_replicated]
+    if split:
+        gather = jax.jit(lambda parts: parts, out_shardings=replicated(mesh))
+        for number, whole in zip(split, gather([leaves[number] for number in split]), strict=True):
+            leaves[number] = whole
+
     def view(array: jax.Array) -> jax.Array:
-        if not array.sharding.is_fully_replicated:
-            array = jax.jit(lambda whole: whole, out_shardings=replicated(mesh))(array)
         parts = {shard.device: shard.data for shard in array.addressable_shards}
         return jax.make_array_from_single_device_arrays(
             array.shape, replicated(own), [parts[device] for device in devices]
         )
 
-    return own, jax.tree.map(view, arrays)
+    return own, jax.tree.unflatten(structure, [view(leaf) for leaf in leaves])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -4,6 +4,7 @@ Every process runs the same program over the same global arrays. Only the first 
 checkpoint.
 """
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,20 @@ def gather_shares(values: np.ndarray, mesh: Mesh) -> np.ndarray:
     numbers = multihost_utils.process_allgather(np.int32(share))
     parts = dict(zip(numbers.tolist(), multihost_utils.process_allgather(values), strict=True))
     return np.concatenate([parts[number] for number in range(shares)])
+
+
+def differing(texts: Mapping[str, str]) -> list[str]:
+    """Returns the names under which some process has another text; the same list in every process.
+
+    Args:
+      texts: by name; of the same names in every process.
+    """
+    if jax.process_count() == 1 or not texts:
+        return []
+    sums = [hashlib.sha256(text.encode()).digest() for text in texts.values()]
+    of_all = multihost_utils.process_allgather(np.stack([np.frombuffer(each, np.uint8) for each in sums]))
+    same = (of_all == of_all[:1]).all(axis=(0, 2))
+    return [name for name, is_same in zip(texts, same, strict=True) if not is_same]
 
 
 @contextmanager

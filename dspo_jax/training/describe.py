@@ -13,6 +13,7 @@ from dspo_jax.objectives.advantages import rounds_to_fill
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import flops_per_drawing, flops_per_example
+from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
@@ -63,10 +64,21 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
         f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     )
+    if settings.validation.every and not settings.validations_compare:
+        yield "no checkpoint is marked best: of this run held-out scores do not compare; take the newest"
     parts = held(state, reference)
     sizes = {name: bytes_per_device(part) for name, part in parts.items()}
     listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
     yield f"on each device: {listed}; together {in_units(sum(sizes.values()))}, and activations"
+    if settings.validation.every or settings.samples.every:
+        copied = [
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(reference.get(REWARD, {}))
+            if not leaf.sharding.is_fully_replicated
+        ]
+        if copied:
+            size = in_units(sum(copied))
+            yield f"and the weights of the trained reward once more, whole, to score files: {size}"
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
         yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"
@@ -147,7 +159,7 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     settings, own = experiment.settings, experiment.own_images
     assert own is not None
     stream = settings.stream
-    drawn = settings.steps * settings.batch_size * settings.images_per_example
+    drawn = settings.steps * settings.batch_size * settings.drawn_per_example
     yield (
         f"{len(own.prompts):,} prompts, {settings.batch_size} {stream.unit} an update, "
         f"{settings.steps} updates: {drawn:,} images are drawn and scored, {_describe_drawing(settings)}"

@@ -46,20 +46,33 @@ class OwnImages:
         """Returns the same, where the reward that is trained by its gradient scores files by given weights.
 
         Args:
-          params: like those of `trained`, on the mesh of the run, so that they are there once.
+          params: like those of `trained`, on the mesh of the run; what it splits is on each device a second
+            time, whole.
         """
         assert self.trained is not None
         others = self.watched[len(self.weights) :]
         return dataclasses.replace(self, watched=[*self.trained.of_files(params), *others])
 
     def pins(self) -> dict[str, str]:
-        """Tells prompts and rewards apart that a run trains by, by the key that names them."""
-        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
-        trained = self.watched[: len(self.weights)]
-        return {
-            "stream.prompts": f"{len(self.prompts)} prompts with the SHA-256 {digest}",
-            "rewards.train": "; ".join(f"{reward.name} {reward.version}" for reward in trained),
-        }
+        """Tells prompts and rewards apart that a run trains by, by the key that names them.
+
+        And those that the score of a validation is of, by which checkpoints of the run are compared.
+        """
+        trained, others = self.watched[: len(self.weights)], self.watched[len(self.weights) :]
+        pins = {"stream.prompts": _pin(self.prompts), "rewards.train": _versions(trained)}
+        if self.held_out:
+            scored = _versions(others[:1] or trained)
+            pins |= {"rewards.prompts": _pin(self.held_out), "rewards.validation": f"scores by {scored}"}
+        return pins
+
+
+def _pin(prompts: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    return f"{len(prompts)} prompts with the SHA-256 {digest}"
+
+
+def _versions(rewards: Sequence[Reward]) -> str:
+    return "; ".join(f"{reward.name} {reward.version}" for reward in rewards)
 
 
 def open_own_images(settings: Settings, size: tuple[int, int]) -> OwnImages:

@@ -133,9 +133,7 @@ class RewardValidator:
                 self._decoder = Decoder(self._task.pipe)
             pictures, finite = self._decoder(drawn)
             prompts = [request.prompt for request in self._requests[part]]
-            scores = [
-                np.asarray(each.function(list(pictures), prompts), np.float64) for each in self._own.watched
-            ]
+            scores = [each.score_or_nan(list(pictures), prompts) for each in self._own.watched]
             latents.append(drawn)
             images.append(pictures)
             rewards.append(np.where(finite & np.isfinite(scores), scores, np.nan))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from dspo_jax.data import loader
@@ -16,7 +17,7 @@ from dspo_jax.files import whole
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.reward import Reward, describe_error
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
@@ -69,10 +70,10 @@ class SampleGrids:
           settings: `seeds`, the columns under either heading; `num_inference_steps` and `guidance_scale`.
           prompts: rows: those of the settings, or what stands in for them.
           compute_dtype: of the networks.
-          rewards: score each image, which stands below it.
+          rewards: score each image, which stands below it; "-" where one fails or gives no number.
 
         Raises:
-          UserError: no prompt, or scores that are none.
+          UserError: no prompt.
         """
         if not prompts:
             raise UserError(f"config.samples.prompts = {prompts}: needs at least one")
@@ -147,9 +148,23 @@ class SampleGrids:
         prompts = [request.prompt for request in self._requests[: self._count]]
         warn_of_non_finite(f"samples of {name}", prompts, np.concatenate([finite for _, finite in decoded]))
         images = [images[0] for images, _ in decoded]
-        scores = {reward.name: reward.score_or_nan(images, prompts) for reward in self._rewards}
+        scores = {reward.name: _score(reward, images, prompts, name) for reward in self._rewards}
         lines = [
-            [f"{key} {values[i]:.4g}" if finite[0] else f"{key} -" for key, values in scores.items()]
+            [
+                f"{key} {values[i]:.4g}" if finite[0] and np.isfinite(values[i]) else f"{key} -"
+                for key, values in scores.items()
+            ]
             for i, (_, finite) in enumerate(decoded)
         ]
         return list(zip(images, lines, strict=True))
+
+
+def _score(reward: Reward, images: Sequence[np.ndarray], prompts: Sequence[str], name: str) -> np.ndarray:
+    """Scores images; NaN where the reward fails, which is a warning, as a grid only informs."""
+    try:
+        return reward.score_or_nan(images, prompts)
+    except Exception as error:  # the user's own code may raise anything; other processes do not score
+        logging.warning(
+            "samples of %s: reward %s failed, and is left out: %s", name, reward.name, describe_error(error)
+        )
+        return np.full(len(images), np.nan)

@@ -46,8 +46,15 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         any takes these.
 
     Raises:
-      UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`, or of other pins.
+      UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`, or of other pins;
+        or another process has other pins.
     """
+    pins = pins or {}
+    for key in processes.differing(pins):
+        raise UserError(
+            f"config.{key}: is not the same in every process of this run, here {pins[key]}; put the same "
+            "files under this path on every host"
+        )
     optimizer = config["optimizer"]
     lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
     may_differ = {*MAY_DIFFER, *lengths}
@@ -77,17 +84,17 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
                     f"(what may differ: {', '.join(sorted(may_differ))})"
                 )
     pinned = workdir / "pins.json"
-    if pins and begun and pinned.is_file():
-        _check_pins(pinned, pins, config)
+    written_pins = _check_pins(pinned, pins, config) if pins and begun and pinned.is_file() else {}
     processes.wait_for_all("config checked")
     if processes.is_first():
         write_json(path, config, sort_keys=True)
         if pins:
-            write_json(pinned, pins, sort_keys=True)
+            write_json(pinned, {**written_pins, **pins}, sort_keys=True)
     processes.wait_for_all("config written")
 
 
-def _check_pins(path: Path, pins: Mapping[str, str], config: JsonObject) -> None:
+def _check_pins(path: Path, pins: Mapping[str, str], config: JsonObject) -> JsonObject:
+    """Returns what a run was pinned to, keys among it that are not read now, as validation may be off."""
     written = json_files.read_object(path, "it says what the run was trained by; choose another --workdir")
     given = flatten_dict(config, sep=".")
     for key, now in pins.items():
@@ -96,6 +103,7 @@ def _check_pins(path: Path, pins: Mapping[str, str], config: JsonObject) -> None
                 f"{path}: this run was started with {written[key]}, now config.{key} = {given[key]!r:.200} "
                 f"gives {now}; resume with the same or choose another --workdir"
             )
+    return written
 
 
 def _has_begun(workdir: Path) -> bool:

@@ -1,5 +1,7 @@
 """Prompts and rewards of a run: what is tried before it, what its workdir pins, which weights it holds."""
 
+import dataclasses
+import hashlib
 import json
 import re
 
@@ -10,6 +12,7 @@ import pytest
 from tables import each_row
 from tiny_run import make_config
 
+from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import make_mesh, on_own_devices, replicated
 from dspo_jax.rewards import load_reward, registry
 from dspo_jax.rewards.device_pixels import CLIP
@@ -117,6 +120,57 @@ def test_a_workdir_pins_the_prompts_and_the_version_of_the_reward(shallow_model,
     assert json.loads((workdir / "pins.json").read_text())["stream.prompts"].startswith("3 prompts")
 
 
+def test_a_workdir_pins_what_the_score_of_a_validation_is_of(shallow_model, tmp_path):
+    workdir, prompts = tmp_path / "run", tmp_path / "held_out.txt"
+    prompts.write_text("a horse\na cow\n")
+
+    def claim(**more):
+        changes = {"rewards.prompts": [str(prompts)], "validation.every": 2, **more}
+        experiment = prepare(config_of(shallow_model, **changes))
+        claim_workdir(workdir, experiment.settings.given, experiment.own_images.pins())
+
+    claim()
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "wall_seconds": 1.0, "loss": 0.5}\n')
+    claim(**{"rewards.images": 4})
+    with pytest.raises(ValueError, match=r"with scores by compressibility .*gives scores by colourfulness "):
+        claim(**{"rewards.validation": ["colourfulness"]})
+    claim(**{"validation.every": 0, "rewards.prompts": []})
+    prompts.write_text("a horse\na hen\n")
+    with pytest.raises(ValueError, match=r"with 2 prompts .*, now config\.rewards\.prompts = .* 2 prompts"):
+        claim()
+
+
+def test_prompts_that_differ_between_processes_are_refused(shallow_model, tmp_path, monkeypatch):
+    experiment = prepare(config_of(shallow_model))
+    mine = experiment.own_images.pins()
+    theirs = dataclasses.replace(experiment.own_images, prompts=["a cat", "a cow"]).pins()
+
+    def claim(other):
+        sums = [
+            np.stack(
+                [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in pins.values()]
+            )
+            for pins in (mine, other)
+        ]
+
+        def gather(of_mine):
+            np.testing.assert_array_equal(of_mine, sums[0])
+            return np.stack(sums)
+
+        monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+        claim_workdir(tmp_path / "run", experiment.settings.given, mine)
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "wait_for_all", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"^config\.stream\.prompts: is not the same in every process.* here 2 "
+    ):
+        claim(theirs)
+    assert not (tmp_path / "run").exists()
+    claim(mine)
+    assert (tmp_path / "run" / "pins.json").exists()
+
+
 SHAPE = (3, 7, 5)  # of the weights of a network that nothing else has
 
 
@@ -190,10 +244,11 @@ def test_arrays_of_a_mesh_are_whole_on_the_devices_of_a_process(sizes):
     arrays = {
         "whole": jax.device_put(numbers, replicated(mesh)),
         "split": jax.device_put(-numbers, split),
+        "also split": jax.device_put(2 * numbers, split),
     }
     own, found = on_own_devices(arrays)
     assert own.size == mesh.size
-    for name, sign in (("whole", 1), ("split", -1)):
+    for name, sign in (("whole", 1), ("split", -1), ("also split", 2)):
         assert found[name].sharding.is_fully_replicated
         np.testing.assert_array_equal(found[name], sign * numbers)
     pointers = [

@@ -110,13 +110,18 @@ def test_each_image_has_its_rewards_below_it(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample_grids, "contact_sheet", keep)
     known = Reward("known", "", lambda images, prompts: [len(prompt) for prompt in prompts])
-    grids = make_grids(pipe, params, mesh, tmp_path, rewards=[load_reward("colourfulness"), known])
+    fails, warnings = Reward("fails", "", lambda images, prompts: 1 / 0), []
+    monkeypatch.setattr(sample_grids.logging, "warning", lambda text, *values: warnings.append(text % values))
+    grids = make_grids(pipe, params, mesh, tmp_path, rewards=[load_reward("colourfulness"), known, fails])
+    assert warnings == [
+        "samples of the base: reward fails failed, and is left out: ZeroDivisionError: division by zero"
+    ]
     grids.write(1, {**params, "unet": jax.tree.map(lambda leaf: leaf * np.nan, params["unet"])})
     ((rows, captions),) = sheets
     for (prompt, images), of_row in zip(rows, captions, strict=True):
         start = load_reward("colourfulness").score(images[:2], [prompt] * 2)
-        lines = [[f"colourfulness {score:.4g}", f"known {len(prompt)}"] for score in start]
-        assert of_row == [*lines, *[["colourfulness -", "known -"]] * 2]
+        lines = [[f"colourfulness {score:.4g}", f"known {len(prompt)}", "fails -"] for score in start]
+        assert of_row == [*lines, *[["colourfulness -", "known -", "fails -"]] * 2]
 
 
 @pytest.mark.ci
