@@ -157,7 +157,8 @@ def _lower_drawing(experiment: Experiment, state: TrainState, reference: Params)
     """Traces the program that draws a part of a round, without decoding."""
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     split, images = batch_sharding(mesh), check_round_sizes(settings, mesh, settings.round_images)
-    rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
+    keeps_path = settings.stream.kind == "trajectories"
+    rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh, keeps_path=keeps_path)
     tokens = jax.ShapeDtypeStruct((images, *task.pipe.empty_tokens.shape), jnp.int32, sharding=split)
     index = jax.ShapeDtypeStruct((images,), jnp.uint32, sharding=split)
     return rollout.program.lower(state.params, reference, tokens, index, index, abstract_key(mesh))
@@ -201,7 +202,8 @@ def _describe_room(kind: str, usable: int, needed: int, part: int, each: int) ->
 def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
     """Disk of the checkpoints that a run keeps."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.arrays()))
-    number = settings.checkpoint.max_to_keep + bool(settings.validation.every)
+    has_best = settings.validation.every > 0 and settings.validations_compare
+    number = settings.checkpoint.max_to_keep + has_best
     return f"checkpoints: {number} of {in_units(size)}, {in_units(number * size)} of disk"
 
 

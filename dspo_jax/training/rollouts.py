@@ -43,9 +43,11 @@ class Decoded(NamedTuple):
 
 
 class Rollout:
-    """Draws latents and keeps every state on the way; one compiled program over the mesh of the training."""
+    """Draws latents, with every state on the way or without; a compiled program over the training's mesh."""
 
-    def __init__(self, task: Task, drawing: Drawing, size: tuple[int, int], mesh: Mesh):
+    def __init__(
+        self, task: Task, drawing: Drawing, size: tuple[int, int], mesh: Mesh, *, keeps_path: bool = True
+    ):
         """Prepares the programs; no weights are read before the first image is decoded.
 
         Args:
@@ -53,6 +55,7 @@ class Rollout:
           drawing: how images are drawn.
           size: (height, width) of the latents.
           mesh: the devices, which split a batch.
+          keeps_path: whether all states are returned, or the final latents alone.
 
         Raises:
           UserError: a sampler that does not do what the model's scheduler config asks for.
@@ -83,11 +86,12 @@ class Rollout:
             policy = gather(policy_params(task, params, reference))
             conditioning = denoiser.encode(policy, tokens, size)
 
-            return sampler.rollout(
+            begin = (
                 lambda x, t: denoiser.predict(policy, x, t, conditioning),
                 sampler.start(noise(key, start, 0)),
                 lambda i: noise(key, index, i + 1),
-            ).latents
+            )
+            return sampler.rollout(*begin).latents if keeps_path else sampler.run(*begin)[None]
 
         def judge(
             index: UInt32[jax.Array, " N"], calls: Int32[jax.Array, "N n"], key: Key[jax.Array, ""]
@@ -115,6 +119,8 @@ class Rollout:
         start: UInt32[Array, " B"] | None = None,
     ) -> Float32[jax.Array, "states B h w C"]:
         """Draws the n + 1 states x_0, noise, to x_n, latents of the image; split over the devices along B.
+
+        Without the path these are [1, B, h, w, C], x_n alone.
 
         Args:
           params: trained parameters by component, as they are split.

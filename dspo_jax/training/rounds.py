@@ -95,9 +95,10 @@ class Rounds:
         self.images = settings.stream.images
         self._chunk = check_round_sizes(settings, mesh, count)
         self._prompts, self._order = prompts, EndlessOrder(len(prompts), settings.seed)
-        self.rollout = Rollout(task, settings.stream.drawing, task.pipe.latent_size, mesh)
+        drawing, size = settings.stream.drawing, task.pipe.latent_size
+        self.rollout = Rollout(task, drawing, size, mesh, keeps_path=keeps_path)
         self._pipe, self._reference, self._score, self._mesh = task.pipe, reference, score, mesh
-        self._count, self._shares_start, self._keeps_path = count, shares_start, keeps_path
+        self._count, self._shares_start = count, shares_start
         self._key = make_rollout_key(settings.seed, mesh)
 
     def draw(self, params: Params, position: Position) -> Round:
@@ -119,7 +120,7 @@ class Rounds:
         waiting: tuple[Decoded, int] | None = None
         for start in range(0, self._count, self._chunk):
             path, decoded = self._launch(params, position, prompts, start)
-            states.append(path if self._keeps_path else path[-1:])
+            states.append(path)
             measured.append((decoded.distances, decoded.pairs))
             if waiting:
                 scored.append(self._score_chunk(*waiting, prompts))

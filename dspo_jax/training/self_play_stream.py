@@ -23,7 +23,8 @@ class SelfPlayStream(ShardStream):
 
     The winner is the image of the data, the first of a pair. What is drawn is a function of the reference,
     the seed and the place of the example in the data's order, so that a run can go on from any step. With
-    `config.reference.every` the reference is the policy of the iteration before.
+    `config.reference.every` the reference is the policy of the iteration before. Where a drawn image is not
+    finite the winner stands in its place, which teaches nothing.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class SelfPlayStream(ShardStream):
         batch = super().next(params)
         height, width = size = batch["moments"].shape[2:4]
         if size not in self._rollouts:
-            self._rollouts[size] = Rollout(self._task, self._drawing, (height, width), self._mesh)
+            self._rollouts[size] = Rollout(
+                self._task, self._drawing, (height, width), self._mesh, keeps_path=False
+            )
         rollout = self._rollouts[size]
         drawn = [
             rollout({}, self._reference, part["tokens"], part["index"], self._key)[-1]
@@ -74,6 +77,9 @@ class SelfPlayStream(ShardStream):
         pipe, moments = self._task.pipe, batch["moments"]
         latents = jnp.stack(drawn, axis=1).reshape(len(moments), 1, *drawn[0].shape[1:])  # undoes `cut`
         latents = latents.astype(moments.dtype)
+        finite = jnp.isfinite(latents).all((1, 2, 3, 4), keepdims=True)
+        mean = jnp.split(moments[:, :1], 2, axis=-1)[0]
+        latents = jnp.where(finite, latents, mean)  # one NaN would void the whole batch
         losers = {"moments": jnp.concatenate([latents, jnp.zeros_like(latents)], axis=-1)}
         height, width = (side * pipe.vae_scale_factor for side in moments.shape[2:4])
         prompts = pipe.prompt_batch(batch["tokens"], (height, width))

@@ -164,8 +164,19 @@ class TrajectoryStream(RoundStream):
         return most
 
     def _judge(self, drawn: Round, rewards: Float[np.ndarray, " N"]) -> Advantages:
+        """Returns the advantages of a round.
+
+        Raises:
+          UserError: of pairs none has two rewards.
+        """
         if self._method.images == 2:
-            return pair_preferences(rewards.reshape(-1, 2))
+            judged = pair_preferences(rewards.reshape(-1, 2))
+            if not judged.mask.any():
+                raise UserError(
+                    f"round {drawn.position.round}: config.rewards.train gives a reward to both images of no "
+                    "pair; look at what it gives for the images of this model"
+                )
+            return judged
         if self._advantages.of == "prompt":
             return self._statistics.update(drawn.prompts, rewards, normalise=self._method.normalises)
         if self._advantages.of == "group":

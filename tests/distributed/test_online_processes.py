@@ -1,14 +1,19 @@
 """Training on own images by two processes over loopback: one run, stopped between rounds, ended together."""
 
+import json
 import signal
+from contextlib import closing
 
+import jax
 import numpy as np
 import pytest
-from processes import finish, last_step, log_of, start_training, wait_until
+from processes import finish, last_step, log_of, start, start_training, wait_until
 from tiny_run import make_config, read_reproducible, saved_steps
 
 from dspo_jax.cli import EXIT_STOPPED
 from dspo_jax.training.run import train
+from dspo_jax.training.start import make_state, prepare
+from dspo_jax.training.streams import open_stream
 
 pytestmark = pytest.mark.slow
 
@@ -57,15 +62,17 @@ def test_two_processes_make_the_run_of_one(kind, settings, tmp_path):
         np.testing.assert_allclose(*first, rtol=1e-2, atol=1e-4)
 
 
+SELF_PLAY = {
+    "stream.kind": "self_play",
+    "objective.name": "diffusion_dpo",
+    "reference.every": 2,
+    "validation.every": 0,
+    "steps": 4,
+}
+
+
 def test_two_processes_play_against_one_reference(settings, tiny_pairs, tmp_path):
-    changes = settings | {
-        "stream.kind": "self_play",
-        "data.path": str(tiny_pairs),
-        "objective.name": "diffusion_dpo",
-        "reference.every": 2,
-        "validation.every": 0,
-        "steps": 4,
-    }
+    changes = settings | SELF_PLAY | {"data.path": str(tiny_pairs)}
     started = start_training(tmp_path / "two", changes, processes=2, devices=2)
     assert finish(started) == [0, 0], log_of(tmp_path / "two", 0).read_text()
     train(make_config(changes["model"], tiny_pairs, changes), tmp_path / "one")
@@ -75,6 +82,27 @@ def test_two_processes_play_against_one_reference(settings, tiny_pairs, tmp_path
     )
     assert len(ours) == 4
     np.testing.assert_allclose(ours, theirs, rtol=1e-2)
+
+
+def test_two_processes_draw_the_losers_of_one(settings, tiny_pairs, tmp_path):
+    changes = settings | SELF_PLAY | {"data.path": str(tiny_pairs)}
+    given = {"model": changes["model"], "pairs": str(tiny_pairs), "changes": changes}
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    flags = [f"--given={tmp_path}/given.json", f"--out={tmp_path}"]
+    started = start("tests.support.draw_losers", flags, tmp_path / "two", processes=2, devices=2)
+    assert finish(started) == [0, 0], log_of(tmp_path / "two", 0).read_text()
+    experiment = prepare(make_config(**given))
+    _, reference = make_state(experiment.task, experiment.mesh)
+    with closing(open_stream(experiment, reference)) as stream:
+        for number in range(2):
+            batch = jax.device_get(stream.next({}))
+            parts = [np.load(tmp_path / f"{number}-{process}.npz") for process in range(2)]
+            index, moments = (np.concatenate([part[name] for part in parts]) for name in ("index", "moments"))
+            np.testing.assert_array_equal(index, batch["index"])
+            np.testing.assert_array_equal(moments[:, 0], batch["moments"][:, 0])
+            # The programs round differently: within two steps of float16, where images differ by far more.
+            np.testing.assert_allclose(moments[:, 1], batch["moments"][:, 1], atol=4e-3, rtol=0)
+            assert np.abs(np.diff(moments[:, 1].astype(np.float32), axis=0)).max(axis=(1, 2, 3)).min() > 0.1
 
 
 def test_a_stop_that_is_asked_for_inside_a_round_waits_for_its_end(settings, tmp_path):

@@ -11,6 +11,7 @@ from tiny_run import read_batches
 
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.models import lora
+from dspo_jax.parallel.mesh import shard_batch
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.training.loop import AfterStep
 from dspo_jax.training.moving_reference import MoveReference
@@ -119,3 +120,20 @@ def test_single_images_are_winners(shallow_model, tmp_path):
     batch = jax.device_get(SelfPlayRun(shallow_model, singles).open().next({}))
     assert batch["moments"].shape[1] == batch["micro_conditioning"].shape[1] == 2
     assert np.all(batch["preference"] == 1)
+
+
+def test_where_a_drawn_image_is_not_finite_the_winner_stands_in_its_place(shallow_model, tiny_pairs):
+    run = SelfPlayRun(shallow_model, tiny_pairs)
+    stream = run.open()
+    batch = shard_batch(read_batches(tiny_pairs, batch_size=8, count=1)[0], run.mesh)
+    rng = np.random.default_rng(0)
+    drawn = rng.standard_normal((8, *run.size, run.pipe.latent_channels)).astype(np.float32)
+    drawn[2, 1, 1, 0], drawn[5, 0, 0, 0] = np.nan, 1e6  # too large for float16
+    parts = [drawn[0::2], drawn[1::2]]  # as the stream cuts a batch
+    pairs = jax.device_get(stream._pair(batch, shard_batch({"parts": parts}, run.mesh)["parts"]))
+    mean, deviation = np.split(pairs["moments"], 2, axis=-1)
+    winners = np.split(np.asarray(batch["moments"])[:, 0], 2, axis=-1)[0]
+    assert not np.any(deviation[:, 1])
+    for place in range(8):
+        expected = winners[place] if place in (2, 5) else drawn[place].astype(np.float16)
+        np.testing.assert_array_equal(mean[place, 1], expected)

@@ -238,3 +238,12 @@ def test_updates_that_mesh_or_accumulation_do_not_split_are_refused(shallow_mode
     run = OnlineRun(shallow_model, {}, {"data": 2}, accumulation=5)
     with pytest.raises(UserError, match=r"config\.accumulation = 5: .*one of \[1, 2, 3, 4, 6, 12\]"):
         run.open(TrajectoryStream)
+
+
+def test_a_round_without_a_pair_of_two_rewards_is_refused(shallow_model):
+    run = OnlineRun(shallow_model, {"policy_gradient.name": "d3po"})
+    halves = run.open(TrajectoryStream, lambda images, prompts: np.resize([np.nan, 1.0], len(images)))
+    with pytest.raises(
+        UserError, match=r"^round 0: config\.rewards\.train gives a reward to both images of no"
+    ):
+        halves.next(run.params)
