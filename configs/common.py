@@ -21,7 +21,8 @@ _OBJECTIVE_ARGUMENTS = {
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
     # Cap of the weight of small t; 5 is its paper's: ddpm, sft, rwr, and diffusion_dpo and its relatives.
     "min_snr_gamma": float,
-    # Of diffusion_dpo and its relatives: weight of each pair by the scores of its images, as own_pairs have.
+    # Of diffusion_dpo and its relatives: weight of each pair by the scores of its images, as own_pairs and
+    # data encoded with `score` have them.
     "smpo_weight": float,
     # Of comparisons with a reference, terms beside the loss: weight of the winner's denoising error, and of
     # the squared distance to the reference's predictions.

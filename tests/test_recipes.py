@@ -82,7 +82,7 @@ def test_a_recipe_for_own_images_trains_by_what_it_is_named_after(name):
     if settings.stream.kind == "own_pairs":
         mesh = make_mesh({"data": 1}, jax.devices()[:1])
         check_pairs(settings, mesh)
-        count = settings.batch_size * settings.stream.updates * settings.images_per_example
+        count = settings.batch_size * settings.stream.updates * settings.drawn_per_example
         assert check_round_sizes(settings, mesh, count) == settings.stream.batch_size
     if settings.stream.kind == "trajectories":
         for devices in (1, 8):

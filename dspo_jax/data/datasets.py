@@ -131,6 +131,32 @@ def check_weights(weights: Sequence[float], datasets: Sequence[Dataset]) -> None
         )
 
 
+def check_scores(datasets: Sequence[Dataset], key: str) -> None:
+    """Refuses datasets that an objective cannot read scores from.
+
+    Args:
+      datasets: of a run.
+      key: what reads the scores, for the message.
+
+    Raises:
+      UserError: one of them has no scores, or two have those of different rewards.
+    """
+    first = datasets[0]
+    for dataset in datasets:
+        score = dataset.manifest.get("score")
+        if not score:
+            raise UserError(
+                f"{key}: needs a score of each image, and {dataset.folder} has none; encode it with "
+                "--config.score=REWARD, or leave the key out"
+            )
+        if score != first.manifest["score"]:
+            rewards = (" ".join(each.manifest["score"].values()) for each in (first, dataset))
+            raise UserError(
+                f"{key}: {first.folder} and {dataset.folder} hold scores of different rewards "
+                f"({', '.join(rewards)}); encode one of them again, or leave it out of config.data.path"
+            )
+
+
 def mixing_weights(
     datasets: Sequence[Dataset], split: str, weights: Sequence[float] = ()
 ) -> dict[str, list[float]]:

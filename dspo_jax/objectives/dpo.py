@@ -313,6 +313,7 @@ class NPO(OfMargin):
     """
 
     name = "npo"
+    score_rises = False
 
     beta: float = number(1000.0, ABOVE_ZERO)
 
@@ -324,6 +325,5 @@ class NPO(OfMargin):
     def notes(self, values_per_image: int) -> list[str]:
         return [
             *super().notes(values_per_image),
-            "warning: npo: it learns what people dislike, so implicit_accuracy falls: take the newest "
-            "checkpoint, not @best, and leave config.validation.patience at 0",
+            "warning: npo: it learns what people dislike, so implicit_accuracy falls",
         ]

@@ -64,6 +64,8 @@ class Objective(abc.ABC):
       needs_whole_batch: whether a batch that is worked through in parts would give another loss than at once,
         for which accumulation is refused.
       needs_weight: whether `Predictions.weight` must be given, which is `weigh` of a round's rewards.
+      score_rises: whether held-out accuracy or reward rises as it learns, so that the best checkpoint can be
+        chosen by it.
       reduction: "mean" (released code) or "sum" (papers) over an image.
       time_weight: "none" (released code), or "paper" for the weights that the papers derive.
     """
@@ -76,6 +78,7 @@ class Objective(abc.ABC):
     images: ClassVar[str] = "all"
     needs_whole_batch: ClassVar[bool] = False
     needs_weight: ClassVar[bool] = False
+    score_rises: ClassVar[bool] = True
 
     reduction: str = choice("mean", "sum")
     time_weight: str = choice("none", "paper")

@@ -51,7 +51,7 @@ class PairStream(RoundStream):
         count = settings.round_images
         rounds = Rounds(settings, task, reference, prompts, score, mesh, count=count, keeps_path=False)
         self._pipe, self._mesh, self._batch_size = task.pipe, mesh, settings.batch_size
-        self._objective, self._images_per_pair = settings.objective, settings.images_per_example
+        self._objective, self._images_per_pair = settings.objective, settings.drawn_per_example
         self._chosen: Int32[np.ndarray, "pairs 2"] = np.zeros((0, 2), np.int32)
         self._weights: Float32[np.ndarray, " N"] | None = None
         self._take = jax.jit(_take_moments, out_shardings=batch_sharding(mesh))

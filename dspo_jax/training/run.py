@@ -91,7 +91,8 @@ class Run:
         self._validator: Validator | RewardValidator | None = None
         self._grids = None
         own = experiment.own_images
-        if own is not None and own.trained is not None:  # its weights are among the reference's
+        watches = settings.validation.every or settings.samples.every
+        if own is not None and own.trained is not None and watches:  # its weights are among the reference's
             own = own.with_weights(reference[REWARD])
         if settings.validation.every and own is not None:
             self._validator = RewardValidator(task, own, settings, mesh, state.params, reference)
@@ -238,7 +239,7 @@ class Run:
             stream,
             clock,
             every=settings.checkpoint.every,
-            validate=validate,
+            validate=validate if settings.validations_compare else None,
             more=self.more_arrays,
         )
         watching.append(hooks.Announced(save, progress, "saving"))

@@ -261,8 +261,8 @@ class Settings:
     recipe: str = ""
 
     @property
-    def images_per_example(self) -> int:
-        """Images that are drawn for an example of a batch, on average over a round."""
+    def drawn_per_example(self) -> int:
+        """Images that are drawn for an example of a batch of `trajectories` or `own_pairs`."""
         if self.stream.kind != "own_pairs":
             return 1
         return 2 if self.objective.needs_weight else self.stream.images
@@ -270,7 +270,7 @@ class Settings:
     @property
     def round_images(self) -> int:
         """Images of a round of `trajectories` or `own_pairs`, over all processes."""
-        return self.batch_size * self.stream.updates * self.images_per_example
+        return self.batch_size * self.stream.updates * self.drawn_per_example
 
     @property
     def method_key(self) -> str:
@@ -278,6 +278,12 @@ class Settings:
         return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(
             self.stream.kind, "objective"
         )
+
+    @property
+    def validations_compare(self) -> bool:
+        """Whether of two validations of a run the one with the higher score is of the better model."""
+        moves = self.reference.every > 0 and not self.stream.needs_prompts
+        return not moves and (self.method_key != "objective" or self.objective.score_rises)
 
     @property
     def method(self) -> str:
@@ -313,18 +319,18 @@ def parse(config: ConfigDict) -> Settings:
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
         )
-    if settings.noise_offset and settings.stream.unit == "images":
+    noises_examples = settings.method_key == "objective"
+    if settings.noise_offset and not noises_examples:
         raise UserError(
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
-    of_pairs = settings.method_key == "objective"
-    if of_pairs and settings.objective.needs_whole_batch and settings.accumulation > 1:
+    if noises_examples and settings.objective.needs_whole_batch and settings.accumulation > 1:
         raise UserError(
             f"config.accumulation = {settings.accumulation}: objective {settings.objective.name!r} looks at "
             "the whole batch at once; set it to 1"
         )
-    if of_pairs and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
+    if noises_examples and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
         raise UserError(
             f"config.objective.name = {settings.objective.name!r}: weighs the model's own images by their "
             f"rewards, which config.stream.kind = {settings.stream.kind!r} has not; set "
@@ -336,6 +342,14 @@ def parse(config: ConfigDict) -> Settings:
         settings = dataclasses.replace(
             settings, validation=dataclasses.replace(settings.validation, patience=0)
         )
+    if settings.validation.patience and not settings.validations_compare:
+        why = (
+            f"the held-out score of objective {settings.method!r} falls as it learns"
+            if settings.method_key == "objective" and not settings.objective.score_rises
+            else f"with config.reference.every = {settings.reference.every} held-out scores are against a "
+            "reference that moves, and do not compare"
+        )
+        raise UserError(f"config.validation.patience = {settings.validation.patience}: {why}; set it to 0")
     # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
     settings = dataclasses.replace(

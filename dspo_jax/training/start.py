@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_datasets
+from dspo_jax.data.datasets import Dataset, check_scores, check_weights, count_examples, read_datasets
 from dspo_jax.data.records import HostBatch
 from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
@@ -71,7 +71,9 @@ class Experiment:
 
     @property
     def images_per_example(self) -> int:
-        """Images of an example of a batch: 2, or 1 of a dataset of single images, if none is drawn beside."""
+        """Images of an example of a batch, which `self_play` makes a pair of single images, too."""
+        if self.examples is not None:
+            return int(self.examples["moments"].shape[1])
         if not self.datasets or self.settings.stream.kind == "self_play":
             return 2
         images: int = self.datasets[0].manifest["images_per_example"]
@@ -121,12 +123,14 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count, images = examples["moments"].shape[:2]
         labelled = bool((np.asarray(examples["preference"]) < 1).any())
         check_images(settings.objective, images, "the batch in memory", labelled=labelled)
-    scored = settings.stream.kind == "own_pairs" if examples is None else "scores" in examples
-    if settings.method_key == "objective" and settings.objective.needs_scores and not scored:
-        raise UserError(
-            "config.objective.smpo_weight: needs a score of each image, which own_pairs give, and examples "
-            "in memory can have; leave it out"
-        )
+    if settings.method_key == "objective" and settings.objective.needs_scores:
+        key = "config.objective.smpo_weight"
+        if examples is None and settings.stream.kind == "dataset":
+            check_scores(datasets, key)
+        elif examples is None and settings.stream.kind == "self_play":
+            raise UserError(f"{key}: needs a score of each image, and drawn losers have none; leave it out")
+        elif examples is not None and "scores" not in examples:
+            raise UserError(f"{key}: needs the scores of the images, which the examples have not")
     settings = settings.for_examples(count)
     task = make_task(settings, pipe, own_images.trained if own_images else None)
     mesh = mesh_of(settings)

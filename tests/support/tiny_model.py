@@ -222,10 +222,12 @@ def write_pairs(
     images: int = 2,
     resolution: int = RESOLUTION,
     buckets: Sequence[str] = (),
+    score: str = "",
 ) -> Path:
     """Writes shards of random latents that carry the fingerprint of `model`.
 
-    With buckets, so many examples of each. A validation of None is no such split.
+    With buckets, so many examples of each. A validation of None is no such split. With the name of a reward,
+    example i of a split has the scores i and i - 1.
     """
     from dspo_jax.data import shards
     from dspo_jax.data.writer import DatasetWriter
@@ -234,8 +236,10 @@ def write_pairs(
     pipe = load_pipeline(model)
     side, channels = resolution // pipe.vae_scale_factor, 2 * pipe.latent_channels
     stored = (images, *((None, None) if buckets else (side, side)), channels)
-    features = shards.feature_spec(stored, pipe.conditioning_shapes(images))
+    features = shards.feature_spec(stored, pipe.conditioning_shapes(images), scored=bool(score))
     manifest = {"model": pipe.fingerprint(), "resolution": resolution, "source": {"name": "random"}}
+    if score:
+        manifest["score"] = {"reward": score, "version": "1"}
     counts = {"train": train} if validation is None else {"train": train, "validation": validation}
     writer = DatasetWriter(out, features, manifest, dict.fromkeys(counts, 1), buckets)
     sizes = [tuple(map(int, bucket.split("x"))) for bucket in buckets] or [(resolution, resolution)]
@@ -257,6 +261,7 @@ def write_pairs(
                     "loser_won": np.bool_(False),
                     "caption": caption,
                     "key": caption,
+                    **({"scores": np.float32([i, i - 1][:images])} if score else {}),
                 }
             )
         writer.write_shard(split, 0, examples)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import prepare
+from dspo_jax.training.streams import open_stream
 from dspo_jax.training.workdir import claim_workdir
 
 
@@ -68,8 +70,28 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"objective.name": "hinge", "objective.smpo_weight": 10.0},
-            "config.objective.smpo_weight: needs a score of each image, which own_pairs give, and examples "
-            "in memory can have; leave it out",
+            "config.objective.smpo_weight: needs a score of each image, and {data} has none; encode it with "
+            "--config.score=REWARD, or leave the key out",
+        ),
+        (
+            {"objective.name": "diffusion_dpo", "objective.smpo_weight": 1.0, "stream.kind": "self_play"},
+            "config.objective.smpo_weight: needs a score of each image, and drawn losers have none; leave it "
+            "out",
+        ),
+        (
+            {"objective.name": "npo", "validation.every": 1, "validation.patience": 2},
+            "config.validation.patience = 2: the held-out score of objective 'npo' falls as it learns; set "
+            "it to 0",
+        ),
+        (
+            {
+                "objective.name": "diffusion_dpo",
+                "validation.every": 1,
+                "validation.patience": 2,
+                "reference.every": 5,
+            },
+            "config.validation.patience = 2: with config.reference.every = 5 held-out scores are against a "
+            "reference that moves, and do not compare; set it to 0",
         ),
         ({"accumulation": 0}, "config.accumulation = 0: must be at least 1"),
         ({"noise_offset": -0.1}, "config.noise_offset = -0.1: must be finite and not negative"),
@@ -157,6 +179,34 @@ def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, messa
     assert str(caught.value) == message
     # Had it been claimed, the corrected command would be refused as another run's.
     assert not (tmp_path / "run").exists()
+
+
+def test_pairs_are_weighed_by_the_scores_of_one_reward(shallow_model, tmp_path):
+    for name, score in (("one", "pickscore"), ("two", "hpsv2.1"), ("plain", "")):
+        write_pairs(tmp_path / name, shallow_model, train=8, validation=None, score=score)
+
+    def start(*names):
+        data = ",".join(str(tmp_path / name) for name in names)
+        changes = {"objective.name": "diffusion_dpo", "objective.smpo_weight": 10.0}
+        return prepare(make_config(shallow_model, data, changes))
+
+    with closing(open_stream(start("one", "one"), {})) as stream:
+        scores = np.concatenate([np.asarray(stream.next({})["scores"]) for _ in range(2)])
+    assert sorted(scores.tolist()) == sorted([[i, i - 1] for i in range(8)] * 2)
+    with pytest.raises(
+        ValueError, match=r"one and .*two hold scores of different rewards \(pickscore 1, hpsv2"
+    ):
+        start("one", "two")
+    for names in (("plain",), ("one", "plain"), ("plain", "one")):
+        with pytest.raises(ValueError, match=r"^config\.objective\.smpo_weight: .*plain has none; encode it"):
+            start(*names)
+
+
+@pytest.mark.parametrize("images", [1, 2, 4])
+def test_an_example_in_memory_has_as_many_images_as_its_moments(images, shallow_model):
+    examples = {"moments": np.zeros((8, images, 4, 4, 8), np.float16), "preference": np.zeros(8, np.float32)}
+    config = make_config(shallow_model, "", {"objective.name": "nft" if images == 4 else "sft"})
+    assert prepare(config, examples).images_per_example == images
 
 
 def test_prompts_of_edits_are_drawn_without_their_images(config, tmp_path):
