@@ -150,6 +150,8 @@ def get_config() -> ConfigDict:
     config.stream.num_inference_steps = 50
     # s in uncond + s (cond - uncond), in drawing and in training; at 1 or less there is no guidance.
     config.stream.guidance_scale = 5.0
+    # How far the guided prediction takes the standard deviation of the one under the prompt, from 0 to 1.
+    config.stream.guidance_rescale = 0.0
 
     config.rewards = ConfigDict()
     # The reward to train by: a name, FILE.py:FUNCTION, or a sum such as "pickscore,0.5*aesthetic".

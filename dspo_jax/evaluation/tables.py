@@ -78,6 +78,8 @@ def _describe_drawing(how: JsonObject) -> str:
         parts.insert(0, f"checkpoint {how['step']}")
     if list(how["guidance_interval"]) not in _EVERYWHERE:
         parts.append("guided at timesteps {} to {}".format(*how["guidance_interval"]))
+    if how.get("guidance_rescale"):
+        parts.append(f"guidance rescale {how['guidance_rescale']:g}")
     if how["negative_prompt"] is not None:
         parts.append(f"negative prompt {how['negative_prompt']!r}")
     if how.get("eta"):

@@ -27,6 +27,8 @@ from dspo_jax.schedules.variance_preserving import Schedule
 
 # With s * G below this, the gradient is that of SFT to within about half of it (G is 1/2 at the start).
 NEGLIGIBLE_SCORE_WEIGHT = 0.01
+# Least B(t) that is divided by: B is 0 where the noised image is noise alone (zero terminal SNR).
+_LEAST_RATIO = 1e-6
 # Where the released SDXL code changes its loss: mean of (e_w - r_w)^2 over a device's batch.
 RELEASED_SWITCH_AT = 0.1
 
@@ -73,12 +75,15 @@ class _ScoreMatching(Objective):
         """
         assert predictions.reference is not None
         timesteps = predictions.timesteps[:, 0]
+        weight: Float32[Array, " b"] | float = 1.0
         if self.time_weight == "paper":
             # B(t) is taken out of the square, so that here too e = r gives the loss of `sft` exactly.
-            coefficient = coefficient / schedule.score_ratio(timesteps)
+            ratio = jnp.maximum(schedule.score_ratio(timesteps), _LEAST_RATIO)
+            coefficient = coefficient / ratio
+            weight = schedule.reward_weight(timesteps) * jnp.square(ratio)
         step = predictions.policy[:, 0] - predictions.reference[:, 0]
-        loss = reduce_image(jnp.square(data - coefficient[:, None, None, None] * step), self.reduction)
-        return loss * schedule.denoising_weight(timesteps) if self.time_weight == "paper" else loss
+        matched = jnp.square(data - coefficient[:, None, None, None] * step)
+        return reduce_image(matched, self.reduction) * weight
 
 
 def _warn_of_weight(name: str, weight: float, gate: float, is_sft: bool) -> list[str]:

@@ -164,8 +164,9 @@ def _timesteps_of(schedule: Schedule, sigmas: np.ndarray) -> np.ndarray:
 
 
 def _schedule_sigmas(schedule: Schedule) -> np.ndarray:
-    """Computes sigma of every timestep, [T] float64."""
+    """Computes sigma of every timestep, [T] float64; at zero SNR the 4096 that diffusers puts there."""
     alpha_bar = schedule_alphas(schedule)
+    alpha_bar = np.where(alpha_bar == 0, 2.0**-24, alpha_bar)
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 

@@ -86,6 +86,11 @@ def pndm(
     repetition wherever it starts: from an image noised to a later timestep, the latents lag one timestep
     behind the calls from then on. So they do here.
     """
+    if schedule.has_zero_terminal_snr:
+        raise UserError(
+            "sampler 'pndm': rescale_betas_zero_snr = true in the scheduler config: not done by diffusers' "
+            "PNDMScheduler, which divides by abar; take another sampler, for example ddim"
+        )
     skipped = config["skip_prk_steps"]
     if not (config.get("_class_name") != "PNDMScheduler" if skipped is None else skipped):
         raise UserError(
@@ -151,7 +156,8 @@ def _ddim_steps(
     """
     x0_of_x, x0_of_prediction = to_x0(schedule, at)
     epsilon_of_x, epsilon_of_prediction = to_epsilon(schedule, at)
-    signal, kept = np.sqrt(before), np.sqrt(1 - before - sigma**2)
+    # Rounding must not make the noise that is kept negative: none is, for eta = 1 at zero SNR.
+    signal, kept = np.sqrt(before), np.sqrt(np.maximum(1 - before - sigma**2, 0))
     return (
         signal * x0_of_x + kept * epsilon_of_x,
         signal * x0_of_prediction + kept * epsilon_of_prediction,

@@ -18,6 +18,9 @@ def define_drawing_flags() -> None:
     flags.DEFINE_float("eta", 0.0, "Of ddim: from 0, no noise in its steps, to 1, as much as ddpm adds.")
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); at 1 or less, no guidance.")
     flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
+    flags.DEFINE_float(
+        "guidance_rescale", 0.0, "From 0 to 1: how far guidance keeps the prediction's standard deviation."
+    )
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", None, "What to steer away from.")
     flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")

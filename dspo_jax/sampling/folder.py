@@ -40,7 +40,8 @@ def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) 
     if path.is_file():
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
         # Folders of earlier versions were all drawn so.
-        theirs = {"eta": 0.0, "optimize_noise": "", "optimize_steps": 0, **read_object(path, fix)}
+        earlier = {"eta": 0.0, "guidance_rescale": 0.0, "optimize_noise": "", "optimize_steps": 0}
+        theirs = {**earlier, **read_object(path, fix)}
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
             return
@@ -86,7 +87,8 @@ def note_rewards(file: Path, before: float, after: float) -> None:
 
 def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
-    how = {key: getattr(drawing, key) for key in ("sampler", "steps", "eta", "guidance_scale", "strength")}
+    keys = ("sampler", "steps", "eta", "guidance_scale", "guidance_rescale", "strength")
+    how = {key: getattr(drawing, key) for key in keys}
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for request, file in files[label].items():

@@ -1,6 +1,7 @@
 """A denoiser under prompts, with classifier-free guidance: what a sampler calls at each step."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -19,7 +20,7 @@ class GuidedDenoiser:
 
     Attributes:
       pipe: the model's architectures.
-      drawing: guidance scale, its interval and the negative prompt are read.
+      drawing: guidance scale, its interval, the rescaling and the negative prompt are read.
       compute_dtype: of the networks.
       remat: which activations a backward pass computes again, see models/remat.py.
     """
@@ -69,6 +70,8 @@ class GuidedDenoiser:
     ) -> Float32[jax.Array, "B h w C"]:
         """Predicts eps or v: uncond + s (cond - uncond) in float32, or the prediction under the prompt.
 
+        With `guidance_rescale` the guided one is then rescaled, as diffusers' `rescale_noise_cfg` does.
+
         Args:
           params: the denoiser by component, in the compute dtype.
           x: latents [B, h, w, C].
@@ -85,7 +88,12 @@ class GuidedDenoiser:
         uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
         first, last = self.drawing.guidance_interval
         scale = jnp.where((first <= t) & (t <= last), self.drawing.guidance_scale, 1.0)
-        return uncond + scale.reshape(-1, 1, 1, 1) * (cond - uncond)
+        guided = uncond + scale.reshape(-1, 1, 1, 1) * (cond - uncond)
+        rescale = self.drawing.guidance_rescale
+        if rescale == 0:
+            return guided
+        deviation = functools.partial(jnp.std, axis=(1, 2, 3), ddof=1, keepdims=True)
+        return rescale * guided * (deviation(cond) / deviation(guided)) + (1 - rescale) * guided
 
     def _negative_tokens(self) -> np.ndarray:
         if self.drawing.negative_prompt:

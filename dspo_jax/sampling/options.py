@@ -78,6 +78,7 @@ def read_drawing_flags(
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         guidance_interval=_parse_interval(settings.guidance_interval),
+        guidance_rescale=settings.guidance_rescale,
         negative_prompt=negative,
         strength=strength,
         eta=settings.eta,

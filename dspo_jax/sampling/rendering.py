@@ -24,6 +24,8 @@ class Drawing:
         is run, as in diffusers' pipelines.
       guidance_interval: smallest and largest timestep that is guided (Kynkäänniemi et al. 2024,
         arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
+      guidance_rescale: from 0 to 1, how far the guided prediction takes the standard deviation of the one
+        under the prompt (Lin et al. 2023, arXiv 2305.08891, Eq. 15-16); 0 leaves it as guided.
       negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
         states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
       strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
@@ -36,6 +38,7 @@ class Drawing:
     steps: int = 50
     guidance_scale: float = 7.5
     guidance_interval: tuple[int, int] = (0, 1000)
+    guidance_rescale: float = 0.0
     negative_prompt: str | None = None
     strength: float = 1.0
     eta: float = 0.0
@@ -51,6 +54,8 @@ class Drawing:
         samplers.check_eta(self.sampler, self.eta)
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance_scale={self.guidance_scale}: must be a finite number")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f"--guidance_rescale={self.guidance_rescale}: must be between 0 and 1")
         first, last = self.guidance_interval
         if first > last:
             raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")

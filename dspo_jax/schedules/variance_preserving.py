@@ -55,8 +55,8 @@ _BETAS: dict[tuple[float, float, str], tuple[str, ...]] = {
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
     ),
-    (0.00085, 0.012, "scaled_linear"): ("LCMScheduler", "TCDScheduler"),
 }
+_CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 
 
 SchedulerConfig = Mapping[str, Any]
@@ -110,7 +110,9 @@ class Schedule:
         """Builds the forward process that a diffusers `scheduler_config.json` describes.
 
         Keys that only concern a sampler (`timestep_spacing`, `steps_offset`, ...) are not read here. Absent
-        ones have the defaults of the `_class_name` in diffusers.
+        ones have the defaults of the `_class_name` in diffusers. With `rescale_betas_zero_snr`, abar is 0 at
+        the last timestep (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), which needs v prediction: from
+        noise alone a network that predicts the noise says nothing of the image.
 
         Args:
           config: The parsed file.
@@ -120,6 +122,12 @@ class Schedule:
             names the key and value.
         """
         class_name = config.get("_class_name")
+        if class_name in _CONSISTENCY:
+            raise UserError(
+                f"scheduler config: _class_name = {class_name!r}: a consistency model (LCM, TCD), which steps "
+                "from any timestep to the image, is neither trained nor drawn here; if the folder holds an "
+                "ordinary model, name its scheduler, for example DDIMScheduler"
+            )
         for (start, end, kind), classes in _BETAS.items():
             if class_name in classes:
                 defaults = {"beta_schedule": kind, "beta_start": start, "beta_end": end}
@@ -130,15 +138,17 @@ class Schedule:
                 "scheduler config: trained_betas is set: explicit betas are not supported; "
                 "set it to null and give beta_schedule, beta_start and beta_end"
             )
-        if config.get("rescale_betas_zero_snr"):
-            raise UserError(
-                f"scheduler config: rescale_betas_zero_snr = {config['rescale_betas_zero_snr']}: "
-                "not supported; only false is"
-            )
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise UserError(
                 spelling.unknown("scheduler config: prediction_type", str(prediction_type), PREDICTION_TYPES)
+            )
+        zero_snr = bool(config.get("rescale_betas_zero_snr"))
+        if zero_snr and prediction_type == "epsilon":
+            raise UserError(
+                "scheduler config: rescale_betas_zero_snr = true with prediction_type = 'epsilon': the last "
+                "timestep is noise alone, from which the noise tells nothing of the image; set one to false "
+                "or the other to 'v_prediction', as the model was trained"
             )
         beta_schedule = config["beta_schedule"]
         if beta_schedule not in BETA_SCHEDULES:
@@ -156,8 +166,16 @@ class Schedule:
             betas = np.linspace(start, end, steps, dtype=np.float64)
         else:
             betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-        alphas_cumprod = np.cumprod(1 - betas).astype(np.float32)
-        if not alphas_cumprod[-1]:
+        alphas_cumprod = np.cumprod(1 - betas)
+        if zero_snr:
+            if steps == 1:
+                raise UserError(
+                    "scheduler config: rescale_betas_zero_snr = true: needs num_train_timesteps of at least 2"
+                )
+            alphas_cumprod = _rescale_to_zero_snr(alphas_cumprod)
+            betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        alphas_cumprod = alphas_cumprod.astype(np.float32)
+        if not alphas_cumprod[: steps - zero_snr].all():
             raise UserError(
                 f"scheduler config: beta_end = {end}, num_train_timesteps = {steps}: nothing is left of the "
                 "image before the last timestep, and its noise level is infinite; lower one of them"
@@ -168,6 +186,11 @@ class Schedule:
     def num_train_timesteps(self) -> int:
         """T, the number of timesteps."""
         return self.alphas_cumprod.shape[0]
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is noise alone; of a schedule of concrete values."""
+        return not self.alphas_cumprod[-1]
 
     def add_noise(
         self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
@@ -214,7 +237,8 @@ class Schedule:
         It is min(SNR, gamma) for the error of x_0 (Hang et al. 2023, arXiv 2303.09556): what a constant
         weight of eps comes to, but no more than gamma. An error of x_0 is one of eps divided by sqrt(SNR),
         and one of v times sqrt(1 - abar) = 1 / sqrt(SNR + 1), so this is min(SNR, gamma) / SNR for eps and
-        min(SNR, gamma) / (SNR + 1) for v, as in diffusers' training scripts (--snr_gamma).
+        min(SNR, gamma) / (SNR + 1) for v, as in diffusers' training scripts (--snr_gamma). At zero SNR the
+        error of x_0 counts for nothing, and so does that of v.
         """
         snr = self.snr(t)
         return jnp.minimum(snr, gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
@@ -229,14 +253,15 @@ class Schedule:
 
         (DSPO Eq. 22-23, where the step is called t + 1 -> t. Eq. 11 prints another factor alpha_t: it comes
         from a mean coefficient sqrt(alpha_t / alpha_{t+1}) in Eq. 2 where DDPM has 1 / sqrt(alpha_{t+1}).) An
-        error of v is an error of eps divided by sqrt(abar_t), so for v prediction the weight is abar_t w(t).
+        error of v is an error of eps divided by sqrt(abar_t), so for v prediction the weight is abar_t w(t),
+        which is abar_{t-1} beta_t / (1 - abar_{t-1}) and finite where abar_t is 0.
 
         The step into x_0 (t = 0) has no variance and its weight diverges; it takes the weight of t = 1, as
         improved DDPM's released code does for the log-variance.
         """
-        before, at, beta = self._step(t)
-        weight = beta / ((1 - before) * (1 - beta))
-        return weight if self.prediction_type == "epsilon" else at * weight
+        before, _, beta = self._step(t)
+        weight = beta / (1 - before)
+        return weight / (1 - beta) if self.prediction_type == "epsilon" else before * weight
 
     def score_ratio(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
         """Returns DSPO's B(t), of the shape of `t`: weight of the data score against the preference score.
@@ -248,7 +273,7 @@ class Schedule:
             B(t) = 1 / (c sqrt(1 - abar_{t-1})) = sqrt(alpha_t (1 - abar_{t-1}) / (1 - abar_t)).
 
         Eq. 28 prints its inverse times omega(t). t = 0, where B vanishes, takes the value of t = 1, as in
-        `reward_weight`.
+        `reward_weight`. B vanishes where abar_t is 0, too: x_t tells nothing of x_0 there.
         """
         before, at, beta = self._step(t)
         return jnp.sqrt((1 - beta) * (1 - before) / (1 - at))
@@ -274,3 +299,9 @@ class Schedule:
         """Returns abar before, abar at, and beta of the reverse step that leaves `t`; t = 0 is taken as 1."""
         t = jnp.maximum(jnp.asarray(t), 1)
         return jnp.take(self.alphas_cumprod, t - 1), jnp.take(self.alphas_cumprod, t), jnp.take(self.betas, t)
+
+
+def _rescale_to_zero_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """Shifts and scales sqrt(abar) [T] so that its last value is 0 and its first is kept (Algorithm 1)."""
+    signal = np.sqrt(alphas_cumprod)
+    return ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2

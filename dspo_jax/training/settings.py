@@ -145,6 +145,7 @@ class StreamSettings:
     eta: float = limited(PROBABILITY)
     num_inference_steps: int = limited(AT_LEAST_1)
     guidance_scale: float = limited(FINITE)
+    guidance_rescale: float = limited(PROBABILITY)
 
     @property
     def needs_prompts(self) -> bool:
@@ -163,6 +164,7 @@ class StreamSettings:
             sampler=self.sampler,
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_rescale=self.guidance_rescale,
             eta=self.eta if self.sampler == "ddim" else 0.0,
         )
 

@@ -66,8 +66,8 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         # Keys that older runs did not have, by what those runs did.
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
-        fixed = {"stream.kind": "dataset", "noise_offset": 0.0, "reference.every": 0, "reference.decay": 0.0}
-        theirs = fixed | theirs
+        fixed = {"stream.kind": "dataset", "stream.guidance_rescale": 0.0, "noise_offset": 0.0}
+        theirs = fixed | {"reference.every": 0, "reference.decay": 0.0} | theirs
         if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds
             theirs |= {key: value for key, value in mine.items() if key.startswith(_ONLINE)} | {
                 "stream.kind": "dataset"

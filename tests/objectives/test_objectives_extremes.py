@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tables import each_row
 
 from dspo_jax.objectives import Predictions, get_objective
+from dspo_jax.objectives.registry import OBJECTIVES as REGISTERED
 from dspo_jax.schedules.variance_preserving import Schedule
 
 OF_THE_MARGIN = (
@@ -120,3 +121,33 @@ def test_known_values_at_extreme_differences(name, hyperparameters, expected):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, metrics, gradient)))
     np.testing.assert_allclose(metrics["winner_drift"] - metrics["loser_drift"], [1e4, -1e4], rtol=1e-5)
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+ZERO_SNR = {
+    **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    **{"num_train_timesteps": 1000, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+
+
+@each_row("time_weight", ["none", "paper"])
+@each_row("name", REGISTERED)
+def test_finite_where_the_noised_image_is_noise_alone(name, time_weight):
+    """The last timestep of a schedule with zero terminal SNR, whose alpha and abar are 0."""
+    objective, schedule = get_objective(name, time_weight=time_weight), Schedule.from_config(ZERO_SNR)
+    policy, reference, target = jnp.asarray(np.random.default_rng(0).normal(size=(3, *PAIRS)), jnp.float32)
+    ones = jnp.ones(PAIRS[:2])
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def evaluate(policy, timesteps):
+        predictions = Predictions(
+            policy, reference, target, timesteps, ones[:, 0], scores=ones.at[:, 1].set(0.0), weight=ones
+        )
+        loss, metrics = objective(predictions, schedule)
+        return loss.sum(), (loss, metrics)
+
+    (_, (loss, metrics)), gradient = evaluate(policy, jnp.full(PAIRS[:2], 999))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, metrics, gradient)))
+    # The weights that take x_0's part at that timestep are 0 or nearly: they go on from the one before.
+    (_, (nearly, _)), _ = evaluate(policy, jnp.full(PAIRS[:2], 998))
+    np.testing.assert_allclose(loss, nearly, rtol=1e-3, atol=5e-3)

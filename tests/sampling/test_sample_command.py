@@ -68,6 +68,7 @@ def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
         **{"guidance_scale": 2.0, "guidance_interval": [0, 1000], "negative_prompt": None, "strength": 1.0},
         **{
             "eta": 0.0,
+            "guidance_rescale": 0.0,
             "size": None,
             "compute_dtype": "float32",
             "format": "png",
@@ -134,15 +135,17 @@ def test_images_of_other_settings_are_refused_or_deleted_on_request(draw, tmp_pa
     assert list(images_of(out / "0-base")) == ["00000_5.png", "00001_5.png"]
 
 
-def test_a_folder_from_before_there_was_eta_goes_on_without_it(draw, tmp_path):
+def test_a_folder_from_before_there_were_eta_and_rescaling_goes_on_without_them(draw, tmp_path):
     draw(seeds=(0,))
     path = tmp_path / "out" / "settings.json"
     settings = json.loads(path.read_text())
-    assert settings.pop("eta") == 0
+    assert settings.pop("eta") == settings.pop("guidance_rescale") == 0
     path.write_text(json.dumps(settings))
     draw(seeds=(0, 5))
     with pytest.raises(ValueError, match=r"holds images with eta = 0\.0, here it is 1\.0"):
         draw(seeds=(0,), drawing=Drawing(steps=2, guidance_scale=2.0, eta=1.0))
+    with pytest.raises(ValueError, match=r"with guidance_rescale = 0\.0, here it is 0\.5"):
+        draw(seeds=(0,), drawing=Drawing(steps=2, guidance_scale=2.0, guidance_rescale=0.5))
 
 
 def test_images_of_a_model_that_was_made_again_are_not_taken_for_its(draw, model, tmp_path):
@@ -280,7 +283,7 @@ OPTIONS = {
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
     **{"optimize_noise": None, "optimize_steps": 50, "reward_dir": "rewards"},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
-    **{"allow_outside": False, "eta": 0.0},
+    **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0},
 }
 
 
@@ -298,6 +301,7 @@ OPTIONS = {
         ({"init_image": "none.png"}, "--init_image=none.png: no such file"),
         ({"guidance_interval": ["9", "3"]}, "--guidance_interval=9,3: the first must not be above"),
         ({"guidance_scale": math.nan}, "--guidance_scale=nan: must be a finite number"),
+        ({"guidance_rescale": 1.5}, "--guidance_rescale=1.5: must be between 0 and 1"),
         ({"guidance_interval": ["9"]}, "--guidance_interval=9: must be two timesteps"),
         (
             {"init_latents": "pyproject.toml"},

@@ -152,7 +152,12 @@ def test_prediction_type_defaults_to_epsilon_as_in_the_files_that_predate_it():
     ("change", "message"),
     [
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is set"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = true with prediction_type = 'epsilon'"),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "num_train_timesteps": 1},
+            "rescale_betas_zero_snr = true: needs num_train_timesteps of at least 2",
+        ),
+        ({"_class_name": "LCMScheduler"}, "_class_name = 'LCMScheduler': a consistency model"),
         ({"prediction_type": "sample"}, "prediction_type = 'sample'.*epsilon, v_prediction"),
         ({"prediction_type": "v-prediction"}, "did you mean 'v_prediction'"),
         (
@@ -287,3 +292,61 @@ def test_denoising_weight_is_the_ratio_of_variances():
     schedule = Schedule.scaled_linear()
     expected = np.asarray(schedule.betas)[1:] / (1 - np.asarray(schedule.alphas_cumprod)[1:])
     np.testing.assert_allclose(schedule.denoising_weight(t), expected, rtol=1e-5)
+
+
+ZERO_SNR = STABLE_DIFFUSION | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def zero_snr_in_float64():
+    """abar [T] by the definition: sqrt(abar) shifted to end at 0 and scaled to begin where it began."""
+    signal = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
+    return np.interp(signal, [signal[-1], signal[0]], [0.0, signal[0]]) ** 2
+
+
+def test_zero_terminal_snr_matches_diffusers_and_float64(images):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    keys = ("beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+    theirs = diffusers.DDPMScheduler(**{key: ZERO_SNR[key] for key in keys})
+    ours = Schedule.from_config(ZERO_SNR)
+    assert ours.has_zero_terminal_snr
+    assert not Schedule.scaled_linear().has_zero_terminal_snr
+    assert (ours.alphas_cumprod[-1], ours.betas[-1]) == (0, 1)
+    expected = zero_snr_in_float64()
+    np.testing.assert_allclose(ours.alphas_cumprod, expected, rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-3)
+    np.testing.assert_allclose(ours.betas[1:], 1 - expected[1:] / expected[:-1], rtol=1e-5)
+
+    x0, noise = images
+    inputs = torch.from_numpy(x0), torch.from_numpy(noise), torch.from_numpy(TIMESTEPS)
+    np.testing.assert_allclose(ours.add_noise(x0, noise, TIMESTEPS), theirs.add_noise(*inputs), atol=1e-5)
+    np.testing.assert_allclose(ours.target(x0, noise, TIMESTEPS), theirs.get_velocity(*inputs), atol=1e-5)
+    np.testing.assert_array_equal(ours.add_noise(x0, noise, TIMESTEPS)[-1], noise[-1])
+    np.testing.assert_array_equal(ours.target(x0, noise, TIMESTEPS)[-1], -x0[-1])
+
+
+@each_row("t", [1, 500, 998, 999])
+def test_time_weights_at_zero_terminal_snr(t, images):
+    """From x_0 rather than from the noise, of which an error of v says nothing where abar is 0."""
+    schedule, alphas_cumprod = Schedule.from_config(ZERO_SNR), zero_snr_in_float64()
+    before, at = alphas_cumprod[t - 1], alphas_cumprod[t]
+    alpha = at / before
+    # Of an error of v by 1: the error of x_0, and those of the means of x_{t-1} that are compared.
+    of_x0 = np.sqrt(1 - at)
+    step = np.sqrt(before) * (1 - alpha) / (1 - at) * of_x0
+    variance = (1 - alpha) * (1 - before) / (1 - at)
+    # The densities of x_{t-1} itself: their means are sqrt(1 - before) times an error of eps apart (Eq. 27).
+    direct = np.sqrt(1 - before) * np.sqrt(at)
+    rtol = 2e-4
+    np.testing.assert_allclose(schedule.snr(t), at / (1 - at), rtol=rtol)
+    np.testing.assert_allclose(schedule.min_snr_weight(t, 5.0), min(at / (1 - at), 5) * of_x0**2, rtol=rtol)
+    np.testing.assert_allclose(schedule.reward_weight(t), step**2 / variance, rtol=rtol)
+    ratio = direct / (1 - before) / (step / variance)
+    np.testing.assert_allclose(schedule.score_ratio(t), ratio, rtol=rtol)
+    np.testing.assert_allclose(schedule.denoising_weight(t), step**2 / variance * ratio**2, rtol=rtol)
+
+    x0, noise = images
+    x_t = np.sqrt(at) * x0 + np.sqrt(1 - at) * noise
+    v = np.sqrt(at) * noise - np.sqrt(1 - at) * x0
+    times = np.full(len(x0), t)
+    np.testing.assert_allclose(schedule.to_x0(v, x_t, times), x0, atol=1e-5)
+    np.testing.assert_allclose(schedule.to_epsilon(v, x_t, times), noise, atol=1e-5)
