@@ -16,7 +16,11 @@ from dspo_jax import cli
 from dspo_jax.errors import UserError
 from dspo_jax.locks import reserve
 
-_COMMANDS = {"import": ("model", "base", "out"), "export": ("run", "step", "dtype", "base", "lora", "out")}
+_PROCESS = ("prediction_type", "rescale_betas_zero_snr")
+_COMMANDS = {
+    "import": ("model", "base", *_PROCESS, "out"),
+    "export": ("run", "step", "dtype", "base", "lora", "out"),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
 
     settings = flags.FLAGS
     command = argv[1]
-    for name in ("model", "run", "step", "dtype", "base", "lora"):
+    for name in ("model", "run", "step", "dtype", "base", "lora", *_PROCESS):
         if name not in _COMMANDS[command] and settings[name].present:
             raise UserError(f"--{name}={settings[name].value}: not an option of {command}")
     needed = _COMMANDS[command][0]
@@ -37,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     out = Path(settings.out)
     with reserve(out):
         if command == "import":
-            import_model(settings.model, out, base=settings.base)
+            process = {name: settings[name].value for name in _PROCESS if settings[name].value is not None}
+            import_model(settings.model, out, base=settings.base, process=process)
             print(f"{out}: diffusers folder of {settings.model}")
         else:
             run, step = split_run(settings.run) or (Path(settings.run), None)
@@ -80,6 +85,18 @@ def run() -> None:
         None,
         ("float32", "bfloat16", "float16"),
         "export: of the trained components; default: as in the base model.",
+    )
+    flags.DEFINE_enum(
+        "prediction_type",
+        None,
+        ("epsilon", "v_prediction"),
+        "import of a single file that does not say it itself; default: as the base.",
+    )
+    flags.DEFINE_bool(
+        "rescale_betas_zero_snr",
+        None,
+        "import of a single file: whether it was trained with zero terminal SNR, where it does not say it "
+        "itself; default: as the base.",
     )
     flags.DEFINE_enum(
         "lora",

@@ -176,19 +176,20 @@ def _write_single(
         )
     except UserError as error:
         raise UserError(f"--out={out}: {error}; export a folder instead") from error
-    if read_json(base / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
-        # Without this tensor web user interfaces and ComfyUI take the model for one of epsilon.
-        single[single_file.V_PREDICTION] = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
-    _write_file(out, single, card)
+    # Without them web user interfaces and ComfyUI take the model for one of epsilon.
+    markers, metadata = single_file.write_process(read_json(base / "scheduler" / "scheduler_config.json"))
+    _write_file(out, single | markers, card, metadata)
 
 
-def _write_file(out: Path, tensors: Mapping[str, Tensor], card: str) -> None:
+def _write_file(
+    out: Path, tensors: Mapping[str, Tensor], card: str, metadata: Mapping[str, str] = {}
+) -> None:
     """Writes one safetensors file, however large, and its model card; both appear when they are complete."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     model_dir.require_space(out, size)
     with appear(_card_of(out)) as partial_card, appear(out) as partial:
         partial_card.write_text(card, encoding="utf-8")
-        write_tensors(partial, tensors, max_shard_bytes=size)
+        write_tensors(partial, tensors, max_shard_bytes=size, metadata=metadata)
 
 
 def _adapter_tensors(

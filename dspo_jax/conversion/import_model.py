@@ -1,5 +1,6 @@
 """Imports a model: a folder, a hub id or a single-file checkpoint becomes a checked diffusers folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
@@ -7,16 +8,29 @@ from absl import logging
 from dspo_jax.conversion import single_file
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
+from dspo_jax.json_files import JsonObject
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 from dspo_jax.weights import file_kinds, model_dir, tensors
 from dspo_jax.weights.component_files import find_weights, open_stored
 from dspo_jax.weights.components import open_component
 from dspo_jax.weights.layout import torch_shapes
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# Of the schedulers that are computed here, those of diffusers that read rescale_betas_zero_snr.
+_KNOW_ZERO_SNR = (
+    *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+)
 
 
-def import_model(model: str | Path, out: Path, *, base: str | Path | None = None) -> None:
+def import_model(
+    model: str | Path,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    process: Mapping[str, str | bool] = {},
+) -> None:
     """Writes a complete diffusers folder, in safetensors only, that `encode`, `train` and `sample` take.
 
     Every tensor is checked by name and shape against its config.json before anything is written; `out`
@@ -28,14 +42,16 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
         Diffusion 1, 2 or XL.
       out: must not exist.
       base: for a single file, which holds weights only: a diffusers folder or hub id of the same
-        architecture. Its configs, tokenizers and schedule (with the prediction type) are taken, and the
-        components that the file lacks. Where the file lacks none, the base needs no weights.
+        architecture. Its configs, tokenizers and schedule are taken, and the components that the file lacks.
+        Where the file lacks none, the base needs no weights.
+      process: for a single file that does not say it itself: `prediction_type` and `rescale_betas_zero_snr`
+        of its scheduler_config.json, in the place of the base's.
 
     Raises:
       FileNotFoundError: a file of the model is missing, or there as a pickle only.
       OSError: the hub cannot be reached, or the disk is too small.
       UserError: a tensor is missing, left over or of another shape; a config of another class; a
-        truncated file.
+        truncated file; the file says another process than `process`.
     """
     refuse_existing(out)
     path = Path(model)
@@ -49,10 +65,14 @@ def import_model(model: str | Path, out: Path, *, base: str | Path | None = None
                 f"{path}: a single file holds no configs and no tokenizer; name a diffusers folder of the "
                 "same architecture with --base"
             )
-        _import_single(path, model_dir.find_model(base), out)
+        _import_single(path, model_dir.find_model(base), out, process)
         return
     if base is not None:
         raise UserError(f"--base={base}: only a single .safetensors file needs one")
+    for key, value in process.items():
+        raise UserError(
+            f"--{key}={value}: is of a single .safetensors file; a folder says it in scheduler_config.json"
+        )
     _import_folder(model_dir.find_model(model), out)
 
 
@@ -79,17 +99,16 @@ def _refuse_other_kinds(path: Path) -> None:
         raise UserError(f"{path}: is {kind}")
 
 
-def _import_single(path: Path, base: Path, out: Path) -> None:
+def _import_single(path: Path, base: Path, out: Path, process: Mapping[str, str | bool]) -> None:
     pipe = load_pipeline(base)
     networks = pipe.networks
     single = tensors.open_file(path)
     try:
-        said = single_file.find_prediction_type(single, tensors.read_metadata(path))
-        if said not in (None, pipe.schedule.prediction_type):
-            raise UserError(
-                f"says that it predicts {said}, but {base}/scheduler/scheduler_config.json has "
-                f"prediction_type = {pipe.schedule.prediction_type!r}; name a base with {said}"
-            )
+        said = single_file.read_process(single, tensors.read_metadata(path))
+        for key in said.keys() & process.keys():
+            if said[key] != process[key]:
+                raise UserError(f"says {key} = {said[key]}, not --{key}={process[key]}; leave the flag out")
+        changes = _change_process(pipe.scheduler_config, said | process)
         layouts = single_file.make_layouts(
             {name: model.complete_config() for name, model in networks.items()}
         )
@@ -105,4 +124,25 @@ def _import_single(path: Path, base: Path, out: Path) -> None:
         f"{', '.join(sorted(replaced))} from the single file `{path.name}`, everything else (configs, "
         f"tokenizers, schedule) from `{base.name}`.\n\nThe licences of both apply.\n"
     )
-    model_dir.write_folder(out, base, replaced, card)
+    model_dir.write_folder(out, base, replaced, card, changes=changes)
+
+
+def _change_process(base: SchedulerConfig, wanted: Mapping[str, str | bool]) -> dict[str, JsonObject]:
+    """Returns the keys of the base's files that get other values, for `write_folder`.
+
+    Zero terminal SNR comes with timesteps that begin at the last one (Lin et al. 2023), and with DDIM where
+    the base's scheduler, in diffusers, does not know it.
+    """
+    now = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, **base}
+    changed: JsonObject = {key: value for key, value in wanted.items() if now[key] != value}
+    if not changed:
+        return {}
+    index: JsonObject = {}
+    if changed.get("rescale_betas_zero_snr"):
+        changed["timestep_spacing"] = "trailing"
+        if base.get("_class_name") not in _KNOW_ZERO_SNR:
+            changed |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+            index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    Schedule.from_config({**base, **changed})
+    logging.info("scheduler_config.json: %s", ", ".join(f"{key} = {value}" for key, value in changed.items()))
+    return {"scheduler/scheduler_config.json": changed} | ({"model_index.json": index} if index else {})

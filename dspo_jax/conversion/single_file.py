@@ -38,13 +38,13 @@ _BY_THE_WAY = re.compile(
     r"|first_stage_model\.loss\..*"
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(.*\.)?"
     r"(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
-    r"|v_pred"
+    r"|v_pred|ztsnr"
 )
 
-# Empty tensors, and two numbers, by which programs that load such files are told how a model was trained.
-V_PREDICTION = "v_pred"
+# Empty tensors, and two numbers, by which programs that load such files are told how a model was trained:
+# ComfyUI's names, which other programs read and write as well.
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 _NOT_COMPUTED = {
-    "ztsnr": "with zero terminal SNR",
     "edm_vpred.sigma_max": "on the noise levels of EDM, as CosXL is",
     "edm_vpred.sigma_min": "on the noise levels of EDM, as CosXL is",
     "edm_mean": "on the noise levels of EDM, as Playground 2.5 is",
@@ -224,23 +224,40 @@ def _open_clip_layout(root: str, config: NetworkConfig) -> Layout:
     return Layout(root, modules, tensors, passed_over=rf"transformer\.resblocks\.{layers}\..*")
 
 
-def find_prediction_type(names: Container[str], metadata: Mapping[str, str]) -> str | None:
-    """Returns the prediction type that a single file says its model has; None where it says nothing.
+def read_process(names: Container[str], metadata: Mapping[str, str]) -> dict[str, str | bool]:
+    """Returns what a single file says of its model's forward process, as keys of a scheduler_config.json.
+
+    They are `prediction_type` and, where it is true, `rescale_betas_zero_snr`; a file may say nothing.
 
     Args:
       names: of its tensors.
       metadata: from its header.
 
     Raises:
-      UserError: it was trained in a way that is not supported.
+      UserError: it was trained in a way that is not supported, or says two things.
     """
     for name, way in _NOT_COMPUTED.items():
         if name in names:
             raise UserError(f"has the tensor {name}: it was trained {way}, which is not supported")
-    if V_PREDICTION in names:
-        return "v_prediction"
     said = (_PREDICTIONS.get(metadata.get(key, "").lower()) for key in _SPECIFICATIONS)
-    return next(filter(None, said), None)
+    prediction_type = "v_prediction" if _V_PREDICTION in names else next(filter(None, said), None)
+    if _ZERO_SNR not in names:
+        return {} if prediction_type is None else {"prediction_type": prediction_type}
+    if prediction_type == "epsilon":
+        raise UserError(
+            f"has the tensor {_ZERO_SNR}, for zero terminal SNR, but its header says that it predicts "
+            "epsilon, which cannot be trained so; mend the file where it was made"
+        )
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def write_process(scheduler: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata by which a single file says what `read_process` reads."""
+    velocity = scheduler.get("prediction_type") == "v_prediction"
+    markers = {_V_PREDICTION: velocity, _ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr"))}
+    empty = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
+    metadata = {_SPECIFICATIONS[0]: "v" if velocity else "epsilon"}
+    return {name: empty for name, present in markers.items() if present}, metadata
 
 
 def _usual_names(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Mapping[str, Tensor]:

@@ -124,9 +124,9 @@ class Schedule:
         class_name = config.get("_class_name")
         if class_name in _CONSISTENCY:
             raise UserError(
-                f"scheduler config: _class_name = {class_name!r}: a consistency model (LCM, TCD), which steps "
-                "from any timestep to the image, is neither trained nor drawn here; if the folder holds an "
-                "ordinary model, name its scheduler, for example DDIMScheduler"
+                f"scheduler config: _class_name = {class_name!r}: a consistency model (LCM, TCD), which "
+                "steps from any timestep to the image, is neither trained nor drawn here; if the folder has "
+                "an ordinary model, name its scheduler, for example DDIMScheduler"
             )
         for (start, end, kind), classes in _BETAS.items():
             if class_name in classes:

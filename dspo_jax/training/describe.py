@@ -188,10 +188,10 @@ def _describe_drawing(settings: Settings) -> str:
     """Says how the images of a run are drawn."""
     drawing = settings.stream.drawing
     eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
-    rescale = f", rescaled by {drawing.guidance_rescale:g}" if drawing.guidance_rescale else ""
-    return (
-        f"each by {drawing.steps} steps of {drawing.sampler}{eta}, guidance {drawing.guidance_scale:g}{rescale}"
-    )
+    guidance = f"guidance {drawing.guidance_scale:g}"
+    if drawing.guidance_rescale:
+        guidance += f" rescaled by {drawing.guidance_rescale:g}"
+    return f"each by {drawing.steps} steps of {drawing.sampler}{eta}, {guidance}"
 
 
 def _describe_rounds(experiment: Experiment) -> Iterator[str]:

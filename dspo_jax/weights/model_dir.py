@@ -226,6 +226,7 @@ def write_folder(
     replaced: Mapping[str, Mapping[str, Tensor]],
     card: str,
     pictures: Mapping[str, Path] = {},
+    changes: Mapping[str, JsonObject] = {},
 ) -> None:
     """Writes a diffusers folder: a copy of `base` with the weights of some components replaced.
 
@@ -235,6 +236,7 @@ def write_folder(
       replaced: component -> its tensors under torch's names, written under those that `base` has for them.
       card: README.md.
       pictures: name beside the card -> file that is copied there.
+      changes: JSON file of `base` -> keys that get other values.
 
     Raises:
       FileNotFoundError: `base` lacks a component that its index names.
@@ -258,6 +260,8 @@ def write_folder(
         for component, class_name in classes.items():
             if component.startswith("text_encoder"):
                 _load_as_float32(partial / component, class_name)
+        for file, values in changes.items():
+            write_json(partial / file, read_json(partial / file) | values)
         write_text(partial / "README.md", card)
         for name, file in pictures.items():
             with name_write_errors(out / name):

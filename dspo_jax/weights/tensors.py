@@ -158,13 +158,19 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] = {},
+) -> None:
     """Writes tensors into a safetensors file, or into shards with an index where they are too large for it.
 
     Args:
       path: of the single file; shards are named after it as diffusers and transformers do.
       tensors: each is read when it is its turn, and kept no longer.
       max_shard_bytes: of a file.
+      metadata: for the header of each file.
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
@@ -179,20 +185,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: in
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        _write_file(path, shards[0])
+        _write_file(path, shards[0], metadata)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}")
-        _write_file(file, shard)
+        _write_file(file, shard, metadata)
         weight_map |= dict.fromkeys(shard, file.name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(index_path(path), index)
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
+def _write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # transformers insists on the entry "format".
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes

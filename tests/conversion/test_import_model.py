@@ -358,34 +358,74 @@ def export_single(tmp_path, model):
 
 @pytest.mark.ci
 @each_row("family", ["sd15", "sd21", "sdxl"])
-def test_the_prediction_type_goes_into_a_single_file_and_is_compared(family, tmp_path, out):
+def test_the_prediction_type_goes_into_a_single_file_and_comes_out(family, tmp_path, out):
     velocity, epsilon = (
         write_model(tmp_path / "source" / kind, family=family, prediction_type=kind)
         for kind in ("v_prediction", "epsilon")
     )
     single = export_single(tmp_path, velocity)
     assert tensors.open_file(single)["v_pred"].shape == (0,)
+    assert "ztsnr" not in tensors.open_file(single)
+    assert tensors.read_metadata(single) == {"format": "pt", "modelspec.prediction_type": "v"}
+    scheduler = "scheduler/scheduler_config.json"
     import_model(single, out, base=velocity)
-    assert load_pipeline(out).schedule.prediction_type == "v_prediction"
+    assert (out / scheduler).read_bytes() == (velocity / scheduler).read_bytes()
+    again = out.with_name("again")
+    import_model(single, again, base=epsilon, process={"prediction_type": "v_prediction"})
+    assert json.loads((again / scheduler).read_text()) == json.loads((velocity / scheduler).read_text())
+    with refused(f"{single}: says prediction_type = v_prediction, not --prediction_type=epsilon; leave"):
+        import_model(single, out.with_name("no"), base=velocity, process={"prediction_type": "epsilon"})
+    assert sorted(out.parent.iterdir()) == sorted([out, again])
+
+
+@each_row("scheduler", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_zero_terminal_snr_goes_into_a_single_file_and_comes_out(scheduler, tmp_path, out):
+    """Of PNDM, which in diffusers does not know it, comes DDIM."""
+    base = write_model(tmp_path / scheduler / "base", family="sdxl")
+    file = base / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | {"_class_name": scheduler}
+    file.write_text(json.dumps(config))
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", scheduler]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    single, imported = export_single(tmp_path / scheduler, base), out.with_name(scheduler)
+    declare(single, "v_pred", "ztsnr")
+    import_model(single, imported, base=base)
+    known = scheduler if scheduler != "PNDMScheduler" else "DDIMScheduler"
+    changed = {"_class_name": known, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    changed |= {"timestep_spacing": "trailing", "clip_sample": False}
+    assert json.loads((imported / "scheduler" / file.name).read_text()) == config | changed
+    assert json.loads((imported / "model_index.json").read_text())["scheduler"] == ["diffusers", known]
+    assert load_pipeline(imported).schedule.has_zero_terminal_snr
+    again = export_single(tmp_path / scheduler / "again", imported)
+    assert {"v_pred", "ztsnr"} <= tensors.open_file(again).keys()
+    with refused(f"{single}: says rescale_betas_zero_snr = True, not --rescale_betas_zero_snr=False; leave"):
+        import_model(single, out, base=base, process={"rescale_betas_zero_snr": False})
+
+
+def test_flags_say_what_a_single_file_does_not(model, tmp_path, out):
+    single = export_single(tmp_path, model)
+    declare(single)
+    zero_snr = {"rescale_betas_zero_snr": True}
     with refused(
-        f"{single}: says that it predicts v_prediction, but {epsilon}/scheduler/scheduler_config.json has "
-        "prediction_type = 'epsilon'; name a base with v_prediction"
+        f"{single}: scheduler config: rescale_betas_zero_snr = true with prediction_type = 'epsilon'"
     ):
-        import_model(single, out.with_name("again"), base=epsilon)
-    declare(single, "ztsnr")
-    with refused(f"{single}: has the tensor ztsnr: it was trained with zero terminal SNR, which is not"):
-        import_model(single, out.with_name("again"), base=velocity)
-    assert list(out.parent.iterdir()) == [out]
+        import_model(single, out, base=model, process=zero_snr)
+    import_model(single, out, base=model, process=zero_snr | {"prediction_type": "v_prediction"})
+    schedule = load_pipeline(out).schedule
+    assert (schedule.prediction_type, schedule.has_zero_terminal_snr) == ("v_prediction", True)
+    with refused("--rescale_betas_zero_snr=True: is of a single .safetensors file"):
+        import_model(model, out.with_name("again"), process=zero_snr)
 
 
 def test_metadata_say_the_prediction_type_too(model, tmp_path, out):
     single = export_single(tmp_path, model)
     assert "v_pred" not in tensors.open_file(single)
     declare(single, prediction_type="v")
-    with refused(f"{single}: says that it predicts v_prediction, but .* has prediction_type = 'epsilon'"):
-        import_model(single, out, base=model)
-    declare(single, prediction_type="epsilon")
     import_model(single, out, base=model)
+    assert load_pipeline(out).schedule.prediction_type == "v_prediction"
+    declare(single, prediction_type="epsilon")
+    import_model(single, out.with_name("again"), base=model)
+    assert load_pipeline(out.with_name("again")).schedule.prediction_type == "epsilon"
 
 
 def test_a_single_file_that_does_not_fit_is_refused(model, full_run, out):

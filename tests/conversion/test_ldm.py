@@ -223,7 +223,7 @@ def test_what_single_files_hold_besides_is_passed_over(single, model):
     by_the_way += ["first_stage_model.loss.discriminator.main.0.weight", "denoiser.sigmas"]
     root = "conditioner.embedders.0" if "text_encoder_2" in model[0] else "cond_stage_model"
     by_the_way += [f"{root}.logit_scale", f"{root}.transformer.text_model.embeddings.position_ids"]
-    by_the_way += ["v_pred"]
+    by_the_way += ["v_pred", "ztsnr"]
     if model[0] is not SD1:
         tower = "conditioner.embedders.1" if "text_encoder_2" in model[0] else "cond_stage_model"
         by_the_way += [f"{tower}.model.attn_mask"]
@@ -265,27 +265,46 @@ def test_a_file_of_another_family_is_named(single, model):
                 single_file.split(single, single_file.make_layouts(configs), {})
 
 
+EPSILON, VELOCITY = {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}
+ZERO_SNR = {**VELOCITY, "rescale_betas_zero_snr": True}
+
+
 @each_row(
     ("names", "metadata", "expected"),
     [
-        ([], {}, None),
-        ([], {"format": "pt", "modelspec.title": "x"}, None),
-        (["v_pred"], {}, "v_prediction"),
-        (["v_pred"], {"modelspec.predict_key": "epsilon"}, "v_prediction"),  # programs go by the tensor
-        ([], {"modelspec.prediction_type": "v"}, "v_prediction"),
-        ([], {"modelspec.prediction_type": "epsilon"}, "epsilon"),
-        ([], {"modelspec.predict_key": "V"}, "v_prediction"),
-        ([], {"modelspec.prediction_type": "flow"}, None),
+        ([], {}, {}),
+        ([], {"format": "pt", "modelspec.title": "x"}, {}),
+        (["v_pred"], {}, VELOCITY),
+        (["v_pred"], {"modelspec.predict_key": "epsilon"}, VELOCITY),  # programs go by the tensor
+        ([], {"modelspec.prediction_type": "v"}, VELOCITY),
+        ([], {"modelspec.prediction_type": "epsilon"}, EPSILON),
+        ([], {"modelspec.predict_key": "V"}, VELOCITY),
+        ([], {"modelspec.prediction_type": "flow"}, {}),
+        (["v_pred", "ztsnr"], {}, ZERO_SNR),
+        (["ztsnr"], {"modelspec.prediction_type": "v"}, ZERO_SNR),
+        (["ztsnr"], {}, ZERO_SNR),
     ],
 )
-def test_what_a_file_says_of_its_prediction(names, metadata, expected):
-    assert single_file.find_prediction_type(names, metadata) == expected
+def test_what_a_file_says_of_its_process(names, metadata, expected):
+    assert single_file.read_process(names, metadata) == expected
 
 
-@each_row("name", ["ztsnr", "edm_vpred.sigma_max", "edm_mean"])
+@each_row("name", ["edm_vpred.sigma_max", "edm_mean"])
 def test_ways_of_training_that_are_not_computed_are_named(name):
     with pytest.raises(ValueError, match=rf"^has the tensor {name}: it was trained [^\n]* not supported"):
-        single_file.find_prediction_type(["v_pred", name], {})
+        single_file.read_process(["v_pred", name], {})
+
+
+def test_zero_terminal_snr_of_epsilon_is_refused():
+    with pytest.raises(ValueError, match=r"^has the tensor ztsnr, .*predicts epsilon"):
+        single_file.read_process(["ztsnr"], {"modelspec.prediction_type": "epsilon"})
+
+
+@each_row(("scheduler", "names"), [(EPSILON, []), (VELOCITY, ["v_pred"]), (ZERO_SNR, ["v_pred", "ztsnr"])])
+def test_what_is_written_of_a_process_is_read_again(scheduler, names):
+    markers, metadata = single_file.write_process(scheduler)
+    assert {name: tensor.shape for name, tensor in markers.items()} == dict.fromkeys(names, (0,))
+    assert single_file.read_process(markers, metadata) == scheduler
 
 
 def test_a_component_without_any_tensor_is_absent(single, model):

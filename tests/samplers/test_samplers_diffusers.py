@@ -237,7 +237,7 @@ def test_pndm_at_zero_terminal_snr_is_refused() -> None:
     """diffusers' class does not read the key, and divides by abar."""
     assert "rescale_betas_zero_snr" not in make_scheduler("pndm").config
     config = {**STABLE_DIFFUSION, **ZERO_SNR, "num_train_timesteps": 1000}
-    with pytest.raises(ValueError, match="sampler 'pndm': rescale_betas_zero_snr = true.* ddim$"):
+    with pytest.raises(ValueError, match=r"sampler 'pndm': rescale_betas_zero_snr = true.* ddim$"):
         make_sampler("pndm", Schedule.from_config(config), config, 10)
 
 
