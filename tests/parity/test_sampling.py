@@ -1,5 +1,6 @@
 """Whole pipelines, tiny and of random weights, against diffusers': text to image and image to image."""
 
+import copy
 import dataclasses
 import json
 
@@ -7,10 +8,15 @@ import jax
 import numpy as np
 import pytest
 from tiny_model import write_model
+from tiny_run import make_config
 
+from dspo_jax.images.resize import Crop
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.training.losses.preference import draw_noise
+from dspo_jax.training.settings import parse
+from dspo_jax.training.start import make_task
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -149,6 +155,52 @@ def test_zero_terminal_snr_and_guidance_rescale_of_sdxl(zero_snr, sampler, guida
     ours = ImageSampler(load_pipeline(folder), drawing).sample_latents(REQUESTS, noise)
     # Euler's latents begin at 4096 times the noise, where float32 has a number every 4.9e-4.
     assert_close(ours, expected, 1e-3 if sampler == "euler" else 1e-4)
+
+
+def test_a_training_loss_at_zero_terminal_snr(zero_snr):
+    """Diffusion-DPO at the last timestep, where the noised image is the noise and the target is -x_0."""
+    folder, theirs = zero_snr
+    changes = {"timesteps.first": 999, "timesteps.last": 999, "share_noise": False}
+    changes |= {"objective.name": "diffusion_dpo", "objective.beta": 10.0, "caption_dropout": 0.0}
+    pipe = load_pipeline(folder)
+    task = make_task(parse(make_config(folder, folder, changes)), pipe)
+    captions, crops = [request.prompt for request in REQUESTS], [[Crop(20, 24, 0, 2, 16, 16)] * 2] * 2
+    moments = np.random.default_rng(0).normal(size=(2, 2, 4, 4, 8)).astype(np.float32)
+    batch = jax.device_put(
+        {
+            **pipe.make_conditioning(captions, crops),
+            **{"moments": moments, "index": np.arange(2, dtype=np.uint32)},
+            **{"preference": np.ones(2, np.float32), "loser_won": np.zeros(2, bool)},
+        }
+    )
+    reference = {name: pipe.read_params(name, "float32") for name in pipe.components}
+    policy = {"unet": jax.tree.map(lambda leaf: 1.1 * leaf, reference["unet"])}
+    key = jax.random.key(0)
+    loss, _ = jax.jit(lambda policy: task.loss(policy, task, reference, batch, key))(policy)
+
+    latents, noise, timesteps, _ = draw_noise(task.loss.draws, batch, key)
+    assert (timesteps == 999).all()
+    x0, noise = (to_torch(array.reshape(4, 4, 4, 4)) for array in (latents, noise))
+    states, _, pooled, _ = theirs.encode_prompt(captions, do_classifier_free_guidance=False)
+    conditions = {
+        "encoder_hidden_states": states.repeat_interleave(2, 0),
+        "added_cond_kwargs": {
+            "text_embeds": pooled.repeat_interleave(2, 0),
+            "time_ids": torch.tensor(np.reshape(crops, (4, 6))),
+        },
+    }
+
+    def errors(unet):
+        with torch.no_grad():
+            return (unet(noise, 999, **conditions).sample + x0).square().mean((1, 2, 3)).reshape(2, 2)
+
+    moved = copy.deepcopy(theirs.unet)
+    for parameter in moved.parameters():
+        parameter.data *= 1.1
+    drift = errors(moved) - errors(theirs.unet)
+    expected = -torch.nn.functional.logsigmoid(-10 / 2 * (drift[:, 0] - drift[:, 1])).mean()
+    assert abs(expected - np.log(2)) > 1e-2
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0, 1.5])
