@@ -63,8 +63,9 @@ def get_config() -> ConfigDict:
     config.steps = 1000
     # In place of `steps`: how often the run goes through the training examples, for example 10.0.
     config.epochs = config_dict.placeholder(float)
-    # Pairs in an update, over all devices; images where `stream.kind` is "prompts" or "trajectories". `rwr`
-    # trains on all images of a prompt and takes them two by two, so that its images are twice as many.
+    # Pairs in an update, over all devices, or whole lists; images where `stream.kind` is "prompts" or
+    # "trajectories". `rwr` trains on all images of a prompt and takes them two by two, so that its images are
+    # twice as many.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
     # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part; `alpha_dpo` must see the
@@ -131,9 +132,10 @@ def get_config() -> ConfigDict:
     # Where batches come from: "dataset", encoded pairs of `data`; or the model's own images: "prompts", where
     # the gradient of a reward flows back through the sampler (`reward_gradient`); "trajectories", where a
     # reward weights the steps that led to an image (`policy_gradient`); "own_pairs", where the best and the
-    # worst image of a prompt are a pair for `objective`, or all images of a prompt are weighed by their
-    # rewards (`rwr`). Or both: "self_play", where the winners are images of `data` and the losers those that
-    # the reference draws for their captions; it needs `reference.every` and no rewards.
+    # worst image of a prompt are a pair for `objective`, or all of its images a list for one that takes lists
+    # (`dgpo` and the like), or all are weighed by their rewards (`rwr`). Or both: "self_play", where the
+    # winners are images of `data` and the losers those that the reference draws for their captions; it needs
+    # `reference.every` and no rewards.
     config.stream = ConfigDict()
     config.stream.kind = "dataset"
     # Prompts to draw, or names of files of them, as `sample --prompts` takes them.

@@ -61,7 +61,7 @@ def step(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, 
     """
     task = make_task(settings, pipe)
     state, reference = make_state(task, mesh, make_adapters(settings, pipe), abstract=True)
-    batch = abstract_batch(task, 2, size, count, mesh)
+    batch = abstract_batch(task, settings.images_per_row, size, count, mesh)
     fixed = sum(map(bytes_per_device, held(state, reference).values()))
     arguments, trips = (state, reference, batch, abstract_key(mesh)), task.loss.passes(2).open_trips
     return Program(compile_step(state), arguments, fixed, trips)

@@ -178,7 +178,7 @@ def plan(
     rows = settings.batch_size * (task.loss.rows if part == "step" else 1)
     check_batch_size(rows // accumulation, mesh, "--pairs_per_device * devices / config.accumulation")
     program = PARTS[part](settings, pipe, size, settings.batch_size, mesh)
-    flops = flops_per_example(task, 2, size) if part == "step" else None
+    flops = flops_per_example(task, settings.images_per_row, size) if part == "step" else None
     known = {
         "topology": topology or "present",
         "part": part,

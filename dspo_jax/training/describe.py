@@ -159,9 +159,10 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     settings, own = experiment.settings, experiment.own_images
     assert own is not None
     stream = settings.stream
+    unit = f"lists of {stream.images} images" if settings.images_per_row > 2 else stream.unit
     drawn = settings.steps * settings.batch_size * settings.drawn_per_example
     yield (
-        f"{len(own.prompts):,} prompts, {settings.batch_size} {stream.unit} an update, "
+        f"{len(own.prompts):,} prompts, {settings.batch_size} {unit} an update, "
         f"{settings.steps} updates: {drawn:,} images are drawn and scored, {_describe_drawing(settings)}"
     )
     yield from _describe_rounds(experiment)

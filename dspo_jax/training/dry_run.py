@@ -87,7 +87,7 @@ def estimate(
         each = least_activations(pipe, settings.compute_dtype, pipe.image_size) if needed < usable else 0
         yield _describe_room(kind, usable, needed, part, each)
     yield _describe_checkpoints(settings, state)
-    flops = flops_per_example(task, 2, (side, side))
+    flops = flops_per_example(task, settings.images_per_row, (side, side))
     if flops is not None:
         yield from _describe_time(settings, flops, kind)
 

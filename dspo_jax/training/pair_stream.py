@@ -1,4 +1,4 @@
-"""Pairs of the model's own images: the best and the worst of a prompt, or all of them two by two."""
+"""Pairs of the model's own images: the best and the worst of a prompt, all two by two, or all in a list."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,12 @@ from dspo_jax.training.task import Batch, Task
 
 
 class PairStream(RoundStream):
-    """Pairs of rounds of images; batches are those of `PreferenceLoss`.
+    """Pairs or lists of rounds of images; batches are those of `PreferenceLoss`.
 
-    A round is `batch_size` x `stream.updates` pairs. Each is the best and the worst of `stream.images` images
-    of a prompt; for an objective that weighs images every image is used, two by two in the order of reward.
+    A round is `batch_size` x `stream.updates` rows. Each is the best and the worst of `stream.images` images
+    of a prompt. For an objective that takes lists it is all of them, best first, with the rewards as scores
+    if there are more than two; for one that weighs images every image is used, two by two in the order of
+    reward.
     """
 
     def __init__(
@@ -51,14 +53,15 @@ class PairStream(RoundStream):
         count = settings.round_images
         rounds = Rounds(settings, task, reference, prompts, score, mesh, count=count, keeps_path=False)
         self._pipe, self._mesh, self._batch_size = task.pipe, mesh, settings.batch_size
-        self._objective, self._images_per_pair = settings.objective, settings.drawn_per_example
-        self._chosen: Int32[np.ndarray, "pairs 2"] = np.zeros((0, 2), np.int32)
+        self._objective, self._drawn_per_row = settings.objective, settings.drawn_per_example
+        self._images_per_row = settings.images_per_row
+        self._chosen: Int32[np.ndarray, "rows P"] = np.zeros((0, self._images_per_row), np.int32)
         self._weights: Float32[np.ndarray, " N"] | None = None
         self._take = jax.jit(_take_moments, out_shardings=batch_sharding(mesh))
         super().__init__(rounds, settings.stream.updates)
 
     def _begin(self, params: Params, drawn: Round) -> dict[str, float]:
-        """Chooses the pairs, and weighs the images where they are weighed."""
+        """Chooses the pairs or lists, and weighs the images where they are weighed."""
         del params
         of_prompts = drawn.rewards.reshape(-1, self._rounds.images)
         if self._objective.needs_weight:
@@ -66,8 +69,8 @@ class PairStream(RoundStream):
             weights = self._objective.weigh(drawn.rewards, self._rounds.images)
             self._weights = weights.astype(np.float32)
             return {"effective_images": float(weights.sum() ** 2 / np.square(weights).sum())}
-        self._chosen, replaced = choose_pairs(of_prompts)
-        better, worse = drawn.rewards[self._chosen].T
+        self._chosen, replaced = choose_images(of_prompts, self._images_per_row)
+        better, worse = drawn.rewards[self._chosen[:, [0, -1]]].T
         return {
             "replaced_pairs": float(replaced),
             "reward_gap": float((better - worse).mean()),
@@ -80,21 +83,27 @@ class PairStream(RoundStream):
         size = self._batch_size // shares
         first = update * self._batch_size + share * size
         chosen = self._chosen[first : first + size]
-        better, worse = drawn.rewards[chosen].T
+        rewards = drawn.rewards[chosen]
+        preference = (
+            np.where(rewards[:, 0] > rewards[:, 1], 1.0, 0.5) if rewards.shape[1] == 2 else np.ones(size)
+        )
+        scored = rewards.shape[1] > 2 or self._objective.needs_scores
         tokens = self._pipe.tokenize([drawn.prompts[number] for number in chosen[:, 0]])
         inputs = jax.device_get(self._pipe.prompt_batch(tokens, self._pipe.image_size))
-        per_image = {name: np.repeat(inputs[name], 2, axis=1) for name in self._pipe.image_inputs}
-        index = drawn.position.images // self._images_per_pair + first + np.arange(size)
+        per_image = {
+            name: np.repeat(inputs[name], chosen.shape[1], axis=1) for name in self._pipe.image_inputs
+        }
+        index = drawn.position.images // self._drawn_per_row + first + np.arange(size)
         columns = shard_batch(
             {
                 **inputs,
                 **per_image,
-                "preference": np.where(better > worse, 1.0, 0.5).astype(np.float32),
+                "preference": preference.astype(np.float32),
                 "loser_won": np.zeros(size, bool),
                 "index": index.astype(np.uint32),
                 "chosen": chosen,
                 **({} if self._weights is None else {"weight": self._weights[chosen]}),
-                **({"scores": drawn.rewards[chosen]} if self._objective.needs_scores else {}),
+                **({"scores": rewards} if scored else {}),
             },
             self._mesh,
         )
@@ -102,43 +111,50 @@ class PairStream(RoundStream):
 
 
 def _take_moments(
-    chunks: tuple[Float32[jax.Array, "1 N h w C"], ...], chosen: Int32[jax.Array, "B 2"]
-) -> Float16[jax.Array, "B 2 h w moments"]:
-    """Returns chosen latents of a round as means, with deviations of 0, in the dtype of encoded pairs."""
+    chunks: tuple[Float32[jax.Array, "1 N h w C"], ...], chosen: Int32[jax.Array, "B P"]
+) -> Float16[jax.Array, "B P h w moments"]:
+    """Returns chosen latents of a round as means, with deviations of 0, in the dtype of encoded images."""
     latents = jnp.concatenate(chunks, axis=1)[0][chosen].astype(jnp.float16)
     latents = jnp.where(jnp.isfinite(latents), latents, 0)  # of images that weigh nothing
     return jnp.concatenate([latents, jnp.zeros_like(latents)], axis=-1)
 
 
-def choose_pairs(
-    rewards: Float32[np.ndarray, "prompts images"],
-) -> tuple[Int32[np.ndarray, "prompts 2"], int]:
-    """Chooses the best and the worst image of each prompt.
+def choose_images(
+    rewards: Float32[np.ndarray, "prompts images"], count: int
+) -> tuple[Int32[np.ndarray, "prompts P"], int]:
+    """Chooses the best and the worst image of each prompt, or all images of it, best first.
 
     Args:
       rewards: NaN where an image has none; at least half of them are finite.
+      count: 2, or the number of images.
 
     Returns:
-      Places [prompts, 2] in the flattened rewards; where a prompt has fewer than two rewards, the pair of the
-      next one that has. And the number of prompts whose pair was replaced.
+      Places [prompts, count] in the flattened rewards, equal ones in the order drawn; where a prompt has
+      fewer rewards than `count`, those of the next one that has. And the number of prompts replaced so.
 
     Raises:
-      UserError: no prompt has two rewards.
+      UserError: no prompt has so many rewards.
     """
     prompts, images = rewards.shape
-    missing = ~np.isfinite(rewards)
-    usable = np.flatnonzero((~missing).sum(1) >= 2)
+    finite = np.isfinite(rewards)
+    usable = np.flatnonzero(finite.sum(1) >= count)
     if not len(usable):
-        raise UserError(
-            f"config.rewards.train: gives a reward to no two of the {images} images of any prompt of a "
-            "round, of which a pair could be made; look at what it gives for the images of this model, or "
-            "set config.stream.images to more"
+        found = (
+            f"no two of the {images} images of any prompt of a round, of which a pair could be made"
+            if count == 2
+            else f"all {images} images of no prompt of a round, and a list needs all"
         )
-    best = np.where(missing, -np.inf, rewards).argmax(1)
-    worst = images - 1 - np.where(missing, np.inf, rewards)[:, ::-1].argmin(1)  # another one in a tie
-    pairs = np.stack([best, worst], axis=1) + np.arange(prompts)[:, None] * images
+        raise UserError(
+            f"config.rewards.train: gives a reward to {found}; look at what it gives for the images of this "
+            f"model, or set config.stream.images to {'more' if count == 2 else 'fewer'}"
+        )
+    ranked = np.argsort(np.where(finite, -rewards, np.inf), axis=1, kind="stable")
+    if count < images:
+        last = finite.sum(1, keepdims=True) - 1
+        ranked = np.concatenate([ranked[:, :1], np.take_along_axis(ranked, last, axis=1)], axis=1)
+    places = ranked + np.arange(prompts)[:, None] * images
     source = usable[np.searchsorted(usable, np.arange(prompts)) % len(usable)]
-    return pairs[source].astype(np.int32), prompts - len(usable)
+    return places[source].astype(np.int32), prompts - len(usable)
 
 
 def pair_all(rewards: Float32[np.ndarray, "prompts images"]) -> Int32[np.ndarray, "pairs 2"]:

@@ -275,6 +275,12 @@ class Settings:
         return self.batch_size * self.stream.updates * self.drawn_per_example
 
     @property
+    def images_per_row(self) -> int:
+        """Images of a row of a batch of own images, P: all of a prompt where lists are taken, else a pair."""
+        lists = self.stream.kind == "own_pairs" and self.objective.takes_lists
+        return self.stream.images if lists else 2
+
+    @property
     def method_key(self) -> str:
         """Name of the group of keys that says what trains."""
         return {"prompts": "reward_gradient", "trajectories": "policy_gradient"}.get(

@@ -71,11 +71,11 @@ class Experiment:
 
     @property
     def images_per_example(self) -> int:
-        """Images of an example of a batch, which `self_play` makes a pair of single images, too."""
+        """Images of an example of a batch: as the dataset holds them, else a pair or a list of own images."""
         if self.examples is not None:
             return int(self.examples["moments"].shape[1])
         if not self.datasets or self.settings.stream.kind == "self_play":
-            return 2
+            return self.settings.images_per_row
         images: int = self.datasets[0].manifest["images_per_example"]
         return images
 

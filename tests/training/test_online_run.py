@@ -68,6 +68,17 @@ KINDS = {
         "objective.name": "sft",
         "lora.rank": 2,
     },
+    "dgpo": {
+        "stream.kind": "own_pairs",
+        "stream.updates": 2,
+        "stream.images": 3,
+        "stream.batch_size": 24,
+        "rewards.train": "compressibility",
+        "objective.name": "dgpo",
+        "lora.rank": 2,
+        "reference.every": 1,
+        "reference.decay": 0.9,
+    },
     # The reference follows the policy, at once and as an average.
     "iterated": {
         "stream.kind": "own_pairs",

@@ -7,19 +7,19 @@ import pytest
 from online_run import PROMPTS, OnlineRun, brightness, moved
 
 from dspo_jax.errors import UserError
-from dspo_jax.training.pair_stream import PairStream, _take_moments, choose_pairs, pair_all
+from dspo_jax.training.pair_stream import PairStream, _take_moments, choose_images, pair_all
 from dspo_jax.training.step import compile_step
 
 
 def test_the_best_and_the_worst_of_each_prompt_make_a_pair():
     nan = np.nan
     rewards = np.asarray([[1, 3, 2], [nan, 4, nan], [nan, 5, 6], [7, 7, 7], [nan, nan, nan]], np.float32)
-    pairs, replaced = choose_pairs(rewards)
+    pairs, replaced = choose_images(rewards, 2)
     assert pairs.tolist() == [[1, 0], [8, 7], [8, 7], [9, 11], [1, 0]]
     assert replaced == 2
     expected = r"^config\.rewards\.train: gives a reward to no two of the 3 images .*config\.stream\.images"
     with pytest.raises(UserError, match=expected):
-        choose_pairs(rewards[[1, 4]])
+        choose_images(rewards[[1, 4]], 2)
 
 
 @pytest.mark.ci
@@ -53,6 +53,63 @@ def test_a_batch_is_like_encoded_pairs(shallow_model):
     np.testing.assert_allclose(batch["scores"], np.stack([rewards.max(1), rewards.min(1)], 1), rtol=1e-6)
     assert batch["micro_conditioning"].tolist() == [[[16, 16, 0, 0, 16, 16]] * 2] * 4
     assert stream.metrics()["reward_gap"] == pytest.approx(np.ptp(rewards, axis=1).mean(), abs=1e-5)
+
+
+def test_all_images_of_a_prompt_make_a_list_best_first():
+    nan = np.nan
+    rewards = np.asarray([[1, 3, 2], [nan, 4, 5], [7, 8, 7]], np.float32)
+    lists, replaced = choose_images(rewards, 3)
+    assert lists.tolist() == [[1, 2, 0], [7, 6, 8], [7, 6, 8]]
+    assert replaced == 1
+    expected = r"^config\.rewards\.train: gives a reward to all 3 images of no prompt .*images to fewer$"
+    with pytest.raises(UserError, match=expected):
+        choose_images(rewards[[1]], 3)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["lpo_list", "nft"])
+def test_objectives_of_lists_get_every_image_of_a_prompt_with_its_reward(name, shallow_model):
+    changes = {"stream.images": 3, "stream.updates": 2, "stream.batch_size": 12, "objective.name": name}
+    run, scores = OnlineRun(shallow_model, {**changes, "batch_size": 4}, trajectories=False), []
+
+    def score(images, prompts):
+        rewards = brightness(images, prompts)
+        rewards[4] = np.nan  # the second prompt of each half of the round has no list
+        scores.append(rewards)
+        return rewards
+
+    stream = run.open(PairStream, score)
+    batches = [jax.device_get(stream.next(run.params)) for _ in range(2)]
+    assert stream.at_round_end
+    shapes = run.loss.input_shapes(run.pipe, 3, run.pipe.image_size)
+    assert {label: (array.shape[1:], array.dtype) for label, array in batches[0].items()} == {
+        label: (leaf.shape, leaf.dtype) for label, leaf in shapes.items()
+    }
+    expected = -np.sort(-np.concatenate(scores).astype(np.float32).reshape(8, 3), axis=1)
+    expected[[1, 5]] = expected[[2, 6]]
+    np.testing.assert_array_equal(np.concatenate([batch["scores"] for batch in batches]), expected)
+    assert stream.metrics()["replaced_pairs"] == 2
+    assert stream.metrics()["reward_gap"] == pytest.approx((expected[:, 0] - expected[:, 2]).mean(), rel=1e-5)
+    # The pictures of the latents are as bright as the scores say, but for what the prompts add.
+    mean = np.concatenate([batch["moments"] for batch in batches])[..., : run.pipe.latent_channels]
+    params = {"vae": run.pipe.read_params("vae")}
+    decoded = np.asarray(run.pipe.decode(params, mean.reshape(-1, *mean.shape[2:]).astype(np.float32)))
+    bright = np.clip(decoded / 2 + 0.5, 0, 1).mean((1, 2, 3)).reshape(8, 3)
+    np.testing.assert_allclose(bright - bright[:, :1], expected - expected[:, :1], atol=3e-3)
+    assert np.all(np.concatenate([batch["preference"] for batch in batches]) == 1)
+    assert np.concatenate([batch["index"] for batch in batches]).tolist() == list(range(8))
+    following = stream.next(run.params)
+    assert jax.device_get(following["index"]).tolist() == [8, 9, 10, 11]
+    _, metrics = compile_step(run.state)(run.state, run.reference, following, run.key)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
+
+
+def test_two_images_of_a_prompt_remain_a_pair_with_its_label(shallow_model):
+    run = OnlineRun(shallow_model, {"objective.name": "nft"}, trajectories=False)
+    batch = jax.device_get(run.open(PairStream).next(run.params))
+    assert batch["moments"].shape[1] == 2
+    assert "scores" not in batch
 
 
 @pytest.mark.ci

@@ -148,6 +148,10 @@ class PreferenceLoss:
         policy = run(policy_params(task, params, reference))
         return policy, run(cast(task, reference)) if self.needs_reference else None
 
+    def _reads_scores(self, images: int) -> bool:
+        """Whether examples of `images` images have scores: lists always, as a pair's labels say enough."""
+        return images > 2 or self.objective.needs_scores
+
     def inputs(self, pipe: Pipeline) -> tuple[str, ...]:
         """Names of the arrays of a batch that the loss reads."""
         weight = ("weight",) if self.objective.needs_weight else ()
@@ -167,7 +171,7 @@ class PreferenceLoss:
             "preference": shape((), jnp.float32),
             "loser_won": shape((), jnp.bool_),
             **weight,
-            **({"scores": shape((images,), jnp.float32)} if self.objective.needs_scores else {}),
+            **({"scores": shape((images,), jnp.float32)} if self._reads_scores(images) else {}),
             "index": shape((), jnp.uint32),
         }
 
