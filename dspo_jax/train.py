@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.training.dry_run import dry_run, estimate
     from dspo_jax.training.run import train
     from dspo_jax.training.settings import parse
+    from dspo_jax.training.validation_scalars import format_accuracy
 
     del argv
     values = flags.FLAGS
@@ -80,12 +81,7 @@ def main(argv: Sequence[str]) -> int:
     validations = list(read_validations(workdir / "metrics.jsonl").values())
     for when, scores in zip(("before", "after"), validations[:1] + validations[1:][-1:], strict=False):
         if "implicit_accuracy" in scores:
-            low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
-            print(
-                f"held-out implicit accuracy {when}: "
-                f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-                + (f" of {scores['num_pairs']:.0f} pairs" if "num_pairs" in scores else "")
-            )
+            print(f"held-out implicit accuracy {when}: {format_accuracy(scores)}")
         for name in (name for name in scores if name.startswith("reward_")):
             win_rate = name.replace("reward", "win_rate", 1)
             won = f", higher in {scores[win_rate]:.0%} of the images" if when == "after" else ""

@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     from dspo_jax.parallel import processes
     from dspo_jax.parallel.mesh import use_cpu_cores
     from dspo_jax.training.validation import judge
+    from dspo_jax.training.validation_scalars import format_accuracy
 
     del argv
     use_cpu_cores()
@@ -45,17 +46,14 @@ def main(argv: Sequence[str]) -> None:
         return
     if values.out:
         write_json(Path(values.out), scores, shared=True)
-    pairs = f"{scores['num_pairs']:,} pairs, {values.draws} draw(s) for each, {dtype}"
-    table = Table(title=f"{values.data}, {values.split}: {pairs}")
+    table = Table(title=f"{values.data}, {values.split}: {values.draws} draw(s) for each example, {dtype}")
     for heading in ("timestep", "implicit accuracy", "margin"):
         table.add_column(heading, justify="right")
     for name in scores:
         if name.startswith("implicit_accuracy_t"):
             timestep = name.removeprefix("implicit_accuracy_t")
             table.add_row(timestep, f"{scores[name]:.3f}", f"{scores[f'margin_t{timestep}']:+.3g}")
-    low, high = scores["implicit_accuracy_low"], scores["implicit_accuracy_high"]
-    accuracy = f"{scores['implicit_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-    table.add_row("averaged", accuracy, f"{scores['margin']:+.3g}")
+    table.add_row("averaged", format_accuracy(scores), f"{scores['margin']:+.3g}")
     Console().print(table)
 
 
@@ -68,7 +66,7 @@ def run() -> None:
     flags.DEFINE_string(
         "data",
         None,
-        "Pairs written by dspo_jax.encode, or several such folders, separated by commas.",
+        "Pairs or labelled images written by dspo_jax.encode, or several such folders, separated by commas.",
     )
     flags.DEFINE_string("split", "validation", "Which of its splits.")
     flags.DEFINE_integer(

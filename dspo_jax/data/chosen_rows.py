@@ -22,10 +22,11 @@ def check_selection(select: SelectSettings, splits: Sequence[str], images: int) 
     Raises:
       UserError: by key.
     """
-    if select.min_gap is not None and images == 1:
+    if select.min_gap is not None and images != 2:
+        what = "single images" if images == 1 else "lists"
         raise UserError(
-            f"config.select.min_gap = {select.min_gap:g}: is between winner and loser, and these are single "
-            "images; leave it out"
+            f"config.select.min_gap = {select.min_gap:g}: is between winner and loser, and these are {what}; "
+            "leave it out"
         )
     if (select.top < 1 or select.min_gap is not None) and _SPLIT not in splits:
         key = "top" if select.top < 1 else "min_gap"

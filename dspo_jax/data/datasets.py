@@ -34,6 +34,11 @@ class Dataset:
             counts[bucket] = counts.get(bucket, 0) + shard["num_examples"]
         return {bucket: count for bucket, count in counts.items() if count}
 
+    def disliked(self, split: str) -> int:
+        """Counts the single images of a split that are labelled as disliked; 0 where nothing is labelled."""
+        count: int = self.manifest["splits"].get(split, {}).get("disliked", 0)
+        return count
+
     def files(self, split: str, bucket: str) -> list[str]:
         """Returns the files that hold a bucket, as array_record takes them: each followed by [0:EXAMPLES]."""
         return [

@@ -174,10 +174,12 @@ class PairEncoder:
             except BadRow as problem:
                 on_bad_row(row, problem)
                 continue
-            scores = {} if row.scores is None else {shards.SCORES: np.asarray(row.scores, np.float32)}
+            scores = row.scores
+            if scores is None and per_example > 2:
+                scores = tuple(-float(place) for place in range(per_example))
             yield {
                 "moments": rounded,
-                **scores,
+                **({} if scores is None else {shards.SCORES: np.asarray(scores, np.float32)}),
                 **{name: array[i] for name, array in conditioning.items()},
                 "preference": np.float32(row.preference),
                 "loser_won": np.bool_(row.loser_won),

@@ -70,7 +70,9 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "name": settings.source.name,
             # Where images may lie is a matter of trust; it does not change the rows.
             "arguments": {
-                key: value for key, value in settings.source.arguments.items() if key != "allow_outside"
+                key: value
+                for key, value in settings.source.arguments.items()
+                if key != "allow_outside" and (value or key not in _LATER_ARGUMENTS)
             },
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
@@ -102,7 +104,7 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
         features = shards.feature_spec(
             (source.images_per_example, side, side, 2 * pipe.latent_channels),
             pipe.conditioning_shapes(source.images_per_example),
-            scored=files is not None,
+            scored=files is not None or source.images_per_example > 2,
         )
         writer = DatasetWriter(out, features, manifest, rows.count, buckets)
         encoder = PairEncoder(
@@ -163,6 +165,9 @@ def _scores_of(manifest: JsonObject, settings: EncodeSettings) -> JsonObject:
         "rows_per_shard": settings.rows_per_shard,
     }
 
+
+# Arguments of sources that datasets of earlier versions do not name; where they are not set, no row changes.
+_LATER_ARGUMENTS = ("length", "winner_id", "loser_id")
 
 # Keys of the config that decide the content of the shards, besides the model and the source.
 _ENCODING = (

@@ -23,7 +23,8 @@ def encode_pairs(
 
     Args:
       pipe: gives the VAE and the tokenizers.
-      pairs: N pairs, or N single images; few enough for their pixels to fit into memory.
+      pairs: N pairs, N single images, or N lists of as many images; few enough for their pixels to fit into
+        memory.
       resolution: side in pixels of the square that images are resized and cropped to; None is the model's.
       vae_dtype: compute dtype of the VAE, "float32" or "bfloat16".
 
@@ -40,6 +41,8 @@ def encode_pairs(
         raise UserError("pairs: some have a loser and some have none; give pairs or single images")
     if len({pair.scores is None for pair in pairs}) > 1:
         raise UserError("pairs: some have scores and some have none; give scores to all or to none")
+    if len({len(pair.images) for pair in pairs}) > 1:
+        raise UserError("pairs: lists of different numbers of images; give as many in each")
     side = pipe.image_side if resolution is None else resolution
     if side < 1 or side % pipe.vae_scale_factor:
         raise UserError(

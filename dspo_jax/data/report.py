@@ -13,7 +13,8 @@ def format_report(report: JsonObject) -> str:
     """Returns the report of `summarize_dataset` as text."""
     model = {key: value for key, value in report["model"].items() if "sha256" not in key}
     name, source = model.pop("model"), report["source"]
-    kind = "pairs" if report["images_per_example"] == 2 else "single images"
+    images = report["images_per_example"]
+    kind = {1: "single images", 2: "pairs"}.get(images, f"lists of {images} images")
     lines = [
         f"{report['directory']}: {kind}, resolution {report['resolution']}",
         _line("encoded with", ", ".join([name, *_settings(model | report["encoding"])])),
@@ -68,6 +69,8 @@ def _format_split(name: str, content: JsonObject) -> Iterator[str]:
         if preferences["hard"] < read:
             yield _line("", f"soft: {_counts(preferences['soft'])}")
         yield _line("loser won", f"{_share(preferences['loser_won'], read, 'losers')} win another pair")
+    if "labels" in content:
+        yield _line("labels", _counts(content["labels"]))
     if "scores" in content:
         scores = content["scores"]
         yield _line("score", _format(scores["winner"]) + (", of winners" if "loser" in scores else ""))

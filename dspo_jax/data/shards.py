@@ -48,7 +48,7 @@ _KEYS: dict[str, Key] = {
     "model": _OBJECT,
     "source": _OBJECT,
     "resolution": integer(),
-    "images_per_example": integer(high=2),
+    "images_per_example": integer(high=64),
     "splits": _OBJECT,
 }
 _MODEL_KEYS = {"vae_scale_factor": integer(), "latent_channels": integer()}
@@ -56,6 +56,7 @@ _SPLIT_KEYS = {
     "num_examples": _COUNT,
     "shards": Key(REQUIRED, listed="always", length=range(1 << 20)),
     "skipped": _OBJECT,
+    "disliked": integer(0, low=0, high=1 << 50),
 }
 _SHARD_KEYS = {
     "file": Key(REQUIRED, str),
@@ -74,8 +75,8 @@ def feature_spec(
     """Returns the TFDS schema of an example.
 
     Args:
-      moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images; h and w are None
-        where images have several sizes.
+      moments_shape: [P, h, w, 2C]; P = 2 for pairs (winner, loser), 1 for single images, more for lists; h
+        and w are None where images have several sizes.
       conditioning: arrays that the model is conditioned on, `Pipeline.conditioning_shapes`.
       scored: whether each image has a score.
 

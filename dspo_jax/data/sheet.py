@@ -69,7 +69,7 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
 
     Args:
       rows: caption, lines in small grey print under it, and images [P, H, W, 3] uint8 of any size; with P = 1
-        there is one picture and no frame.
+        or a list there is no frame.
     """
     per_example = len(rows[0][2])
     fitted = [[_fit(image) for image in images] for _, _, images in rows]
@@ -79,7 +79,8 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[str], np.ndarray]]) -> Image.I
     size = (left + per_example * cell, HEADING_HEIGHT + sum(heights) + MARGIN * len(rows))
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(_FONT, _FONT_SIZE)
-    for column, heading in enumerate(("winner", "loser") if per_example == 2 else ("image",)):
+    headings = ["image", *(f"image {place}" for place in range(2, per_example + 1))]
+    for column, heading in enumerate(("winner", "loser") if per_example == 2 else headings):
         draw.text((left + column * cell + FRAME, 4), heading, "black", font)
     top = HEADING_HEIGHT
     for (caption, notes, _), images, height in zip(rows, fitted, heights, strict=True):
@@ -162,7 +163,8 @@ def _notes(split: str, example: Example) -> list[str]:
     sizes = " and ".join(f"{crop.width} x {crop.height}" for crop in read_crops(example))
     notes = [f"{split} {example['key']}", f"from {sizes} pixels"]
     if example["preference"] < 1:
-        notes.append(f"preference {example['preference']:.2f}")
+        kind = "preference" if len(example["moments"]) > 1 else "liked"
+        notes.append(f"{kind} {example['preference']:.2f}")
     if shards.SCORES in example:
         notes.append("score " + " and ".join(f"{score:.4g}" for score in example[shards.SCORES]))
     return notes

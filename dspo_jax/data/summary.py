@@ -154,7 +154,8 @@ def summarize_examples(columns: Columns) -> JsonObject:
 
     Returns:
       JSON-able: `examples_read`; `captions`, their length in tokens with the two that begin and end them;
-      `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `scores`, where images
+      `images`, sizes in pixels before they were resized; `preferences`, of pairs only; `labels`, of
+      labelled single images; `scores`, where images
       were scored; `duplicate_keys`.
     """
     captions, num_examples = Counter(columns.captions), len(columns.captions)
@@ -190,13 +191,18 @@ def summarize_examples(columns: Columns) -> JsonObject:
             "soft": dict(zip(bins, np.histogram(soft, edges)[0].tolist(), strict=True)),
             "loser_won": int(columns.loser_won.sum()),
         }
+    elif (columns.preferences < 1).any():
+        summary["labels"] = {
+            "liked": int((columns.preferences >= 0.5).sum()),
+            "disliked": int((columns.preferences < 0.5).sum()),
+            "soft": int(((columns.preferences > 0) & (columns.preferences < 1)).sum()),
+        }
     if columns.scores is not None:
         of_images = columns.scores.T.astype(np.float64)
-        summary["scores"] = {
-            name: _spread(each) for name, each in zip(("winner", "loser"), of_images, strict=False)
-        }
-        if len(of_images) == 2:
-            gap = of_images[0] - of_images[1]
+        summary["scores"] = {"winner": _spread(of_images[0])}
+        if len(of_images) > 1:  # the last of a list is its worst
+            summary["scores"]["loser"] = _spread(of_images[-1])
+            gap = of_images[0] - of_images[-1]
             summary["scores"] |= {"gap": _spread(gap), "agree": int((gap > 0).sum())}
     return summary
 

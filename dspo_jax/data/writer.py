@@ -124,7 +124,9 @@ class DatasetWriter:
                 bucket: stack.enter_context(self._open(self._file_name(split, number, bucket)))
                 for bucket in self._buckets or [""]
             }
+            disliked = 0
             for example in examples:
+                disliked += int(len(example["moments"]) == 1 and example["preference"] < 0.5)
                 file = files[self._bucket_of(example) if self._buckets else ""]
                 file.write(to_record(example, sized=bool(self._buckets)))
         records = []
@@ -132,6 +134,8 @@ class DatasetWriter:
             in_bucket = {"bucket": bucket} if self._buckets else {}
             records.append({"file": file.name, **in_bucket, **file.finish(self._out)})
         note = {"files": records, "skipped": dict(sorted((skipped or {}).items()))}
+        if disliked:
+            note["disliked"] = disliked
         self._replace(self._note(split, number), json.dumps(note))
         return sum(record["num_examples"] for record in records)
 
@@ -150,7 +154,7 @@ class DatasetWriter:
 
         Returns:
           The manifest, with `format_version`, `images_per_example` (P), `splits` and, if there are, `buckets`
-          added.
+          added. A split with `disliked` single images, of a preference below 1/2, says how many.
 
         """
         try:
@@ -171,6 +175,9 @@ class DatasetWriter:
                 "left_out": dict(sorted(left_out.get(split, {}).items())),
                 "shards": self._drop_empty_buckets(files),
             }
+            disliked = sum(note.get("disliked", 0) for note in of_split)
+            if disliked:
+                splits[split]["disliked"] = disliked
         complete = {
             "format_version": shards.FORMAT_VERSION,
             **self._manifest,

@@ -18,7 +18,7 @@ from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_
 from dspo_jax.training.own_images import OwnImages
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task, cast, of_components, policy_params
-from dspo_jax.training.validation import binomial_interval
+from dspo_jax.training.validation_scalars import binomial_interval
 
 # Noise levels, as shares of the timesteps, at which predictions are compared with the reference's.
 _LEVELS = (0.2, 0.5, 0.8)

@@ -334,7 +334,8 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
 
     Raises:
       UserError, FileNotFoundError: data that are damaged, empty or encoded with another model; single images
-        where two are compared; several datasets that do not fit one another, or weights that do not fit them.
+        where two are compared; labels where none are read; several datasets that do not fit one another, or
+        weights that do not fit them.
     """
     data, validation = settings.data, settings.validation
     if not data.path:
@@ -345,8 +346,16 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     check_weights(data.weights, datasets)
     for dataset in datasets:
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
+    images = datasets[0].manifest["images_per_example"]
+    disliked = sum(dataset.disliked(data.split) for dataset in datasets)
     if settings.stream.kind != "self_play":  # which draws the other image
-        check_images(settings.objective, datasets[0].manifest["images_per_example"], data.path)
+        check_images(settings.objective, images, data.path, labelled=disliked > 0)
+    if disliked and (settings.stream.kind == "self_play" or not settings.objective.needs_labels):
+        raise UserError(
+            f"config.data.path = {data.path!r}: holds images that people dislike, which "
+            f"{'self-play' if settings.stream.kind == 'self_play' else settings.objective.name!r} would "
+            "imitate; use kto, nft or awm, or encode the liked images alone"
+        )
     # These raise where a split has no examples. Not every dataset needs held-out ones.
     for dataset in datasets:
         count_examples([dataset], data.split, "config.data.split")
@@ -358,21 +367,33 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
             "choose another with --config.validation.split=NAME, train without held-out examples with "
             "--config.validation.every=0, or encode the data so that some are held out",
         )
+        held_out = sum(sum(dataset.buckets(validation.split).values()) for dataset in datasets)
+        if disliked and not 0 < sum(dataset.disliked(validation.split) for dataset in datasets) < held_out:
+            raise UserError(
+                f"config.validation.split = {validation.split!r}: does not hold both liked and disliked "
+                "images, which are compared; choose another, set --config.validation.every=0, or encode the "
+                "data so that more are held out"
+            )
     return datasets
 
 
 def check_images(objective: Objective, images: int, data: str, *, labelled: bool = False) -> None:
-    """Refuses single images where an objective needs pairs, and unlabelled ones where it needs labels.
+    """Refuses single images where an objective needs pairs, unlabelled ones where it needs labels, and lists.
 
     Args:
       objective: of the run.
-      images: of an example, 2 or 1.
+      images: of an example.
       data: what the error calls the examples.
-      labelled: whether some single images are disliked.
+      labelled: whether some single images are not (surely) liked.
 
     Raises:
       UserError: by the name of the objective.
     """
+    if images > 2 and not objective.takes_lists:
+        raise UserError(
+            f"config.objective.name = {objective.name!r}: takes pairs, but {data} holds lists of {images} "
+            "images; use lpo_list, dgpo, crd, nft or awm, or encode pairs"
+        )
     if objective.needs_loser and images == 1:
         raise UserError(
             f"config.objective.name = {objective.name!r}: compares winner and loser, but {data} "

@@ -28,7 +28,8 @@ def open_stream(experiment: Experiment, reference: Params) -> Stream:
     if own is None and settings.stream.kind == "self_play":
         return SelfPlayStream(experiment.datasets, settings, task, reference, mesh)
     if own is None:
-        return ShardStream(experiment.datasets, settings, mesh, task.loss.inputs(task.pipe))
+        scores = ("scores",) if experiment.images_per_example > 2 else ()
+        return ShardStream(experiment.datasets, settings, mesh, (*task.loss.inputs(task.pipe), *scores))
     if own.trained is not None:
         return PromptStream(
             own.prompts,

@@ -1,4 +1,4 @@
-"""Validation on held-out pairs: implicit accuracy, margins and errors by timestep.
+"""Validation on held-out pairs or labelled images: implicit accuracy, margins and errors by timestep.
 
 The implicit reward of an image is the decrease of its denoising error against the reference, averaged over
 draws of timestep and noise (Diffusion-DPO, S4.1, where it serves as a reward model in Table S2).
@@ -30,32 +30,8 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.settings import ValidationSettings
+from dspo_jax.training.validation_scalars import summarise, summarise_labelled
 from dspo_jax.weights.saved_params import read_base, split_run
-
-_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal
-
-
-def binomial_interval(successes: float, n: int) -> tuple[float, float]:
-    """Computes Wilson's 95 % interval for a share, which stays in [0, 1] and holds for small n.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-
-    Args:
-      successes: how many of `n`; ties may count one half.
-      n: number of independent trials; 0 gives (0, 1).
-
-    Raises:
-      ValueError: `successes` is not between 0 and `n`.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes = {successes}: must lie between 0 and n = {n}")
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + _Z_95**2 / (2 * n)) / (1 + _Z_95**2 / n)
-    half = _Z_95 / (1 + _Z_95**2 / n) * math.sqrt(share * (1 - share) / n + _Z_95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
 
 # (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], what the denoiser is conditioned on by name)
 # -> the denoiser's output [B, P, h, w, C].
@@ -187,17 +163,34 @@ class Validator:
         `implicit_accuracy`: the share of pairs whose margin, averaged over the draws, is positive (ties one
         half), with the ends of its 95 % interval (Wilson; it takes the pairs as independent); `num_pairs`.
 
+        Of lists the winner is the image of the highest score and the loser that of the lowest, the accuracy
+        the share of a list's pairs of images that the rewards rank as the scores do, averaged over the lists,
+        which its interval takes as independent; and `num_lists`.
+
+        Where single images are labelled, `winner_` is of the liked and `loser_` of the disliked ones, by the
+        weight of their labels; `margin` is the difference of their mean rewards, and `implicit_accuracy` the
+        share of pairs of a liked and a disliked image, of whatever prompts, of which the liked one has the
+        higher reward (ties one half), without an interval; and `num_images`.
+
         With `_t500` and the like at the end, those of one timestep bin: the drifts, margin and accuracy, or
         the errors where there is no reference.
         """
-        results = []
+        results, liked, scores = [], [], []
         judged = 0
         for examples in self._batches():
             draws = [self._judge_examples(policy, reference, examples, t) for t in self._timesteps]
             results.append(np.stack(draws, axis=1))
+            liked.append(examples["preference"])
+            scores.append(examples.get("scores"))
             judged += len(examples["index"])
             report(judged)
         values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image
+        liked_B = np.concatenate(liked)
+        labelled = values_SDBP.shape[3] == 1 and bool((liked_B < 0.5).any())
+        if labelled:
+            return summarise_labelled(values_SDBP[..., 0], self._timesteps, liked_B)
+        if values_SDBP.shape[3] > 2:
+            return summarise(values_SDBP, self._timesteps, np.concatenate(scores))
         return summarise(values_SDBP, self._timesteps)
 
     def _batches(self) -> Iterator[HostBatch]:
@@ -226,47 +219,6 @@ class Validator:
         return np.stack([np.asarray(judged[name])[:count] for name in ("error", "drift") if name in judged])
 
 
-def summarise(values: np.ndarray, timesteps: np.ndarray) -> dict[str, float]:
-    """Returns the scalars that `Validator` reports.
-
-    Args:
-      values: [S, D, N, P]: S = 2 (error, drift) or 1 (error) x draw x example x image (winner, loser).
-      timesteps: [D].
-    """
-    images = ("winner", "loser")[: values.shape[3]]
-    measures = ("error", "drift")[: len(values)]
-    means_SDP = values.mean(2)
-    summary = {
-        f"{image}_{measure}": float(means_SDP[s, :, p].mean())
-        for s, measure in enumerate(measures)
-        for p, image in enumerate(images)
-    }
-    for d, timestep in enumerate(timesteps):
-        for p, image in enumerate(images):
-            summary[f"{image}_{measures[-1]}_t{timestep}"] = float(means_SDP[-1, d, p])
-    if measures[-1] != "drift" or len(images) == 1:
-        return summary
-    margins_DN = values[1, :, :, 1] - values[1, :, :, 0]
-    correct_N = _correct(margins_DN.mean(0))
-    low, high = binomial_interval(correct_N.sum(), len(correct_N))
-    summary |= {
-        "margin": float(margins_DN.mean()),
-        "implicit_accuracy": float(correct_N.mean()),
-        "implicit_accuracy_low": low,
-        "implicit_accuracy_high": high,
-        "num_pairs": len(correct_N),
-    }
-    for timestep, margins_N in zip(timesteps, margins_DN, strict=True):
-        summary[f"margin_t{timestep}"] = float(margins_N.mean())
-        summary[f"implicit_accuracy_t{timestep}"] = float(_correct(margins_N).mean())
-    return summary
-
-
-def _correct(margins: np.ndarray) -> np.ndarray:
-    """Scores margins: 1 above 0, 1/2 at 0, 0 below and where the margin is not a number."""
-    return np.where(np.isnan(margins), 0.0, 0.5 + 0.5 * np.sign(margins))
-
-
 def judge(
     model: str | Path,
     reference: str | Path | None,
@@ -288,7 +240,8 @@ def judge(
       compute_dtype: of the networks.
 
     Raises:
-      UserError: no reference, data of another model or of single images, or what `Validator` refuses.
+      UserError: no reference, data of another model or of single images without labels, or what `Validator`
+        refuses.
       FileNotFoundError: a folder is missing.
     """
     if reference is None:
@@ -303,8 +256,11 @@ def judge(
     count_examples(datasets, split, "--split", "choose another with --split=NAME")
     for dataset in datasets:
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)
-        if dataset.manifest["images_per_example"] == 1:
-            raise UserError(f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs")
+        if dataset.manifest["images_per_example"] == 1 and not dataset.disliked(split):
+            raise UserError(
+                f"--data={dataset.folder}: holds single images; implicit accuracy is of pairs, or of images "
+                "with labels"
+            )
     ours, theirs = (pipe.networks[pipe.denoiser] for pipe in pipes)
     if (ours.class_name, ours.settings) != (theirs.class_name, theirs.settings):
         raise UserError(f"--reference={reference}: its denoiser is another one than that of {model}")

@@ -7,6 +7,7 @@ from image_files import image_bytes
 from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 
 PAIR = {"caption": "a red fox", "winner": "images/a.png", "loser": "images/b.png"}
@@ -89,6 +90,44 @@ def test_rows_without_a_loser_are_single_images(tmp_path, column):
     source = write({"caption": "a red fox", column: "images/a.png"})
     (row,) = source.pairs("train")
     assert (source.images_per_example, row.loser, colors(row)) == (1, None, [(255, 0, 0)])
+
+
+def test_single_images_may_have_labels(write):
+    rows = [{**SINGLE, "label": label} for label in (True, False, 0.25, 1, None)]
+    source = write(*rows, SINGLE)
+    assert [row.preference for row in source.pairs("train")] == [1, 0, 0.25, 1]
+    assert source.left_out("train") == {"no label": 2}
+    assert [len(decode_pair(row)) for row in source.pairs("train")] == [1] * 4
+
+
+def test_labels_in_a_csv_may_be_words_and_their_size_is_the_margin(write, tmp_path):
+    lines = [f"a fox,images/a.png,{label}" for label in ("True", "false", "0.25", "", "0.5")]
+    source = write("caption,image,label", *lines, name="pairs.csv", min_margin=0.5)
+    assert [row.preference for row in source.pairs("train")] == [1, 0, 0.25]
+    assert source.left_out("train") == {"no label": 1, "min_margin": 1}
+    path = str(tmp_path / "other.csv")
+    other = write("caption,image,label", "a fox,images/a.png,perhaps", name="other.csv", path=path)
+    with pytest.raises(UserError, match=r"other\.csv:2: label = 'perhaps': must be a number$"):
+        other.num_examples("train")
+
+
+@each_row(
+    ("row", "message"),
+    [
+        ({**PAIR, "label": True}, "pairs.jsonl:1: has a label, .*beside a loser; keep one"),
+        ({**SINGLE, "label": 1, "preference": 1}, "has a label, .*beside a preference; keep one"),
+        ({**SINGLE, "label": "yes"}, "label = 'yes': must be a number"),
+    ],
+)
+def test_a_label_that_means_nothing_is_refused(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
+        make_write(tmp_path)(row).num_examples("train")
+
+
+def test_a_label_out_of_range_is_a_bad_row(write):
+    for row in write({**SINGLE, "label": -0.1}, {**SINGLE, "label": 7}).pairs("train"):
+        with pytest.raises(BadRow, match=r"preference outside \[0, 1\]"):
+            decode_pair(row)
 
 
 def test_an_empty_column_of_losers_is_none(write):

@@ -11,6 +11,7 @@ from parquet_files import pairs, pick_a_pic
 from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 
 
@@ -82,6 +83,27 @@ def test_an_empty_loser_is_for_single_images(source):
     chosen = source(pairs(1, loser=None), loser="")
     (row,) = chosen.pairs("train")
     assert (chosen.images_per_example, row.loser, images(row)) == (1, None, [0])
+
+
+def test_ids_tell_which_losers_won_elsewhere(source):
+    columns = pairs(4, first=["1", "2", "3", "4"], second=[2, 5, None, 3])  # text and numbers
+    chosen = source(columns, winner_id="first", loser_id="second")
+    assert [row.loser_won for row in chosen.pairs("train")] == [True, False, False, True]
+    assert [row.loser_won for row in chosen.pairs("train", 3)] == [True]
+    assert [images(row) for row in chosen.pairs("train", 3)] == [[6, 7]]
+    with pytest.raises(UserError, match=r"config\.source\.winner_id = 'first': .*name the ids of both"):
+        source(columns, winner_id="first")
+    with pytest.raises(UserError, match="no column 'third'"):
+        source(columns, winner_id="first", loser_id="third").num_examples("train")
+
+
+@pytest.mark.parametrize("labels", [[True, None, False], [1, None, 0], [1.0, None, 0.0]])
+def test_single_images_may_have_labels(source, labels):
+    columns = pairs(3, loser=None, liked=labels)
+    chosen = source(columns, loser="", preference="liked")
+    assert [row.preference for row in chosen.pairs("train")] == [1.0, 0.0]
+    assert [images(row) for row in chosen.pairs("train")] == [[0], [4]]
+    assert chosen.left_out("train") == {"no label": 1}
 
 
 def test_margins_are_of_the_preference(source):

@@ -8,6 +8,7 @@ from image_files import number_of, numbered_image
 from tables import each_row
 
 from dspo_jax.data.sources import decode_pair, get_source
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 
 HPD_TRAIN = [
@@ -80,6 +81,44 @@ def test_the_best_against_the_rest(source):
     best = source("image_reward", RANKED, comparisons="best")
     assert pairs(best) == [("1", "0"), ("1", "3"), ("1", "2")]
     assert best.left_out("train") == {"tie": 1}
+
+
+def test_lists_of_so_many_images_spread_over_the_ranks(source, tmp_path):
+    listed = source("image_reward", RANKED, comparisons="list", length=3)
+    (row,) = listed.pairs("train")
+    assert [image.stem for image in row.images] == ["1", "3", "2"]
+    assert row.winner == tmp_path / "p" / "1.webp"
+    assert (row.scores, row.key, row.loser_won) == ((-1.0, -2.0, -4.0), "0", False)
+    assert (listed.num_examples("train"), listed.images_per_example) == (1, 3)
+    assert listed.left_out("train") == {"fewer than 3 images": 2}
+    ten = [{"prompt": "a", "generations": [f"{i}.png" for i in range(10)], "ranking": [*range(10, 0, -1)]}]
+    for length, places in ((4, "9630"), (10, "9876543210")):
+        (row,) = source("image_reward", ten, "ten.json", comparisons="list", length=length).pairs("train")
+        assert [image.stem for image in row.images] == list(places)
+    equal = [{**ten[0], "ranking": [1] * 10}]
+    source = source("image_reward", equal, "equal.json", comparisons="list", length=4)
+    assert source.left_out("train") == {"tie": 1}
+
+
+def test_a_list_with_other_images_or_ranks_is_another(source):
+    digests = set()
+    for n, ranks in enumerate(([2, 1, 4, 2], [1, 2, 4, 2], [2, 1, 5, 2], [2, 1, 4, 3])):
+        rows = [{**RANKED[0], "ranking": ranks}]
+        digests.add(source("image_reward", rows, f"{n}.json", comparisons="list", length=3).digest("train"))
+    assert len(digests) == 4
+
+
+@each_row(
+    ("arguments", "message"),
+    [
+        ({"comparisons": "list"}, r"config\.source\.length = 0: must be from 3 to 64"),
+        ({"comparisons": "list", "length": 2}, "length = 2: .*for pairs take 'all' or 'best'"),
+        ({"length": 4}, "length = 4: is of config.source.comparisons = 'list'"),
+    ],
+)
+def test_a_length_without_lists_and_lists_without_one_are_refused(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_source(tmp_path)("image_reward", RANKED, **arguments)
 
 
 def test_a_loser_that_won_elsewhere_is_marked(source):

@@ -10,6 +10,7 @@ from image_files import number_of, numbered_image
 from tensorflow_datasets.core import example_serializer, naming
 
 from dspo_jax.data.sources import decode_pair, get_source
+from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import BadRow
 
 FEATURES = {
@@ -101,6 +102,18 @@ def test_an_empty_loser_is_for_single_images(dataset):
     source = dataset({"train": 1}, features)(loser="")
     (row,) = source.pairs("train")
     assert (source.images_per_example, row.loser, images(row)) == (1, None, [0])
+
+
+def test_ids_tell_which_losers_won_elsewhere(dataset):
+    ids = {"winner_id": "caption", "loser_id": "key"}
+    features = {**FEATURES, **dict.fromkeys(ids, tfds.features.Text())}
+    source = dataset({"train": 3}, features, columns=ids, caption="key 1")
+    marked = source(winner_id="winner_id", loser_id="loser_id", validation_share=0.0)
+    assert [row.loser_won for row in marked.pairs("train")] == [False, True, False]
+    assert [row.loser_won for row in marked.pairs("train", 1, 2)] == [True]
+    assert not any(row.loser_won for row in source(validation_share=0.0).pairs("train"))
+    with pytest.raises(UserError, match=r"config\.source\.loser_id = 'loser_id': .*name the ids of both"):
+        source(loser_id="loser_id")
 
 
 def test_captions_are_held_out_whole_where_there_is_only_train(dataset):

@@ -17,7 +17,7 @@ from tables import each_row
 from dspo_jax.monitoring.curves import draw_curves
 from dspo_jax.monitoring.metrics import MetricsWriter, read_metrics, read_validations
 from dspo_jax.monitoring.progress import Progress
-from dspo_jax.training.validation import binomial_interval
+from dspo_jax.training.validation_scalars import binomial_interval
 
 
 def test_one_line_a_step_with_exact_floats(tmp_path):

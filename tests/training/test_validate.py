@@ -16,7 +16,13 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import ValidationSettings
-from dspo_jax.training.validation import Validator, exhausted, judge, score, summarise
+from dspo_jax.training.validation import Validator, exhausted, judge, score
+from dspo_jax.training.validation_scalars import (
+    binomial_interval,
+    format_accuracy,
+    summarise,
+    summarise_labelled,
+)
 
 SCHEDULE = Schedule.scaled_linear()
 
@@ -136,6 +142,67 @@ def test_summary_of_pairs_by_hand():
     )
     # Wilson's for 1.5 of 3: centre 1/2, half width z / (2 sqrt(n + z^2)).
     assert (low, high) == pytest.approx((0.5 - 0.37467, 0.5 + 0.37467), abs=1e-5)
+
+
+def test_summary_of_lists_by_hand():
+    error = np.array([[[1, 2, 3], [4, 5, 6]]], float)
+    drift = np.array([[[-1, 0, -2], [3, 1, 2]]], float)
+    # By score: the second, the first, the third; and the third before two equal ones.
+    scores = np.array([[2, 3, 1], [0, 0, 5]], np.float32)
+    found = summarise(np.stack([error, drift]), np.array([500]), scores)
+    low, high = found.pop("implicit_accuracy_low"), found.pop("implicit_accuracy_high")
+    both = {
+        "winner_drift": (0 + 2) / 2,
+        "loser_drift": (-2 + 3) / 2,
+        "margin": ((-2 - 0) + (3 - 2)) / 2,
+        "implicit_accuracy": (0 / 3 + 1 / 2) / 2,  # rewards 1 0 2, all wrong; -3 -1 -2, one of two right
+    }
+    at_500 = {f"{name}_t500": value for name, value in both.items()}
+    expected = {**both, **at_500, "winner_error": (2 + 6) / 2, "loser_error": (3 + 4) / 2, "num_lists": 2}
+    assert found == pytest.approx(expected)
+    assert (low, high) == binomial_interval(0.5, 2)
+    assert summarise(np.stack([error, drift]), np.array([500]), np.zeros((2, 3)))["implicit_accuracy"] == 0.5
+
+
+def test_summary_of_labelled_images_by_hand():
+    """Against every pair of images, in float64."""
+    draw = np.random.default_rng(3)
+    error, drift = draw.standard_normal((2, 2, 7))
+    drift[:, 4] = drift[:, 1]  # a tie
+    liked = np.array([1, 1, 0, 0.25, 0, 0.75, 1])
+    scores = summarise_labelled(np.stack([error, drift]), np.array([250, 750]), liked.astype(np.float32))
+
+    def share(drifts):
+        right = total = 0.0
+        for i in range(7):
+            for j in range(7):
+                weight = liked[i] * (1 - liked[j]) * (i != j)
+                total += weight
+                right += weight * (0.5 if drifts[i] == drifts[j] else float(drifts[i] < drifts[j]))
+        return right / total
+
+    expected = {"num_images": 7}
+    for end, errors, drifts in (
+        ("", error.mean(0), drift.mean(0)),
+        ("_t250", None, drift[0]),
+        ("_t750", None, drift[1]),
+    ):
+        means = {
+            name: np.average(drifts, weights=weights)
+            for name, weights in (("winner", liked), ("loser", 1 - liked))
+        }
+        expected |= {f"{name}_drift{end}": mean for name, mean in means.items()}
+        expected[f"margin{end}"] = means["loser"] - means["winner"]
+        expected[f"implicit_accuracy{end}"] = share(drifts)
+        if errors is not None:
+            expected["winner_error"] = np.average(errors, weights=liked)
+            expected["loser_error"] = np.average(errors, weights=1 - liked)
+    assert scores == pytest.approx(expected)
+    drift[0, 0] = np.nan  # liked, so that all its pairs are wrong
+    found = summarise_labelled(np.stack([error, drift]), np.array([250, 750]), liked)
+    assert found["implicit_accuracy"] < scores["implicit_accuracy"]
+    assert score(found) == found["implicit_accuracy"]
+    assert format_accuracy(scores) == f"{scores['implicit_accuracy']:.3f} of 7 images"
 
 
 def test_a_margin_that_is_no_number_is_wrong():

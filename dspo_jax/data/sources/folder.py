@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -32,6 +33,8 @@ class Folder(Selection):
     caption: the prompt.
     winner, loser: image files. Without any `loser` these are single images; then `image` means `winner`.
     preference: probability in [0.5, 1] that the winner is preferred; 1 if not given.
+    label: of single images, whether the image is liked: true or false, or the probability in [0, 1]. Rows
+      without one are left out if another has one.
     key: name of the row, unique within its split; the number of its line if not given.
     split: `train` if not given. Where all rows are `train`, captions are held out as `validation`.
 
@@ -43,7 +46,7 @@ class Folder(Selection):
       path: the folder, or the .jsonl or .csv file.
       allow_outside: whether images may lie outside the folder of that file, by `..`, an absolute path or a
         symbolic link.
-      min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1.
+      min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1; of labels, its size.
     """
 
     path: str = ""
@@ -59,12 +62,17 @@ class Folder(Selection):
     def candidates(self, split: str) -> Candidates:
         rows = _read(self.path)
         rows = rows.filter(pc.equal(rows["split"], split))
-        rows = rows.append_column("margin", pa.array(2 * rows["preference"].to_numpy() - 1))
+        preference = rows["preference"].to_numpy()
         images = ("winner", "loser") if "loser" in rows.column_names else None
+        margin = 2 * preference - 1 if images else np.abs(2 * preference - 1)
+        rows = rows.append_column("margin", pa.array(margin))
+        left_out = {"no label": rows["preference"].is_null().to_numpy()}
         identity = images or ("winner",)
         for name in identity:
             self._paths().check(rows[name].unique().to_pylist())
-        return Candidates(rows, ("caption", *identity, "preference", "key"), {}, (*identity, "key"), images)
+        return Candidates(
+            rows, ("caption", *identity, "preference", "key"), left_out, (*identity, "key"), images
+        )
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         paths = self._paths()
@@ -106,7 +114,7 @@ def _find(path: str) -> Path:
 def _read(path: str) -> pa.Table:
     """Returns all rows: caption, winner, loser (unless single images), preference, key and split."""
     file = _find(path)
-    columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, "preference", "key")}
+    columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, "preference", "label", "key")}
     lines = []
     found: dict[str, None] = {}
     try:
@@ -132,6 +140,9 @@ def _read(path: str) -> pa.Table:
             )
     else:
         del columns["loser"]
+    labels = columns.pop("label")
+    if any(label is not None for label in labels):
+        columns["preference"] = labels
     seen: dict[tuple[str, str], int] = {}
     for line, split, key in zip(lines, columns["split"], columns["key"], strict=True):
         if (split, key) in seen:
@@ -171,23 +182,36 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
                         f"{file}:{reader.line_num}: more fields than the first line has names; quote the "
                         "fields that hold commas"
                     )
-                preference = row.get("preference")
-                try:
-                    numbers = {"preference": float(preference)} if preference else {}
-                except ValueError as error:
-                    raise UserError(
-                        f"{file}:{reader.line_num}: preference = {preference!r}: must be a number"
-                    ) from error
-                yield reader.line_num, {**{name: value or None for name, value in row.items()}, **numbers}
+                fields = {name: value or None for name, value in row.items()}
+                where = f"{file}:{reader.line_num}"
+                numbers = {
+                    name: _parse_number(fields[name], f"{where}: {name}")
+                    for name in ("preference", "label")
+                    if fields.get(name)
+                }
+                yield reader.line_num, {**fields, **numbers}
         except csv.Error as error:
             raise UserError(f"{file}: not CSV after line {reader.line_num} ({error}); mend it") from error
+
+
+def _parse_number(text: str, what: str) -> float:
+    """Reads a number or, as 1 and 0, true or false; `what` is for the message."""
+    try:
+        return float({"true": "1", "false": "0"}.get(text.lower(), text))
+    except ValueError as error:
+        raise UserError(f"{what} = {text!r}: must be a number") from error
 
 
 def _parse(row: Row, where: str, line: str) -> Row:
     """Returns a row's values under their own names, with the defaults; `where` is for the messages."""
     if "winner" in row and "image" in row:
         raise UserError(f"{where}: has both winner and image, which mean the same; keep one")
-    values: Row = {name: row.get(name) for name in (*_TEXT, "preference", "key")}
+    values: Row = {name: row.get(name) for name in (*_TEXT, "preference", "label", "key")}
+    if values["label"] is not None and (values["loser"] or values["preference"] is not None):
+        raise UserError(
+            f"{where}: has a label, which says whether a single image is liked, beside "
+            f"{'a loser' if values['loser'] else 'a preference'}; keep one"
+        )
     values["winner"] = row.get("winner", row.get("image"))
     for name in _TEXT:
         values[name] = "" if values[name] is None else values[name]
@@ -198,10 +222,14 @@ def _parse(row: Row, where: str, line: str) -> Row:
         raise UserError(f"{where}: split = {values['split']!r}: must be a word of letters, digits and _")
     if values["preference"] is None:
         values["preference"] = 1.0
-    if isinstance(values["preference"], bool) or not isinstance(values["preference"], int | float):
-        raise UserError(f"{where}: preference = {values['preference']!r}: must be a number")
-    if not -1 <= values["preference"] <= 2:  # a number that no column of them holds, too; it makes a bad row
-        values["preference"] = math.nan
+    if isinstance(values["label"], bool):
+        values["label"] = float(values["label"])
+    for name in ("preference", "label"):
+        number = values[name]
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise UserError(f"{where}: {name} = {number!r}: must be a number")
+        if number is not None and not -1 <= number <= 2:  # more than a column holds, too; it makes a bad row
+            values[name] = math.nan
     values["key"] = line if values["key"] is None else str(values["key"])
     for name in (*_TEXT, "key"):
         if spelling.fault_of_text(values[name].replace("\0", "")):  # a null character makes a bad row

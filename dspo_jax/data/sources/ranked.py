@@ -1,4 +1,4 @@
-"""Ranked lists: several images of a prompt in an order, of which pairs are made (HPD v2, ImageReward)."""
+"""Ranked lists: several images of a prompt in an order, as they are or in pairs (HPD v2, ImageReward)."""
 
 import abc
 import dataclasses
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from dspo_jax import spelling
@@ -18,7 +19,8 @@ from dspo_jax.data.sources.selection import Candidates, Selection, require
 from dspo_jax.errors import UserError
 from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
-_COMPARISONS = ("all", "best")
+_COMPARISONS = ("all", "best", "list")
+_LONGEST = 64  # images of a list
 
 
 class RankedList(NamedTuple):
@@ -39,26 +41,45 @@ class Ranked(Selection):
     winner}>{number of the loser}", counted from 0; meta holds both ranks and the list's id where it has one.
     `loser_won` is known.
 
+    Or (`comparisons="list"`) a list gives an example of `length` images, best first, with minus the rank as
+    the score of each: the best, the worst, and others evenly spread over the ranks between them. Lists that
+    are shorter, and those of equal ranks alone, are left out. The key is the number of the list.
+
     Attributes:
       path: the JSON file.
       images: the folder that the names of images are relative to.
-      comparisons: "all" or "best".
+      comparisons: "all", "best" or "list".
+      length: of "list", the images of each example, at least 3.
       allow_outside: whether images may lie outside that folder, by `..`, an absolute path or a symbolic link.
-      min_margin (of `Selection`): smallest difference of the two ranks.
+      min_margin (of `Selection`): smallest difference of the two ranks, of a list of best and worst.
     """
 
     path: str = ""
     images: str = ""
     comparisons: str = "all"
+    length: int = 0
     allow_outside: bool = False
 
-    images_per_example: ClassVar[int] = 2
     max_margin: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.comparisons not in _COMPARISONS:
             raise UserError(spelling.unknown("config.source.comparisons", self.comparisons, _COMPARISONS))
+        if self.comparisons == "list" and not 3 <= self.length <= _LONGEST:
+            raise UserError(
+                f"config.source.length = {self.length}: must be from 3 to {_LONGEST}, the images of each "
+                "example of config.source.comparisons = 'list'; for pairs take 'all' or 'best'"
+            )
+        if self.comparisons != "list" and self.length:
+            raise UserError(
+                f"config.source.length = {self.length}: is of config.source.comparisons = 'list'; set that, "
+                "or leave length out"
+            )
+
+    @property
+    def images_per_example(self) -> int:
+        return self.length or 2
 
     @abc.abstractmethod
     def parse(self, row: Row) -> RankedList:
@@ -73,6 +94,8 @@ class Ranked(Selection):
         return ("train",)
 
     def candidates(self, split: str) -> Candidates:
+        if self.comparisons == "list":
+            return self._lists()
         rows: list[tuple[int, int, int, str, str, str, float]] = []
         paths = self._paths()
         for number, (caption, images, ranks, _) in enumerate(_read(self)):
@@ -91,7 +114,48 @@ class Ranked(Selection):
         images_of = ("winner", "loser")
         return Candidates(table, ("list", "i", "j"), left_out, (*images_of, "list"), images_of)
 
+    def _lists(self) -> Candidates:
+        """Returns the lists, of which some are too short."""
+        lists, paths = _read(self), self._paths()
+        for _, images, _, _ in lists:
+            paths.check(images)
+        lengths = np.asarray([len(ranks) for _, _, ranks, _ in lists], int)
+        margins = np.asarray(
+            [max(ranks, default=0) - min(ranks, default=0) for _, _, ranks, _ in lists], float
+        )
+        names = [
+            "\n".join(f"{ranks[i]} {images[i]}" for i in _spread(ranks, self.length))
+            for _, images, ranks, _ in lists
+        ]
+        table = pa.table(
+            {
+                "list": pa.array(range(len(lists)), pa.int32()),
+                "caption": pa.array([caption for caption, _, _, _ in lists], pa.string()),
+                "names": pa.array(names, pa.string()),
+                "margin": margins,
+            }
+        )
+        left_out = {f"fewer than {self.length} images": lengths < self.length, "tie": margins == 0}
+        return Candidates(table, ("list", "names"), left_out, ("names", "list"))
+
+    def _list(self, number: int) -> PreferencePair:
+        caption, images, ranks, name = _read(self)[number]
+        chosen = _spread(ranks, self.length)
+        first, second, *others = (self._paths().find(images[i]) for i in chosen)
+        return PreferencePair(
+            caption=caption,
+            winner=first,
+            loser=second,
+            others=tuple(others),
+            scores=tuple(float(-ranks[i]) for i in chosen),
+            key=str(number),
+            meta={"ranks": [ranks[i] for i in chosen], "id": name},
+        )
+
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
+        if self.comparisons == "list":
+            yield from map(self._list, self.selected(split).rows["list"][start:stop].to_pylist())
+            return
         lists = _read(self)
         paths = self._paths()
         for batch in self.selected(split).rows[start:stop].to_batches(max_chunksize=1024):
@@ -110,6 +174,14 @@ class Ranked(Selection):
     def _paths(self) -> ImagePaths:
         folder = Path(self.images) if self.images else self.folder()
         return ImagePaths(folder, SOURCE_ALLOWS_OUTSIDE, self.allow_outside)
+
+
+def _spread(ranks: Sequence[float], count: int) -> list[int]:
+    """Returns the places of `count` images, best first: the best, the worst, others evenly between them."""
+    order = sorted(range(len(ranks)), key=lambda i: ranks[i])
+    if len(order) < count:
+        return order
+    return [order[round(i * (len(order) - 1) / (count - 1))] for i in range(count)]
 
 
 @functools.cache

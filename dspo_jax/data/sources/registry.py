@@ -30,7 +30,7 @@ class Source(Protocol):
 
     @property
     def images_per_example(self) -> int:
-        """The pair axis P: 2 for pairs, 1 for single images."""
+        """The pair axis P: 2 for pairs, 1 for single images, more for lists of so many images."""
         ...
 
     def num_examples(self, split: str) -> int:

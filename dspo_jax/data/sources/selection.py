@@ -41,6 +41,20 @@ def require(argument: str, value: str) -> str:
     return value
 
 
+def check_ids(winner_id: str, loser_id: str, loser: str) -> None:
+    """Refuses a name for the ids of winners without one for those of losers, and ids of single images.
+
+    Raises:
+      UserError: by the argument.
+    """
+    for name, other, value in (("winner_id", loser_id, winner_id), ("loser_id", winner_id, loser_id)):
+        if value and not (other and loser):
+            raise UserError(
+                f"config.source.{name} = {value!r}: tells winners and losers apart; name the ids of both, "
+                "and the losers, or leave it out"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The rows of one split of the files, of which a selection is made.

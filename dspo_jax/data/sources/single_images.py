@@ -15,8 +15,9 @@ def divide_pairs(source: Source) -> Source:
     Raises:
       UserError: the other has single images.
     """
-    if source.images_per_example == 1:
-        raise UserError("config.select.images = 'single': these are single images already; leave it 'pairs'")
+    if source.images_per_example != 2:
+        what = "single images already" if source.images_per_example == 1 else "lists, which are not divided"
+        raise UserError(f"config.select.images = 'single': these are {what}; leave it 'pairs'")
     return SingleImages(source)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dspo_jax.data.sources.pairs import PreferencePair, Row
-from dspo_jax.data.sources.selection import Candidates, Selection, require, sort_splits
+from dspo_jax.data.sources.selection import Candidates, Selection, check_ids, require, sort_splits
 from dspo_jax.errors import UserError
 
 
@@ -20,7 +20,8 @@ class Tfds(Selection):
 
     Every example has a caption (feature `Text`), the winner and the loser (features `Image`, taken as the
     bytes of their files). `preference`, in [0.5, 1], is 1 where there is no such feature; the key is the
-    number of the example where there is none. `loser_won` is not known. Nothing is downloaded or prepared.
+    number of the example where there is none. `loser_won` is known where the images have ids. Of single
+    images `preference` is the label, in [0, 1] or true and false. Nothing is downloaded or prepared.
 
     A record holds all of an example, so that captions cannot be read without the images beside them: holding
     captions out and every filter read the whole split once. Without these only what is yielded is read.
@@ -30,7 +31,9 @@ class Tfds(Selection):
       data_dir: the folder that datasets are in; "" is TFDS's default.
       caption, winner, loser, preference, key: names of the features. Datasets without `preference` or `key`
         are fine as long as these have not been given other names. An empty `loser` is for single images.
-      min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1.
+      winner_id, loser_id: names of the features that tell images apart, both or neither; with them the whole
+        split is read once.
+      min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1; of labels, its size.
     """
 
     dataset: str = ""
@@ -40,6 +43,12 @@ class Tfds(Selection):
     loser: str = "loser"
     preference: str = "preference"
     key: str = "key"
+    winner_id: str = ""
+    loser_id: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ids(self.winner_id, self.loser_id, self.loser)
 
     @property
     def images_per_example(self) -> int:
@@ -53,19 +62,25 @@ class Tfds(Selection):
         examples = _examples(self, split)
         captions, preferences = [""] * len(examples), np.ones(len(examples))
         held_out = self.validation_share and self.file_splits() == ("train",)
-        if held_out or self.caption_pattern or self.min_margin or self.one_pair_per_prompt:
+        ids: dict[str, list[str]] = {name: [] for name in (self.winner_id, self.loser_id) if name}
+        if held_out or self.caption_pattern or self.min_margin or self.one_pair_per_prompt or ids:
             for i in range(len(examples)):
                 example = examples[i]
                 captions[i] = self._decode(example[self.caption], i)
                 preferences[i] = example.get(self.preference, 1.0)
+                for name, found in ids.items():
+                    found.append(str(example[name]))
+        margins = 2 * preferences - 1
         rows = pa.table(
             {
                 "caption": pa.array(captions, pa.large_string()),
-                "margin": pa.array(2 * preferences - 1),
+                "margin": pa.array(margins if self.loser else np.abs(margins)),
                 "row": pa.array(np.arange(len(examples))),
+                **{f"id {name}": pa.array(found, pa.large_string()) for name, found in ids.items()},
             }
         )
-        return Candidates(rows, ("row",), {}, ("row",))
+        images = (f"id {self.winner_id}", f"id {self.loser_id}") if ids else None
+        return Candidates(rows, ("row",), {}, ("row",), images)
 
     def _decode(self, caption: bytes, row: int) -> str:
         try:
@@ -89,9 +104,9 @@ class Tfds(Selection):
         return digest.hexdigest()
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
-        rows = self.selected(split).rows["row"][start:stop].to_numpy()
+        selected = self.selected(split).rows[start:stop]
         examples = _examples(self, split if split in self.file_splits() else "train")
-        for row in rows:
+        for row, loser_won in zip(*(selected[name].to_numpy() for name in ("row", "loser_won")), strict=True):
             example = examples[int(row)]
             key = example.get(self.key, str(row))
             yield PreferencePair(
@@ -100,6 +115,7 @@ class Tfds(Selection):
                 loser=example[self.loser] if self.loser else None,
                 preference=float(example.get(self.preference, 1.0)),
                 key=key.decode(errors="backslashreplace") if isinstance(key, bytes) else str(key),
+                loser_won=bool(loser_won),
             )
 
 
@@ -136,10 +152,12 @@ def _builder(source: Tfds) -> Any:
         "loser": tfds.features.Image,
         "preference": tfds.features.Tensor,
         "key": tfds.features.Tensor,
+        "winner_id": tfds.features.Tensor,
+        "loser_id": tfds.features.Tensor,
     }
     for argument, kind in wanted.items():
         name = getattr(source, argument)
-        if (argument == "loser" and not name) or (
+        if (argument in ("loser", "winner_id", "loser_id") and not name) or (
             argument in ("preference", "key") and name == argument and name not in features
         ):
             continue
