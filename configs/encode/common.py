@@ -37,8 +37,9 @@ def get_config() -> ConfigDict:
     # Which splits of the source to encode; empty means all.
     config.splits = ()
 
-    # A reward that scores every image of the source, in a first pass: a name, or FILE.py:FUNCTION. The scores
-    # are stored with the examples. "" is none.
+    # A reward that scores every image of the source, in a first pass: a name, or FILE.py:FUNCTION; or
+    # "column", for the columns that `source.scores` names. The scores are stored with the examples. "" is
+    # none.
     config.score = ""
     config.rewards = ConfigDict()
     # Holds the weights of each reward under its name, as dspo_jax.rewards.convert writes them.

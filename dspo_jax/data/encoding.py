@@ -14,7 +14,7 @@ from dspo_jax.data.chosen_rows import ChosenRows, check_selection
 from dspo_jax.data.encoder import BadRowLog, PairEncoder
 from dspo_jax.data.prepare import Framing, bucket_sizes, worker_pool
 from dspo_jax.data.row_progress import SECONDS_BETWEEN_LOOKS, RowProgress
-from dspo_jax.data.scoring import RowScorer, ScoreFiles, score_shards
+from dspo_jax.data.scoring import ColumnScorer, RowScorer, ScoreFiles, score_shards
 from dspo_jax.data.settings import EncodeSettings, parse
 from dspo_jax.data.source_shards import SourceShards
 from dspo_jax.data.sources import Source, get_source
@@ -27,6 +27,9 @@ from dspo_jax.parallel.mesh import cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards import Reward, load_reward
+
+COLUMN = "column"
+"""The `config.score` that takes the scores of the source."""
 
 
 def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) -> bool:
@@ -54,12 +57,24 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
 
 def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) -> bool:
     source = get_source(settings.source.name, **settings.source.arguments)
+    from_column = settings.score == COLUMN
+    if from_column != bool(settings.source.arguments.get("scores")):
+        raise UserError(
+            f"config.score = {settings.score!r} and config.source.scores = "
+            f"{settings.source.arguments.get('scores', ())!r}: {COLUMN!r} takes the scores of columns that "
+            "config.source.scores names (of the source 'parquet'); set both or neither"
+        )
+    if settings.select.images == "single" and from_column:
+        raise UserError(
+            "config.select.images = 'single': compares pictures, which config.score = 'column' does not "
+            "read; leave it 'pairs'"
+        )
     if settings.select.images == "single":
         source = divide_pairs(source)
     splits = _choose_splits(settings, source)
     check_selection(settings.select, splits, source.images_per_example)
     rows = SourceShards(source, splits, settings.rows_per_shard)
-    reward = _load_reward(settings, source.images_per_example)
+    reward = None if from_column else _load_reward(settings, source.images_per_example)
     pipe = load_pipeline(settings.model)
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
@@ -77,8 +92,8 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: getattr(settings, key) for key in _ENCODING},
-        "score": None if reward is None else {"reward": reward.name, "version": reward.version},
-        "select": None if reward is None else dataclasses.asdict(settings.select),
+        "score": _describe_score(reward, from_column),
+        "select": dataclasses.asdict(settings.select) if settings.score else None,
     }
     if shards.is_complete(out, manifest, splits):
         return True
@@ -89,9 +104,11 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     # Imports of this module, which take long; each worker imports the module itself.
     with worker_pool(workers, [PairEncoder.__module__, DatasetWriter.__module__]) as pool:
         files = None
-        if reward is not None:
+        if settings.score:
             files = ScoreFiles(out, _scores_of(manifest, settings), rows)
-            scorer = RowScorer(reward, batch_size=settings.batch_size, pool=pool, ahead=ahead)
+            scorer: RowScorer | ColumnScorer = ColumnScorer()
+            if reward is not None:
+                scorer = RowScorer(reward, batch_size=settings.batch_size, pool=pool, ahead=ahead)
             score_shards(rows, mine, scorer, files, settings.source.max_skipped)
             while share is None and not files.are_complete():
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
@@ -156,6 +173,13 @@ def _load_reward(settings: EncodeSettings, images: int) -> Reward | None:
         raise UserError(f"config.score: {error}") from error
 
 
+def _describe_score(reward: Reward | None, from_column: bool) -> JsonObject | None:
+    """Returns what the manifest says of the scores."""
+    if from_column:
+        return {"reward": COLUMN, "version": ""}
+    return None if reward is None else {"reward": reward.name, "version": reward.version}
+
+
 def _scores_of(manifest: JsonObject, settings: EncodeSettings) -> JsonObject:
     """Returns what the scores of a source's images follow from."""
     return {
@@ -167,7 +191,7 @@ def _scores_of(manifest: JsonObject, settings: EncodeSettings) -> JsonObject:
 
 
 # Arguments of sources that datasets of earlier versions do not name; where they are not set, no row changes.
-_LATER_ARGUMENTS = ("length", "winner_id", "loser_id")
+_LATER_ARGUMENTS = ("length", "winner_id", "loser_id", "scores")
 
 # Keys of the config that decide the content of the shards, besides the model and the source.
 _ENCODING = (

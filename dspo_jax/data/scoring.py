@@ -170,8 +170,32 @@ class RowScorer:
         return found
 
 
+class ColumnScorer:
+    """Takes the scores that rows bring along, and decodes nothing."""
+
+    def score(
+        self,
+        rows: Iterable[PreferencePair],
+        count: int,
+        images: int,
+        on_bad_row: Callable[[PreferencePair, BadRow], None],
+    ) -> SplitScores:
+        """Returns the scores of `count` rows of `images` images, and hands those without to `on_bad_row`."""
+        found = SplitScores(np.empty((count, images), np.float32), np.zeros((count, images), np.uint64))
+        for place, row in enumerate(rows):
+            with np.errstate(over="ignore"):
+                found.scores[place] = row.scores
+            if not np.isfinite(found.scores[place]).all():
+                on_bad_row(row, BadRow("score not finite", str(row.scores)))
+        return found
+
+
 def score_shards(
-    rows: SourceShards, mine: Sequence[Shard], scorer: RowScorer, files: ScoreFiles, max_skipped: float
+    rows: SourceShards,
+    mine: Sequence[Shard],
+    scorer: RowScorer | ColumnScorer,
+    files: ScoreFiles,
+    max_skipped: float,
 ) -> None:
     """Scores the rows of the shards `mine` that no process has scored before.
 

@@ -351,9 +351,9 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     if settings.stream.kind != "self_play":  # which draws the other image
         check_images(settings.objective, images, data.path, labelled=disliked > 0)
     if disliked and (settings.stream.kind == "self_play" or not settings.objective.needs_labels):
+        method = "self-play" if settings.stream.kind == "self_play" else repr(settings.objective.name)
         raise UserError(
-            f"config.data.path = {data.path!r}: holds images that people dislike, which "
-            f"{'self-play' if settings.stream.kind == 'self_play' else settings.objective.name!r} would "
+            f"config.data.path = {data.path!r}: holds images that people dislike, which {method} would "
             "imitate; use kto, nft or awm, or encode the liked images alone"
         )
     # These raise where a split has no examples. Not every dataset needs held-out ones.

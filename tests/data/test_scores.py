@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import parquet_files
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -229,6 +230,35 @@ def test_the_best_images_of_all_pairs(pipe, config, tmp_path):
     found = [f"train-{key}" for key in ("2/loser", "4/winner", "8/winner", "9/winner", "9/loser")]
     assert keys(tmp_path / "out") == found
     assert len(keys(tmp_path / "out", "validation")) == 5
+
+
+def test_the_scores_of_columns_are_stored_and_chosen_by(pipe, config, tmp_path):
+    scores = {"good": [3, 1, None, 5, 2, 4], "bad": [0.5, 1.5, 0, 1, 1, 3.5]}
+    path = parquet_files.write(tmp_path / "mine.parquet", parquet_files.pairs(6, **scores))
+    common.set_source(config, "parquet")
+    del config.source.winners, config.source.losers
+    config.source.update(path=str(path), scores=("good", "bad"), validation_share=0.0, max_skipped=0.2)
+    config.update(score="column", batch_size=2)
+    config.select.update(min_gap=0.0, top=0.5)
+    encode(config, tmp_path / "out")
+    # Gaps 2.5, -0.5, none, 4, 1, 0.5: the two best of four are rows 3 and 5.
+    rows = read(tmp_path / "out")
+    assert [row["key"].decode() for row in rows] == ["mine.parquet/3", "mine.parquet/5"]
+    assert [row["scores"].tolist() for row in rows] == [[5, 1], [4, 3.5]]
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert manifest["score"] == {"reward": "column", "version": ""}
+    assert manifest["splits"]["train"]["left_out"] == {"select.min_gap": 1, "select.top": 2}
+    assert manifest["splits"]["train"]["skipped"] == {"score not finite": 1}
+    assert "column" in format_report(summarize_dataset(tmp_path / "out"))
+    for changes in ({"score": ""}, {"score": "column", "source.scores": ()}):
+        other = config.copy_and_resolve_references()
+        other.select.update(min_gap=None, top=1.0)
+        other.update_from_flattened_dict(changes)
+        with pytest.raises(UserError, match=r"config\.source\.scores .*set both or neither"):
+            encode(other, tmp_path / "other")
+    config.source.scores = ("good",)
+    with pytest.raises(UserError, match=r"config\.source\.scores = .*a tuple of 2 name"):
+        encode(config, tmp_path / "other")
 
 
 @pytest.mark.parametrize("seed", range(4))

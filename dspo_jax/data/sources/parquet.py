@@ -1,6 +1,7 @@
 """Parquet files of any origin that hold captions, images and perhaps preferences."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,6 +35,8 @@ class Parquet(Selection):
       path: the file, folder or hub id.
       caption, winner, loser, preference, key: names of the columns. Files without `preference` or `key` are
         fine as long as these have not been given other names. An empty `loser` is for single images.
+      scores: names of the columns with the scores of winner and loser, or of single images, which
+        `config.score="column"` takes.
       winner_id, loser_id: names of the columns that tell images apart, both or neither.
       allow_outside: whether paths of images may lead out of `path`, by `..`, absolute or by a symbolic link.
       min_margin (of `Selection`): smallest 2 * preference - 1, from 0 to 1; of labels, its size.
@@ -45,6 +48,7 @@ class Parquet(Selection):
     loser: str = "loser"
     preference: str = "preference"
     key: str = "key"
+    scores: tuple[str, ...] = ()
     winner_id: str = ""
     loser_id: str = ""
     allow_outside: bool = False
@@ -52,6 +56,11 @@ class Parquet(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ids(self.winner_id, self.loser_id, self.loser)
+        if not isinstance(self.scores, tuple) or len(self.scores) not in (0, self.images_per_example):
+            raise UserError(
+                f"config.source.scores = {self.scores!r}: must be a tuple of {self.images_per_example} "
+                "name(s) of columns, one for each image"
+            )
 
     @property
     def images_per_example(self) -> int:
@@ -71,7 +80,8 @@ class Parquet(Selection):
             optional = argument in ("preference", "key") and name == argument
             if name or argument not in ("loser", *_IDS):
                 columns[argument] = Column(name, kind, None if optional else fix)
-        return columns
+        fix = "name it in config.source.scores"
+        return columns | {f"score {i}": Column(name, "number", fix) for i, name in enumerate(self.scores)}
 
     def candidates(self, split: str) -> Candidates:
         rows = read_index(files_of(self.path, split), self._columns())
@@ -90,11 +100,12 @@ class Parquet(Selection):
             if not self.loser:
                 margin, left_out = np.abs(margin), {"no label": rows["preference"].is_null().to_numpy()}
         rows = rows.append_column("margin", pa.array(margin))
+        kept = ("file", "row", *(f"score {i}" for i in range(len(self.scores))))
         if not self.winner_id:
-            return Candidates(rows, ("file", "row"), left_out, identity)
+            return Candidates(rows, kept, left_out, identity)
         for name in _IDS:  # which may be of two types
             rows = rows.set_column(rows.column_names.index(name), name, rows[name].cast(pa.large_string()))
-        return Candidates(rows, ("file", "row"), left_out, identity, _IDS)
+        return Candidates(rows, kept, left_out, identity, _IDS)
 
     def pairs(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[PreferencePair]:
         index = self.selected(split).rows[start:stop]
@@ -102,6 +113,7 @@ class Parquet(Selection):
         rows = read_rows(files_of(self.path, split), index, self._columns(), paths)
         for loser_won, (position, row) in zip(index["loser_won"].to_numpy(), rows, strict=True):
             preference, key = row.get("preference"), row.get("key")
+            scores = [row[f"score {i}"] for i in range(len(self.scores))]
             yield PreferencePair(
                 caption=row["caption"] or "",
                 winner=row["winner"],
@@ -109,4 +121,5 @@ class Parquet(Selection):
                 preference=1.0 if preference is None else float(preference),
                 key=position if key is None else str(key),
                 loser_won=bool(loser_won),
+                scores=tuple(math.nan if each is None else float(each) for each in scores) or None,
             )
