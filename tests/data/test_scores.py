@@ -243,7 +243,7 @@ def test_the_scores_of_columns_are_stored_and_chosen_by(pipe, config, tmp_path):
     encode(config, tmp_path / "out")
     # Gaps 2.5, -0.5, none, 4, 1, 0.5: the two best of four are rows 3 and 5.
     rows = read(tmp_path / "out")
-    assert [row["key"].decode() for row in rows] == ["mine.parquet/3", "mine.parquet/5"]
+    assert [row["key"].decode() for row in rows] == ["mine/3", "mine/5"]
     assert [row["scores"].tolist() for row in rows] == [[5, 1], [4, 3.5]]
     manifest = shards.read_manifest(tmp_path / "out")
     assert manifest["score"] == {"reward": "column", "version": ""}

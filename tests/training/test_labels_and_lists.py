@@ -175,7 +175,8 @@ def test_lpo_list_trains_on_lists_and_is_watched_on_them(shallow_model, lists, t
     }
     assert train(make_config(shallow_model, lists, changes), tmp_path).finished
     steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
-    assert steps[0]["loss"] == pytest.approx(np.log(6), rel=1e-5)  # log K!, while policy and reference agree
+    # log K!, while policy and reference agree, but for rounding times beta = 5000.
+    assert steps[0]["loss"] == pytest.approx(np.log(6), abs=1e-3)
     assert all(record["grad_norm"] > 0 for record in steps)
     found = read_validations(tmp_path / "metrics.jsonl")
     assert (found[0]["implicit_accuracy"], found[0]["margin"]) == (0.5, 0)
