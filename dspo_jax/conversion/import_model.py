@@ -108,7 +108,7 @@ def _import_single(path: Path, base: Path, out: Path, process: Mapping[str, str 
         for key in said.keys() & process.keys():
             if said[key] != process[key]:
                 raise UserError(f"says {key} = {said[key]}, not --{key}={process[key]}; leave the flag out")
-        changes = _change_process(pipe.scheduler_config, said | process)
+        changes = _change_process(pipe.scheduler_config, {**said, **process})
         layouts = single_file.make_layouts(
             {name: model.complete_config() for name, model in networks.items()}
         )
