@@ -21,8 +21,8 @@ _OBJECTIVE_ARGUMENTS = {
     "mu": float,  # sdpo: share of the winner's progress that the loser may not undo
     # Cap of the weight of small t; 5 is its paper's: ddpm, sft, rwr, and diffusion_dpo and its relatives.
     "min_snr_gamma": float,
-    # Of diffusion_dpo and its relatives: weight of each pair by the scores of its images, as own_pairs and
-    # data encoded with `score` have them.
+    # diffusion_dpo: weight of each pair by the scores of its images, as own_pairs and data encoded with
+    # `score` have them.
     "smpo_weight": float,
     # Of comparisons with a reference, terms beside the loss: weight of the winner's denoising error, and of
     # the squared distance to the reference's predictions.
@@ -68,9 +68,9 @@ def get_config() -> ConfigDict:
     # twice as many.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
-    # `kto` and `dspo_sdxl`'s released switch, which look at all examples of a part; `alpha_dpo` must see the
-    # batch at once, and takes 1. With "trajectories" the parts are of the batch's denoising steps, batch_size
-    # x num_inference_steps.
+    # `kto`, `alpha_dpo` and `dspo_sdxl`'s released switch: their mean over examples is then over those of a
+    # part. With "trajectories" the parts are of the batch's denoising steps, batch_size x
+    # num_inference_steps.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # A dropped caption is the empty one, or for SDXL zeros, as its model_index.json asks.

@@ -21,8 +21,9 @@ class Comparison(Objective):
     """An objective of pairs with a reference, to which two terms may be added.
 
     They are sft_weight SE(e_w), as RPO of language models has it, and anchor_weight / 2 (||e_w - r_w||^2 +
-    ||e_l - r_l||^2), which with time_weight "paper" is the KL divergence to the reference. SimpleTuner trains
-    with both.
+    ||e_l - r_l||^2). SimpleTuner trains with both. With time_weight "paper" and reduction "sum" the second is
+    the KL divergence from the reference of the one reverse step that is drawn, of each image; with "mean" a
+    fraction of it.
 
     Attributes:
       sft_weight: weight of the winner's denoising error.
@@ -50,18 +51,6 @@ class Comparison(Objective):
             loss += self.anchor_weight / 2 * distance.sum(1)
         return loss, metrics
 
-    def _reward_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
-        """Returns the time weight of an error inside the reward."""
-        return schedule.reward_weight(timesteps) if self.time_weight == "paper" else 1.0
-
-    def _denoising_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
-        """Returns the time weight of a denoising error that is itself the loss."""
-        return schedule.denoising_weight(timesteps) if self.time_weight == "paper" else 1.0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfMargin(Comparison):
@@ -69,20 +58,12 @@ class OfMargin(Comparison):
 
     Attributes:
       beta: scale of the reward.
-      smpo_weight: the margin is multiplied by so much times 2 q - 1, q = sigmoid(s_w - s_l) of the images'
-        scores; 10 in SmPO (arXiv 2506.02698, not its code), whose inversion is not done here. Scores that
-        contradict the label turn the margin round. 0 is no such factor.
       min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors inside the reward, which makes beta
         depend on the timestep; None is no such weight. Not with "paper".
     """
 
     beta: float = number(5000.0, ABOVE_ZERO)
-    smpo_weight: float = number(0.0)
     min_snr_gamma: float | None = number(None, ABOVE_ZERO)
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.smpo_weight > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,14 +93,9 @@ class OfMargin(Comparison):
     def _difference(
         self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Schedule
     ) -> Float32[Array, " b"]:
-        """Returns the difference of two rewards with the weights of timestep and scores, [B]."""
+        """Returns the difference of two rewards with their time weights, [B]."""
         rewards = rewards * self._reward_weight(predictions.timesteps, schedule)
-        margin = rewards[:, 0] - rewards[:, 1]
-        if self.smpo_weight:
-            assert predictions.scores is not None
-            # 2 sigmoid(x) - 1 without its cancellation.
-            margin *= self.smpo_weight * jnp.tanh((predictions.scores[:, 0] - predictions.scores[:, 1]) / 2)
-        return margin
+        return rewards[:, 0] - rewards[:, 1]
 
     def notes(self, values_per_image: int) -> list[str]:
         return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]

@@ -32,12 +32,12 @@ class _Denoising(Objective):
         super().__post_init__()
         check_one_time_weight(self.min_snr_gamma, self.time_weight)
 
-    def _weigh(
-        self, losses: Float32[Array, "*t"], timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"]:
+    def _denoising_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
         if self.min_snr_gamma is not None:
-            return losses * schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return losses * schedule.denoising_weight(timesteps) if self.time_weight == "paper" else losses
+            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        return super()._denoising_weight(timesteps, schedule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class DDPM(_Denoising):
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         losses = squared_error(predictions, self.reduction)
-        losses = self._weigh(losses, predictions.timesteps, schedule)
+        losses *= self._denoising_weight(predictions.timesteps, schedule)
         return losses.mean(1), collect_metrics(predictions, reduction=self.reduction)
 
 
@@ -69,7 +69,7 @@ class SFT(_Denoising):
         # Reduced over the shape that `dspo` reduces over, so that the two agree to the last bit where e = r.
         residual = predictions.policy[:, 0] - predictions.target[:, 0]
         loss = reduce_image(jnp.square(residual), self.reduction)
-        loss = self._weigh(loss, predictions.timesteps[:, 0], schedule)
+        loss *= self._denoising_weight(predictions.timesteps[:, 0], schedule)
         return loss, collect_metrics(predictions, reduction=self.reduction)
 
 
@@ -83,7 +83,8 @@ class RWR(_Denoising):
 
     Attributes:
       beta: inverse temperature, in 1 / the units of the reward. The released 0.2 is for kilobytes of JPEG and
-        for aesthetic scores; rewards that differ by hundredths, as PickScore's do, want about 100.
+        for aesthetic scores. With PickScore, whose images of a prompt differ by about 1,
+        begin with 1; with HPSv2, whose differ by hundredths, with 100.
       softmax_over: "round", all images that are drawn together, or "prompt", those of each prompt, so that
         prompts of high reward do not weigh more. The released code does either.
     """
@@ -100,5 +101,5 @@ class RWR(_Denoising):
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         assert predictions.weight is not None
         losses = squared_error(predictions, self.reduction)
-        losses = predictions.weight * self._weigh(losses, predictions.timesteps, schedule)
+        losses *= predictions.weight * self._denoising_weight(predictions.timesteps, schedule)
         return losses.mean(1), collect_metrics(predictions, reduction=self.reduction)

@@ -31,16 +31,39 @@ class DiffusionDPO(OfMargin):
 
     Attributes:
       beta: strength of the pull to the reference; 5000 is the released value, for reduction "mean".
+      smpo_weight: z is multiplied by so much times 2 q - 1, q = sigmoid(s_w - s_l) of the images' scores, on
+        whose scale a difference of 1 is odds of e; 10 in SmPO (arXiv 2506.02698, not its code), whose
+        inversion is not done here. Scores that contradict the label turn z round. 0 is no such factor.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for w(t) inside the reward (`Schedule.reward_weight`).
     """
 
     name = "diffusion_dpo"
 
+    smpo_weight: float = number(0.0)
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.smpo_weight > 0
+
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
+        if self.smpo_weight:
+            assert predictions.scores is not None
+            # 2 sigmoid(x) - 1 without its cancellation.
+            margin *= self.smpo_weight * jnp.tanh((predictions.scores[:, 0] - predictions.scores[:, 1]) / 2)
         loss = soft_label(_negative_log_sigmoid, margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
+
+    def notes(self, values_per_image: int) -> list[str]:
+        notes = super().notes(values_per_image)
+        if self.smpo_weight:
+            notes.append(
+                f"diffusion_dpo: smpo_weight = {self.smpo_weight:g} takes a difference of scores of 1 for "
+                "odds of e: of own pairs, write a reward in another unit with a weight, as in "
+                "config.rewards.train = '1*hpsv2.1', which also divides it by its unit, 0.01"
+            )
+        return notes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,9 +228,9 @@ class AlphaDPO(OfMargin):
     the gradient of a pair that it ranks quite wrongly, which labels with mistakes ask for. As a goes to 1 the
     loss goes to 1 - p + p log p, as a goes to 0 to p - 1 - log p.
 
-    The mean is over all devices. `accumulation` would change it and is refused.
+    The mean is over all devices, and with `accumulation` over a part of the batch.
 
-    Adds the metric `alpha`: a.
+    Adds the metric `order`: a.
 
     Attributes:
       beta: as in `diffusion_dpo`; 4000 is the released value, for SDXL.
@@ -217,10 +240,13 @@ class AlphaDPO(OfMargin):
     """
 
     name = "alpha_dpo"
-    needs_whole_batch = True
 
     beta: float = number(4000.0, ABOVE_ZERO)
     alpha: float = number(0.9999, INSIDE_0_AND_1)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        return True
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
@@ -228,7 +254,7 @@ class AlphaDPO(OfMargin):
         order = jnp.maximum(order, jnp.finfo(jnp.float32).tiny)
         loss = soft_label(lambda z: _alpha_divergence(z, order), margin, predictions)
         metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)
-        return loss, metrics | {"alpha": jnp.full_like(margin, order)}
+        return loss, metrics | {"order": jnp.full_like(margin, order)}
 
 
 def _alpha_divergence(margin: Float32[Array, " b"], order: Float32[Array, ""]) -> Float32[Array, " b"]:
@@ -277,7 +303,8 @@ class LinearDPO(OfMargin):
     gradient twice that of `diffusion_dpo`.
 
     Attributes:
-      beta: scale of the loss; 5000 is Diffusion-DPO's. AdamW makes the same steps at any beta.
+      beta: scale of the loss; 5000 is Diffusion-DPO's. AdamW divides it out of its steps, except against
+        `max_grad_norm` and `optimizer.eps`.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for w(t) inside the reward.
     """

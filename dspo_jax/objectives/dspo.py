@@ -251,6 +251,10 @@ class DSPOSDXL(Comparison):
     beta: float = number(5000.0, ABOVE_ZERO)
     released_switch: bool = False
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        return self.released_switch
+
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         margin = reward_margin(
             predictions,

@@ -13,6 +13,7 @@ from dspo_jax.limits import Limit
 ZERO_OR_ABOVE = Limit("zero or above", lambda value: value >= 0)
 ABOVE_ZERO = Limit("above zero", lambda value: value > 0)
 BETWEEN_0_AND_1 = Limit("between 0 and 1", lambda value: 0 <= value <= 1)
+ABOVE_0_UP_TO_1 = Limit("above 0 and at most 1", lambda value: 0 < value <= 1)
 INSIDE_0_AND_1 = Limit("above 0 and below 1", lambda value: 0 < value < 1)
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
-from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, error_drift, label_doubt
+from dspo_jax.objectives.implicit_reward import describe_scale, error_drift
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.objectives.worth import collect_any_metrics, liked
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
@@ -40,27 +41,24 @@ class KTO(Objective):
 
     beta: float = number(1000.0, ABOVE_ZERO)
 
+    @property
+    def needs_whole_batch(self) -> bool:
+        return True
+
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        predictions = dataclasses.replace(predictions, scores=None)  # labels count
         gain = -error_drift(predictions, self.reduction)
-        if self.time_weight == "paper":
-            gain *= schedule.reward_weight(predictions.timesteps)
+        gain *= self._reward_weight(predictions.timesteps, schedule)
         baseline = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
         logit = self.beta * (gain - baseline)
-        doubt = label_doubt(predictions)
-        liked = jnp.stack([1 - doubt, doubt][: gain.shape[1]], 1)
-        loss = liked * jax.nn.sigmoid(-logit) + (1 - liked) * jax.nn.sigmoid(logit)
-        extra = {"baseline": jnp.full_like(doubt, baseline)}
-        if gain.shape[1] == 2:
-            margin = self.beta * (gain[:, 0] - gain[:, 1])
-            metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)
-        else:
-            metrics = {
-                name.removeprefix("winner_"): value
-                for name, value in collect_metrics(predictions, reduction=self.reduction).items()
-            }
-            extra["liked"] = liked[:, 0]
-            extra["implicit_accuracy"] = 0.5 * (1 + jnp.sign((liked - 0.5) * logit)[:, 0])
-        return loss.mean(1), metrics | extra
+        likes = liked(predictions)
+        loss = (likes * jax.nn.sigmoid(-logit) + (1 - likes) * jax.nn.sigmoid(logit)).mean(1)
+        metrics = collect_any_metrics(predictions, reduction=self.reduction, rewards=self.beta * gain)
+        metrics["baseline"] = jnp.full_like(loss, baseline)
+        if gain.shape[1] == 1:
+            metrics["liked"] = likes[:, 0]
+            metrics["implicit_accuracy"] = 0.5 * (1 + jnp.sign((likes - 0.5) * logit)[:, 0])
+        return loss, metrics
 
     def notes(self, values_per_image: int) -> list[str]:
         return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image, half=False)]

@@ -46,8 +46,7 @@ class LPOList(_OfList):
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         rewards = -0.5 * self.beta * error_drift(predictions, self.reduction)
-        if self.time_weight == "paper":
-            rewards *= schedule.reward_weight(predictions.timesteps)
+        rewards *= self._reward_weight(predictions.timesteps, schedule)
         ranking = jnp.argsort(-order(predictions), axis=1, stable=True)
         ranked = jnp.take_along_axis(rewards, ranking, axis=1)
         loss = _plackett_luce(ranked)
@@ -90,11 +89,9 @@ class DGPO(_OfList):
     clip: float = number(0.01, INSIDE_0_AND_1)
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
-        error = squared_error(predictions, self.reduction)
-        drift = error_drift(predictions, self.reduction)
-        if self.time_weight == "paper":
-            weight = schedule.reward_weight(predictions.timesteps)
-            error, drift = weight * error, weight * drift
+        weight = self._reward_weight(predictions.timesteps, schedule)
+        error = weight * squared_error(predictions, self.reduction)
+        drift = weight * error_drift(predictions, self.reduction)
         advantage, held = advantages(predictions), jax.lax.stop_gradient(drift)
         group = jax.nn.sigmoid(self.beta * (advantage * held).mean(1))
         ratio = jnp.exp(-held)
@@ -124,21 +121,20 @@ class CRD(_OfList):
     a = 1/2 + A / 10, A the advantage of a score within its list (`worth.advantages`), or of a pair's label.
 
     Attributes:
-      beta: scale of the implicit reward; 1 is the released value, for errors that are divided by their size.
-        The differences of a that are to be matched are tenths, those of R with the mean about 1e-4: a
-        thousand is a better start.
+      beta: scale of the implicit reward; 1000 is this project's choice. The released 1 is for errors that
+        are divided by their size. The differences of a that are to be matched are tenths, those of R with
+        the mean of the order of 1e-4.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for w(t) on the errors.
     """
 
     name = "crd"
 
-    beta: float = number(1.0, ABOVE_ZERO)
+    beta: float = number(1000.0, ABOVE_ZERO)
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         rewards = -self.beta * error_drift(predictions, self.reduction)
-        if self.time_weight == "paper":
-            rewards *= schedule.reward_weight(predictions.timesteps)
+        rewards *= self._reward_weight(predictions.timesteps, schedule)
         distance = rewards - advantages(predictions) / (2 * ADVANTAGE_LIMIT)
         distance -= distance.mean(1, keepdims=True)
         metrics = collect_any_metrics(predictions, reduction=self.reduction, rewards=rewards)

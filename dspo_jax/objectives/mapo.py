@@ -47,10 +47,8 @@ class MaPO(Objective):
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         error = squared_error(predictions, self.reduction)
-        denoising, inside = error[:, 0], error
-        if self.time_weight == "paper":
-            denoising = denoising * schedule.denoising_weight(predictions.timesteps[:, 0])
-            inside = inside * schedule.reward_weight(predictions.timesteps)
+        denoising = error[:, 0] * self._denoising_weight(predictions.timesteps[:, 0], schedule)
+        inside = error * self._reward_weight(predictions.timesteps, schedule)
         scores = _score(inside, self.kappa)
         margin = self.scale * (scores[:, 0] - scores[:, 1])
         preference = soft_label(lambda z: jax.nn.softplus(-z), margin, predictions)

@@ -21,10 +21,9 @@ class NFT(Objective):
     """{q L(v+) + (1 - q) L(v-)} / beta, v+ = (1 - beta) r + beta e, v- = (1 + beta) r - beta e.
 
     L(v) = reduce[x0(v) - x0]^2 / mean |x0(v) - x0|, the divisor without a gradient and at least 1e-5;
-    q in [0, 1] says how much an image is liked. DiffusionNFT (arXiv 2509.16117), as Flow-Factory and others
-    repeat its loss (released code), less a constant factor. It is written for the velocity of a flow. Here
-    x0(v) - x0 is the error of v by the schedule: 1 / sqrt(SNR) times that of eps, 1 / sqrt(SNR + 1) times
-    that of v.
+    q in [0, 1] says how much an image is liked. DiffusionNFT (arXiv 2509.16117), its released code's loss
+    without the KL term and a constant factor. It is written for the velocity of a flow. Here x0(v) - x0 is
+    the error of v by the schedule: 1 / sqrt(SNR) times that of eps, 1 / sqrt(SNR + 1) times that of v.
 
     r is the policy that drew the images: let the reference follow with `reference.every`. With e = r there is
     a gradient except at q = 1/2.
@@ -33,7 +32,7 @@ class NFT(Objective):
     the loser, and lists with scores (`worth.liked`).
 
     Attributes:
-      beta: how far v+ and v- lie from r; 1 is the released value.
+      beta: how far v+ and v- lie from r; released are 1 and, for some rewards, 0.1.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for the weight of `sft`; NFT itself has only its divisor.
     """
@@ -54,8 +53,7 @@ class NFT(Objective):
         towards = self._error(old + step, predictions, schedule)
         away = self._error(old - step, predictions, schedule)
         loss = (likes * towards + (1 - likes) * away) / self.beta
-        if self.time_weight == "paper":
-            loss *= schedule.denoising_weight(predictions.timesteps)
+        loss *= self._denoising_weight(predictions.timesteps, schedule)
         metrics = collect_any_metrics(predictions, reduction=self.reduction)
         return loss.mean(1), metrics | {"liked": likes.mean(1)}
 
@@ -73,6 +71,6 @@ class NFT(Objective):
         del values_per_image
         return [
             "nft: the reference stands for the policy that drew the images: set config.reference.every for "
-            "images of the model's own; released for flow models, users report grey images of eps models "
-            "after some 1,200 steps"
+            "images of the model's own; released for flow models; of a model like SDXL, drawn "
+            "without guidance, a user reports grey images after 1,200 steps (NVlabs/DiffusionNFT, issue 12)"
         ]

@@ -61,8 +61,6 @@ class Objective(abc.ABC):
       takes_lists: whether P may be more than 2.
       images: images of a pair that are trained on, and so that the step runs: "all", the "winner" alone, or
         "one" image that the step draws. Given more, it computes metrics from them.
-      needs_whole_batch: whether a batch that is worked through in parts would give another loss than at once,
-        for which accumulation is refused.
       needs_weight: whether `Predictions.weight` must be given, which is `weigh` of a round's rewards.
       score_rises: whether held-out accuracy or reward rises as it learns, so that the best checkpoint can be
         chosen by it.
@@ -76,7 +74,6 @@ class Objective(abc.ABC):
     needs_labels: ClassVar[bool] = False
     takes_lists: ClassVar[bool] = False
     images: ClassVar[str] = "all"
-    needs_whole_batch: ClassVar[bool] = False
     needs_weight: ClassVar[bool] = False
     score_rises: ClassVar[bool] = True
 
@@ -136,6 +133,11 @@ class Objective(abc.ABC):
         return False
 
     @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a batch in parts gives another loss than at once, of which `train` warns."""
+        return False
+
+    @property
     def needs_scores(self) -> bool:
         """Whether `Predictions.scores` must be given."""
         return False
@@ -144,6 +146,18 @@ class Objective(abc.ABC):
     def hyperparameters(self) -> dict[str, object]:
         """Every field with its value, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _reward_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        """Returns the time weight of an error inside the reward."""
+        return schedule.reward_weight(timesteps) if self.time_weight == "paper" else 1.0
+
+    def _denoising_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        """Returns the time weight of a denoising error that is itself the loss."""
+        return schedule.denoising_weight(timesteps) if self.time_weight == "paper" else 1.0
 
     def _prepare(self, predictions: Predictions) -> Predictions:
         """Checks the inputs; gives float32 arrays and timesteps [B, P]."""

@@ -35,10 +35,8 @@ class ORPO(Objective):
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
         error = squared_error(predictions, self.reduction)
-        denoising, compared = error[:, 0], error
-        if self.time_weight == "paper":
-            denoising = denoising * schedule.denoising_weight(predictions.timesteps[:, 0])
-            compared = compared * schedule.reward_weight(predictions.timesteps)
+        denoising = error[:, 0] * self._denoising_weight(predictions.timesteps[:, 0], schedule)
+        compared = error * self._reward_weight(predictions.timesteps, schedule)
         margin = compared[:, 1] - compared[:, 0]
         preference = soft_label(lambda z: jax.nn.softplus(-z), margin, predictions)
         metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)

@@ -26,6 +26,8 @@ def advantages(predictions: Predictions) -> Float32[Array, "b p"]:
         return 2 * liked(predictions) - 1
     scores = order(predictions)
     if scores.shape[1] > 1:
+        # Equal scores become zeros: their mean in float32 is not always the score.
+        scores = scores - scores.min(1, keepdims=True)
         centred = scores - scores.mean(1, keepdims=True)
         deviation = jnp.sqrt(jnp.square(centred).mean(1, keepdims=True))
         scores = jnp.where(deviation > 0, centred / jnp.where(deviation > 0, deviation, 1.0), 0.0)

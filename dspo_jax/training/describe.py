@@ -96,6 +96,13 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         height, width = side, side
     else:
         height, width = examples["moments"].shape[2:4]
+    in_parts = settings.accumulation > 1 and settings.method_key == "objective"
+    if in_parts and settings.objective.needs_whole_batch:
+        yield (
+            f"warning: config.accumulation = {settings.accumulation}: the loss of {settings.method} has in "
+            f"it a mean over examples, now over the {settings.batch_size // settings.accumulation} of a "
+            "part: another loss than that of the whole batch at once; keep the parts large"
+        )
     yield from task.loss.notes(height * width * task.pipe.latent_channels)
 
 

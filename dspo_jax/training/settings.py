@@ -333,11 +333,6 @@ def parse(config: ConfigDict) -> Settings:
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
-    if noises_examples and settings.objective.needs_whole_batch and settings.accumulation > 1:
-        raise UserError(
-            f"config.accumulation = {settings.accumulation}: objective {settings.objective.name!r} looks at "
-            "the whole batch at once; set it to 1"
-        )
     if noises_examples and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
         raise UserError(
             f"config.objective.name = {settings.objective.name!r}: weighs the model's own images by their "

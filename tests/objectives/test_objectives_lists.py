@@ -27,15 +27,15 @@ STRONG = {
 }
 OF_SINGLES = ("nft", "awm")
 VARIANTS = [
-    row
-    for row in itertools.product(
+    (name, case, reduction, *weighted)
+    for name, case, reduction, weighted in itertools.product(
         STRONG,
         ((1, False), (2, False), (2, True), (4, False), (4, True)),
         ("mean", "sum"),
-        ("none", "paper"),
-        ("epsilon", "v_prediction"),
+        (("none", "epsilon"), ("none", "v_prediction"), ("paper", "v_prediction")),
     )
-    if row[1][0] > 1 or row[0] in OF_SINGLES
+    # Without a time weight the kind of prediction changes `nft` alone.
+    if (case[0] > 1 or name in OF_SINGLES) and (name == "nft" or weighted != ("none", "v_prediction"))
 ]
 
 
@@ -95,20 +95,41 @@ def test_loss_and_gradient_match_numpy_in_float64(name, case, reduction, time_we
     np.testing.assert_allclose(along / scale, (ahead - behind) / 2e-6 / scale, rtol=2e-3, atol=1e-3)
 
 
-@each_row("name", ["diffusion_dpo", "diffusion_dpo_l2", "sdpo", "hinge"])
-def test_scores_weigh_the_margin_of_a_pair(name):
+@each_row("images", [3, 6, 7, 8])
+def test_equal_scores_ask_for_nothing(images):
+    """The mean of three 21.7 in float32 is not 21.7."""
+    arrays = make_arrays(images, scored=True)
+    arrays["scores"][:] = np.array([21.7, 0.1, -0.7, 1e4])[:, None]
+    start, schedule = as_predictions(arrays | {"policy": arrays["reference"]}), Schedule.scaled_linear()
+
+    def total(policy, name):
+        loss, metrics = get_objective(name)(dataclasses.replace(start, policy=policy), schedule)
+        return loss.sum(), (loss, metrics)
+
+    for name in ("awm", "nft", "dgpo", "crd"):
+        gradient, (loss, metrics) = jax.grad(total, has_aux=True)(start.policy, name)
+        if name == "nft":
+            np.testing.assert_array_equal(metrics["liked"], np.full(4, 0.5))
+        else:
+            np.testing.assert_array_equal(loss, np.zeros(4), err_msg=name)
+        np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-7, err_msg=name)
+
+
+def test_scores_weigh_the_margin_of_a_pair():
     arrays = make_arrays(2, scored=True)
     arrays["scores"][2] = [0.3, 1.5]  # against the label
-    objective, schedule = get_objective(name, beta=3.0, smpo_weight=10.0), Schedule.scaled_linear()
+    objective = get_objective("diffusion_dpo", beta=3.0, smpo_weight=10.0)
+    schedule = Schedule.scaled_linear()
     loss, metrics = objective(as_predictions(arrays), schedule)
     expected, expected_metrics = objectives_numpy.evaluate(
-        name, arrays, BETAS, "epsilon", **objective.hyperparameters
+        "diffusion_dpo", arrays, BETAS, "epsilon", **objective.hyperparameters
     )
+    assert "'1*hpsv2.1'" in objective.notes(64)[1]
     np.testing.assert_allclose(loss, expected, rtol=3e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["margin"], expected_metrics["margin"], rtol=3e-4, atol=1e-6)
     assert metrics["margin"][1] == 0  # equal scores
     with pytest.raises(
-        UserError, match=rf"'{name}' weighs pairs by the scores .* Predictions.scores is None"
+        UserError, match=r"'diffusion_dpo' weighs pairs by the scores .* Predictions.scores is None"
     ):
         objective(as_predictions(arrays | {"scores": None}), schedule)
 
@@ -164,7 +185,7 @@ def test_values_and_gradients_where_a_run_starts():
 
 def test_metrics_of_a_list():
     arrays = make_arrays(4, scored=True)
-    _, metrics = get_objective("crd")(as_predictions(arrays), Schedule.scaled_linear())
+    _, metrics = get_objective("crd", beta=1.0)(as_predictions(arrays), Schedule.scaled_linear())
     errors, old = (((arrays[key] - arrays["target"]) ** 2).mean((2, 3, 4)) for key in ("policy", "reference"))
     gain = old - errors
     for i, scores in enumerate(arrays["scores"]):
@@ -213,8 +234,27 @@ def test_nft_takes_the_errors_of_x0(prediction_type):
     np.testing.assert_allclose(loss, (liked * expected[0] + (1 - liked) * expected[1]) / 0.6, rtol=2e-3)
 
 
+def released_nft(policy, old, target, worth, beta, t):
+    """NVlabs/DiffusionNFT, commit 24af555, scripts/train_nft_sd3.py, lines 928 to 960; t of a flow's x_t."""
+    torch = pytest.importorskip("torch")
+    x0 = torch.ones_like(target)
+    xt = x0 + t * target
+    r = torch.clamp((worth / 5.0) / 2.0 + 0.5, 0, 1)
+    losses = []
+    for prediction in (beta * policy + (1 - beta) * old, (1.0 + beta) * old - beta * policy):
+        x0_prediction = xt - t * prediction
+        with torch.no_grad():
+            weight = torch.abs(x0_prediction - x0).mean(dim=(1, 2, 3), keepdim=True).clip(min=1e-5)
+        losses.append(((x0_prediction - x0) ** 2 / weight).mean(dim=(1, 2, 3)))
+    return (r * losses[0] / beta + (1.0 - r) * losses[1] / beta).mean()
+
+
 def released(name, policy, old, target, worth):
-    """Flow-Factory's losses of one group in torch, with means over images."""
+    """Losses of one group, means over images: X-GenGroup/Flow-Factory, commit a0b2bc5.
+
+    `optimize` of src/flow_factory/trainers/awm.py; `_compute_crd_loss` of crd.py there, without
+    `adaptive_logp`; `_maybe_clip_dsm` and `_compute_group_dgpo_loss` of dgpo.py there.
+    """
     torch = pytest.importorskip("torch")
 
     def error(prediction):
@@ -234,21 +274,30 @@ def released(name, policy, old, target, worth):
     return (group * worth * loss).mean()
 
 
-@each_row("name", ["awm", "crd", "dgpo"])
+@each_row("name", ["nft", "awm", "crd", "dgpo"])
 def test_matches_torch_autograd_of_the_released_formula(name):
     torch = pytest.importorskip("torch")
     arrays = make_arrays(4, scored=True)
     worth = [lists_numpy.advantages(scores, None, 4) for scores in arrays["scores"]]
     predictions = as_predictions(arrays)
+    schedule = Schedule.scaled_linear(prediction_type="v_prediction")
 
     def total(policy):
         given = dataclasses.replace(predictions, policy=policy)
-        return get_objective(name, **STRONG[name])(given, Schedule.scaled_linear())[0].sum()
+        return get_objective(name, **STRONG[name])(given, schedule)[0].sum()
 
     loss, gradient = jax.value_and_grad(total)(predictions.policy)
     policy, old, target = (torch.from_numpy(arrays[key]) for key in ("policy", "reference", "target"))
     policy = policy.clone().requires_grad_()
-    expected = sum(released(name, policy[i], old[i], target[i], torch.from_numpy(worth[i])) for i in range(4))
+    # What a flow's x_0 has of its velocity is t; here it has sqrt(1 - abar) of v.
+    level = torch.from_numpy(np.sqrt(1 - np.cumprod(1 - BETAS)[arrays["timesteps"]]))
+    expected = torch.zeros(())
+    for i in range(4):
+        given = policy[i], old[i], target[i], torch.from_numpy(worth[i])
+        if name == "nft":
+            expected = expected + released_nft(*given, 0.6, level[i][:, None, None, None])
+        else:
+            expected = expected + released(name, *given)
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-4)
     np.testing.assert_allclose(gradient, policy.grad.numpy(), rtol=1e-3, atol=1e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objectives_numpy
 import pytest
 from jaxtyping import TypeCheckError
 from tables import each_row
@@ -119,6 +120,8 @@ def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
         ("hinge", {"anchor_weight": -1.0}, r"config\.objective\.anchor_weight = -1\.0: .*zero or above"),
         ("dspo", {"min_snr_gamma": 5.0}, r"argument of objective 'dspo' = 'min_snr_gamma': unknown"),
         ("rwr", {"softmax_over": "promt"}, r"config\.objective\.softmax_over = 'promt': .*'prompt'"),
+        ("hinge", {"smpo_weight": 1.0}, r"argument of objective 'hinge' = 'smpo_weight': unknown"),
+        ("awm", {"clip": 1.5}, r"config\.objective\.clip = 1\.5: .*above 0 and at most 1"),
         ("sdpo", {"mu": 1.5}, r"config\.objective\.mu = 1\.5: .*between 0 and 1"),
         ("dspo_e", {"detach": True}, r"'dspo_e' = 'detach': .*allowed: gamma, lam, reduction, score_weight"),
         ("mapo", {"beta": 1.0}, r"argument of objective 'mapo' = 'beta': .*kappa, margin_weight"),
@@ -155,7 +158,8 @@ def test_an_objective_says_what_it_is():
     images = {name: get_objective(name).images for name in OBJECTIVES}
     assert images == dict.fromkeys(OBJECTIVES, "all") | {"sft": "winner", "dspo_e": "winner", "kto": "one"}
     detached = {"dspo": True, "dspo_ref": True}
-    assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == {"alpha_dpo"}
+    assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == {"alpha_dpo", "kto"}
+    assert get_objective("dspo_sdxl", released_switch=True).needs_whole_batch
     assert {name for name in OBJECTIVES if get_objective(name).needs_labels} == set(OF_LABELS)
     assert {name for name in OBJECTIVES if get_objective(name).takes_lists} == {*OF_LISTS, "nft", "awm"}
     for name in OBJECTIVES:
@@ -240,6 +244,8 @@ def test_dspo_warns_when_it_is_numerically_sft(given, warned):
         ("mapo", {"margin_weight": 0.0}, "this run is SFT"),
         ("mapo", {"reduction": "sum"}, "the preference term has no gradient"),
         ("kto", {}, None),
+        ("awm", {}, None),
+        ("awm", {"reduction": "sum"}, "no gradient where that is above 4.2e-05, .* above 0.0012"),
         ("ipo", {}, None),
         ("sdpo", {}, None),
         ("dspo_sdxl", {}, None),
@@ -285,15 +291,25 @@ def test_objectives_without_a_reward_have_no_notes():
 
 
 def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
-    """As it stands there, with the imports of its family's file."""
+    """As it stands there, with the imports of its family's file, against NumPy in float64."""
     guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", guide.partition("## Adding an objective")[2], re.DOTALL)
     names = dict(vars(dpo))
     exec(textwrap.dedent(code), names)
     monkeypatch.setitem(registry.OBJECTIVES, "exponential", names["Exponential"])
     objective = get_objective("exponential", beta=4.0)
-    loss, metrics = objective(dataclasses.replace(pairs, preference=None), Schedule.scaled_linear())
-    np.testing.assert_allclose(loss, np.exp(-metrics["margin"]), rtol=1e-6)
+    preference = np.array([1.0, 0.9, 0.5, 0.7])
+    soft = dataclasses.replace(pairs, preference=jnp.asarray(preference, jnp.float32))
+    loss, metrics = objective(soft, Schedule.scaled_linear())
+    monkeypatch.setitem(objectives_numpy.MARGIN_LOSSES, "exponential", lambda z, h: np.exp(-z))
+    arrays = {key: np.asarray(getattr(pairs, key), float) for key in ("policy", "reference", "target")}
+    arrays |= {"timesteps": np.tile(pairs.timesteps[:, None], 2), "preference": preference}
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    expected, expected_metrics = objectives_numpy.evaluate(
+        "exponential", arrays, betas, "epsilon", **objective.hyperparameters
+    )
+    np.testing.assert_allclose(loss, expected, rtol=2e-4)
+    np.testing.assert_allclose(metrics["margin"], expected_metrics["margin"], rtol=2e-4)
     assert objective.notes(64)[0].startswith("exponential: beta = 4 ")
     with pytest.raises(UserError, match=r"config\.objective\.beta = 0\.0: .*above zero"):
         get_objective("exponential", beta=0.0)

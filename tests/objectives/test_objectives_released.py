@@ -35,12 +35,12 @@ def sft(policy, reference, target):
 
 
 def diffusion_dpo(policy, reference, target, beta):
-    """SalesforceAIResearch/DiffusionDPO."""
+    """SalesforceAIResearch/DiffusionDPO, commit 5233e75, train.py, line 1145."""
     return -torch.nn.functional.logsigmoid(inside_term(policy, reference, target, beta)).mean()
 
 
 def dspo(policy, reference, target, lam, detach=False):
-    """huaishengzhu/DSPO without --sdxl, where gamma is 1."""
+    """huaishengzhu/DSPO, commit 8b4e09b, train.py, line 1169: without --sdxl, where gamma is 1."""
     gate = 1 - torch.sigmoid(inside_term(policy, reference, target, lam))
     gate = gate.detach() if detach else gate
     residual_w, _ = (policy - target).chunk(2)
@@ -49,7 +49,7 @@ def dspo(policy, reference, target, lam, detach=False):
 
 
 def dspo_sdxl(policy, reference, target, beta, released_switch):
-    """huaishengzhu/DSPO with --sdxl."""
+    """huaishengzhu/DSPO, commit 8b4e09b, train.py, lines 1165 and 1167: with --sdxl."""
     gate = 1 - torch.sigmoid(inside_term(policy, reference, target, beta))
     step_w, _ = (policy - reference).chunk(2)
     if released_switch and step_w.pow(2).mean() >= 0.1:
@@ -63,7 +63,7 @@ def ipo(policy, reference, target, beta):
 
 
 def dmpo(policy, reference, target, beta, alpha):
-    """AIDC-AI/Diffusion-SDPO, --train_method dmpo."""
+    """AIDC-AI/Diffusion-SDPO, commit 84fb241, train.py, line 1220: --train_method dmpo."""
     inside = inside_term(policy, reference, target, beta)
     q, p = torch.tensor(1 - alpha), torch.sigmoid(inside)
     log_p, log_not_p = -torch.nn.functional.softplus(-inside), -torch.nn.functional.softplus(inside)
@@ -71,7 +71,7 @@ def dmpo(policy, reference, target, beta, alpha):
 
 
 def sdpo(policy, reference, target, beta, mu):
-    """AIDC-AI/Diffusion-SDPO, --use_winner_preserving: one scale for the batch it is given."""
+    """AIDC-AI/Diffusion-SDPO, commit 84fb241, train.py, --use_winner_preserving: one scale for its batch."""
     held = policy.detach().requires_grad_()
     error_w, error_l = (error.sum() for error in errors(held, target))
     (gradient,) = torch.autograd.grad(error_w + error_l, held)
@@ -83,7 +83,10 @@ def sdpo(policy, reference, target, beta, mu):
 
 
 def kto(policy, reference, target, beta):
-    """jacklishufan/diffusion-kto, --loss kto --halo sigmoid: images with labels, here a pair's two."""
+    """jacklishufan/diffusion-kto, commit 226bbd0, train_kto_sd_v1.5.py, line 1474: --halo sigmoid.
+
+    Images with labels, here a pair's two.
+    """
     gain = (reference - target).pow(2).mean(dim=SEP) - (policy - target).pow(2).mean(dim=SEP)
     baseline = gain.mean().detach().clamp(min=0)
     sign = torch.tensor([1.0, -1.0]).repeat_interleave(len(gain) // 2)
@@ -91,7 +94,7 @@ def kto(policy, reference, target, beta):
 
 
 def mapo(policy, reference, target, margin_weight, kappa, scale):
-    """mapo-t2i/mapo."""
+    """mapo-t2i/mapo, commit 374b3d3, utils.py, lines 290 to 296."""
     error_w, error_l = errors(policy, target)
 
     def score(error):
@@ -102,7 +105,7 @@ def mapo(policy, reference, target, margin_weight, kappa, scale):
 
 
 def alpha_dpo(policy, reference, target, beta, alpha):
-    """yangli-lab/Diffusion_alpha-DPO_ICLR2026 with --reweight_step -1, on one process."""
+    """yangli-lab/Diffusion_alpha-DPO_ICLR2026, commit 67e709b, scripts/main.py, line 1137."""
     p = torch.sigmoid(inside_term(policy, reference, target, beta))
     order = alpha * p.mean().detach()
     return ((p.pow(order) - (1 - order) - order * p) / (order * (order - 1))).mean()

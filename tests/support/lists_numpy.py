@@ -10,8 +10,7 @@ def advantages(scores, preference, images):
         return np.array([2 * preference - 1, 1 - 2 * preference])[:images]
     scores = -np.arange(images) if scores is None else np.asarray(scores, float)
     if images > 1:
-        spread = scores.std()
-        scores = (scores - scores.mean()) / spread if spread else np.zeros(images)
+        scores = (scores - scores.mean()) / scores.std() if np.ptp(scores) else np.zeros(images)
     return np.clip(scores, -5, 5)
 
 

@@ -168,7 +168,7 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
             m["margin"] = z
             loss = p * MARGIN_LOSSES[name](z, h) + (1 - p) * MARGIN_LOSSES[name](-z, h)
             if name == "alpha_dpo":
-                m["alpha"] = h["order"]
+                m["order"] = h["order"]
         else:  # the DSPO family with G
             half_scale = h["beta" if name == "dspo_sdxl" else "reward_scale"] / 2
             m["margin"] = z = half_scale * (gain[i, 0] - gain[i, 1])

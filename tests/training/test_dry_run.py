@@ -83,6 +83,18 @@ def test_a_run_of_few_updates_is_warned_of_where_its_length_follows_from_the_dat
         assert not any("hardly" in line for line in dry_run_lines(shallow_model, tiny_pairs, changes))
 
 
+def test_a_loss_that_parts_of_a_batch_change_is_warned_of(shallow_model, tiny_pairs):
+    switched = {"objective.name": "dspo_sdxl", "objective.released_switch": True}
+    for changes in ({"objective.name": "kto"}, {"objective.name": "alpha_dpo"}, switched):
+        name, changes = changes["objective.name"], {"batch_size": 16} | changes
+        said = "\n".join(dry_run_lines(shallow_model, tiny_pairs, changes | {"accumulation": 2}))
+        assert f"warning: config.accumulation = 2: the loss of {name} " in said
+        assert "now over the 8 of a part" in said
+        assert "of a part" not in "\n".join(dry_run_lines(shallow_model, tiny_pairs, changes))
+    plain = {"batch_size": 16, "accumulation": 2, "objective.name": "dspo_sdxl"}
+    assert "of a part" not in "\n".join(dry_run_lines(shallow_model, tiny_pairs, plain))
+
+
 def dry_run_lines(model, pairs, changes):
     experiment = prepare(make_config(model, pairs, changes))
     state, reference = make_state(experiment.task, experiment.mesh, abstract=True)

@@ -65,11 +65,7 @@ def config(shallow_model, tiny_pairs):
         ({"epochs": math.inf}, "config.epochs = inf: must be above 0 and at most a million"),
         ({"accumulation": 3}, "config.accumulation = 3: must divide config.batch_size = 8"),
         (
-            {"accumulation": 2, "objective.name": "alpha_dpo"},
-            "config.accumulation = 2: objective 'alpha_dpo' looks at the whole batch at once; set it to 1",
-        ),
-        (
-            {"objective.name": "hinge", "objective.smpo_weight": 10.0},
+            {"objective.name": "diffusion_dpo", "objective.smpo_weight": 10.0},
             "config.objective.smpo_weight: needs a score of each image, and {data} has none; encode it with "
             "--config.score=REWARD, or leave the key out",
         ),

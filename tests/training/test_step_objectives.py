@@ -34,7 +34,7 @@ OBJECTIVES = {
     "awm": {"clip": 0.2},
     "lpo_list": {"beta": 10.0},
     "dgpo": {"beta": 10.0, "clip": 0.2},
-    "crd": {},
+    "crd": {"beta": 1.0},
     "mapo": {"scale": 10.0},
     "dspo": {"reward_scale": 10.0, "score_weight": 1.0},
     "dspo_ref": {"reward_scale": 10.0, "score_weight": 1.0},

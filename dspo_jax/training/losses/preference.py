@@ -38,9 +38,8 @@ class PreferenceLoss:
     """Mean of an objective over a batch of encoded pairs; a `LossFn`.
 
     A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
-    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on; it may have `scores`
-    [B, P], what the images are worth;
-    for an objective that needs it, `weight` [B, P] float32.
+    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on. It may have `scores`
+    [B, P], what the images are worth; for an objective that needs it, it has `weight` [B, P] float32.
 
     Attributes:
       objective: from `get_objective`.
