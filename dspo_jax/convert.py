@@ -5,6 +5,7 @@ python -m dspo_jax.convert import --model=fine_tune.safetensors --base=DIR --out
 python -m dspo_jax.convert export --run=runs/emoji --out=exported
 python -m dspo_jax.convert export --run=runs/emoji --out=exported.safetensors
 python -m dspo_jax.convert export --run=runs/lora --out=adapters.safetensors --lora=diffusers
+python -m dspo_jax.convert export --run=runs/emoji --out=exported --push_to_hub=owner/name
 """
 
 from collections.abc import Sequence
@@ -19,26 +20,31 @@ from dspo_jax.locks import reserve
 _PROCESS = ("prediction_type", "rescale_betas_zero_snr")
 _COMMANDS = {
     "import": ("model", "base", *_PROCESS, "out"),
-    "export": ("run", "step", "dtype", "base", "lora", "out"),
+    "export": ("run", "step", "dtype", "base", "lora", "push_to_hub", "public", "out"),
 }
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.conversion.export_model import export
+    from dspo_jax.conversion.hub import check_upload, push_to_hub
     from dspo_jax.conversion.import_model import import_model
     from dspo_jax.weights.checkpoints import find_best
     from dspo_jax.weights.saved_params import parse_step, split_run
 
     settings = flags.FLAGS
     command = argv[1]
-    for name in ("model", "run", "step", "dtype", "base", "lora", *_PROCESS):
+    for name in ("model", "run", "step", "dtype", "base", "lora", *_PROCESS, "push_to_hub", "public"):
         if name not in _COMMANDS[command] and settings[name].present:
             raise UserError(f"--{name}={settings[name].value}: not an option of {command}")
     needed = _COMMANDS[command][0]
     if settings[needed].value is None:
         raise UserError(f"--{needed} is missing: name what to {command}")
-    out = Path(settings.out)
+    out, repository = Path(settings.out), settings.push_to_hub
+    if repository:
+        check_upload(repository)
+    elif settings.public:
+        raise UserError("--public: says who may see an upload; name the repository with --push_to_hub")
     with reserve(out):
         if command == "import":
             process = {name: settings[name].value for name in _PROCESS if settings[name].value is not None}
@@ -60,10 +66,12 @@ def main(argv: Sequence[str]) -> None:
             )
             kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
             kind = f"adapters for {settings.lora}" if settings.lora else kind
-            print(f"{out}: {kind} of {run} at step {step}")
+            print(f"{out}: {kind} of {run} at step {step}", flush=True)
             best = find_best(run / "checkpoints") if newest else None
             if best is not None and best[0] != step:
                 print(f"the held-out pairs find step {best[0]} better: --step=best exports it")
+            if repository:
+                print(push_to_hub(out, repository, public=settings.public))
 
 
 def run() -> None:
@@ -105,6 +113,13 @@ def run() -> None:
         "export of a run with LoRA: only the adapters, as diffusers or as kohya names them; "
         "default: the whole model with the adapters added.",
     )
+    flags.DEFINE_string(
+        "push_to_hub",
+        None,
+        "export: upload the result to this repository of the model hub, owner/name, which is made private "
+        "if it is not there. The token is that of HF_TOKEN, or of hf auth login.",
+    )
+    flags.DEFINE_boolean("public", False, "export: the repository of --push_to_hub is public.")
     cli.run(main, required=("out",), commands=tuple(_COMMANDS))
 
 

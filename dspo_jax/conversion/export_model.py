@@ -12,8 +12,10 @@ import numpy as np
 
 from dspo_jax.conversion import single_file
 from dspo_jax.conversion.model_card import GRID, find_grid, make_card
+from dspo_jax.conversion.model_spec import make_metadata
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
+from dspo_jax.hub_cache import hide_folders
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
 from dspo_jax.pipelines.families import NETWORKS
@@ -70,9 +72,16 @@ def export(
     with SavedParams(run / "checkpoints", step) as saved:
         components = sorted({path.partition(".")[0] for path in saved.arrays})
         name = str(base or read_base(run))
+        title = f"{run.resolve().name} step {saved.step}"
         if adapters:
-            card = make_card(run, name, _cached(name), saved.step, file=out.name, adapters=True)
-            _write_file(out, _adapter_tensors(saved, components, adapters, dtype, out), card)
+            folder = _cached(name)
+            card = make_card(run, name, folder, saved.step, file=out.name, adapters=True)
+            values = _adapter_tensors(saved, components, adapters, dtype, out)
+            metadata: dict[str, str] = {}
+            if (folder / "model_index.json").is_file():
+                ranks = {leaf.shape[-1] for path, leaf in saved.arrays.items() if ".lora_A." in path}
+                metadata = make_metadata(read_models(folder, NETWORKS), folder, title, _describe(name), ranks)
+            _write_file(out, values, card, metadata)
             return saved.step
         folder = find_model(name)
         models = read_models(folder, NETWORKS)
@@ -82,7 +91,8 @@ def export(
         }
         if single:
             card = make_card(run, name, folder, saved.step, file=out.name)
-            _write_single(out, folder, trained, models, card)
+            metadata = make_metadata(models, folder, title, _describe(name))
+            _write_single(out, folder, trained, models, card, metadata)
         else:
             grid = find_grid(run, saved.step)
             card = make_card(run, name, folder, saved.step)
@@ -95,14 +105,22 @@ def _card_of(file: Path) -> Path:
     return file.with_suffix(".md")
 
 
+def _describe(base: str) -> str:
+    """Returns a sentence for the header of a file."""
+    return f"Trained with dspo_jax from {hide_folders(base)}"
+
+
 def _cached(name: str) -> Path:
     """Returns a model's folder, of a hub id as much of it as is in the cache: nothing is downloaded."""
     if not is_hub_id(name):
         return Path(name)
     import huggingface_hub  # slow to import, and needed here only
 
-    card = huggingface_hub.try_to_load_from_cache(name, "README.md")
-    return Path(card).parent if isinstance(card, str) else Path(name)
+    for file in ("model_index.json", "README.md"):
+        found = huggingface_hub.try_to_load_from_cache(name, file)
+        if isinstance(found, str):
+            return Path(found).parent
+    return Path(name)
 
 
 def _trained_tensors(
@@ -161,6 +179,7 @@ def _write_single(
     replaced: Mapping[str, Mapping[str, Tensor]],
     models: Mapping[str, Model],
     card: str,
+    metadata: Mapping[str, str],
 ) -> None:
     """Writes a single-file checkpoint in the original layout: `base` with some components replaced.
 
@@ -177,13 +196,11 @@ def _write_single(
     except UserError as error:
         raise UserError(f"--out={out}: {error}; export a folder instead") from error
     # Without them web user interfaces and ComfyUI take the model for one of epsilon.
-    markers, metadata = single_file.write_process(read_json(base / "scheduler" / "scheduler_config.json"))
+    markers, _ = single_file.write_process(read_json(base / "scheduler" / "scheduler_config.json"))
     _write_file(out, single | markers, card, metadata)
 
 
-def _write_file(
-    out: Path, tensors: Mapping[str, Tensor], card: str, metadata: Mapping[str, str] = {}
-) -> None:
+def _write_file(out: Path, tensors: Mapping[str, Tensor], card: str, metadata: Mapping[str, str]) -> None:
     """Writes one safetensors file, however large, and its model card; both appear when they are complete."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     model_dir.require_space(out, size)

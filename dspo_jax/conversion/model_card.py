@@ -22,7 +22,7 @@ GRID = "samples.png"
 
 # Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
-_OPTIONS = ("optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay")
+_OPTIONS = ("reference.model", "optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay")
 _PROMPT = "a red fox in the snow"
 # The group of keys that names what trains, by `stream.kind`, and what it offers.
 _GROUPS = {"prompts": "reward_gradient", "trajectories": "policy_gradient"}
@@ -70,6 +70,7 @@ def make_card(
         *licence,
         *([f"base_model: {name}"] if published else []),
         f"tags: [{', '.join(tags)}]",
+        *(_widget(values, grid) if grid is not None else []),
     ]
     sections = [
         "\n".join(["---", *header, "---"]),
@@ -124,10 +125,22 @@ pipe = {kind}.from_single_file(
 )"""
 
 
+def _widget(values: JsonObject, grid: Path) -> list[str]:
+    """Returns the lines by which the hub's page shows the picture with its prompts."""
+    prompts = [text for text in values.get("samples.prompts") or () if _is_prompt(text)]
+    shown = "; ".join(prompts) or "Samples of the run"
+    text = f"{shown} (the base, and step {_step(grid)}, from the same noise)"
+    return ["widget:", f"- text: {json.dumps(text, ensure_ascii=False)}", f"  output: {{url: {GRID}}}"]
+
+
+def _is_prompt(text: str) -> bool:
+    """Tells a prompt from the name of a file of prompts."""
+    return " " in text or not Path(text).suffix
+
+
 def _usage(values: JsonObject, loading: str) -> str:
     """Returns a program that draws an image as the run drew its samples."""
-    prompts = values.get("samples.prompts") or ()  # texts, and names of files of them
-    prompt = next((text for text in prompts if " " in text or not Path(text).suffix), _PROMPT)
+    prompt = next((text for text in values.get("samples.prompts") or () if _is_prompt(text)), _PROMPT)
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
     return f"""```python
 {loading}
@@ -150,7 +163,7 @@ def _describe_training(values: JsonObject, group: str, step: int) -> JsonObject:
     rows = {f"{group}.name": name, **{f"{group}.{field.name}": field.default for field in fields}}
     rows |= {key: value for key, value in values.items() if key.startswith(f"{group}.") and value is not None}
     rows |= {"steps": step} | {key: values.get(key) for key in _SETTINGS}
-    rows |= {key: values[key] for key in _OPTIONS if values.get(key)}
+    rows |= {key: hide_folders(values[key]) for key in _OPTIONS if values.get(key)}
     return {key: value for key, value in rows.items() if value is not None}
 
 

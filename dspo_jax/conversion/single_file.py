@@ -256,7 +256,7 @@ def write_process(scheduler: Mapping[str, object]) -> tuple[dict[str, Tensor], d
     velocity = scheduler.get("prediction_type") == "v_prediction"
     markers = {_V_PREDICTION: velocity, _ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr"))}
     empty = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))
-    metadata = {_SPECIFICATIONS[0]: "v" if velocity else "epsilon"}
+    metadata = dict.fromkeys(_SPECIFICATIONS, "v" if velocity else "epsilon")
     return {name: empty for name, present in markers.items() if present}, metadata
 
 
