@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     """Returns the schema; a recipe sets at least `model`, and `data.path` or `stream`."""
     config = ConfigDict()
 
-    # The model to align, and the frozen reference: a diffusers folder.
+    # The model to align, and the frozen reference unless `reference.model` names another: a diffusers folder.
     config.model = config_dict.placeholder(str)
     # Random seed: data order, noise, timesteps, caption dropout.
     config.seed = 0
@@ -166,9 +166,12 @@ def get_config() -> ConfigDict:
     config.rewards.prompts = ()
     config.rewards.images = 2
 
+    config.reference = ConfigDict()
+    # What the policy is compared with: a diffusers folder, hub id or training workdir (WORKDIR@best,
+    # WORKDIR@STEP) with the architecture, schedule, VAE and tokenizers of `model`; None is `model` itself.
+    config.reference.model = config_dict.placeholder(str)
     # Updates after which the frozen reference moves to the policy; 0 leaves it as it was at the start. With a
     # decay it moves by a share alone, decay * reference + (1 - decay) * policy: a moving average.
-    config.reference = ConfigDict()
     config.reference.every = 0
     config.reference.decay = 0.0
 

@@ -62,7 +62,9 @@ def run() -> None:
     flags.DEFINE_string(
         "model", None, "A training workdir (WORKDIR@best: its best step) or a diffusers folder."
     )
-    flags.DEFINE_string("reference", None, "What it was trained from (default: what its workdir says).")
+    flags.DEFINE_string(
+        "reference", None, "What it was compared with in training (default: what its workdir says)."
+    )
     flags.DEFINE_string(
         "data",
         None,

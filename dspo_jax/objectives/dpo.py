@@ -93,8 +93,8 @@ class DiffusionDPOL2(OfMargin):
         return [
             *super().notes(values_per_image),
             "warning: diffusion_dpo_l2: its gradient is exactly zero where the policy equals the reference, "
-            "which is where a run starts: only weight decay and rounding move it away; use diffusion_dpo, "
-            "or start from other weights than the reference's",
+            "which is where a run starts without config.reference.model: only weight decay and rounding move "
+            "it away; use diffusion_dpo, or name another reference",
         ]
 
 

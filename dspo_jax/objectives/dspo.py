@@ -192,8 +192,8 @@ class DSPORef(DSPO):
         return [
             describe_scale(self.name, "reward_scale", self._scale, self.reduction, values_per_image),
             "warning: dspo_ref: loss and gradient are exactly zero where the policy equals the reference, "
-            "which is where a run starts: only weight decay and rounding move it away; use dspo or "
-            "dspo_sdxl, or start from other weights than the reference's",
+            "which is where a run starts without config.reference.model: only weight decay and rounding move "
+            "it away; use dspo or dspo_sdxl, or name another reference",
         ]
 
 

@@ -17,6 +17,7 @@ from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.start import Experiment
 from dspo_jax.training.step import TrainState
+from dspo_jax.training.task import POLICY
 
 _MANY_EPOCHS, _FEW_HELD_OUT, _FEW_UPDATES = 200, 30, 50
 
@@ -31,7 +32,8 @@ def held(state: TrainState, reference: Params) -> dict[str, object]:
         "optimizer": state.opt_state,
         "moving average": state.ema,
         "gradients": gradients,
-        "reference": reference,
+        "reference": {name: part for name, part in reference.items() if name != POLICY},
+        "frozen weights of the policy": reference.get(POLICY),
     }
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -56,6 +58,12 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
         f"{settings.method}: {count:,} trainable parameters ({what}), kept in "
         f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"
     )
+    if task.reference is not None:
+        differing = " and ".join(task.reference.differing)
+        yield (
+            f"the reference is {settings.reference.model}, "
+            + (f"with another {differing} than the start of the policy" if differing else "the same weights")
+        )
     yield from _describe_data(experiment) if own is None else _describe_own_images(experiment)
     optimizer = settings.optimizer
     peak = optimizer.peak_rate(settings.batch_size)

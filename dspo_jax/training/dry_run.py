@@ -23,6 +23,7 @@ from dspo_jax.training.costs import (
     mean_flops_per_example,
 )
 from dspo_jax.training.describe import describe_run, held, kept_state_bytes, warnings
+from dspo_jax.training.moving_reference import moving_part
 from dspo_jax.training.rollouts import Rollout
 from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import Settings
@@ -53,6 +54,8 @@ def estimate(
     card = None if gpu is None else find_gpu("--gpu", gpu)
     if settings.data.path and pairs is None:
         yield "config.data.path is not read here: say with --pairs how many there are"
+    if settings.reference.model:
+        yield "config.reference.model is not read here: all of its weights are taken to be others"
     if pairs is not None:
         settings = settings.for_examples(pairs)
     task = make_task(settings, pipe)
@@ -86,7 +89,7 @@ def estimate(
         needed = sum(sizes.values())
         each = least_activations(pipe, settings.compute_dtype, pipe.image_size) if needed < usable else 0
         yield _describe_room(kind, usable, needed, part, each)
-    yield _describe_checkpoints(settings, state)
+    yield _describe_checkpoints(settings, state, reference)
     flops = flops_per_example(task, settings.images_per_row, (side, side))
     if flops is not None:
         yield from _describe_time(settings, flops, kind)
@@ -113,7 +116,7 @@ def dry_run(config: ConfigDict | Settings) -> Iterator[str]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         yield f"batch: {name} {leaf.dtype}{list(leaf.shape)}"
-    yield _describe_checkpoints(settings, state)
+    yield _describe_checkpoints(settings, state, reference)
     device = mesh.local_devices[0]
     flops = mean_flops_per_example(task, experiment.datasets, settings.data, images)
     if flops is not None:
@@ -199,9 +202,10 @@ def _describe_room(kind: str, usable: int, needed: int, part: int, each: int) ->
     return f"{left} {least}; `python -m dspo_jax.plan` compiles the step, and knows how much"
 
 
-def _describe_checkpoints(settings: Settings, state: TrainState) -> str:
+def _describe_checkpoints(settings: Settings, state: TrainState, reference: Params) -> str:
     """Disk of the checkpoints that a run keeps."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.arrays()))
+    moving = moving_part(reference, state.params) if settings.reference.every else {}
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([state.arrays(), moving]))
     has_best = settings.validation.every > 0 and settings.validations_compare
     number = settings.checkpoint.max_to_keep + has_best
     return f"checkpoints: {number} of {in_units(size)}, {in_units(number * size)} of disk"

@@ -8,14 +8,27 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.training.loop import AfterStep
 from dspo_jax.training.step import TrainState
-from dspo_jax.training.task import Metrics
+from dspo_jax.training.task import POLICY, Metrics
+
+
+def moving_part(reference: Params, params: Params) -> Params:
+    """Returns the part of the reference that moves: whatever the policy does not share with it.
+
+    Args:
+      reference: frozen parameters by component, or their shapes.
+      params: trained parameters, or their shapes.
+    """
+    leaves = flatten_dict(reference)
+    paths = flatten_dict(lora.combine(reference.get(POLICY, {}), params))
+    return unflatten_dict({path: leaves[path] for path in sorted(paths)})
 
 
 class MoveReference:
     """A hook that moves the reference: reference = decay * reference + (1 - decay) * policy.
 
     The reference is one dict that all parts of a run hold; its arrays are replaced in it. Only what is
-    trained moves: networks, or adapters. A checkpoint has these arrays, as a run cannot make them again.
+    trained moves: networks, or adapters; and where the reference began as another model, all that differs.
+    A checkpoint has these arrays, as a run cannot make them again.
     """
 
     def __init__(self, reference: Params, params: Params, *, every: int, decay: float):
@@ -28,8 +41,8 @@ class MoveReference:
           decay: 0 puts the policy in the reference's place.
         """
         self._reference, self._every = reference, every
-        self._paths = sorted(flatten_dict(params))
-        part = self.arrays()
+        part = moving_part(reference, params)
+        self._paths = flatten_dict(part).keys()
 
         def move(part: Params, params: Params) -> Params:
             return jax.tree.map(
@@ -56,4 +69,5 @@ class MoveReference:
     def __call__(self, at: AfterStep, state: TrainState, metrics: Metrics) -> None:
         """Moves the reference."""
         del at, metrics
-        self.set_arrays(self._move(self.arrays(), state.params))
+        policy = lora.combine(self._reference.get(POLICY, {}), state.params)
+        self.set_arrays(self._move(self.arrays(), policy))

@@ -284,8 +284,7 @@ def train(
     """
     with processes.claim(workdir):
         experiment = prepare(config)
-        own = experiment.own_images
-        claim_workdir(workdir, experiment.settings.given, own.pins() if own else None)
+        claim_workdir(workdir, experiment.settings.given, experiment.pins())
         return _train(experiment, workdir, make_step, make_stream, count_flops)
 
 

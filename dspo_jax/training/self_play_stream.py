@@ -15,7 +15,7 @@ from dspo_jax.training.rounds import check_chunk
 from dspo_jax.training.settings import Settings
 from dspo_jax.training.shard_stream import ShardStream
 from dspo_jax.training.step import split_batch
-from dspo_jax.training.task import Batch, Task
+from dspo_jax.training.task import Batch, Task, of_components
 
 
 class SelfPlayStream(ShardStream):
@@ -65,9 +65,9 @@ class SelfPlayStream(ShardStream):
                 self._task, self._drawing, (height, width), self._mesh, keeps_path=False
             )
         rollout = self._rollouts[size]
+        frozen = of_components(self._task, self._reference)
         drawn = [
-            rollout({}, self._reference, part["tokens"], part["index"], self._key)[-1]
-            for part in self._cut(batch)
+            rollout({}, frozen, part["tokens"], part["index"], self._key)[-1] for part in self._cut(batch)
         ]
         pairs: Batch = self._pair(batch, drawn)
         return pairs

@@ -32,7 +32,7 @@ from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradi
 from dspo_jax.objectives.steps import PolicyGradient
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.optim import OptimizerSettings
-from dspo_jax.weights.saved_params import split_run
+from dspo_jax.weights.saved_params import name_step, split_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,7 @@ class RewardSettings:
 class ReferenceSettings:
     """The keys of `config.reference`."""
 
+    model: str | None
     every: int = limited(NOT_NEGATIVE)
     decay: float = limited(DECAY)
 
@@ -341,6 +342,12 @@ def parse(config: ConfigDict) -> Settings:
         )
     given = json.loads(config.to_json())
     given["objective"]["name"] = settings.objective.name  # not an alias
+    if settings.reference.model:
+        # The newest or best checkpoint of a run may be another one when this run is resumed.
+        named = given["reference"]["model"] = name_step(settings.reference.model)
+        settings = dataclasses.replace(
+            settings, reference=dataclasses.replace(settings.reference, model=named)
+        )
     if not settings.validation.every:
         settings = dataclasses.replace(
             settings, validation=dataclasses.replace(settings.validation, patience=0)
@@ -366,12 +373,13 @@ def parse(config: ConfigDict) -> Settings:
             "small steps; set --config.reference_dtype=float32"
         )
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
-    # otherwise, the two differ before the first update. (With LoRA they are one tree.)
+    # otherwise, the two differ before the first update. (With LoRA they are one tree; and a reference of
+    # another model differs anyway.)
     policy_rounded, reference_rounded = (
         "bfloat16" in (settings.compute_dtype, dtype)
         for dtype in (settings.param_dtype, settings.reference_dtype)
     )
-    if policy_rounded != reference_rounded and not settings.lora.rank:
+    if policy_rounded != reference_rounded and not (settings.lora.rank or settings.reference.model):
         raise UserError(
             f"config.reference_dtype = {settings.reference_dtype!r}: policy and reference would differ from "
             f"the start, with config.param_dtype = {settings.param_dtype!r} and config.compute_dtype = "

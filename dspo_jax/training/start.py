@@ -38,9 +38,10 @@ from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.online_checks import check_own_images, check_reward_gradient, check_self_play
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
+from dspo_jax.training.reference import Reference, open_reference, refuse_reference
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
-from dspo_jax.training.task import LossFn, Precision, Task, UpdateRule
+from dspo_jax.training.task import POLICY, LossFn, Precision, Task, UpdateRule
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.layout import DTYPES
 
@@ -78,6 +79,11 @@ class Experiment:
             return self.settings.images_per_row
         images: int = self.datasets[0].manifest["images_per_example"]
         return images
+
+    def pins(self) -> dict[str, str]:
+        """Tells apart what stands behind the keys that name a reference, prompts and rewards, by key."""
+        pins = {} if self.own_images is None else self.own_images.pins()
+        return pins if self.task.reference is None else pins | self.task.reference.pins()
 
     def count_examples(self) -> dict[str, int]:
         """Counts the examples or prompts to train on by image size, "HEIGHTxWIDTH" in pixels."""
@@ -132,15 +138,14 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         elif examples is not None and "scores" not in examples:
             raise UserError(f"{key}: needs the scores of the images, which the examples have not")
     settings = settings.for_examples(count)
-    task = make_task(settings, pipe, own_images.trained if own_images else None)
+    name = settings.reference.model
+    reference = open_reference(name, pipe) if name else None
+    task = make_task(settings, pipe, own_images.trained if own_images else None, reference)
     mesh = mesh_of(settings)
     if datasets and settings.stream.kind == "self_play":
         check_self_play(settings, pipe, mesh)
-    if settings.reference.every and not task.loss.needs_reference:
-        raise UserError(
-            f"config.reference.every = {settings.reference.every}: {settings.method!r} reads no reference "
-            "that could move; set it to 0"
-        )
+    if not task.loss.needs_reference:
+        refuse_reference(settings)
     if settings.stream.kind != "trajectories" or own_images is None:
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"
@@ -189,18 +194,27 @@ def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> 
     return make_mesh(sizes, devices, dcn_sizes)
 
 
-def make_task(settings: Settings, pipe: Pipeline, reward: DifferentiableReward | None = None) -> Task:
+def make_task(
+    settings: Settings,
+    pipe: Pipeline,
+    reward: DifferentiableReward | None = None,
+    reference: Reference | None = None,
+) -> Task:
     """Returns the static configuration of the step that a config asks for.
 
     Args:
       settings: of the run.
       pipe: the model, whose weights are not read.
       reward: whose gradient is trained by; read from `config.rewards` where it is not given.
+      reference: from `open_reference`, where `config.reference.model` names one; without it `make_state` has
+        shapes alone, as if all of its weights were other ones.
 
     Raises:
       UserError: settings that do not fit the model or each other, by key.
     """
     optimizer, learning_rate = make_optimizer(settings.optimizer, settings.steps, settings.batch_size)
+    if settings.reference.model and reference is None:
+        reference = Reference(None, pipe.components)
     return Task(
         pipe=pipe,
         loss=_make_loss(settings, pipe, reward),
@@ -219,6 +233,7 @@ def make_task(settings: Settings, pipe: Pipeline, reward: DifferentiableReward |
         ),
         train_text_encoder=settings.train_text_encoder,
         adapters=settings.lora.rank > 0,
+        reference=reference,
     )
 
 
@@ -279,7 +294,8 @@ def make_state(
     """Returns the state at step 0 and the frozen reference, read from the model; every array is born sharded.
 
     With adapters these are what is trained. The reference has them too, as they start: they add nothing, and
-    policy and reference remain one program.
+    policy and reference remain one program. Where the reference is another model, the frozen parameters of
+    the policy that are not the reference's lie beside those of the reference, under `task.POLICY`.
 
     Args:
       task: from `make_task`.
@@ -297,8 +313,11 @@ def make_state(
             return _abstract(params, formats, dtype)
         return place(jax.tree.map(lambda leaf: np.asarray(leaf, DTYPES[dtype]), params), formats)
 
-    def read(name: str, dtype: str) -> Params:
-        pipe = task.pipe
+    other = task.pipe if task.reference is None or abstract else task.reference.pipe
+    if other is None:
+        raise ValueError("task.reference: not opened; give `make_task` what `open_reference` returns")
+
+    def read(name: str, dtype: str, pipe: Pipeline = task.pipe) -> Params:
         return put(
             pipe.networks[name].abstract_params() if abstract else pipe.read_params(name, dtype), dtype
         )
@@ -309,10 +328,13 @@ def make_state(
     params = {name: read(name, precision.param_dtype) for name in trained}
     # Networks that are not trained; and every network where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]
-    reference = {name: read(name, precision.reference_dtype) for name in frozen}
+    reference = {name: read(name, precision.reference_dtype, other) for name in frozen}
     if adapters:
         params = put(adapters, precision.param_dtype)
         reference = lora.combine(reference, put(adapters, precision.reference_dtype))
+    own = [name for name in task.reference.differing if name not in trained] if task.reference else []
+    if own:
+        reference[POLICY] = {name: read(name, precision.reference_dtype) for name in own}
     beside = task.loss.frozen_params(task.pipe, abstract=abstract)
     reference |= {name: put(part, "float32") for name, part in beside.items()}
     shapes = jax.eval_shape(partial(init_state, task), params)

@@ -12,12 +12,16 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.reference import Reference
 
 Batch = Mapping[str, Any]
 """Arrays, or trees of them, with a leading axis of examples, by name."""
 Metrics = dict[str, jax.Array]
 USABLE = "usable"
 """Metric of a loss that leaves examples out: the share of those that it counts, the others being zeros."""
+
+POLICY = "policy"
+"""Name among the frozen parameters of those that the policy has and the reference has not, by component."""
 
 
 class Passes(NamedTuple):
@@ -124,6 +128,7 @@ class Task:
       precision: dtypes and rematerialisation.
       train_text_encoder: whether the text encoders are among the trained parameters.
       adapters: whether adapters alone are trained (models/lora.py).
+      reference: the model that the policy is compared with; None for its own start.
     """
 
     pipe: Pipeline
@@ -132,6 +137,7 @@ class Task:
     precision: Precision
     train_text_encoder: bool
     adapters: bool
+    reference: Reference | None = None
 
 
 def predict(
@@ -155,17 +161,19 @@ def predict(
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:
-    """Merges trained parameters with the reference's others, in the compute dtype, for `predict`.
+    """Merges trained parameters with the frozen others of the policy, in the compute dtype, for `predict`.
 
-    Until the first update its numbers are the reference's (`settings.parse` sees to the dtypes).
+    Until the first update its numbers are the reference's (`settings.parse` sees to the dtypes), but where
+    that is another model.
     """
-    return lora.combine(cast(task, of_components(task, reference)), cast(task, params))
+    frozen = of_components(task, reference) | reference.get(POLICY, {})
+    return lora.combine(cast(task, frozen), cast(task, params))
 
 
 def of_components(task: Task, reference: Params) -> Params:
-    """Returns the frozen parameters of the pipeline's components, without others that a loss runs."""
-    beside = task.loss.beside_components
-    return {name: part for name, part in reference.items() if name not in beside} if beside else reference
+    """Returns the reference's parameters, without others that a loss runs and without the policy's own."""
+    beside = (*task.loss.beside_components, POLICY)
+    return {name: part for name, part in reference.items() if name not in beside}
 
 
 def cast(task: Task, params: Params) -> Params:

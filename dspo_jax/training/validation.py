@@ -31,7 +31,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.training.validation_scalars import summarise, summarise_labelled
-from dspo_jax.weights.saved_params import read_base, split_run
+from dspo_jax.weights.saved_params import read_run_config, split_run
 
 # (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], what the denoiser is conditioned on by name)
 # -> the denoiser's output [B, P, h, w, C].
@@ -233,7 +233,7 @@ def judge(
 
     Args:
       model: a training workdir or a diffusers folder, as `load_pipeline` takes it.
-      reference: the model that it was trained from; None takes the one in the workdir's config.
+      reference: what it was compared with in training; None takes the one in the workdir's config.
       data: a dataset of pairs written by `dspo_jax.encode`, or several separated by commas.
       split, draws: see `Validator`.
       batch_size: pairs in one call, filled up to a multiple of the devices.
@@ -250,7 +250,8 @@ def judge(
             raise UserError(
                 f"--model={model}: no training workdir; give --reference, what it was trained from"
             )
-        reference = read_base(run[0])
+        config = read_run_config(run[0], "model")
+        reference = config.get("reference", {}).get("model") or config["model"]
     pipes = load_pipeline(model), load_pipeline(reference)
     datasets = read_datasets(data)
     count_examples(datasets, split, "--split", "choose another with --split=NAME")

@@ -42,8 +42,8 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
     Args:
       workdir: folder of the run.
       config: `Settings.given`.
-      pins: what stands behind keys that name files, by key: `OwnImages.pins`. A run from before there were
-        any takes these.
+      pins: what stands behind keys that name files, by key: `Experiment.pins`. A run from before there
+        were any takes these.
 
     Raises:
       UserError: the workdir belongs to a run with another config, beyond what `MAY_DIFFER`, or of other pins;
@@ -67,7 +67,8 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
         fixed = {"stream.kind": "dataset", "stream.guidance_rescale": 0.0, "noise_offset": 0.0}
-        theirs = fixed | {"reference.every": 0, "reference.decay": 0.0} | theirs
+        fixed |= {"reference.model": None, "reference.every": 0, "reference.decay": 0.0}
+        theirs = fixed | theirs
         if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds
             theirs |= {key: value for key, value in mine.items() if key.startswith(_ONLINE)} | {
                 "stream.kind": "dataset"

@@ -176,3 +176,17 @@ def split_run(name: str | Path) -> tuple[Path, int | None] | None:
     if not (at and folder and (Path(folder) / "checkpoints").is_dir()) or Path(name).exists():
         return None
     return Path(folder), parse_step(step, Path(folder))
+
+
+def name_step(name: str) -> str:
+    """Returns the name of a model; of a run's workdir always with a step, `WORKDIR@STEP`.
+
+    Raises:
+      FileNotFoundError: the run has no checkpoint.
+      UserError: as `split_run`.
+    """
+    run = split_run(name)
+    if run is None:
+        return name
+    folder = run[0] / "checkpoints"
+    return f"{run[0]}@{checkpoints.choose_step(folder, checkpoints.complete_steps(folder), run[1])}"

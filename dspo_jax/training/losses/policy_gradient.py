@@ -103,7 +103,7 @@ class PolicyGradientLoss:
         def of_rows(values: Float[Array, " n"]) -> Float[Array, "R P"]:
             return values.reshape(-1, images)
 
-        mean, deviation, prediction = make_step(gather(policy_params(task, params, frozen)))
+        mean, deviation, prediction = make_step(gather(policy_params(task, params, reference)))
         log_policy = of_rows(log_probability(following, mean, deviation))
         steps = Steps(
             log_probability=log_policy,

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float32, Int32, Integer, Key, PyTree
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.task import Batch, Metrics, Passes, Task, cast, policy_params, predict
+from dspo_jax.training.task import Batch, Metrics, Passes, Task, cast, of_components, policy_params, predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class PreferenceLoss:
             return jnp.concatenate(outputs, axis=1)
 
         policy = run(policy_params(task, params, reference))
-        return policy, run(cast(task, reference)) if self.needs_reference else None
+        return policy, run(cast(task, of_components(task, reference))) if self.needs_reference else None
 
     def _reads_scores(self, images: int) -> bool:
         """Whether examples of `images` images have scores: lists always, as a pair's labels say enough."""

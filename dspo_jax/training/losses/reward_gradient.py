@@ -87,13 +87,13 @@ class RewardGradientLoss:
         of_update = jax.random.fold_in(jax.random.fold_in(key, batch["update"][0]), 2**31)
         attached = self.method.attached(calls, of_update)
         conditioning = denoiser.encode(
-            gather(policy_params(task, params, frozen)), batch["tokens"], self.size
+            gather(policy_params(task, params, reference)), batch["tokens"], self.size
         )
         theta, fixed = (params, conditioning._replace(sizes=None)), jax.lax.stop_gradient(conditioning)
 
         def predict(theta: PyTree, x: jax.Array, t: jax.Array) -> jax.Array:
             params, floats = theta
-            policy = gather(policy_params(task, params, frozen))
+            policy = gather(policy_params(task, params, reference))
             return denoiser.predict(policy, x, t, floats._replace(sizes=fixed.sizes))
 
         def take_step(
