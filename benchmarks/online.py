@@ -152,7 +152,8 @@ def markdown(results: Mapping[tuple[str, str], Found]) -> str:
 def draw(results: Mapping[tuple[str, str], Found]) -> Figure:
     """Draws the figure: the course of every run, what became of all else meanwhile, and pictures."""
     figure = Figure(figsize=(9, 10.5), dpi=100, layout="constrained")
-    *above, below = figure.subfigures(3, 1, height_ratios=(7, 7, 6))
+    parts: np.ndarray = figure.subfigures(3, 1, height_ratios=(7, 7, 6))  # type: ignore[assignment]
+    *above, below = parts
     for part, reward in zip(above, REWARDS, strict=True):
         _draw_curves(part, reward, {name: found for name, found in results.items() if name[1] == reward})
     _draw_pictures(below, results)
@@ -160,8 +161,7 @@ def draw(results: Mapping[tuple[str, str], Found]) -> Figure:
 
 
 def _draw_curves(figure: SubFigure, reward: str, results: Mapping[tuple[str, str], Found]) -> None:
-    mosaic = [["course", "held_out"], ["course", "diversity"]]
-    course, held_out, diversity = figure.subplot_mosaic(mosaic).values()
+    course, held_out, diversity = figure.subplot_mosaic("ab;ac").values()
     held_out.sharex(diversity)
     for (method, _), found in results.items():
         label, _, colour, marker = METHODS[method]
@@ -215,10 +215,13 @@ def main(argv: Sequence[str]) -> int:
     for method, reward in RUNS:
         config = make_config(method, reward)
         workdir = Path(flags.FLAGS.workdir) / f"{method}_{reward}"
-        if read(workdir, config) is None and not train(config, workdir).finished:
+        if read(workdir, config) is None:
+            train(config, workdir)
+        found = read(workdir, config)
+        if found is None:
             print("stopped; the same command goes on from there")
             return cli.EXIT_STOPPED
-        results[method, reward] = read(workdir, config)
+        results[method, reward] = found
     print(markdown(results))
     out = Path(flags.FLAGS.out)
     drawn = io.BytesIO()

@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--public: says who may see an upload; name the repository with --push_to_hub")
     with reserve(out):
         if command == "import":
-            process = {name: settings[name].value for name in _PROCESS if settings[name].value is not None}
+            asked = {name: settings[name].value for name in _PROCESS}
+            process = {name: value for name, value in asked.items() if value is not None}
             import_model(settings.model, out, base=settings.base, process=process)
             print(f"{out}: diffusers folder of {settings.model}")
         else:

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dspo_jax.errors import UserError
 from dspo_jax.weights.model_dir import is_hub_id
@@ -58,7 +59,7 @@ def push_to_hub(out: Path, repository: str, *, public: bool) -> str:
     key = f"--push_to_hub={repository}"
     later = f"{out} stays; to upload it later: {_command(files, out, repository, public=public)}"
     # What the HTTP library raises where there is no answer: another one in each major version of the hub's.
-    unanswered = HfHubHTTPError.__bases__
+    unanswered: Any = HfHubHTTPError.__bases__
     try:
         if not api.repo_exists(repository):
             api.create_repo(repository, private=not public)

@@ -133,7 +133,7 @@ class DatasetWriter:
         for bucket, file in files.items():
             in_bucket = {"bucket": bucket} if self._buckets else {}
             records.append({"file": file.name, **in_bucket, **file.finish(self._out)})
-        note = {"files": records, "skipped": dict(sorted((skipped or {}).items()))}
+        note: JsonObject = {"files": records, "skipped": dict(sorted((skipped or {}).items()))}
         if disliked:
             note["disliked"] = disliked
         self._replace(self._note(split, number), json.dumps(note))

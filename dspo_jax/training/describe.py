@@ -85,8 +85,8 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
             if not leaf.sharding.is_fully_replicated
         ]
         if copied:
-            size = in_units(sum(copied))
-            yield f"and the weights of the trained reward once more, whole, to score files: {size}"
+            whole = in_units(sum(copied))
+            yield f"and the weights of the trained reward once more, whole, to score files: {whole}"
     if mesh.size > 1:
         size, largest = replicated_bytes(parts)
         yield f"of that the same on every device: {in_units(size)}, the largest array {largest}"

@@ -181,7 +181,8 @@ class Validator:
             draws = [self._judge_examples(policy, reference, examples, t) for t in self._timesteps]
             results.append(np.stack(draws, axis=1))
             liked.append(examples["preference"])
-            scores.append(examples.get("scores"))
+            if "scores" in examples:
+                scores.append(examples["scores"])
             judged += len(examples["index"])
             report(judged)
         values_SDBP = np.concatenate(results, axis=2)  # (error, drift) x draw x example x image

@@ -263,9 +263,9 @@ def write_folder(
         for file, values in changes.items():
             write_json(partial / file, read_json(partial / file) | values)
         write_text(partial / "README.md", card)
-        for name, file in pictures.items():
+        for name, picture in pictures.items():
             with name_write_errors(out / name):
-                shutil.copyfile(file, partial / name)
+                shutil.copyfile(picture, partial / name)
 
 
 def _load_as_float32(folder: Path, class_name: str) -> None:

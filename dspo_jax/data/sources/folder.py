@@ -185,9 +185,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
                 fields = {name: value or None for name, value in row.items()}
                 where = f"{file}:{reader.line_num}"
                 numbers = {
-                    name: _parse_number(fields[name], f"{where}: {name}")
+                    name: _parse_number(text, f"{where}: {name}")
                     for name in ("preference", "label")
-                    if fields.get(name)
+                    if (text := row.get(name))
                 }
                 yield reader.line_num, {**fields, **numbers}
         except csv.Error as error:
