@@ -86,15 +86,15 @@ def test_an_empty_loser_is_for_single_images(source):
 
 
 def test_ids_tell_which_losers_won_elsewhere(source):
-    columns = pairs(4, first=["1", "2", "3", "4"], second=[2, 5, None, 3])  # text and numbers
-    chosen = source(columns, winner_id="first", loser_id="second")
+    columns = pairs(4, won=["1", "2", "3", "4"], lost=[2, 5, None, 3])  # text and numbers
+    chosen = source(columns, winner_id="won", loser_id="lost")
     assert [row.loser_won for row in chosen.pairs("train")] == [True, False, False, True]
     assert [row.loser_won for row in chosen.pairs("train", 3)] == [True]
     assert [images(row) for row in chosen.pairs("train", 3)] == [[6, 7]]
-    with pytest.raises(UserError, match=r"config\.source\.winner_id = 'first': .*name the ids of both"):
-        source(columns, winner_id="first")
+    with pytest.raises(UserError, match=r"config\.source\.winner_id = 'won': .*name the ids of both"):
+        source(columns, winner_id="won")
     with pytest.raises(UserError, match="no column 'third'"):
-        source(columns, winner_id="first", loser_id="third").num_examples("train")
+        source(columns, winner_id="won", loser_id="third").num_examples("train")
 
 
 @pytest.mark.parametrize("labels", [[True, None, False], [1, None, 0], [1.0, None, 0.0]])
