@@ -24,10 +24,8 @@ _OBJECTIVE_ARGUMENTS = {
     # diffusion_dpo: weight of each pair by the scores of its images, as own_pairs and data encoded with
     # `score` have them.
     "smpo_weight": float,
-    # Of comparisons with a reference, terms beside the loss: weight of the winner's denoising error, and of
-    # the squared distance to the reference's predictions.
-    "sft_weight": float,
-    "anchor_weight": float,
+    "sft_weight": float,  # comparisons with a reference: weight of the winner's denoising error, added
+    "anchor_weight": float,  # the same: of the squared distance to the reference's predictions, added
     "softmax_over": str,  # rwr: whose rewards are compared, of the "round" or of each "prompt"
     "reduction": str,  # "mean" or "sum" over an image
     "time_weight": str,  # "none" or "paper"

@@ -101,8 +101,9 @@ def _keys(source: str) -> Iterator[tuple[str, str]]:
             comment.append(text[2:])
         elif found := re.fullmatch(r"_(\w+)_ARGUMENTS = {", text):
             group = found[1].lower()
-        elif found := re.fullmatch(r'"(\w+)": \w+,  # (.*)', text):
-            yield f"{group}.{found[1]}", f"None. {found[2]}"
+        elif found := re.fullmatch(r'"(\w+)": \w+,(?:  # (.*))?', text):
+            yield f"{group}.{found[1]}", f"None. {found[2] or ' '.join(comment)}"
+            comment = []
         elif found := re.fullmatch(r"config\.([\w.]+) = (.*)", text):
             if found[2] == "ConfigDict()":
                 continue  # what is said of a group stands with its first key

@@ -366,7 +366,8 @@ def test_the_prediction_type_goes_into_a_single_file_and_comes_out(family, tmp_p
     single = export_single(tmp_path, velocity)
     assert tensors.open_file(single)["v_pred"].shape == (0,)
     assert "ztsnr" not in tensors.open_file(single)
-    assert tensors.read_metadata(single) == {"format": "pt", "modelspec.prediction_type": "v"}
+    said = {"format": "pt", "modelspec.prediction_type": "v"}
+    assert tensors.read_metadata(single).items() >= said.items()
     scheduler = "scheduler/scheduler_config.json"
     import_model(single, out, base=velocity)
     assert (out / scheduler).read_bytes() == (velocity / scheduler).read_bytes()
