@@ -100,7 +100,7 @@ def _keys(source: str) -> Iterator[tuple[str, str]]:
         if text.startswith("# "):
             comment.append(text[2:])
         elif found := re.fullmatch(r"_(\w+)_ARGUMENTS = {", text):
-            group = found[1].lower()
+            group, comment = found[1].lower(), []
         elif found := re.fullmatch(r'"(\w+)": \w+,(?:  # (.*))?', text):
             yield f"{group}.{found[1]}", f"None. {found[2] or ' '.join(comment)}"
             comment = []

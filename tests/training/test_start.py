@@ -271,7 +271,7 @@ def test_single_images_in_memory_may_be_labelled_and_scored(config):
     assert prepare(config, examples).settings.objective.name == "nft"
     pairs = {"moments": np.zeros((8, 2, 8, 8, 8), np.float16), "preference": np.ones(8, np.float32)}
     config.objective.name, config.objective.smpo_weight = "diffusion_dpo", 10.0
-    with pytest.raises(ValueError, match=r"config\.objective\.smpo_weight: needs a score"):
+    with pytest.raises(ValueError, match=r"config\.objective\.smpo_weight: needs the scores"):
         prepare(config, pairs)
     assert prepare(config, pairs | {"scores": np.zeros((8, 2))}).settings.objective.needs_scores
 
