@@ -1,4 +1,4 @@
-"""What the header of a single file says of its model: Stability's ModelSpec, and the keys of kohya's trainer.
+"""Headers of single files that describe their model: Stability's ModelSpec, and keys of kohya's trainer.
 
 Model browsers show it; ComfyUI and web user interfaces tell by it which model an adapter is for. Sources:
 Stability-AI/ModelSpec, version 1.0.0; `save_checkpoint` of ComfyUI; library/sai_model_spec.py of

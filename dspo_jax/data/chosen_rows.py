@@ -1,4 +1,4 @@
-"""Which rows of a source are encoded, by the scores of their images."""
+"""Choice of the rows of a source that are encoded, by the scores of their images."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -27,7 +27,7 @@ _IMAGE = np.dtype([("score", "<f4"), ("picture", "<u8")])
 
 
 class SplitScores(NamedTuple):
-    """What is known of N rows of P images.
+    """Scores of N rows of P images, and numbers by which equal pictures are told.
 
     Attributes:
       scores: a reward's; NaN where an image cannot be scored.

@@ -12,7 +12,7 @@ Shard = tuple[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class SourceShards:
-    """Which rows of a source go into which shard: ranges of the same length in each split.
+    """Division of a source's rows into shards: ranges of the same length in each split.
 
     Attributes:
       source: of the rows.

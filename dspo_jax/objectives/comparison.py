@@ -3,16 +3,16 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Integer
+from jaxtyping import Array, Float32
 
-from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, number
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import (
     describe_scale,
     error_drift,
     reduce_image,
     squared_error,
 )
-from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.objectives.objective import LossAndMetrics, MinSNRWeighted, Objective, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
@@ -53,35 +53,15 @@ class Comparison(Objective):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfMargin(Comparison):
+class OfMargin(MinSNRWeighted, Comparison):
     """A comparison that is a function of one margin of rewards, whose scale is `beta`.
 
     Attributes:
       beta: scale of the reward.
-      min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors inside the reward, which makes beta
-        depend on the timestep; None is no such weight. Not with "paper".
+      min_snr_gamma: see `MinSNRWeighted`; inside the reward it makes beta depend on the timestep.
     """
 
     beta: float = number(5000.0, ABOVE_ZERO)
-    min_snr_gamma: float | None = number(None, ABOVE_ZERO)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_time_weight(self.min_snr_gamma, self.time_weight)
-
-    def _reward_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
-        if self.min_snr_gamma is not None:
-            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return super()._reward_weight(timesteps, schedule)
-
-    def _denoising_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
-        if self.min_snr_gamma is not None:
-            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return super()._denoising_weight(timesteps, schedule)
 
     def _margin(
         self, predictions: Predictions, schedule: Schedule, scale: float | None = None

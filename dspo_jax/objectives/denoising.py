@@ -4,40 +4,27 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Integer
+from jaxtyping import Float, Float64
 
 from dspo_jax.objectives.advantages import softmax_weights
-from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, check_one_time_weight, choice, number
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, choice, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, reduce_image, squared_error
-from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
+from dspo_jax.objectives.objective import LossAndMetrics, MinSNRWeighted, Predictions
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Denoising(Objective):
+class _Denoising(MinSNRWeighted):
     """Hyperparameters of `ddpm`, `sft` and `rwr`.
 
     Attributes:
-      min_snr_gamma: the gamma of `Schedule.min_snr_weight`; None is no such weight. Not with "paper".
+      min_snr_gamma: see `MinSNRWeighted`.
       reduction: "mean" or "sum" over an image.
       time_weight: "none", or "paper" for lambda(t) = A(t) B(t)^2, DSPO's own weight at gamma = 0.
     """
 
     needs_reference = False
     needs_loser = False
-
-    min_snr_gamma: float | None = number(None, ABOVE_ZERO)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_one_time_weight(self.min_snr_gamma, self.time_weight)
-
-    def _denoising_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
-        if self.min_snr_gamma is not None:
-            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return super()._denoising_weight(timesteps, schedule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,15 +27,6 @@ def choice(*allowed: str) -> Any:
     return dataclasses.field(default=allowed[0], metadata={"allowed": allowed})
 
 
-def check_one_time_weight(min_snr_gamma: float | None, time_weight: str) -> None:
-    """Refuses a Min-SNR weight beside another time weight."""
-    if min_snr_gamma is not None and time_weight != "none":
-        raise UserError(
-            f"config.objective.min_snr_gamma = {min_snr_gamma!r}: is a time weight of its own; "
-            f"leave it out, or config.objective.time_weight = {time_weight!r}"
-        )
-
-
 def check(
     fields: Iterable[dataclasses.Field], name: str, given: Mapping[str, object], group: str = "objective"
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Float64, Integer
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
-from dspo_jax.objectives.hyperparameters import choice
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, choice, number
 from dspo_jax.schedules.variance_preserving import Schedule
 
 LossAndMetrics = tuple[Float32[Array, " b"], dict[str, Float32[Array, " b"]]]
@@ -221,3 +221,37 @@ class Objective(abc.ABC):
         reference, target = jax.lax.stop_gradient((reference, target))
         timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
         return Predictions(policy, reference, target, timesteps, preference, scores, weight)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinSNRWeighted(Objective):
+    """An objective whose squared errors may have the Min-SNR weight in the place of the papers'.
+
+    Attributes:
+      min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors; None is no such weight. Not with
+        "paper".
+    """
+
+    min_snr_gamma: float | None = number(None, ABOVE_ZERO)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_snr_gamma is not None and self.time_weight != "none":
+            raise UserError(
+                f"config.objective.min_snr_gamma = {self.min_snr_gamma!r}: is a time weight of its own; "
+                f"leave it out, or config.objective.time_weight = {self.time_weight!r}"
+            )
+
+    def _reward_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        if self.min_snr_gamma is not None:
+            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        return super()._reward_weight(timesteps, schedule)
+
+    def _denoising_weight(
+        self, timesteps: Integer[Array, "*t"], schedule: Schedule
+    ) -> Float32[Array, "*t"] | float:
+        if self.min_snr_gamma is not None:
+            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        return super()._denoising_weight(timesteps, schedule)

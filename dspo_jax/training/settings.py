@@ -154,7 +154,7 @@ class StreamSettings:
 
     @property
     def unit(self) -> str:
-        """What the examples of a batch are called: "images" or "pairs"."""
+        """Name of the examples of a batch: "images" or "pairs"."""
         return "images" if self.kind in ("prompts", "trajectories") else "pairs"
 
     @property

@@ -36,7 +36,7 @@ class SingleImages:
 
     @property
     def splits(self) -> Sequence[str]:
-        """Those of the pairs."""
+        """Returns the splits of the source of pairs."""
         return self.of.splits
 
     @property
