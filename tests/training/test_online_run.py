@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(kind, shallow_model,
     assert [name for name in last if name.endswith("_per_second")] == [speed]
     if kind == "iterated":  # after it moved the reference is the policy again
         margins = [abs(record["margin"]) for record in steps]
-        assert max(margins[0], margins[2]) < 1e-3 * min(margins[1], margins[3])
+        assert max(margins[0], margins[2]) < 1e-2 * min(margins[1], margins[3])
     if kind in ("ddpo", "grpo"):
         # The policy of the first update of a round is the one that drew.
         first = [record for record in steps if record["step"] % 2 == 1 or kind == "grpo"]
@@ -233,8 +233,9 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_read(kind, changes
 
 
 # Some images of the second round, and of those after it, have no reward.
+# A run tries the function once before it starts.
 UNSURE = """
-asked = 0
+asked = -1
 
 def unsure(images, prompts):
     global asked

@@ -113,8 +113,10 @@ def test_every_split_gives_the_same_update(shallow_model, on_one_device, sizes, 
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(shallow_model, compute_dtype):
+@pytest.mark.parametrize(("compute_dtype", "noise"), [("float32", 1e-5), ("bfloat16", 0.2)])
+def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(
+    shallow_model, compute_dtype, noise
+):
     changes = {
         "stream.updates": 2,
         "stream.batch_size": 16,
@@ -132,8 +134,9 @@ def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(shallo
     assert second["state"].dtype == second["old_log_probability"].dtype == np.float32
     assert not np.any(jax.device_get(second["first"]))
     assert gradient(run, second)[0][1]["ratio"] == pytest.approx(1, abs=1e-6)
-    # By the noise that was drawn, log p differs by rounding alone.
-    assert 0 < stream.metrics()["ratio_noise"] < 1e-5
+    # By the noise that was drawn, log p differs by rounding alone: in bfloat16 by 2e-6 where the CPU
+    # multiplies in it and both programs round alike, and by 0.08 where XLA leaves other casts out of each.
+    assert 0 < stream.metrics()["ratio_noise"] < noise
 
 
 def test_the_noise_of_the_ratio_is_measured_and_said_once(shallow_model, caplog):
