@@ -33,7 +33,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_same_numbers(tmp_path, mon
     # Step 4 was the last of the run as it was begun, and so was validated.
     records = [each for each in read_reproducible(Path("stopped")) if each["step"] != 4 or "loss" in each]
     assert len(records) == len(expected) == 8 + 4  # a line a step, and validations at 0, 3, 6 and 8
-    # Between the two versions of JAX that are supported the last digits differ.
+    # Between versions of JAX and kinds of CPU the last digits differ, of numbers of order 1.
     for record, of_whole in zip(records, expected, strict=True):
         record.pop("validation/num_pairs", None)  # not counted then
-        assert record == pytest.approx(of_whole, rel=2e-5, abs=1e-7)
+        assert record == pytest.approx(of_whole, rel=2e-5, abs=1e-6)
