@@ -28,7 +28,7 @@ from dspo_jax.files import write_json
 def main(argv: Sequence[str]) -> int:
     """Runs the command."""
     from dspo_jax.pipelines import published
-    from dspo_jax.pipelines.loading import load_pipeline
+    from dspo_jax.pipelines.loading import load_pipeline, with_text
     from dspo_jax.planning import absent_gpu, compilation
     from dspo_jax.planning.plan import describe_plan, explain, find_devices, image_size, plan
     from dspo_jax.training.settings import parse
@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
         config.accumulation = 1
     config.batch_size = len(devices) * (values.pairs_per_device or max(1, config.batch_size // len(devices)))
     settings = parse(config)
+    pipe = with_text(pipe, **dataclasses.asdict(settings.text))
     size = image_size(settings.data, pipe, values.resolution)
     if facts is None:
         what = settings.method if values.part == "step" else values.part

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.parallel import processes
     from dspo_jax.parallel.mesh import use_cpu_cores
     from dspo_jax.pipelines import published
-    from dspo_jax.pipelines.loading import load_pipeline
+    from dspo_jax.pipelines.loading import load_pipeline, with_text
     from dspo_jax.training.dry_run import dry_run, estimate
     from dspo_jax.training.run import train
     from dspo_jax.training.settings import parse
@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--published, --pairs and --gpu: only go with --dry_run")
     if without_data:
         if values.published:
-            pipe = published.architecture(values.published)
+            pipe = with_text(published.architecture(values.published), **dataclasses.asdict(settings.text))
         elif settings.model:
-            pipe = load_pipeline(settings.model)
+            pipe = load_pipeline(settings.model, **dataclasses.asdict(settings.text))
         else:
             raise UserError("--dry_run: needs a model: --published=sd15, sd21 or sdxl, or --config.model=DIR")
         for line in estimate(settings, pipe, values.pairs, values.gpu):

@@ -20,6 +20,10 @@ def get_config() -> ConfigDict:
     # nearest of several shapes of about the same area, whose sides are multiples of `bucket_step`.
     config.max_aspect_ratio = 1.0
     config.bucket_step = 64
+    # Captions longer than 75 tokens are stored in up to so many chunks of 75; 1 cuts them. Training on the
+    # data needs the same `text.max_chunks`.
+    config.text = ConfigDict()
+    config.text.max_chunks = 1
     # Mirrors images left to right: "none"; "random", half of the pairs, both images or neither;
     # "independent", half of the images, each by itself, as the released trainers do; "both", each row is
     # stored as it is and with both images mirrored. The same in every epoch, and in all splits.

@@ -22,7 +22,10 @@ GRID = "samples.png"
 
 # Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
-_OPTIONS = ("reference.model", "optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay")
+_OPTIONS = (
+    *("reference.model", "optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay"),
+    *("text.max_chunks", "text.clip_skip"),
+)
 _PROMPT = "a red fox in the snow"
 # The group of keys that names what trains, by `stream.kind`, and what it offers.
 _GROUPS = {"prompts": "reward_gradient", "trajectories": "policy_gradient"}
@@ -142,10 +145,12 @@ def _usage(values: JsonObject, loading: str) -> str:
     """Returns a program that draws an image as the run drew its samples."""
     prompt = next((text for text in values.get("samples.prompts") or () if _is_prompt(text)), _PROMPT)
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
+    skip = values.get("text.clip_skip", 1)  # diffusers counts from 0
+    more = f", clip_skip={skip - 1}" if skip > 1 else ""
     return f"""```python
 {loading}
 prompt = {json.dumps(prompt, ensure_ascii=False)}
-image = pipe(prompt, num_inference_steps={steps}, guidance_scale={scale}).images[0]
+image = pipe(prompt, num_inference_steps={steps}, guidance_scale={scale}{more}).images[0]
 image.save("image.png")
 ```"""
 
@@ -163,7 +168,11 @@ def _describe_training(values: JsonObject, group: str, step: int) -> JsonObject:
     rows = {f"{group}.name": name, **{f"{group}.{field.name}": field.default for field in fields}}
     rows |= {key: value for key, value in values.items() if key.startswith(f"{group}.") and value is not None}
     rows |= {"steps": step} | {key: values.get(key) for key in _SETTINGS}
-    rows |= {key: hide_folders(values[key]) for key in _OPTIONS if values.get(key)}
+    rows |= {
+        key: hide_folders(values[key])
+        for key in _OPTIONS
+        if values.get(key) and not (key.startswith("text.") and values[key] == 1)
+    }
     return {key: value for key, value in rows.items() if value is not None}
 
 

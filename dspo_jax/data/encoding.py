@@ -75,7 +75,7 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     check_selection(settings.select, splits, source.images_per_example)
     rows = SourceShards(source, splits, settings.rows_per_shard)
     reward = None if from_column else _load_reward(settings, source.images_per_example)
-    pipe = load_pipeline(settings.model)
+    pipe = load_pipeline(settings.model, max_chunks=settings.text.max_chunks)
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
     manifest = {

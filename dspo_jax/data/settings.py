@@ -28,6 +28,13 @@ class SourceSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """The keys of `config.text`."""
+
+    max_chunks: int = limited(AT_LEAST_1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings:
     """The keys of `config.rewards`."""
 
@@ -53,6 +60,7 @@ class EncodeSettings:
     resolution: int | None = limited(Limit("must be at least 1", lambda side: side is None or side >= 1))
     max_aspect_ratio: float = limited(AT_LEAST_1)
     bucket_step: int = limited(AT_LEAST_1)
+    text: TextSettings
     flip: str = choice(*FLIPS)
     seed: int
     vae_dtype: str = choice(*VAE_DTYPES)

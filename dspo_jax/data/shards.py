@@ -208,6 +208,11 @@ def check_manifest(
     made_with, needed = comparable(manifest["model"], fingerprint)
     for key in sorted((made_with.keys() | needed.keys()) - {"model"}):
         theirs, ours = made_with.get(key), needed.get(key)
+        if theirs != ours and key == "max_chunks":
+            raise UserError(
+                f"{path}: captions are in {theirs} chunk(s), but {ours} are asked for; set "
+                f"--config.text.max_chunks={theirs}, or encode the data again with {ours}"
+            )
         if theirs != ours:
             raise UserError(
                 f"{path}: model.{key} = {theirs!r}, but this model has {ours!r}: the shards were encoded "

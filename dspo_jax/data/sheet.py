@@ -16,7 +16,7 @@ from dspo_jax.images.contact_sheet import wrap
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.pipelines.stored import read_crops
+from dspo_jax.pipelines.stored import count_chunks, read_crops
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 
 WINNER_COLOUR = (44, 160, 44)
@@ -147,8 +147,8 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, Examp
       UserError: the dataset was encoded with another model, or the model is damaged.
       FileNotFoundError: no such model.
     """
-    pipe = load_pipeline(model)
     manifest = shards.read_manifest(directory)
+    pipe = load_pipeline(model, max_chunks=count_chunks(manifest["model"]))
     shards.check_manifest(manifest, pipe.fingerprint(), path=directory / shards.MANIFEST)
     images = decode_examples(pipe, [example for _, example in chosen])
     return draw_sheet(

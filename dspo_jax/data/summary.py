@@ -18,7 +18,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.images.resize import Crop
 from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.progress import Progress
-from dspo_jax.pipelines.stored import count_tokens, read_crops
+from dspo_jax.pipelines.stored import count_chunks, count_tokens, read_crops
 
 _READ_AT_ONCE = 64
 _SHOWN = 5  # repeated captions that are listed
@@ -127,8 +127,11 @@ class Columns(NamedTuple):
     scores: np.ndarray | None  # [N, P]
 
 
-def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
-    """Reads a split, or of a larger one `max_examples` examples that are spread evenly."""
+def read_columns(examples: Examples, split: str, max_examples: int, chunks: int = 1) -> Columns:
+    """Reads a split, or of a larger one `max_examples` examples that are spread evenly.
+
+    Their captions are of so many chunks.
+    """
     total = len(examples)
     count = min(total, max_examples)
     rows = []
@@ -136,7 +139,7 @@ def read_columns(examples: Examples, split: str, max_examples: int) -> Columns:
         for example in examples.read([i * total // count for i in range(count)]):
             rows.append(example)
             progress.update(len(rows))
-    num_tokens, num_places = np.transpose([count_tokens(row) for row in rows])
+    num_tokens, num_places = np.transpose([count_tokens(row, chunks) for row in rows])
     return Columns(
         [row["caption"] for row in rows],
         [row["key"] for row in rows],
@@ -241,7 +244,8 @@ def summarize_dataset(
     captions = {}
     for name, content in report["splits"].items():
         if content["num_examples"]:
-            columns = read_columns(Examples(directory, name, manifest), name, max_examples)
+            chunks = count_chunks(manifest["model"])
+            columns = read_columns(Examples(directory, name, manifest), name, max_examples, chunks)
             content.update(summarize_examples(columns))
             captions[name] = columns.captions
     known = set(captions.pop("train", ()))

@@ -13,7 +13,6 @@ from dspo_jax.evaluation.report import write_report
 from dspo_jax.evaluation.result import BASE, Evaluation, assess
 from dspo_jax.locks import is_empty
 from dspo_jax.parallel import processes
-from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.scores import score_files
 from dspo_jax.sampling.drawing import sample
@@ -108,12 +107,12 @@ def evaluate(
     }
     # Each reward is loaded again when it scores: until then the memory is the models'.
     versions = check_rewards(rewards, reward_dir)
-    steps = {
-        label: load_pipeline(origin).step
+    pipes = {
+        label: rendering.drawing.load(origin)
         for label, origin in origins.items()
         if not isinstance(origin, ImageFolder)
     }
-    for label, step in steps.items():
+    for label, pipe in pipes.items():
         model, folder, seeds = (
             str(origins[label]),
             out / _IMAGES / label,
@@ -123,7 +122,8 @@ def evaluate(
         requests = [ImageRequest(p.text, i, seed) for i, p in enumerate(prompts.prompts) for seed in seeds]
         files = place_images(folder, [label], requests, rendering.image_format)[label]
         by_prompt = np.array([files[each] for each in requests]).reshape(len(prompts.prompts), -1).tolist()
-        how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": step}
+        how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": pipe.step}
+        how |= {"max_chunks": pipe.max_chunks, "clip_skip": pipe.clip_skip}
         images[label] = Images(model, how, by_prompt)
     images = {label: images[label] for label in origins}
     scores: dict[str, dict[str, np.ndarray]] = {label: {} for label in images}

@@ -84,6 +84,10 @@ def _describe_drawing(how: JsonObject) -> str:
         parts.append(f"negative prompt {how['negative_prompt']!r}")
     if how.get("eta"):
         parts.append(f"eta {how['eta']:g}")
+    if how.get("max_chunks", 1) > 1:
+        parts.append(f"prompts of up to {how['max_chunks']} chunks")
+    if how.get("clip_skip", 1) > 1:
+        parts.append(f"clip skip {how['clip_skip']}")
     if how["strength"] != 1:
         parts.append(f"strength {how['strength']:g}")
     if how["size"]:

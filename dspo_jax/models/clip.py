@@ -159,7 +159,8 @@ class TextStates(NamedTuple):
     """Outputs of a text tower for token ids [B, S].
 
     Attributes:
-      last: [B, S, F] after the last layer and the final norm; what Stable Diffusion 1 and 2 read.
+      last: [B, S, F] after the last layer, or an earlier one by `clip_skip`, and the final norm; what Stable
+        Diffusion 1 and 2 read.
       penultimate: [B, S, F] before the last layer, without a norm; what SDXL reads.
       pooled: [B, F] `last` at the end token, or [B, projection_dim] where the tower projects it.
     """
@@ -177,16 +178,20 @@ class CLIPTextModel(nnx.Module):
         self.eos_token_id = cfg["eos_token_id"]
         self.text_model = _TextModel(cfg, rngs=rngs)
 
-    def __call__(self, input_ids: Integer[jax.Array, "B S"], *, remat: str = "none") -> TextStates:
+    def __call__(
+        self, input_ids: Integer[jax.Array, "B S"], *, clip_skip: int = 1, remat: str = "none"
+    ) -> TextStates:
         """Returns the states of token ids [B, S]; under `jax.jit`, those that are not used cost nothing.
 
-        `remat` is a policy of models/remat.py, by which each layer is a block.
+        Args:
+          input_ids: of B texts.
+          clip_skip: 1 for `last` after the last layer, 2 after the layer before it, and so on.
+          remat: a policy of models/remat.py, by which each layer is a block.
         """
-        *layers, last_layer = self.text_model.encoder.layers
-        penultimate = self.text_model.embeddings(input_ids)
-        for layer in layers:
-            penultimate = run_block(layer, remat, penultimate)
-        last = self.text_model.final_layer_norm(run_block(last_layer, remat, penultimate))
+        states = [self.text_model.embeddings(input_ids)]
+        for layer in self.text_model.encoder.layers:
+            states.append(run_block(layer, remat, states[-1]))
+        penultimate, last = states[-2], self.text_model.final_layer_norm(states[-clip_skip])
         # Configs written before transformers 4.31 say eos_token_id = 2, whatever the tokenizer: the end token
         # was then found as the highest id.
         end_scores = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
@@ -204,7 +209,9 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             cfg["hidden_size"], cfg["projection_dim"], use_bias=False, rngs=rngs
         )
 
-    def __call__(self, input_ids: Integer[jax.Array, "B S"], *, remat: str = "none") -> TextStates:
+    def __call__(
+        self, input_ids: Integer[jax.Array, "B S"], *, clip_skip: int = 1, remat: str = "none"
+    ) -> TextStates:
         """Returns the states as `CLIPTextModel` does, but with `pooled` [B, projection_dim]."""
-        states = super().__call__(input_ids, remat=remat)
+        states = super().__call__(input_ids, clip_skip=clip_skip, remat=remat)
         return states._replace(pooled=self.text_projection(states.pooled))

@@ -1,5 +1,6 @@
 """Reads a diffusers folder or a training workdir as a `Pipeline`."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from absl import logging
 
 from dspo_jax import schema
 from dspo_jax.errors import UserError
-from dspo_jax.json_files import shown
+from dspo_jax.json_files import JsonObject, shown
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -18,28 +19,36 @@ from dspo_jax.schema import flag
 from dspo_jax.weights import file_kinds, saved_params
 from dspo_jax.weights.components import read_models
 from dspo_jax.weights.model_dir import find_model, read_json
-from dspo_jax.weights.saved_params import read_base
+from dspo_jax.weights.saved_params import read_run_config
 
 _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
-def load_pipeline(path: str | Path) -> Pipeline:
+def load_pipeline(
+    path: str | Path, *, max_chunks: int | None = None, clip_skip: int | None = None
+) -> Pipeline:
     """Reads a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
     Args:
       path: the folder, or the hub id of one. Of a workdir the newest checkpoint is read, of `WORKDIR@STEP`
         and `WORKDIR@best` the one that is named (`weights.saved_params.split_run`).
+      max_chunks: see `Pipeline`; None is what the run was trained with, or 1 of a plain folder.
+      clip_skip: in the same way.
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
-      UserError: a pipeline, component or config value that is not supported.
+      UserError: a pipeline, component or config value that is not supported; a run that was trained with
+        another `max_chunks` or `clip_skip`.
     """
+    text: Mapping[str, int | None] = {"max_chunks": max_chunks, "clip_skip": clip_skip}
     trained: Mapping[str, Params] = {}
     step, run = None, saved_params.split_run(path)
     if run is None:
         path = find_model(path)
     else:
-        path = find_model(read_base(run[0]))
+        of_run = read_run_config(run[0], "model")
+        text = _text_of_run(run[0], of_run, text)
+        path = find_model(of_run["model"])
         trained, step = saved_params.restore_params(run[0] / "checkpoints", run[1])
         logging.info("%s: %s from step %d over %s", run[0], " and ".join(trained), step, path)
     index_file = path / "model_index.json"
@@ -89,7 +98,43 @@ def load_pipeline(path: str | Path) -> Pipeline:
         step=step if trained else None,
     )
     _check_sizes(pipe)
-    return pipe
+    return with_text(pipe, **{key: 1 if value is None else value for key, value in text.items()})
+
+
+def with_text(pipe: Pipeline, max_chunks: int, clip_skip: int) -> Pipeline:
+    """Returns a pipeline that reads captions in so many chunks, by another layer of its text encoder.
+
+    Raises:
+      UserError: it has no such layer, or is an SDXL, whose encoders' layer is fixed.
+    """
+    if max_chunks < 1:
+        raise UserError(f"{pipe.path}: max_chunks = {max_chunks}: must be at least 1")
+    layers = min(network.settings["num_hidden_layers"] for network in pipe.text_encoders.values())
+    if clip_skip != 1 and pipe.family.micro_conditioning:
+        allowed = "must be 1, as SDXL always reads the layer before the last"
+    else:
+        allowed = f"must be from 1, the last layer, to {layers}, the first of this text encoder"
+    if not 1 <= clip_skip <= layers or (clip_skip != 1 and pipe.family.micro_conditioning):
+        raise UserError(f"{pipe.path}: clip_skip = {clip_skip}: {allowed}")
+    return dataclasses.replace(
+        pipe,
+        max_chunks=max_chunks,
+        clip_skip=clip_skip,
+        tokenizers=tuple(dataclasses.replace(each, max_chunks=max_chunks) for each in pipe.tokenizers),
+        empty_tokens=np.tile(np.split(pipe.empty_tokens, pipe.max_chunks, axis=1)[0], max_chunks),
+    )
+
+
+def _text_of_run(run: Path, config: JsonObject, asked: Mapping[str, int | None]) -> dict[str, int]:
+    """Returns how a run reads captions, which earlier versions could not change; refuses another wish."""
+    trained = {key: config.get("text", {}).get(key, 1) for key in asked}
+    for key, value in asked.items():
+        if value not in (None, trained[key]):
+            raise UserError(
+                f"{run}: was trained with {key} = {trained[key]}, but {key} = {value} is asked for; leave it "
+                f"out, or take {trained[key]}"
+            )
+    return trained
 
 
 def _check_sizes(pipe: Pipeline) -> None:

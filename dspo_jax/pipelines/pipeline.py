@@ -33,7 +33,7 @@ class Conditioning(NamedTuple):
     N is a multiple of B; image n belongs to example n // (N / B).
 
     Attributes:
-      states: [B, S, F], S tokens, 77 but in rare models; read by cross-attention.
+      states: [B, S, F], S tokens, 77 for each chunk but in rare models; read by cross-attention.
       pooled: [B, D], part of SDXL's time embedding; None for Stable Diffusion 1 and 2.
       sizes: [N, 6] pixels: original height and width, top and left of the crop, target height and width
         (SDXL, section 2.2); None for Stable Diffusion 1 and 2.
@@ -61,6 +61,10 @@ class Pipeline:
       trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
         the adapters.
       step: of the training run; None for a plain folder.
+      max_chunks: chunks that captions are tokenized in, each of which the text encoders read by itself; S is
+        their number times `caption_length`.
+      clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1; the final
+        norm follows. (diffusers counts from 0.)
     """
 
     path: Path
@@ -73,6 +77,8 @@ class Pipeline:
     zero_empty_captions: bool
     trained: Mapping[str, Params]
     step: int | None = None
+    max_chunks: int = 1
+    clip_skip: int = 1
 
     @property
     def denoiser(self) -> str:
@@ -161,18 +167,18 @@ class Pipeline:
 
     @property
     def caption_length(self) -> int:
-        """Tokens of a caption with its start, end and padding: 77 but in rare models."""
+        """Tokens of a chunk of a caption with its start, end and padding: 77 but in rare models."""
         return self.tokenizers[0].length
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-        """Tokenizes N captions to ids [N, E, S] int32; longer ones are cut at S tokens, with a warning."""
+        """Tokenizes N captions to ids [N, E, S] int32; those that have no room are cut, with a warning."""
         # The other tokenizers differ in the padding token alone.
         too_long = self.tokenizers[0].find_long(captions)
         if too_long:
             logging.warning(
                 "%d caption(s) longer than %d tokens were cut, first %r",
                 len(too_long),
-                self.caption_length,
+                self.tokenizers[0].places + 2,
                 too_long[0],
             )
         return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
@@ -229,6 +235,9 @@ class Pipeline:
     ) -> Conditioning:
         """Encodes captions for the denoiser. Pure.
 
+        Each chunk of a caption is read by itself, and their states lie side by side; SDXL's pooled state is
+        that of the first, as in the released code of AUTOMATIC1111, ComfyUI and kohya-ss.
+
         Args:
           params: the text encoders by component.
           batch: has `conditioning_inputs`: `tokens` [B, E, S], ids of each text encoder's tokenizer, and
@@ -243,15 +252,23 @@ class Pipeline:
           UserError: an unknown policy.
         """
         tokens = batch["tokens"]
+        count = len(tokens)
         encoded = [
-            model.apply(params[name], tokens[:, i], remat=remat)
+            model.apply(
+                params[name],
+                tokens[:, i].reshape(count * self.max_chunks, -1),
+                clip_skip=self.clip_skip,
+                remat=remat,
+            )
             for i, (name, model) in enumerate(self.text_encoders.items())
         ]
         if not self.family.micro_conditioning:
-            return Conditioning(encoded[0].last, None, None)
+            return Conditioning(encoded[0].last.reshape(count, -1, encoded[0].last.shape[-1]), None, None)
         states = jnp.concatenate([each.penultimate for each in encoded], axis=-1)
+        states = states.reshape(count, -1, states.shape[-1])
         sizes = batch["micro_conditioning"]
-        conditioning = Conditioning(states, encoded[-1].pooled, sizes.reshape(-1, sizes.shape[-1]))
+        pooled = encoded[-1].pooled[:: self.max_chunks]
+        conditioning = Conditioning(states, pooled, sizes.reshape(-1, sizes.shape[-1]))
         if not (zero_empty and self.zero_empty_captions):
             return conditioning
         return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
@@ -355,6 +372,7 @@ class Pipeline:
             "vae_scale_factor": self.vae_scale_factor,
             "latent_channels": self.latent_channels,
             "caption_length": self.caption_length,
+            "max_chunks": self.max_chunks,
             "tokens_sha256": [tokenizer.digest() for tokenizer in self.tokenizers],
             # The only digest of tokens in shards of earlier versions; kept so that these can be matched.
             "tokenizer_sha256": [tokenizer.digest_files() for tokenizer in self.tokenizers],

@@ -12,15 +12,22 @@ _OLD_CAPTION_LENGTH = 77
 def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
     """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
 
-    Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, and no
-    `caption_length`, which was always 77.
+    Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, no
+    `caption_length`, which was always 77, and no `max_chunks`.
     """
     today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
     unread = "tokenizer_sha256" if today else "tokens_sha256"
     return [
-        {"caption_length": _OLD_CAPTION_LENGTH} | {key: value for key, value in each.items() if key != unread}
+        {"caption_length": _OLD_CAPTION_LENGTH, "max_chunks": count_chunks(each)}
+        | {key: value for key, value in each.items() if key != unread}
         for each in fingerprints
     ]
+
+
+def count_chunks(fingerprint: JsonObject) -> int:
+    """Returns the chunks that a stored caption's tokens are divided in; earlier versions had one."""
+    chunks: int = fingerprint.get("max_chunks", 1)
+    return chunks
 
 
 def read_crops(example: JsonObject) -> list[Crop]:
@@ -31,9 +38,13 @@ def read_crops(example: JsonObject) -> list[Crop]:
     return [Crop(*crop) for crop in example["micro_conditioning"].tolist()]
 
 
-def count_tokens(example: JsonObject) -> tuple[int, int]:
-    """Counts a stored caption's tokens, start and end among them, and the places that there are for them."""
-    first = example["tokens"][0]
-    # In CLIP's vocabulary the end token follows the start token, with which each caption begins; only tokens
+def count_tokens(example: JsonObject, chunks: int = 1) -> tuple[int, int]:
+    """Counts a stored caption's tokens, start and end among them, and the places that there are for them.
+
+    Of several chunks one start and one end are counted.
+    """
+    first = example["tokens"][0].reshape(chunks, -1)
+    # In CLIP's vocabulary the end token follows the start token, with which each chunk begins; only tokens
     # that were added to it have higher ids. Padding comes after the first end token.
-    return int((first == first[0] + 1).argmax()) + 1, len(first)
+    ends = (first == first[0, 0] + 1).argmax(axis=1)
+    return int((ends - 1).sum()) + 2, first.size - 2 * (chunks - 1)

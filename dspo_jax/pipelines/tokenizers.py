@@ -36,26 +36,47 @@ class CaptionTokenizer:
     Attributes:
       folder: where it was read.
       tokenizer: transformers'.
-      length: tokens of a caption with its start, end and padding.
+      length: tokens of a chunk with its start, end and padding.
+      max_chunks: chunks of a caption; those that it does not fill are padding between their start and end.
     """
 
     folder: Path
     tokenizer: "CLIPTokenizer"
     length: int
+    max_chunks: int = 1
+
+    @property
+    def places(self) -> int:
+        """Tokens of the longest caption that is not cut, without starts and ends."""
+        return self.max_chunks * (self.length - 2)
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Returns token ids [N, length] int32 of N captions; longer ones are cut."""
-        texts = [self._write_out(caption) for caption in captions]
-        encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.length)
-        return np.asarray(encoded["input_ids"], np.int32)
+        """Returns token ids [N, max_chunks * length] int32 of N captions; longer ones are cut.
+
+        Source: AUTOMATIC1111's web UI (sd_hijack_clip.py), but for its search of a comma to part at: chunks
+        of 75 tokens, each between a start and an end of its own and padded after it, side by side.
+        """
+        first, end, padding = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        ids = np.full((len(captions), self.max_chunks, self.length), padding, np.int32)
+        ids[:, :, 0] = first
+        for of_caption, found in zip(ids, self._tokenize(captions), strict=True):
+            for number, chunk in enumerate(of_caption):
+                tokens = found[number * (self.length - 2) :][: self.length - 2]
+                chunk[1 : 1 + len(tokens)] = tokens
+                chunk[1 + len(tokens)] = end
+        return ids.reshape(len(captions), -1)
 
     def find_long(self, captions: Sequence[str]) -> list[str]:
         """Returns the captions that are cut."""
+        found = zip(captions, self._tokenize(captions), strict=True)
+        return [caption for caption, tokens in found if len(tokens) > self.places]
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each caption, of any number, without start and end."""
         if not captions:
             return []
         texts = [self._write_out(caption) for caption in captions]
-        ids = self.tokenizer(texts, verbose=False)["input_ids"]
-        return [caption for caption, each in zip(captions, ids, strict=True) if len(each) > self.length]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     @functools.cached_property
     def _inversions(self) -> dict[str, str]:

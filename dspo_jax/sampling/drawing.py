@@ -22,7 +22,6 @@ from dspo_jax.images.resize import prepare_image
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import make_mesh
-from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.decoding import Decoder, refuse_non_finite
 from dspo_jax.sampling.folder import (
@@ -37,6 +36,8 @@ from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_
 from dspo_jax.sampling.noise_optimizer import NoiseOptimizer
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
+
+_TEXT = ("max_chunks", "clip_skip")  # noted by model, as each run has its own
 
 
 def sample(
@@ -74,7 +75,7 @@ def sample(
         )
     if init_latents is not None and len(seeds) > 1:
         raise UserError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
-    pipes = {label: load_pipeline(path) for label, path in models.items()}
+    pipes = {label: rendering.drawing.load(path) for label, path in models.items()}
     shapes = {label: (len(prompts), *rendering.latent_shape(pipe)) for label, pipe in pipes.items()}
     if init_latents is not None:
         init_latents = _read_latents(init_latents, shapes)
@@ -154,13 +155,16 @@ def _settings(
 ) -> dict[str, object]:
     """Returns the content of settings.json: images whose settings differ in a key are not of this run."""
     return {
-        "models": [{"path": str(path), "step": pipes[label].step} for label, path in models.items()],
+        "models": [
+            {"path": str(path), "step": pipes[label].step, **_text(pipes[label])}
+            for label, path in models.items()
+        ],
         "weights_sha256": [pipe.weights_digest() for pipe in pipes.values()],
         "prompts_sha256": _digest(prompts),
         "init_latents_sha256": None
         if init_latents is None
         else hashlib.sha256(init_latents.tobytes()).hexdigest(),
-        **dataclasses.asdict(rendering.drawing),
+        **{key: value for key, value in dataclasses.asdict(rendering.drawing).items() if key not in _TEXT},
         "size": rendering.size,
         "compute_dtype": rendering.choose_dtype(),
         "format": rendering.image_format,
@@ -169,6 +173,11 @@ def _settings(
         "optimize_noise": rendering.optimize_noise,
         "optimize_steps": rendering.optimize_steps if rendering.optimize_noise else 0,
     }
+
+
+def _text(pipe: Pipeline) -> dict[str, int]:
+    """Returns how a model reads prompts where that is not the default, which older folders do not name."""
+    return {key: value for key in _TEXT if (value := getattr(pipe, key)) != 1}
 
 
 def draw(pipe: Pipeline, prompt: str, rendering: Rendering | None = None, *, seed: int = 0) -> Image.Image:

@@ -23,6 +23,20 @@ def define_drawing_flags() -> None:
     )
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", None, "What to steer away from.")
+    flags.DEFINE_integer(
+        "max_chunks",
+        None,
+        "Prompts longer than 75 tokens are read in up to so many chunks of 75 (default: as a run was "
+        "trained; of a folder 1, which cuts them).",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "clip_skip",
+        None,
+        "Of Stable Diffusion 1 and 2: 2 reads the text encoder's layer before the last, 3 the one before "
+        "that (default: as a run was trained; of a folder 1, the last layer).",
+        lower_bound=1,
+    )
     flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
     flags.DEFINE_bool(
         "allow_outside", False, "Read images that lie outside the folder of the file that names them."

@@ -82,6 +82,8 @@ def read_drawing_flags(
         negative_prompt=negative,
         strength=strength,
         eta=settings.eta,
+        max_chunks=settings.max_chunks,
+        clip_skip=settings.clip_skip,
     )
     rendering = Rendering(
         drawing=drawing,

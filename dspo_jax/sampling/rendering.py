@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 
 from dspo_jax import samplers, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import COMPUTE_DTYPES
+from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 
 FORMATS = ("png", "webp")
@@ -30,6 +32,9 @@ class Drawing:
         states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
       strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
         noise of the first of them (SDEdit, Meng et al. 2022, as in diffusers' image-to-image pipelines).
+      max_chunks: longest prompt, in chunks of 75 tokens. None is what a run was trained with, or 1, which
+        cuts longer prompts, of a diffusers folder.
+      clip_skip: see `Pipeline`; None in the same way.
       eta: of sampler "ddim", from 0, where it is deterministic, to 1, where each step adds as much noise as
         "ddpm".
     """
@@ -42,6 +47,8 @@ class Drawing:
     negative_prompt: str | None = None
     strength: float = 1.0
     eta: float = 0.0
+    max_chunks: int | None = None
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no model can draw with.
@@ -59,6 +66,10 @@ class Drawing:
         first, last = self.guidance_interval
         if first > last:
             raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
+
+    def load(self, model: str | Path) -> Pipeline:
+        """Reads a model whose prompts are encoded so; arguments and errors as `load_pipeline`."""
+        return load_pipeline(model, max_chunks=self.max_chunks, clip_skip=self.clip_skip)
 
     def make_sampler(self, pipe: Pipeline) -> samplers.Sampler:
         """Makes the sampler for a model.

@@ -43,7 +43,7 @@ def open_reference(name: str, pipe: Pipeline) -> Reference:
         else, or has another schedule, VAE or tokenizer.
     """
     try:
-        other = load_pipeline(name)
+        other = load_pipeline(name, max_chunks=pipe.max_chunks, clip_skip=pipe.clip_skip)
     except (UserError, FileNotFoundError) as error:
         raise type(error)(f"config.reference.model = {name!r}: {error}") from error
     if fault := _find_fault(pipe, other):

@@ -45,6 +45,14 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """The keys of `config.text`, with which `load_pipeline` reads the model."""
+
+    max_chunks: int = limited(AT_LEAST_1)
+    clip_skip: int = limited(AT_LEAST_1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
     """The keys of `config.lora`."""
 
@@ -235,6 +243,7 @@ class Settings:
     share_noise: bool
     noise_offset: float = limited(FINITE_NOT_NEGATIVE)
     positive_ratio: float = limited(PROBABILITY)
+    text: TextSettings
     train_text_encoder: bool
     lora: LoraSettings
     compute_dtype: str = choice(*COMPUTE_DTYPES)
