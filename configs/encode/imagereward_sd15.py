@@ -3,8 +3,9 @@
     python -m dspo_jax.encode --config configs/encode/imagereward_sd15.py \
         --config.source.path=ANNOTATIONS.json --config.source.images=DIR --config.model=MODEL_DIR --out OUT
 
-The annotations are a JSON list of {id, prompt, generations, ranking}; DIR is the folder that `generations`
-are relative to (dspo_jax/data/sources/ranked.py, ImageReward). The published test file of 466 prompts gives
+The annotations are a JSON list of {id, prompt, generations, ranking}, or ImageRewardDB's parquet with a row
+for each image; DIR is the folder that the images' names are relative to, by default that of the annotations
+(dspo_jax/data/sources/ranked.py, ImageRewardRankings). The published test file of 466 prompts gives
 6,399 pairs and 831 ties. The file is one split: captions are held out as `validation`. Not run with its
 images by this project: no hours and no hardware to report.
 """

@@ -74,3 +74,4 @@ def test_arguments_are_set_on_the_command_line(tmp_path):
     )
     assert load("parquet", "--config.source.loser=")[1].images_per_example == 1
     assert load("hpdv2_sd15", "--config.source.comparisons=best")[1].comparisons == "best"
+    assert load("hpdv3_sdxl", "--config.source.path=train.json")[1] == get_source("hpd_v3", path="train.json")

@@ -3,6 +3,8 @@
 import json
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from image_files import number_of, numbered_image
 from tables import each_row
@@ -64,6 +66,48 @@ def test_hpd_v2s_copies_may_name_images_otherwise(source):
     for row in renamed:
         del row["file_path"]
     assert pairs(source("hpd_v2", renamed)) == [("0", "1"), ("3", "2")]
+
+
+def test_hpd_v3_prefers_the_first_path(source, tmp_path):
+    rows = [
+        {"prompt": "a fox", "path1": "images/1.jpg", "path2": "images/0.jpg", "confidence": 0.9},
+        {"prompt": "a fox", "path1": "images/2.jpg", "path2": "images/1.jpg", "choice_dist": [9, 1]},
+    ]
+    third = source("hpd_v3", rows, "train.json")
+    assert pairs(third) == [("1", "0"), ("2", "1")]
+    assert [row.loser_won for row in third.pairs("train")] == [False, True]
+    assert next(third.pairs("train")).winner == tmp_path / "images" / "1.jpg"
+
+
+PER_IMAGE = [
+    {"prompt_id": "b", "prompt": "a dog", "image_path": "images/train/train_1/4.webp", "rank": 1},
+    *(
+        {"prompt_id": "a", "prompt": "a fox", "image_path": f"images/train/train_1/{i}.webp", "rank": rank}
+        for i, rank in enumerate([2, 1, 4, 2])
+    ),
+    {"prompt_id": "b", "prompt": "a dog", "image_path": "images/train/train_2/5.webp", "rank": 2},
+]
+
+
+def test_imagerewarddb_has_a_row_for_each_image(source, tmp_path):
+    """The pairs are those of the same ranks in ImageReward's own form, from JSON and from parquet."""
+    expected = [("4", "5"), ("1", "0"), ("1", "3"), ("1", "2"), ("0", "2"), ("3", "2")]
+    listed = source("image_reward", PER_IMAGE)
+    file = tmp_path / "metadata-train.parquet"
+    pq.write_table(pa.Table.from_pylist(PER_IMAGE), file)
+    table = get_source("image_reward", path=str(file), validation_share=0.0)
+    for per_image in (listed, table):
+        assert pairs(per_image) == expected
+        assert per_image.left_out("train") == {"tie": 1}
+        assert [row.caption for row in per_image.pairs("train", 0, 2)] == ["a dog", "a fox"]
+    assert listed.digest("train") == table.digest("train")
+    first = next(table.pairs("train"))
+    assert first.loser == tmp_path / "images" / "train" / "train_2" / "5.webp"
+    assert first.meta == {"winner_rank": 1, "loser_rank": 2, "id": "b"}
+    file.write_bytes(b"PAR1")
+    damaged = get_source("image_reward", path=str(file), validation_share=0.1)
+    with pytest.raises(UserError, match=f"^{file}: cannot be read as parquet [^\n]*; fetch it again$"):
+        damaged.num_examples("train")
 
 
 def test_every_strict_order_is_a_pair_and_equal_ranks_are_ties(source, tmp_path):
@@ -166,6 +210,14 @@ def test_ranges_are_parts_of_the_whole_and_keys_are_unique(source):
         ("hpd_v2", '{"a": 1', r"ranks.json: not JSON \(.*\); fetch it again"),
         ("hpd_v2", {"a": 1}, r"ranks.json: holds a dict, but must be a list of prompts"),
         ("hpd_v2", [*HPD_TRAIN, 3], r"ranks.json: entry 3: a int, but must be an object"),
+        ("hpd_v3", [{"prompt": "a fox", "path1": "0.jpg"}], r"entry 0: no 'path2' \(found: prompt, path1\)"),
+        ("image_reward", [PER_IMAGE[0], {"prompt_id": "b"}], r"row 1: no 'prompt' \(found: prompt_id\)"),
+        (
+            "image_reward",
+            [PER_IMAGE[0], {**PER_IMAGE[1], "prompt_id": "b"}],
+            r"row 1: prompt_id 'b' stands beside another prompt before; give each",
+        ),
+        ("image_reward", [{**PER_IMAGE[0], "rank": None}], r"entry 0: the ranks = \[None\]: must be of type"),
         ("hpd_v2", RANKED, r"entry 0: no 'file_path' \(found: id, prompt, generations, ranking\)"),
         ("image_reward", HPD_TEST, r"entry 0: no 'generations' \(found: prompt, image_path, rank\)"),
         ("hpd_v2", [{**HPD_TRAIN[0], "human_preference": ["1"]}], r"entry 0: not what this source reads"),
@@ -187,7 +239,7 @@ def test_a_faulty_file_is_refused_in_one_line(tmp_path, name, rows, message):
     assert "\n" not in str(caught.value)
 
 
-@each_row("name", ["hpd_v2", "image_reward"])
+@each_row("name", ["hpd_v2", "hpd_v3", "image_reward"])
 def test_bad_arguments_are_refused(name):
     with pytest.raises(ValueError, match=r"config.source.path is not set: give --config.source.path="):
         get_source(name).splits  # noqa: B018

@@ -1,4 +1,4 @@
-"""Ranked lists: several images of a prompt in an order, as they are or in pairs (HPD v2, ImageReward)."""
+"""Ranked lists: several images of a prompt in an order, as they are or in pairs (HPD, ImageReward)."""
 
 import abc
 import dataclasses
@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dspo_jax import spelling
 from dspo_jax.data.sources.pairs import PreferencePair, Row
@@ -46,7 +47,7 @@ class Ranked(Selection):
     are shorter, and those of equal ranks alone, are left out. The key is the number of the list.
 
     Attributes:
-      path: the JSON file.
+      path: the JSON file, or the same rows as parquet.
       images: the folder that the names of images are relative to.
       comparisons: "all", "best" or "list".
       length: of "list", the images of each example, at least 3.
@@ -84,6 +85,10 @@ class Ranked(Selection):
     @abc.abstractmethod
     def parse(self, row: Row) -> RankedList:
         """Reads one object of the file; what it lacks is a KeyError."""
+
+    def gather(self, rows: list[Row]) -> list[Row]:
+        """Makes the objects that `parse` reads of the rows of the file."""
+        return rows
 
     @abc.abstractmethod
     def folder(self) -> Path:
@@ -191,17 +196,10 @@ def _read(source: Ranked) -> list[RankedList]:
         raise FileNotFoundError(
             f"config.source.path = {source.path!r}: no such file; it is the JSON of ranks"
         )
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a number or a nesting without end
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
     lists = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(source.gather(rows)):
         where = f"{path}: entry {number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}, but must be an object")
         try:
             parsed = source.parse(row)
         except KeyError as error:
@@ -225,6 +223,27 @@ def _read(source: Ranked) -> list[RankedList]:
             raise UserError(f"{where}: {len(parsed.images)} images, but {len(parsed.ranks)} ranks")
         lists.append(parsed)
     return lists
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8 or JSON; a number or a nesting without end
+        raise UserError(f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: holds a {type(rows).__name__}, but must be a list of prompts with images")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: entry {number}: a {type(row).__name__}, but must be an object")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as parquet ({reason}); fetch it again") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,15 +271,60 @@ class HpdV2(Ranked):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageRewardRankings(Ranked):
-    """ImageReward's annotations: a JSON list of {`id`, `prompt`, `generations`, `ranking`}.
+class HpdV3(Ranked):
+    """Human Preference Dataset v3: a JSON list of {`prompt`, `path1`, `path2`}, `path1` being preferred.
 
-    `generations` are image files, `ranking` their ranks, 1 being the best; equal ranks occur. Without
-    `images`, the files are relative to the folder of the JSON file.
+    Without `images`, the files are relative to the folder of the JSON file, where the archive of the images
+    unpacks to. `confidence`, `choice_dist` and the models' names, which rows have too, are not read.
+
+    Source: Ma et al., "HPSv3", arXiv:2508.03789 (1.17 million pairs, MizzenAI/HPDv3 on the hub); the schema
+    as lightrft/datasets/hpdv3.py of github.com/opendilab/LightRFT reads it.
+    """
+
+    def parse(self, row: Row) -> RankedList:
+        return RankedList(row["prompt"], [row["path1"], row["path2"]], [1, 2], None)
+
+    def folder(self) -> Path:
+        return Path(self.path).parent
+
+
+_OF_IMAGE = ("prompt_id", "prompt", "image_path", "rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRewardRankings(Ranked):
+    """ImageReward's annotations: a row for each prompt or, as ImageRewardDB has them, for each image.
+
+    A JSON list of {`id`, `prompt`, `generations`, `ranking`}: `generations` are image files, `ranking` their
+    ranks, 1 being the best; equal ranks occur. Or rows of `prompt_id`, `prompt`, `image_path` and `rank`, in
+    parquet (ImageRewardDB's metadata-train.parquet) or a JSON list; those of one `prompt_id` are a list.
+    Without `images`, the files are relative to the folder of the file: `image_path` is
+    "images/train/train_1/NAME.webp", so that images/train/train_1.zip is unpacked into a folder of its name.
 
     Source: Xu et al., "ImageReward", arXiv:2304.05977; data/test.json of github.com/THUDM/ImageReward has
-    this schema (466 prompts).
+    the first schema (466 prompts), THUDM/ImageRewardDB on the hub the second.
     """
+
+    def gather(self, rows: list[Row]) -> list[Row]:
+        if not rows or not isinstance(rows[0].get("image_path"), str):
+            return rows
+        lists: dict[str, Row] = {}
+        for number, row in enumerate(rows):
+            for key in _OF_IMAGE:
+                if key not in row:
+                    raise UserError(f"{self.path}: row {number}: no {key!r} (found: {', '.join(row)})")
+            name = str(row["prompt_id"])
+            of_prompt = lists.setdefault(
+                name, {"id": name, "prompt": row["prompt"], "generations": [], "ranking": []}
+            )
+            if of_prompt["prompt"] != row["prompt"]:
+                raise UserError(
+                    f"{self.path}: row {number}: prompt_id {name!r} stands beside another prompt before; "
+                    "give each prompt an id of its own"
+                )
+            of_prompt["generations"].append(row["image_path"])
+            of_prompt["ranking"].append(row["rank"])
+        return list(lists.values())
 
     def parse(self, row: Row) -> RankedList:
         return RankedList(row["prompt"], row["generations"], row["ranking"], row.get("id"))

@@ -10,7 +10,7 @@ from dspo_jax.data.sources.folder import Folder
 from dspo_jax.data.sources.pairs import PreferencePair
 from dspo_jax.data.sources.parquet import Parquet
 from dspo_jax.data.sources.pick_a_pic import PickAPic
-from dspo_jax.data.sources.ranked import HpdV2, ImageRewardRankings
+from dspo_jax.data.sources.ranked import HpdV2, HpdV3, ImageRewardRankings
 from dspo_jax.data.sources.tfds import Tfds
 from dspo_jax.errors import UserError
 
@@ -55,6 +55,7 @@ SOURCES: dict[str, type[Source]] = {
     "emoji_pairs": EmojiPairs,
     "folder": Folder,
     "hpd_v2": HpdV2,
+    "hpd_v3": HpdV3,
     "image_reward": ImageRewardRankings,
     "parquet": Parquet,
     "pick_a_pic": PickAPic,
