@@ -237,7 +237,7 @@ FLAGS = {
     **{"sampler": "ddim", "steps": 50, "guidance_scale": 7.5, "guidance_interval": ["0", "1000"]},
     **{"batch_size": 16, "negative_prompt": None, "init_image": None, "strength": None, "height": None},
     **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 1024, "overwrite": False},
-    **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0},
+    **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
 }
 
 
