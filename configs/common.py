@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     config.timesteps.first = 0
     config.timesteps.last = config_dict.placeholder(int)
     # Decay of a moving average of the trained parameters, which is validated and exported in their place; 0
-    # turns it off.
+    # turns it off. (Of schedule_free the optimizer's own average is.)
     config.ema_decay = 0.0
     # Steps between two lines of metrics.
     config.log_every = 10
@@ -205,8 +205,9 @@ def get_config() -> ConfigDict:
         config.reward_gradient[name] = config_dict.placeholder(kind)
 
     config.optimizer = ConfigDict()
-    # "adamw", "adafactor" or "lion".
+    # "adamw", "adafactor", "ademamix", "lion", "muon", "prodigy" or "schedule_free".
     config.optimizer.name = "adamw"
+    # Of prodigy, a factor of the rate that it finds: 1.
     config.optimizer.learning_rate = 2.048e-5
     # Whether the rate is one example's, to be multiplied by batch_size.
     config.optimizer.scale_lr = False
@@ -215,9 +216,14 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 500
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
+    # Decay of ademamix's slow moment, and the factor of that moment.
+    config.optimizer.b3 = 0.9999
+    config.optimizer.alpha = 2.0
+    # Decay of muon's momentum of matrices; what is no matrix has b1 and b2.
+    config.optimizer.momentum = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 1e-2
-    # Dtype of the first moment of adamw and lion, "float32" or "bfloat16".
+    # Dtype of the first moment of adamw, lion and muon, "float32" or "bfloat16".
     config.optimizer.moment_dtype = "float32"
     # Which two axes adafactor factors second moments over: "largest", or "released", as transformers'
     # Adafactor in the released trainers: those of a matrix, and the height and width of a convolution's

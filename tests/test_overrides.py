@@ -52,10 +52,17 @@ def test_every_recipe_takes_every_objective(name, variant, objective):
         assert f"{key} = {value!r}" in lines[0]
 
 
+# What an optimizer asks for besides.
+NEEDS = {
+    "prodigy": ("--config.optimizer.learning_rate=1.0", "--config.optimizer.scale_lr=False"),
+    "schedule_free": ("--config.optimizer.schedule=constant",),
+}
+
+
 @each_row("optimizer", OPTIMIZERS)
 @each_row("name", RECIPES)
 def test_every_recipe_takes_every_optimizer(name, optimizer):
-    config, lines = parse(f"{name}.py", f"--config.optimizer.name={optimizer}")
+    config, lines = parse(f"{name}.py", f"--config.optimizer.name={optimizer}", *NEEDS.get(optimizer, ()))
     settings = limits.parse(OptimizerSettings, config.optimizer.to_dict(), "config.optimizer")
     make_optimizer(settings, config.steps, config.batch_size)
     assert (config.optimizer.name, lines) == (optimizer, [])

@@ -67,11 +67,15 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     yield from _describe_data(experiment) if own is None else _describe_own_images(experiment)
     optimizer = settings.optimizer
     peak = optimizer.peak_rate(settings.batch_size)
-    yield (
-        f"{optimizer.name}, learning rate {peak:g} for {settings.batch_size} examples a step, which is "
-        f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
-        f"given), {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
-    )
+    if optimizer.name == "prodigy":
+        rate = f"{peak:g} times the learning rate that it finds"
+    else:
+        rate = (
+            f"learning rate {peak:g} for {settings.batch_size} examples a step, which is "
+            f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
+            "given)"
+        )
+    yield f"{optimizer.name}, {rate}, {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     if settings.validation.every and not settings.validations_compare:
         yield "no checkpoint is marked best: of this run held-out scores do not compare; take the newest"
     parts = held(state, reference)

@@ -10,14 +10,19 @@ import optax
 from dspo_jax.errors import UserError
 from dspo_jax.limits import DECAY, FINITE_NOT_NEGATIVE, NOT_NEGATIVE, choice, limited
 from dspo_jax.training.adafactor import scale_by_released_factored_rms
+from dspo_jax.training.muon import muon
+from dspo_jax.training.schedule_free import schedule_free_adamw
 
-OPTIMIZERS = ("adafactor", "adamw", "lion")
+OPTIMIZERS = ("adafactor", "adamw", "ademamix", "lion", "muon", "prodigy", "schedule_free")
 SCHEDULES = ("constant", "cosine", "inverse_sqrt", "linear")
 
 # Schedules that do not depend on the number of steps of the run.
 ENDLESS_SCHEDULES = ("constant", "inverse_sqrt")
 MOMENT_DTYPES = ("bfloat16", "float32")
 FACTORED_AXES = ("largest", "released")
+
+# Keys of the decays of what `moment_dtype` is the dtype of, by optimizer.
+_MOMENTS = {"adamw": ("b1",), "lion": ("b2",), "muon": ("b1", "momentum")}
 
 LearningRate = Callable[[jax.Array | int], jax.Array]
 """Number of updates done -> learning rate of the next one."""
@@ -34,6 +39,9 @@ class OptimizerSettings:
     warmup_steps: int = limited(NOT_NEGATIVE)
     b1: float = limited(DECAY)
     b2: float = limited(DECAY)
+    b3: float = limited(DECAY)
+    alpha: float = limited(FINITE_NOT_NEGATIVE)
+    momentum: float = limited(DECAY)
     eps: float = limited(FINITE_NOT_NEGATIVE)
     weight_decay: float = limited(FINITE_NOT_NEGATIVE)
     moment_dtype: str = choice(*MOMENT_DTYPES)
@@ -68,9 +76,18 @@ def make_optimizer(
     the whole rate, so the paper takes a rate 3 to 10 times smaller than AdamW's and a weight decay as much
     larger; its b2 is 0.99.
 
+    "ademamix" (Pagliardini et al. 2024, arXiv 2409.03137) is AdamW whose first moment has `alpha` times a
+    second one of the slow decay b3 added to it; neither is warmed up, as by default in the released code.
+    "muon" is `muon.muon`, "schedule_free" `schedule_free.schedule_free_adamw`.
+
+    "prodigy" (Mishchenko and Defazio 2023, arXiv 2306.06101) is AdamW that finds its rate d from 1e-6 on, and
+    never lowers it; the learning rate is a factor of d. Bias is corrected, and a warm-up is kept out of the
+    estimate (the released `use_bias_correction` and `safeguard_warmup`), as its authors recommend for
+    diffusion models.
+
     Args:
       settings: parsed by `limits.parse`. `max_grad_norm` 0 turns clipping off; `moment_dtype` is the dtype of
-        the first moment of adamw and lion; `factored_axes` is adafactor's.
+        the first moment of adamw, lion and muon; `factored_axes` is adafactor's.
       total_steps: optimizer updates of the whole run, where a schedule that ends with it reaches 0.
       batch_size: examples in an update, over all devices and parts.
 
@@ -80,28 +97,41 @@ def make_optimizer(
     Raises:
       UserError: settings that do not fit each other or the length of the run.
     """
-    if settings.name == "adamw" and not settings.eps:
-        raise UserError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
-    if settings.moment_dtype == "bfloat16":
-        _check_bfloat16(settings)
+    _check(settings)
     schedule = make_schedule(
         settings.schedule, settings.peak_rate(batch_size), settings.warmup_steps, total_steps
     )
     weight_decay, moment_dtype = settings.weight_decay, settings.moment_dtype
+    adam: dict[str, float] = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps}
     optimizer: optax.GradientTransformation
     if settings.name == "adamw":
-        optimizer = optax.adamw(
-            schedule,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=weight_decay,
-            mu_dtype=moment_dtype,
-        )
+        optimizer = optax.adamw(schedule, **adam, weight_decay=weight_decay, mu_dtype=moment_dtype)
     elif settings.name == "lion":
         optimizer = optax.lion(
             schedule, b1=settings.b1, b2=settings.b2, weight_decay=weight_decay, mu_dtype=moment_dtype
         )
+    elif settings.name == "ademamix":
+        optimizer = optax.contrib.ademamix(
+            schedule, **adam, b3=settings.b3, alpha=settings.alpha, weight_decay=weight_decay
+        )
+    elif settings.name == "muon":
+        optimizer = muon(
+            schedule,
+            **adam,
+            momentum=settings.momentum,
+            weight_decay=weight_decay,
+            moment_dtype=moment_dtype,
+        )
+    elif settings.name == "prodigy":
+        optimizer = optax.contrib.prodigy(
+            schedule,
+            betas=(settings.b1, settings.b2),
+            eps=settings.eps,
+            weight_decay=weight_decay,
+            safeguard_warmup=True,
+        )
+    elif settings.name == "schedule_free":
+        optimizer = schedule_free_adamw(schedule, **adam, weight_decay=weight_decay)
     else:
         # Not optax.adafactor, whose weight decay does not follow the learning rate.
         optimizer = optax.chain(
@@ -117,18 +147,41 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer), schedule
 
 
+def _check(settings: OptimizerSettings) -> None:
+    """Refuses settings that do not fit each other."""
+    name = settings.name
+    if name not in ("adafactor", "lion") and not settings.eps:
+        raise UserError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
+    if settings.moment_dtype == "bfloat16":
+        _check_bfloat16(settings)
+    if name == "prodigy" and (settings.scale_lr or settings.learning_rate < 0.01):
+        raise UserError(
+            f"config.optimizer.learning_rate = {settings.learning_rate:g}: prodigy finds the rate, and this "
+            "is a factor of it; set it to 1, and scale_lr to False"
+        )
+    if name == "schedule_free" and settings.schedule != "constant":
+        raise UserError(
+            f"config.optimizer.schedule = {settings.schedule!r}: schedule_free averages in place of a rate "
+            "that falls; set it to 'constant'"
+        )
+    if name == "schedule_free" and not settings.b1:
+        raise UserError(
+            "config.optimizer.b1 = 0: must be above 0 for schedule_free, which finds its average by it"
+        )
+
+
 def _check_bfloat16(settings: OptimizerSettings) -> None:
-    if settings.name == "adafactor":
-        raise UserError(
-            "config.optimizer.moment_dtype = 'bfloat16': adafactor keeps no first moment; set it to 'float32'"
-        )
-    decay = "b1" if settings.name == "adamw" else "b2"
-    # Just below 1 the numbers of bfloat16 are 2^-8 apart.
-    if getattr(settings, decay) >= 1 - 2**-9:
-        raise UserError(
-            f"config.optimizer.{decay} = {getattr(settings, decay)}: is 1 in bfloat16, so that the moment "
-            "would never decay; use 0.99 or less, or moment_dtype 'float32'"
-        )
+    name = settings.name
+    if name not in _MOMENTS:
+        why = "keeps no first moment" if name == "adafactor" else "keeps what it keeps in float32"
+        raise UserError(f"config.optimizer.moment_dtype = 'bfloat16': {name} {why}; set it to 'float32'")
+    for decay in _MOMENTS[name]:
+        # Just below 1 the numbers of bfloat16 are 2^-8 apart.
+        if getattr(settings, decay) >= 1 - 2**-9:
+            raise UserError(
+                f"config.optimizer.{decay} = {getattr(settings, decay)}: is 1 in bfloat16, so that the "
+                "moment would never decay; use 0.99 or less, or moment_dtype 'float32'"
+            )
 
 
 def make_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> LearningRate:

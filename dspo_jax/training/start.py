@@ -30,6 +30,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.differentiable import DifferentiableReward, load_differentiable
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.training import schedule_free
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
@@ -212,6 +213,9 @@ def make_task(
       UserError: settings that do not fit the model or each other, by key.
     """
     optimizer, learning_rate = make_optimizer(settings.optimizer, settings.steps, settings.batch_size)
+    averages = settings.optimizer.name == "schedule_free"
+    if averages:
+        _check_average(settings)
     if settings.reference.model and reference is None:
         reference = Reference(None, pipe.components)
     return Task(
@@ -223,6 +227,7 @@ def make_task(
             accumulation=settings.accumulation,
             ema_decay=settings.ema_decay,
             loss_spike=settings.stability.loss_spike,
+            average=schedule_free.average if averages else None,
         ),
         precision=Precision(
             param_dtype=settings.param_dtype,
@@ -234,6 +239,20 @@ def make_task(
         adapters=settings.lora.rank > 0,
         reference=reference,
     )
+
+
+def _check_average(settings: Settings) -> None:
+    """Refuses what does not go with an optimizer that keeps an average of its own."""
+    if settings.ema_decay:
+        raise UserError(
+            f"config.ema_decay = {settings.ema_decay:g}: schedule_free keeps an average of its own; set it "
+            "to 0"
+        )
+    if settings.param_dtype == "bfloat16":
+        raise UserError(
+            "config.param_dtype = 'bfloat16': rounds away the small steps of schedule_free's average; set "
+            "it to 'float32'"
+        )
 
 
 def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward | None) -> LossFn:

@@ -30,7 +30,7 @@ class TrainState:
       params: trained parameters by component: the denoiser and, where they are trained, the text encoders;
         all parameters of each, or with LoRA the adapters alone.
       opt_state: of the optimizer.
-      ema: moving average of `params` in float32, or None where none is kept.
+      ema: moving average of `params` in float32, or the optimizer's own; None where none is kept.
       health: skipped updates and statistics of the loss.
       task: static configuration; it is not saved.
     """
@@ -60,7 +60,7 @@ def init_state(task: Task, params: Params) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=task.update.optimizer.init(_float32(params)),
-        ema=_float32(params) if task.update.ema_decay else None,
+        ema=_float32(params) if task.update.ema_decay or task.update.average else None,
         health=stability.start(),
         task=task,
     )
@@ -96,11 +96,12 @@ def train_step(
     good, health = stability.judge(state.health, loss, grad_norm, rule.loss_spike)
     params = _float32(state.params)
     updates, opt_state = rule.optimizer.update(grads, state.opt_state, params)
-    params = jax.tree.map(
-        lambda new, old: new.astype(old.dtype), optax.apply_updates(params, updates), state.params
-    )
+    moved = optax.apply_updates(params, updates)
+    params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state.params)
     ema = None
-    if state.ema is not None:
+    if rule.average is not None:
+        ema = rule.average(opt_state, moved)
+    elif state.ema is not None:
         decay = rule.ema_decay
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, _float32(params))
 
@@ -110,7 +111,8 @@ def train_step(
     metrics |= {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": rule.learning_rate(updates_made),
+        # Prodigy's rate is a factor of the one that it found.
+        "learning_rate": rule.learning_rate(updates_made) * optax.tree.get(state.opt_state, "estim_lr", 1.0),
         "skipped": health.skipped.astype(jnp.float32),
         "skipped_in_a_row": health.skipped_in_a_row.astype(jnp.float32),
     }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, PyTree
 
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
@@ -108,6 +108,8 @@ class UpdateRule:
       accumulation: parts that a batch is worked through in, one after the other.
       ema_decay: of the moving average of the trained parameters; 0 keeps none.
       loss_spike: see `stability.judge`.
+      average: from the optimizer's state and the float32 parameters after an update, those that the run is
+        judged by, in place of a moving average; None for an optimizer that has none of its own.
     """
 
     optimizer: optax.GradientTransformation
@@ -115,6 +117,7 @@ class UpdateRule:
     accumulation: int
     ema_decay: float
     loss_spike: float
+    average: Callable[[PyTree, Params], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

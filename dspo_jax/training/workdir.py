@@ -78,6 +78,8 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         theirs.setdefault(
             "optimizer.factored_axes", "largest" if of_adafactor else optimizer["factored_axes"]
         )
+        for key in ("b3", "alpha", "momentum"):  # nor did any optimizer then read these
+            theirs.setdefault(f"optimizer.{key}", optimizer[key])
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key) and not {key, key.split(".")[0]} & may_differ:
                 raise UserError(

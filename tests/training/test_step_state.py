@@ -98,14 +98,15 @@ def test_the_moving_average_follows_the_parameters_and_is_the_result():
 
 def settings(name):
     config = common.get_config().optimizer.to_dict()
-    changes = {"name": name, "learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.0}
+    rate = 1e4 if name == "prodigy" else 1e-2  # which begins at 1e-6 of it
+    changes = {"name": name, "learning_rate": rate, "warmup_steps": 0, "weight_decay": 0.0}
     return parse(OptimizerSettings, config | changes, "config.optimizer")
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_every_optimizer_moves_every_parameter_in_its_dtype_and_not_the_reference(name, param_dtype, request):
+def test_every_optimizer_moves_every_parameter_in_its_dtype_and_not_the_reference(name, param_dtype):
     optimizer, rate = make_optimizer(settings(name), 10, 8)
     changes = {"optimizer": optimizer, "learning_rate": rate, "param_dtype": param_dtype, "ema_decay": 0.9}
     task = make_task("diffusion_dpo", changes, beta=10.0)
@@ -114,12 +115,15 @@ def test_every_optimizer_moves_every_parameter_in_its_dtype_and_not_the_referenc
     reference = make_reference(task)
     kept = jax.tree.map(np.array, reference)
     for number in range(2):
-        state, _ = jax.jit(train_step)(state, reference, batch_at(8 * number), KEY)
+        state, metrics = jax.jit(train_step)(state, reference, batch_at(8 * number), KEY)
+    # What Prodigy found is 1e-6 until it has moved.
+    assert metrics["learning_rate"] == pytest.approx(1e-2)
     assert_same(reference, kept)
+    # Of single weights, too; half of Lion's two steps lead back, and Muon's are small for bfloat16.
+    least = {"lion": 0.4, "muon": 0.6}.get(name, 0.8)
     for name, leaf in state.params["unet"].items():
         assert leaf.dtype == param_dtype
-        # Of single weights, too; of Lion's two steps of one size half lead back.
-        assert np.mean(leaf != params["unet"][name]) > (0.4 if "lion" in request.node.name else 0.8)
+        assert np.mean(leaf != params["unet"][name]) > least
     floats = [
         x for x in jax.tree.leaves((state.opt_state, state.ema)) if jnp.issubdtype(x.dtype, jnp.floating)
     ]
