@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
 
     # A reward that scores every image of the source, in a first pass: a name, or FILE.py:FUNCTION; or
     # "column", for the columns that `source.scores` names. The scores are stored with the examples. "" is
-    # none.
+    # none. Of several, separated by commas, the first is stored and `select.agree` counts all.
     config.score = ""
     config.rewards = ConfigDict()
     # Holds the weights of each reward under its name, as dspo_jax.rewards.convert writes them.
@@ -53,6 +53,9 @@ def get_config() -> ConfigDict:
     config.select = ConfigDict()
     # "pairs", or "single": each image of a pair is an example of its own, once for each caption.
     config.select.images = "pairs"
+    # Keeps the pairs of `train` whose winner scores more than the loser by at least so many of the rewards in
+    # `score`; 0 is all pairs.
+    config.select.agree = 0
     # Share of `train` with the highest scores, of the winners where examples are pairs; 1 is all.
     config.select.top = 1.0
     # Pairs of `train` whose winner scores at least so much more than the loser; at 0 the reward agrees with

@@ -28,8 +28,15 @@ def check_selection(select: SelectSettings, splits: Sequence[str], images: int) 
             f"config.select.min_gap = {select.min_gap:g}: is between winner and loser, and these are {what}; "
             "leave it out"
         )
-    if (select.top < 1 or select.min_gap is not None) and _SPLIT not in splits:
-        key = "top" if select.top < 1 else "min_gap"
+    if select.agree and images != 2:
+        what = "single images" if images == 1 else "lists"
+        raise UserError(
+            f"config.select.agree = {select.agree}: compares winner and loser, and these are {what}; leave "
+            "it 0"
+        )
+    given = {"agree": select.agree, "min_gap": select.min_gap is not None, "top": select.top < 1}
+    if any(given.values()) and _SPLIT not in splits:
+        key = next(key for key, is_given in given.items() if is_given)
         raise UserError(
             f"config.select.{key} = {getattr(select, key):g}: selects from split {_SPLIT!r}, which is not "
             f"encoded (config.splits = {tuple(splits)})"
@@ -37,15 +44,16 @@ def check_selection(select: SelectSettings, splits: Sequence[str], images: int) 
 
 
 def choose(
-    found: SplitScores, split: str, select: SelectSettings
+    found: SplitScores, split: str, select: SelectSettings, others: Sequence[SplitScores] = ()
 ) -> tuple[Bool[np.ndarray, " N"], dict[str, int]]:
     """Chooses rows of a split, by one filter after the other.
 
     Args:
       found: of all rows of the split.
-      split: its name; `top` and `min_gap` are of "train".
+      split: its name; `agree`, `min_gap` and `top` are of "train".
       select: the filters. `top` of what the others have left, to the nearest whole number and at least one,
         are those with the highest scores, and of equal ones the first. The score of a pair is its winner's.
+      others: the scores of further rewards, which `agree` counts; a missing one prefers neither image.
 
     Returns:
       Whether each row is encoded (a row without a score is, so that it is counted as a bad one), and how many
@@ -61,6 +69,16 @@ def choose(
         _, first = np.unique(found.pictures[left, 0], return_index=True)
         left_out["repeated image"] = len(left) - len(first)
         left = left[np.sort(first)]
+    if select.agree and split == _SPLIT:
+        votes = sum((each.scores[left, 0] > each.scores[left, 1]).astype(int) for each in (found, *others))
+        kept = left[votes >= select.agree]
+        if len(left) and not len(kept):
+            raise UserError(
+                f"config.select.agree = {select.agree}: leaves no pair of split {split!r}; at most "
+                f"{votes.max()} of {1 + len(others)} reward(s) prefer a winner"
+            )
+        left_out["select.agree"] = len(left) - len(kept)
+        left = kept
     if select.min_gap is not None and split == _SPLIT:
         winner, loser = found.scores[left].T
         kept = left[winner - loser >= select.min_gap]
@@ -84,8 +102,8 @@ def choose(
 class ChosenRows:
     """The rows of a source that are encoded, with their scores; all of them where nothing was scored."""
 
-    def __init__(self, rows: SourceShards, files: ScoreFiles | None, select: SelectSettings):
-        """Chooses, from the scores of all rows if there are any.
+    def __init__(self, rows: SourceShards, files: Sequence[ScoreFiles], select: SelectSettings):
+        """Chooses, from the scores of all rows if there are any; the first files' are those of the examples.
 
         Raises:
           UserError: see `choose`.
@@ -94,12 +112,12 @@ class ChosenRows:
         self._scores: dict[str, Float32[np.ndarray, "N P"]] = {}
         self._chosen: dict[str, Bool[np.ndarray, " N"]] = {}
         self._left_out: dict[str, dict[str, int]] = {split: {} for split in rows.splits}
-        if files is None:
+        if not files:
             return
         for split in rows.splits:
-            found = files.read(split)
+            found, *others = (each.read(split) for each in files)
             self._scores[split] = found.scores
-            self._chosen[split], self._left_out[split] = choose(found, split, select)
+            self._chosen[split], self._left_out[split] = choose(found, split, select, others)
 
     def take(self, shard: Shard, pairs: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
         """Yields the chosen ones of a shard's rows, with their scores."""
@@ -117,5 +135,5 @@ class ChosenRows:
         return int(self._chosen[split].sum()) if split in self._chosen else self._rows.of_split[split]
 
     def left_out(self, split: str) -> Mapping[str, int]:
-        """Counts the other rows of a split by reason: `repeated image`, `select.min_gap`, `select.top`."""
+        """Counts the other rows of a split by reason: `repeated image`, `select.agree`, ..."""
         return self._left_out[split]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def encode(config: ConfigDict, out: Path, share: tuple[int, int] | None = None) 
 
 def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) -> bool:
     source = get_source(settings.source.name, **settings.source.arguments)
-    from_column = settings.score == COLUMN
+    from_column = COLUMN in settings.scores
     if from_column != bool(settings.source.arguments.get("scores")):
         raise UserError(
             f"config.score = {settings.score!r} and config.source.scores = "
@@ -74,7 +75,15 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     splits = _choose_splits(settings, source)
     check_selection(settings.select, splits, source.images_per_example)
     rows = SourceShards(source, splits, settings.rows_per_shard)
-    reward = None if from_column else _load_reward(settings, source.images_per_example)
+    made_by, reward = [], None
+    for name in settings.scores:  # of several, one after the other is in memory
+        reward = None if name == COLUMN else _load_reward(name, settings, source.images_per_example)
+        made_by.append(_describe_score(reward))
+    if len(made_by) > 1:
+        reward = None
+    names = [description["reward"] for description in made_by]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.score = {settings.score!r}: two are called {max(names, key=names.count)!r}")
     pipe = load_pipeline(settings.model, max_chunks=settings.text.max_chunks)
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
@@ -92,8 +101,9 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: getattr(settings, key) for key in _ENCODING},
-        "score": _describe_score(reward, from_column),
-        "select": dataclasses.asdict(settings.select) if settings.score else None,
+        "score": made_by[0] if made_by else None,
+        "select": _describe_selection(settings),
+        **({"judges": made_by[1:]} if made_by[1:] else {}),
     }
     if shards.is_complete(out, manifest, splits):
         return True
@@ -103,25 +113,29 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     ahead = max(2 * settings.batch_size, 4 * workers)
     # Imports of this module, which take long; each worker imports the module itself.
     with worker_pool(workers, [PairEncoder.__module__, DatasetWriter.__module__]) as pool:
-        files = None
-        if settings.score:
-            files = ScoreFiles(out, _scores_of(manifest, settings), rows)
+        files: list[ScoreFiles] = []
+        for name, description in zip(settings.scores, made_by, strict=True):
+            folder = re.sub(r"[^\w.-]", "_", description["reward"]) if files else ""
+            of_reward = ScoreFiles(out, _scores_of(manifest, settings, description), rows, folder)
             scorer: RowScorer | ColumnScorer = ColumnScorer()
-            if reward is not None:
+            if name != COLUMN:
+                reward = reward or _load_reward(name, settings, source.images_per_example)
                 scorer = RowScorer(reward, batch_size=settings.batch_size, pool=pool, ahead=ahead)
-            score_shards(rows, mine, scorer, files, settings.source.max_skipped)
-            while share is None and not files.are_complete():
-                time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
-            if not files.are_complete():
-                return False
-            del reward, scorer  # the devices have room for the VAE
+            score_shards(rows, mine, scorer, of_reward, settings.source.max_skipped)
+            reward = None
+            del scorer  # the devices have room for the next reward, or the VAE
+            files.append(of_reward)
+        while share is None and not all(each.are_complete() for each in files):
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
+        if not all(each.are_complete() for each in files):
+            return False
         chosen = ChosenRows(rows, files, settings.select)
         buckets = [f"{height}x{width}" for height, width in framing.sizes] if len(framing.sizes) > 1 else []
         side = None if buckets else resolution // pipe.vae_scale_factor
         features = shards.feature_spec(
             (source.images_per_example, side, side, 2 * pipe.latent_channels),
             pipe.conditioning_shapes(source.images_per_example),
-            scored=files is not None or source.images_per_example > 2,
+            scored=bool(files) or source.images_per_example > 2,
         )
         writer = DatasetWriter(out, features, manifest, rows.count, buckets)
         encoder = PairEncoder(
@@ -163,27 +177,31 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     return True
 
 
-def _load_reward(settings: EncodeSettings, images: int) -> Reward | None:
-    """Returns the reward that scores batches of rows of so many images, if there is one."""
-    if not settings.score:
-        return None
+def _load_reward(name: str, settings: EncodeSettings, images: int) -> Reward:
+    """Returns a reward that scores batches of rows of so many images."""
     try:
-        return load_reward(settings.score, settings.rewards.folder, batch_size=settings.batch_size * images)
+        return load_reward(name, settings.rewards.folder, batch_size=settings.batch_size * images)
     except UserError as error:
         raise UserError(f"config.score: {error}") from error
 
 
-def _describe_score(reward: Reward | None, from_column: bool) -> JsonObject | None:
-    """Returns what the manifest says of the scores."""
-    if from_column:
+def _describe_score(reward: Reward | None) -> JsonObject:
+    """Returns what the manifest says of the scores of a reward, or of columns."""
+    if reward is None:
         return {"reward": COLUMN, "version": ""}
-    return None if reward is None else {"reward": reward.name, "version": reward.version}
+    return {"reward": reward.name, "version": reward.version}
 
 
-def _scores_of(manifest: JsonObject, settings: EncodeSettings) -> JsonObject:
+def _describe_selection(settings: EncodeSettings) -> JsonObject | None:
+    """Returns what the manifest says of the selection; earlier versions had no `agree`."""
+    keys = dataclasses.asdict(settings.select)
+    return {key: value for key, value in keys.items() if key != "agree" or value} if settings.score else None
+
+
+def _scores_of(manifest: JsonObject, settings: EncodeSettings, description: JsonObject) -> JsonObject:
     """Returns what the scores of a source's images follow from."""
     return {
-        **manifest["score"],
+        **description,
         "source": manifest["source"],
         "images": settings.select.images,
         "rows_per_shard": settings.rows_per_shard,

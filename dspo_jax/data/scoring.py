@@ -45,18 +45,19 @@ class ScoreFiles:
     dataset is finished: another selection of the same rows need not score them again.
     """
 
-    def __init__(self, out: Path, made_of: JsonObject, rows: SourceShards):
+    def __init__(self, out: Path, made_of: JsonObject, rows: SourceShards, name: str = ""):
         """Makes the folder, or takes up one of the same reward and rows.
 
         Args:
           out: the dataset's folder.
           made_of: what the scores follow from: reward, its version, source.
           rows: what is scored.
+          name: of a folder within that of the scores, for those of a further reward.
 
         Raises:
           UserError: scores of something else are there.
         """
-        self._folder, self._rows = out / shards.SCORES_FOLDER, rows
+        self._folder, self._rows = out / shards.SCORES_FOLDER / name, rows
         self._unusable: dict[Shard, int] = {}
         path = self._folder / shards.SCORES_MADE_OF
         if path.exists():

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dspo_jax import limits
 from dspo_jax.data.prepare import FLIPS
 from dspo_jax.errors import UserError
-from dspo_jax.limits import AT_LEAST_1, Limit, choice, limited
+from dspo_jax.limits import AT_LEAST_1, NOT_NEGATIVE, Limit, choice, limited
 
 VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
@@ -46,6 +46,7 @@ class SelectSettings:
     """The keys of `config.select`."""
 
     images: str = choice("pairs", "single")
+    agree: int = limited(NOT_NEGATIVE)
     top: float = limited(Limit("must be above 0 and at most 1", lambda share: 0 < share <= 1))
     min_gap: float | None = limited(
         Limit("must be a finite number", lambda gap: gap is None or math.isfinite(gap))
@@ -73,6 +74,11 @@ class EncodeSettings:
     select: SelectSettings
     source: SourceSettings
 
+    @property
+    def scores(self) -> list[str]:
+        """The rewards that `score` names, of which the first is stored."""
+        return [name.strip() for name in self.score.split(",")] if self.score else []
+
 
 def parse(config: ConfigDict) -> EncodeSettings:
     """Parses the config of an encoding.
@@ -89,10 +95,23 @@ def parse(config: ConfigDict) -> EncodeSettings:
     values = {**config.to_dict(), "source": {**common, "arguments": source}}
     settings = limits.parse(EncodeSettings, values, "config")
     if not settings.score:
-        for key, value in {"images": "pairs", "top": 1.0, "min_gap": None}.items():
+        for key, value in {"images": "pairs", "agree": 0, "top": 1.0, "min_gap": None}.items():
             given = getattr(settings.select, key)
             if given != value:
                 raise UserError(
                     f"config.select.{key} = {given!r}: selects by a score; give --config.score=REWARD, too"
                 )
+    names, agree = settings.scores, settings.select.agree
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"config.score = {settings.score!r}: must be different rewards, separated by commas")
+    if agree > len(names):
+        raise UserError(
+            f"config.select.agree = {agree}: more than the {len(names)} reward(s) of config.score = "
+            f"{settings.score!r}; name more of them, separated by commas"
+        )
+    if len(names) > 1 and not agree:
+        raise UserError(
+            f"config.score = {settings.score!r}: several rewards are read by config.select.agree alone; give "
+            f"--config.select.agree={len(names)}, or one reward"
+        )
     return settings

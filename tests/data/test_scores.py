@@ -201,6 +201,39 @@ def test_pairs_on_which_reward_and_people_agree(pipe, config, tmp_path):
     assert len(keys(tmp_path / "both", "validation")) == 3
 
 
+def test_pairs_whose_winner_several_rewards_prefer(pipe, config, tmp_path):
+    """Redness prefers the winners of rows 0, 1, 4, 6, 7 and 8, the other reward those of 3, 5, 7 and 9."""
+    liked = [(10, 50), (40, 45), (30, 25), (70, 75)]
+    other = tmp_path / "mine" / "other.py"
+    other.write_text(
+        "def taste(images, prompts):\n"
+        "    reds = [int(image[0, 0, 0]) for image in images]\n"
+        f"    return [float(i % 2 == 0 and tuple(reds[i : i + 2]) in {liked}) for i in range(len(reds))]\n"
+    )
+    by_redness, by_taste = {0, 1, 4, 6, 7, 8}, {3, 5, 7, 9}
+    own, config.score = config.score, f"{config.score}, {other}:taste"
+    for agree, rows in ((1, by_redness | by_taste), (2, by_redness & by_taste)):
+        config.select.agree = agree
+        out = tmp_path / f"out{agree}"
+        encode(config, out)
+        assert keys(out) == [f"train-{i}" for i in sorted(rows)]
+        assert len(keys(out, "validation")) == 3
+        manifest = shards.read_manifest(out)
+        assert manifest["splits"]["train"]["left_out"]["select.agree"] == 10 - len(rows)
+        assert (manifest["score"]["reward"], manifest["select"]["agree"]) == ("redness", agree)
+        assert [judge["reward"] for judge in manifest["judges"]] == ["taste"]
+        assert {file.name for file in (out / "scores" / "taste").iterdir()} == {
+            file.name for file in (out / "scores").iterdir()
+        } - {"taste"}
+    before = files(tmp_path / "out2")
+    encode(config, tmp_path / "out2")
+    assert files(tmp_path / "out2") == before
+    config.score = own
+    config.select.agree = 1
+    encode(config, tmp_path / "one")
+    assert keys(tmp_path / "one") == [f"train-{i}" for i in sorted(by_redness)]
+
+
 def test_each_image_of_a_pair_once_for_a_caption(pipe, config, tmp_path):
     config.select.images = "single"
     encode(config, tmp_path / "out")
@@ -268,7 +301,7 @@ def test_choosing_equals_a_sort_in_numpy(seed):
     scores[draw.random(200) < 0.1, draw.integers(2)] = np.nan
     pictures = np.arange(400, dtype=np.uint64).reshape(200, 2)
     for top in (0.001, 0.01, 0.25, 0.5, 0.999, 1.0):
-        select = SelectSettings(images="pairs", top=top, min_gap=1.0 if seed % 2 else None)
+        select = SelectSettings(images="pairs", top=top, agree=0, min_gap=1.0 if seed % 2 else None)
         chosen, left_out = choose(SplitScores(scores, pictures), "train", select)
         rows = [i for i in range(200) if np.isfinite(scores[i]).all()]
         unusable = sorted(set(range(200)) - set(rows))
@@ -375,6 +408,22 @@ def test_too_many_rows_without_a_score_are_counted_over_shards(pipe, config, tmp
         ({"select.min_gap": float("nan")}, "config.select.min_gap = nan: must be a finite number"),
         ({"select.images": "singel"}, "config.select.images = 'singel': unknown; did you mean 'single'"),
         ({"select.images": "single", "select.min_gap": 0.0}, "min_gap = 0: is between winner and loser"),
+        ({"score": "", "select.agree": 1}, r"config.select.agree = 1: .*give --config.score=REWARD"),
+        ({"select.agree": 2}, r"config.select.agree = 2: more than the 1 reward\(s\) of config.score"),
+        ({"select.agree": -1}, "config.select.agree = -1: must not be negative"),
+        (
+            {"score": "colourfulness,"},
+            "config.score = 'colourfulness,': must be different rewards, separated",
+        ),
+        ({"score": "colourfulness,a.py:b"}, "several rewards are read by config.select.agree alone"),
+        (
+            {"select.images": "single", "select.agree": 1},
+            "agree = 1: compares winner and loser, and these are",
+        ),
+        (
+            {"splits": ("validation",), "select.agree": 1},
+            "agree = 1: selects from split 'train', which is not",
+        ),
         (
             {"select.top": 0.5, "splits": ("validation",)},
             "top = 0.5: selects from split 'train', which is not",
