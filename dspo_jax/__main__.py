@@ -16,6 +16,7 @@ COMMANDS = {
     "convert-reward": "dspo_jax.rewards.convert",
     "sample": "dspo_jax.sample",
     "evaluate": "dspo_jax.evaluate",
+    "collect": "dspo_jax.collect",
     "plan": "dspo_jax.plan",
     "list": "dspo_jax.list",
 }

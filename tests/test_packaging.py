@@ -67,7 +67,9 @@ def test_the_wheel_holds_the_package_the_recipes_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"dspo_jax-{dspo_jax.__version__}.dist-info"
     of_package = {name for name in names if not name.startswith(info)}
-    assert of_package == modules("dspo_jax", "dspo_jax") | modules("configs", "dspo_jax/recipes/configs")
+    page = {f"dspo_jax/people/page/{path.name}" for path in (ROOT / "dspo_jax/people/page").iterdir()}
+    recipes = modules("configs", "dspo_jax/recipes/configs")
+    assert of_package == modules("dspo_jax", "dspo_jax") | recipes | page
     assert f"{info}/licenses/LICENSE" in names
 
 
@@ -76,7 +78,7 @@ def test_the_version_is_one(wheel):
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read(f"dspo_jax-{version}.dist-info/METADATA"))
     assert metadata["Version"] == version
-    assert {"gpu", "gpu-cuda13", "tpu", "plan", "plan-gpu", "demo", "wandb", "test"} == set(
+    assert {"gpu", "gpu-cuda13", "tpu", "plan", "plan-gpu", "demo", "people", "wandb", "test"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)

@@ -1,0 +1,245 @@
+"""Images that are shown together, read from the folders of `sample`, of single images, or of pairs."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dspo_jax import spelling
+from dspo_jax.errors import UserError
+from dspo_jax.files import sha256
+from dspo_jax.images.image_files import ImagePaths
+
+MOST_IMAGES = 9
+"""Of a group: the digits of a keyboard rank them."""
+
+_OUTSIDE = "--allow_outside"
+# Files that name prompts and images, the first that a folder holds, and the keys of the prompt and the image.
+_MANIFEST, _PAIRS = "manifest.jsonl", "pairs.jsonl"
+_KEYS = {
+    _MANIFEST: ("prompt", "file"),
+    "metadata.jsonl": ("prompt", "file_name"),
+    _PAIRS: ("caption", "winner"),
+}
+# Of images of different models, those of one place are compared.
+_Place = tuple[object, ...]
+_Images = dict[_Place, tuple[str, "ImageFile"]]  # with their prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """An image that people judge.
+
+    Attributes:
+      folder: absolute path of a folder that was given.
+      file: path relative to it.
+      model: what drew it, or its part in a pair; never shown.
+      sha256: of the file.
+    """
+
+    folder: str
+    file: str
+    model: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Images of one prompt that are shown together: two to choose from, or up to nine to rank.
+
+    Attributes:
+      prompt: the text above them.
+      images: in an order that is never shown.
+      answer: of an attention check, which image is right; None where people's opinion is asked.
+    """
+
+    prompt: str
+    images: tuple[ImageFile, ...]
+    answer: int | None = None
+
+
+def read_groups(folders: Sequence[str], *, rank: bool, allow_outside: bool = False) -> list[Group]:
+    """Reads the groups of the folders that `--images` names.
+
+    Of two or more models every two images of the same prompt and seed are a pair; of one model every two
+    images of a prompt; of a folder with pairs.jsonl its pairs. Two files of the same content are no pair.
+
+    Args:
+      folders: each DIR or NAME=DIR; NAME is the model's.
+      rank: whether all images that would be compared in pairs are one group.
+      allow_outside: whether images may lie outside their folder.
+
+    Raises:
+      FileNotFoundError: a folder, a file that names its images, or an image is missing.
+      UserError: what the folders hold cannot be compared.
+    """
+    models: dict[str, _Images] = {}
+    groups: list[Group] = []
+    for text in folders:
+        label, folder = _parse_named(text)
+        file = _find_list(folder)
+        if file.name == _PAIRS:
+            if rank:
+                raise UserError(f"--images={text}: holds pairs, which cannot be ranked; leave out --rank")
+            groups += _read_pairs(file, allow_outside)
+            continue
+        for name, of_model in _read_models(folder, file, label, allow_outside).items():
+            if name in models:
+                raise UserError(f"--images={text}: two are called {name!r}; name it: --images=NAME=DIR")
+            models[name] = of_model
+    together = list(_match(models)) if len(models) > 1 else list(_by_prompt(*models.values()))
+    for prompt, images in together:
+        if not rank:
+            groups += [Group(prompt, (a, b)) for a, b in itertools.combinations(images, 2)]
+        elif len(images) > MOST_IMAGES:
+            raise UserError(
+                f"--rank: {len(images)} images of {prompt!r}, and at most {MOST_IMAGES} can be ranked; leave "
+                "it out"
+            )
+        else:
+            groups.append(Group(prompt, images))
+    different = [group for group in groups if len({image.sha256 for image in group.images}) > 1]
+    if not different:
+        raise UserError(
+            f"--images={','.join(folders)}: nothing to compare; give the images of two models, several "
+            "images of each prompt, or a folder with pairs.jsonl"
+        )
+    return different
+
+
+def read_checks(folder: str | None, *, allow_outside: bool = False) -> list[Group]:
+    """Reads attention checks: a folder with pairs.jsonl, whose winners are the right answers."""
+    if folder is None:
+        return []
+    file = Path(folder) / _PAIRS
+    if not file.is_file():
+        raise FileNotFoundError(f"--checks={folder}: no {_PAIRS} in it, whose winners are the right answers")
+    return [dataclasses.replace(group, answer=0) for group in _read_pairs(file, allow_outside)]
+
+
+def _parse_named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return Path(text).resolve().name, Path(text)
+    return name, Path(path)
+
+
+def _find_list(folder: Path) -> Path:
+    """Returns the file that names the images of a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images={folder}: no such folder")
+    for name in _KEYS:
+        if (folder / name).is_file():
+            return folder / name
+    if re.match(r"\d+-", folder.resolve().name) and (folder.resolve().parent / _MANIFEST).is_file():
+        return folder.resolve().parent / _MANIFEST
+    raise FileNotFoundError(
+        f"--images={folder}: holds none of {', '.join(_KEYS)}, which name prompts and images; write a "
+        'metadata.jsonl of lines {"file_name": ..., "prompt": ...}'
+    )
+
+
+def _read_lines(file: Path) -> Iterator[tuple[str, str, Mapping[str, object]]]:
+    """Yields where a line stands, its prompt, and its object."""
+    key = _KEYS[file.name][0]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error}); mend or delete the line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be an object; mend or delete the line")
+        prompt = row.get(key)
+        if not isinstance(prompt, str) or spelling.fault_of_text(prompt):
+            raise UserError(f"{where}: {key} = {prompt!r}: must be a text; mend or delete the line")
+        yield where, prompt, row
+
+
+def _name_of(row: Mapping[str, object], key: str, where: str) -> str:
+    name = row.get(key)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: {key} = {name!r}: must name an image; mend or delete the line")
+    return name
+
+
+def _open(folder: Path, name: str, model: str, paths: ImagePaths) -> ImageFile:
+    path = paths.find(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image")
+    return ImageFile(str(folder.resolve()), name, model, sha256(path))
+
+
+def _read_pairs(file: Path, allow_outside: bool) -> list[Group]:
+    paths = ImagePaths(file.parent, _OUTSIDE, allow_outside)
+    groups = []
+    for where, prompt, row in _read_lines(file):
+        images = (_open(file.parent, _name_of(row, part, where), part, paths) for part in ("winner", "loser"))
+        groups.append(Group(prompt, tuple(images)))
+    return groups
+
+
+def _read_models(folder: Path, file: Path, label: str, allow_outside: bool) -> dict[str, _Images]:
+    """Returns the images of each model."""
+    root, within = (folder, "") if file.parent == folder else (file.parent, f"{folder.resolve().name}/")
+    paths = ImagePaths(root, _OUTSIDE, allow_outside)
+    found: dict[str, _Images] = {}
+    seen: dict[str, int] = {}
+    for where, prompt, row in _read_lines(file):
+        name = _name_of(row, _KEYS[file.name][1], where)
+        if not name.startswith(within):
+            continue
+        if file.name == _MANIFEST:
+            part = name.split("/")[0]
+            place: _Place = (row.get("prompt_index"), prompt, row.get("seed"))
+        else:
+            seen[prompt] = seen.get(prompt, -1) + 1
+            part, place = "", (prompt, seen[prompt])
+        found.setdefault(part, {})[place] = (prompt, _open(root, name, part, paths))
+    if not found:
+        raise UserError(f"{file}: names no image of {folder}; draw its images again")
+    if len(found) == 1:
+        names = {part: label for part in found}
+    else:
+        # `sample` puts a number before the model's name, which keeps equal names apart.
+        short = [re.sub(r"^\d+-", "", part) for part in found]
+        names = dict(zip(found, short if len(set(short)) == len(short) else found, strict=True))
+    return {
+        names[part]: {
+            place: (prompt, dataclasses.replace(image, model=names[part]))
+            for place, (prompt, image) in images.items()
+        }
+        for part, images in found.items()
+    }
+
+
+def _match(models: Mapping[str, _Images]) -> Iterator[tuple[str, tuple[ImageFile, ...]]]:
+    """Yields prompts with an image of each model."""
+    (first, of_first), *others = models.items()
+    for label, images in others:
+        if images.keys() != of_first.keys():
+            missing = next(iter(images.keys() ^ of_first.keys()))
+            raise UserError(
+                f"--images: {first!r} and {label!r} are not of the same prompts and seeds ({missing} is "
+                "in one only); draw both with the same --prompts and --seeds"
+            )
+    for place, (prompt, image) in of_first.items():
+        yield prompt, (image, *(images[place][1] for _, images in others))
+
+
+def _by_prompt(images: _Images | None = None) -> Iterator[tuple[str, tuple[ImageFile, ...]]]:
+    """Yields prompts with all their images of one model."""
+    of_prompt: dict[str, list[ImageFile]] = {}
+    for prompt, image in (images or {}).values():
+        of_prompt.setdefault(prompt, []).append(image)
+    for prompt, found in of_prompt.items():
+        if len(found) > 1:
+            yield prompt, tuple(found)
