@@ -38,6 +38,7 @@ def run(
     required: Sequence[str] = (),
     commands: Sequence[str] = (),
     operand: str | None = None,
+    subcommand: tuple[str, str] | None = None,
 ) -> NoReturn:
     """Parses the command line, calls `main(argv)` and exits; the last line of every command.
 
@@ -48,15 +49,16 @@ def run(
     those one-line errors too.
 
     Args:
-      main: called with `[program name]`, `[program name, command]` or `[program name, operand]`; it reads
-        its flags through absl. An integer it returns becomes the exit status. It imports what takes seconds
+      main: called with the name of the program and what stands before the flags; it reads its flags through
+        absl. An integer it returns becomes the exit status. It imports what takes seconds
         itself, so that `--help` and a wrong flag are answered at once.
       required: names of the flags that must be given.
       commands: what the first argument may be, for a program that does several things.
       operand: what the first argument stands for, e.g. "DIR", for a program that works on one thing.
+      subcommand: ("export", "VOTES") of a program that takes no argument, or these two.
     """
 
-    argument = "|".join(commands) or operand or ""
+    argument = "|".join(commands) or operand or (f"[{' '.join(subcommand)}]" if subcommand else "")
 
     def guarded_main(argv: Sequence[str]) -> object:
         if commands and len(argv) < 2:
@@ -65,7 +67,13 @@ def run(
             _fail(spelling.unknown("command", argv[1], commands))
         if operand and len(argv) < 2:
             _fail(f"{operand} is missing: name it before or after the options")
-        if len(argv) > (2 if commands or operand else 1):
+        if subcommand and len(argv) > 1:
+            word, what = subcommand
+            if argv[1] != word:
+                _fail(spelling.unknown("command", argv[1], [word]))
+            if len(argv) < 3:
+                _fail(f"{what} is missing: name it behind {word}")
+        if len(argv) > (3 if subcommand else 2 if commands or operand else 1):
             _fail(f"unexpected argument {argv[-1]!r}; options are written --name=value")
         missing = [f"--{name}" for name in required if not flags.FLAGS[name].present]
         if missing:
@@ -75,6 +83,8 @@ def run(
         try:
             if operand:
                 urls.refuse_url(operand, argv[1])
+            if subcommand and len(argv) > 1:
+                urls.refuse_url(subcommand[1], argv[2])
             urls.refuse_urls(flags.FLAGS)
             for line in overrides.settle(flags.FLAGS):
                 logging.info("%s", line)

@@ -1,6 +1,8 @@
 """Collects people's preferences on a local web page, blind: which of two images is better, or in what order.
 
     python -m dspo_jax.collect --images eval/images/base --images eval/images/mine --out votes.sqlite
+    python -m dspo_jax.collect export votes.sqlite --out data/judged
+    python -m dspo_jax.encode --config configs/encode/folder.py --config.source.path=data/judged ...
 
 The page shows a prompt with the images of two models, of one model's seeds, or of a pairs.jsonl, and takes
 left, right, tie, skip and undo by mouse, touch and keys. Ctrl-C ends the server; the same command goes on.
@@ -12,13 +14,45 @@ from pathlib import Path
 from absl import flags
 
 from dspo_jax import cli
+from dspo_jax.errors import UserError
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_SERVING = (
+    *("images", "questions", "rank", "checks", "check_share", "repeat_share", "votes_per_group"),
+    *("seed", "host", "port"),
+)
+_EXPORTING = ("question", "preference", "ties", "min_checks", "who")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
-    from dspo_jax.errors import UserError
+    values, exports = flags.FLAGS, len(argv) > 1
+    for name in _SERVING if exports else _EXPORTING:
+        if values[name].present:
+            what = "not an option of collect export" if exports else "an option of collect export alone"
+            raise UserError(f"--{name}={values[name].value}: {what}")
+    if exports:
+        _export(Path(argv[2]), values)
+    else:
+        _serve(values)
+
+
+def _export(votes: Path, values: flags.FlagValues) -> None:
+    from dspo_jax.people.export import Aggregation, export
+    from dspo_jax.people.votes import open_votes
+
+    store, out = open_votes(votes), Path(values.out)
+    question = values.question or next(iter(store.plan.questions))
+    how = Aggregation(question, values.preference, values.ties, values.min_checks)
+    done = export(store, out, how, who=values.who, allow_outside=values.allow_outside)
+    store.close()
+    print(
+        f"{out}: {done.pairs:,} pairs, {done.labels:,} labels, {done.rankings:,} rankings by {question}; "
+        f"{done.ties:,} pair(s) were even, {'kept' if values.ties else 'left out'}"
+    )
+
+
+def _serve(values: flags.FlagValues) -> None:
     from dspo_jax.locks import reserve
     from dspo_jax.people.groups import read_checks, read_groups
     from dspo_jax.people.questions import read_questions
@@ -32,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
             raise
         raise UserError(f"{error.name} is not installed: pip install 'dspo_jax[people]'") from error
 
-    del argv
-    values = flags.FLAGS
+    if not values.images:
+        raise UserError("--images is not set: name what people are to see, or collect export VOTES")
     plan = Plan(
         questions=read_questions(values.questions),
         seed=values.seed,
@@ -71,7 +105,9 @@ def run() -> None:
         "DIR or NAME=DIR: what sample wrote, or a folder with metadata.jsonl or pairs.jsonl; may be "
         "repeated.",
     )
-    flags.DEFINE_string("out", None, "File of votes (SQLite); the same command goes on with it.")
+    flags.DEFINE_string(
+        "out", None, "File of votes (SQLite), the same command goes on with it; of export, a new folder."
+    )
     flags.DEFINE_list(
         "questions",
         ["general"],
@@ -90,7 +126,18 @@ def run() -> None:
     flags.DEFINE_bool(
         "allow_outside", False, "Whether images may lie outside their folder, by a link or '..'."
     )
-    cli.run(main, required=("images", "out"))
+    flags.DEFINE_string("question", None, "Of export: the question whose votes count; None is the first.")
+    flags.DEFINE_enum(
+        "preference",
+        "share",
+        ("share", "majority", "reliability"),
+        "Of export: a pair's preference is the winner's share of the votes, 1, or what a Bradley-Terry fit "
+        "says that weighs people by their reliability.",
+    )
+    flags.DEFINE_bool("ties", False, "Of export: keep pairs that are even, with preference 0.5.")
+    flags.DEFINE_float("min_checks", 0.0, "Of export: share of attention checks that a person must pass.")
+    flags.DEFINE_bool("who", False, "Of export: votes.jsonl says who voted what and when.")
+    cli.run(main, required=("out",), subcommand=("export", "VOTES"))
 
 
 if __name__ == "__main__":

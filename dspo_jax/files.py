@@ -121,6 +121,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Brings a file elsewhere: as a hard link on the same disk, or else as a copy."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copy2(file, target)
+
+
 def sha256(*paths: Path) -> str:
     """Returns the SHA-256 sum of the contents of files, one after the other, in hexadecimal."""
     digest = hashlib.sha256()

@@ -1,14 +1,12 @@
 """Images that exist already, by prompt: what `sample` left, or a folder with a file of prompts and images."""
 
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dspo_jax.evaluation.image_folders import ImageFolder
-from dspo_jax.files import sha256, whole
+from dspo_jax.files import link_or_copy, sha256, whole
 from dspo_jax.sampling.folder import MANIFEST
 from dspo_jax.sampling.prompts import read_prompts
 
@@ -81,7 +79,4 @@ def gather_images(images: Sequence[ImagesOfPrompt], out: Path) -> None:
         for file, target in zip(before.files, after.files, strict=True):
             with whole(target) as partial:
                 partial.unlink(missing_ok=True)  # what a killed run left may be a link to another image
-                try:
-                    os.link(file.resolve(), partial)
-                except OSError:
-                    shutil.copy2(file, partial)
+                link_or_copy(file, partial)
