@@ -2,6 +2,7 @@
 
 python -m dspo_jax.convert import --model=DIR_OR_HUB_ID --out=model
 python -m dspo_jax.convert import --model=fine_tune.safetensors --base=DIR --out=model
+python -m dspo_jax.convert import --model=DIR --lora=style.safetensors:0.8 --out=model
 python -m dspo_jax.convert export --run=runs/emoji --out=exported
 python -m dspo_jax.convert export --run=runs/emoji --out=exported.safetensors
 python -m dspo_jax.convert export --run=runs/lora --out=adapters.safetensors --lora=diffusers
@@ -13,13 +14,14 @@ from pathlib import Path
 
 from absl import flags
 
-from dspo_jax import cli
+from dspo_jax import cli, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.locks import reserve
 
+_FORMATS = ("diffusers", "kohya")
 _PROCESS = ("prediction_type", "rescale_betas_zero_snr")
 _COMMANDS = {
-    "import": ("model", "base", *_PROCESS, "out"),
+    "import": ("model", "base", "lora", *_PROCESS, "out"),
     "export": ("run", "step", "dtype", "base", "lora", "push_to_hub", "public", "out"),
 }
 
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         if command == "import":
             asked = {name: settings[name].value for name in _PROCESS}
             process = {name: value for name, value in asked.items() if value is not None}
-            import_model(settings.model, out, base=settings.base, process=process)
+            import_model(settings.model, out, base=settings.base, process=process, loras=settings.lora)
             print(f"{out}: diffusers folder of {settings.model}")
         else:
             run, step = split_run(settings.run) or (Path(settings.run), None)
@@ -57,22 +59,33 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"--run={settings.run} and --step={settings.step}: name the step once")
             step = parse_step(settings.step, run) if settings.step else step
             newest = step is None
+            adapters = _choose_format(settings.lora)
             step = export(
                 run,
                 out,
                 step=step,
                 dtype=settings.dtype,
                 base=settings.base,
-                adapters=settings.lora,
+                adapters=adapters,
             )
             kind = "single-file checkpoint" if out.suffix == ".safetensors" else "diffusers folder"
-            kind = f"adapters for {settings.lora}" if settings.lora else kind
+            kind = f"adapters for {adapters}" if adapters else kind
             print(f"{out}: {kind} of {run} at step {step}", flush=True)
             best = find_best(run / "checkpoints") if newest else None
             if best is not None and best[0] != step:
                 print(f"the held-out pairs find step {best[0]} better: --step=best exports it")
             if repository:
                 print(push_to_hub(out, repository, public=settings.public))
+
+
+def _choose_format(texts: Sequence[str]) -> str | None:
+    """Returns what an export's --lora asks for, as the import's may be repeated and names files."""
+    if len(texts) > 1:
+        raise UserError(f"--lora={texts[1]}: an export writes adapters once; give one --lora")
+    for text in texts:
+        if text not in _FORMATS:
+            raise UserError(spelling.unknown("--lora", text, _FORMATS))
+    return next(iter(texts), None)
 
 
 def run() -> None:
@@ -107,12 +120,12 @@ def run() -> None:
         "import of a single file: whether it was trained with zero terminal SNR, where it does not say it "
         "itself; default: as the base.",
     )
-    flags.DEFINE_enum(
+    flags.DEFINE_multi_string(
         "lora",
-        None,
-        ("diffusers", "kohya"),
-        "export of a run with LoRA: only the adapters, as diffusers or as kohya names them; "
-        "default: the whole model with the adapters added.",
+        [],
+        "import: a LoRA file to add to the weights, FILE or FILE:WEIGHT; may be repeated. "
+        "export of a run with LoRA, diffusers or kohya: only the adapters, as these name them; default: the "
+        "whole model with the adapters added.",
     )
     flags.DEFINE_string(
         "push_to_hub",

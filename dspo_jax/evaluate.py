@@ -54,6 +54,11 @@ def run() -> None:
         "base", None, "What is compared with: a diffusers folder or a training workdir (or WORKDIR@best)."
     )
     flags.DEFINE_multi_string("model", [], "Such a folder, or NAME=DIR; may be repeated.")
+    flags.DEFINE_multi_string(
+        "lora",
+        [],
+        "A LoRA file that is added to every --model, not to the base: FILE or FILE:WEIGHT; may be repeated.",
+    )
     flags.DEFINE_string("base_images", None, "In place of --base, a folder of images made elsewhere.")
     flags.DEFINE_multi_string("images", [], "In place of --model, the same; may be repeated.")
     flags.DEFINE_string(

@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     from dspo_jax.parallel import processes
     from dspo_jax.parallel.mesh import use_cpu_cores
+    from dspo_jax.pipelines.loading import Adapted
     from dspo_jax.sampling.drawing import sample
     from dspo_jax.sampling.options import read_options
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     with processes.claim(out):
         options = read_options(settings)
         sheet = sample(
-            {path: path for path in settings.model},
+            {path: Adapted(path, tuple(settings.lora)) if settings.lora else path for path in settings.model},
             options.prompts,
             out,
             options.rendering,
@@ -49,6 +50,9 @@ def run() -> None:
         "model",
         None,
         "A diffusers folder or a training workdir (WORKDIR@best: its best step); may be repeated.",
+    )
+    flags.DEFINE_multi_string(
+        "lora", [], "A LoRA file that is added to every model, FILE or FILE:WEIGHT; may be repeated."
     )
     flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there already is not drawn again.")

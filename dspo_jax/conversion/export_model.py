@@ -24,6 +24,7 @@ from dspo_jax.weights.component_files import weights_file
 from dspo_jax.weights.components import fold_adapters, open_component, read_models
 from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
 from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
+from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.saved_params import SavedParams, read_base
 from dspo_jax.weights.tensors import Tensor, write_tensors
 
@@ -191,7 +192,7 @@ def _write_single(
     try:
         single = single_file.join(
             components,
-            single_file.make_layouts({name: model.complete_config() for name, model in models.items()}),
+            make_layouts({name: model.complete_config() for name, model in models.items()}),
         )
     except UserError as error:
         raise UserError(f"--out={out}: {error}; export a folder instead") from error

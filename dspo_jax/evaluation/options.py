@@ -8,6 +8,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.evaluation.run import PROMPT_IMAGES, Comparison, ModelOrImages, check_out
+from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.sampling.options import read_drawing_flags
 from dspo_jax.sampling.rendering import Rendering
 
@@ -21,13 +22,19 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
     """
     if bool(settings.base) == bool(settings.base_images):
         raise UserError("--base or --base_images: give one of them")
+    loras = tuple(settings.lora)
+    if loras and not settings.model:
+        raise UserError(f"--lora={loras[0]}: added to each --model, and there is none; name one")
     models: dict[str, ModelOrImages] = {}
     for flag, texts in (("model", settings.model), ("images", settings.images)):
         for text in texts:
             label, path = _parse_named(text)
             if label in models:
                 raise UserError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
-            models[label] = path if flag == "model" else ImageFolder(Path(path), settings.allow_outside)
+            if flag == "images":
+                models[label] = ImageFolder(Path(path), settings.allow_outside)
+            else:
+                models[label] = Adapted(path, loras) if loras else path
     out = Path(settings.out)
     check_out(out)  # before the pictures of a set of edits are unpacked into it
     found = read_prompt_set(settings.prompts, out / PROMPT_IMAGES, allow_outside=settings.allow_outside)

@@ -13,6 +13,7 @@ from dspo_jax.evaluation.report import write_report
 from dspo_jax.evaluation.result import BASE, Evaluation, assess
 from dspo_jax.locks import is_empty
 from dspo_jax.parallel import processes
+from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.scores import score_files
 from dspo_jax.sampling.drawing import sample
@@ -24,7 +25,7 @@ from dspo_jax.sampling.rendering import Rendering
 _IMAGES, _SCORES, PROMPT_IMAGES = "images", "scores", "prompt_images"
 
 
-ModelOrImages = str | Path | ImageFolder
+ModelOrImages = str | Path | Adapted | ImageFolder
 """A model that draws, or a folder of images that were drawn."""
 
 
@@ -107,24 +108,18 @@ def evaluate(
     }
     # Each reward is loaded again when it scores: until then the memory is the models'.
     versions = check_rewards(rewards, reward_dir)
-    pipes = {
-        label: rendering.drawing.load(origin)
-        for label, origin in origins.items()
-        if not isinstance(origin, ImageFolder)
-    }
+    models = {label: origin for label, origin in origins.items() if not isinstance(origin, ImageFolder)}
+    pipes = {label: rendering.drawing.load(model) for label, model in models.items()}
     for label, pipe in pipes.items():
-        model, folder, seeds = (
-            str(origins[label]),
-            out / _IMAGES / label,
-            range(comparison.count_seeds(label)),
-        )
+        model, folder = models[label], out / _IMAGES / label
+        seeds = range(comparison.count_seeds(label))
         sample({label: model}, prompts.prompts, folder, rendering, seeds=seeds, overwrite=overwrite)
         requests = [ImageRequest(p.text, i, seed) for i, p in enumerate(prompts.prompts) for seed in seeds]
         files = place_images(folder, [label], requests, rendering.image_format)[label]
         by_prompt = np.array([files[each] for each in requests]).reshape(len(prompts.prompts), -1).tolist()
         how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": pipe.step}
         how |= {"max_chunks": pipe.max_chunks, "clip_skip": pipe.clip_skip}
-        images[label] = Images(model, how, by_prompt)
+        images[label] = Images(str(model), how, by_prompt)
     images = {label: images[label] for label in origins}
     scores: dict[str, dict[str, np.ndarray]] = {label: {} for label in images}
     for name, called in zip(rewards, versions, strict=True):

@@ -18,28 +18,51 @@ from dspo_jax.samplers.spacing import check_sampler_config
 from dspo_jax.schema import flag
 from dspo_jax.weights import file_kinds, saved_params
 from dspo_jax.weights.components import read_models
+from dspo_jax.weights.lora_files import open_lora
 from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.saved_params import read_run_config
 
 _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model with LoRA files added to its weights.
+
+    Attributes:
+      model: a folder, workdir or hub id.
+      loras: each `FILE` or `FILE:WEIGHT`, as `weights.lora_files.open_lora` takes it.
+    """
+
+    model: str | Path
+    loras: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Names the model and then the files, as a manifest does."""
+        return ", ".join([str(self.model), *self.loras])
+
+
 def load_pipeline(
-    path: str | Path, *, max_chunks: int | None = None, clip_skip: int | None = None
+    path: str | Path | Adapted, *, max_chunks: int | None = None, clip_skip: int | None = None
 ) -> Pipeline:
     """Reads a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
     Args:
       path: the folder, or the hub id of one. Of a workdir the newest checkpoint is read, of `WORKDIR@STEP`
-        and `WORKDIR@best` the one that is named (`weights.saved_params.split_run`).
+        and `WORKDIR@best` the one that is named (`weights.saved_params.split_run`). `Adapted` is such a model
+        with LoRA files.
       max_chunks: see `Pipeline`; None is what the run was trained with, or 1 of a plain folder.
       clip_skip: in the same way.
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
       UserError: a pipeline, component or config value that is not supported; a run that was trained with
-        another `max_chunks` or `clip_skip`.
+        another `max_chunks` or `clip_skip`; a LoRA of another model.
     """
+    if isinstance(path, Adapted):
+        pipe = load_pipeline(path.model, max_chunks=max_chunks, clip_skip=clip_skip)
+        networks = {name: pipe.networks[name] for name in pipe.components}
+        return dataclasses.replace(pipe, loras=tuple(open_lora(text, networks) for text in path.loras))
     text: Mapping[str, int | None] = {"max_chunks": max_chunks, "clip_skip": clip_skip}
     trained: Mapping[str, Params] = {}
     step, run = None, saved_params.split_run(path)

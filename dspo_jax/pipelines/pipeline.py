@@ -23,6 +23,7 @@ from dspo_jax.pipelines.tokenizers import CaptionTokenizer
 from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
+from dspo_jax.weights.lora_files import LoRA
 
 Array = jax.Array | np.ndarray
 
@@ -65,6 +66,7 @@ class Pipeline:
         their number times `caption_length`.
       clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1; the final
         norm follows. (diffusers counts from 0.)
+      loras: files that are added to the weights when they are read.
     """
 
     path: Path
@@ -79,6 +81,7 @@ class Pipeline:
     step: int | None = None
     max_chunks: int = 1
     clip_skip: int = 1
+    loras: tuple[LoRA, ...] = ()
 
     @property
     def denoiser(self) -> str:
@@ -159,11 +162,10 @@ class Pipeline:
     def read_params(self, component: str, dtype: str | None = None) -> Params:
         """Reads the weights of one of the `networks` as arrays, in `dtype` or as stored."""
         trained = self.trained.get(component, {})
-        if trained and not lora.find_ranks(trained):
+        if trained and not self.loras and not lora.find_ranks(trained):
             return jax.tree.map(lambda leaf: leaf.astype(dtype), trained) if dtype else trained
-        return components.read_params(
-            self.path / component, self.networks[component], dtype, adapters=trained
-        )
+        network = self.networks[component]
+        return components.read_params(self.path / component, network, dtype, trained, self.loras)
 
     @property
     def caption_length(self) -> int:
@@ -397,4 +399,6 @@ class Pipeline:
                         digest.update(content.read(4096))
         for leaf in jax.tree.leaves(self.trained):
             digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
+        for added in self.loras:
+            digest.update(f"{sha256(added.path)} {added.weight}".encode())
         return digest.hexdigest()

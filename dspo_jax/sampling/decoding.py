@@ -116,12 +116,12 @@ def to_pixels(
 
 
 def refuse_non_finite(
-    model: str | Path, requests: Sequence[ImageRequest], finite: Bool[np.ndarray, " B"]
+    model: object, requests: Sequence[ImageRequest], finite: Bool[np.ndarray, " B"]
 ) -> None:
     """Refuses pictures that are not finite, before they are saved as black ones.
 
     Args:
-      model: what the error calls the model.
+      model: its text is what the error calls the model.
       requests: [B] what was drawn.
       finite: [B] from `Decoder`.
 

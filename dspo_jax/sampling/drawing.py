@@ -22,6 +22,7 @@ from dspo_jax.images.resize import prepare_image
 from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import make_mesh
+from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.decoding import Decoder, refuse_non_finite
 from dspo_jax.sampling.folder import (
@@ -41,7 +42,7 @@ _TEXT = ("max_chunks", "clip_skip")  # noted by model, as each run has its own
 
 
 def sample(
-    models: Mapping[str, str | Path],
+    models: Mapping[str, str | Path | Adapted],
     prompts: Sequence[Prompt],
     out: Path,
     rendering: Rendering,
@@ -147,7 +148,7 @@ def _read_latents(
 
 
 def _settings(
-    models: Mapping[str, str | Path],
+    models: Mapping[str, str | Path | Adapted],
     pipes: Mapping[str, Pipeline],
     prompts: Sequence[Prompt],
     rendering: Rendering,
@@ -210,7 +211,7 @@ def draw_batches(
     *,
     init_latents: Float32[np.ndarray, "prompts h w C"] | None = None,
     images: Sequence[Path | None] = (),
-    model: str | Path | None = None,
+    model: str | Path | Adapted | None = None,
     optimizer: NoiseOptimizer | None = None,
 ) -> Iterator[list[tuple[ImageRequest, UInt8[np.ndarray, "H W 3"]]]]:
     """Draws on all devices of this process; yields each batch of requests with images [H, W, 3] uint8.

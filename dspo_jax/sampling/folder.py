@@ -16,6 +16,7 @@ from dspo_jax.files import whole, write_json
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.json_files import read_object
 from dspo_jax.locks import is_empty
+from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing
@@ -85,7 +86,9 @@ def note_rewards(file: Path, before: float, after: float) -> None:
     write_json(file.with_suffix(".json"), {"reward_before": before, "reward_after": after})
 
 
-def write_manifest(out: Path, models: Mapping[str, str | Path], files: Files, drawing: Drawing) -> None:
+def write_manifest(
+    out: Path, models: Mapping[str, str | Path | Adapted], files: Files, drawing: Drawing
+) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
     keys = ("sampler", "steps", "eta", "guidance_scale", "guidance_rescale", "strength")
     how = {key: getattr(drawing, key) for key in keys}

@@ -9,7 +9,7 @@ import jax
 from dspo_jax import samplers, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import COMPUTE_DTYPES
-from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 
 FORMATS = ("png", "webp")
@@ -67,7 +67,7 @@ class Drawing:
         if first > last:
             raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
 
-    def load(self, model: str | Path) -> Pipeline:
+    def load(self, model: str | Path | Adapted) -> Pipeline:
         """Reads a model whose prompts are encoded so; arguments and errors as `load_pipeline`."""
         return load_pipeline(model, max_chunks=self.max_chunks, clip_skip=self.clip_skip)
 

@@ -1,6 +1,6 @@
 """The networks of a diffusers folder: architectures and weights, read and written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from dspo_jax.files import write_json
 from dspo_jax.models import lora
 from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import Model, Params, build_model
-from dspo_jax.weights import model_dir
+from dspo_jax.weights import lora_files, model_dir
 from dspo_jax.weights.component_files import open_stored, stored_name, weights_file
 from dspo_jax.weights.layout import (
     DTYPES,
@@ -22,6 +22,7 @@ from dspo_jax.weights.layout import (
     torch_shapes,
     unflatten,
 )
+from dspo_jax.weights.lora_files import LoRA
 from dspo_jax.weights.model_dir import read_json
 from dspo_jax.weights.tensors import Tensor, write_tensors
 
@@ -108,24 +109,34 @@ def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) ->
 
 
 def read_params(
-    folder: Path, model: Model, dtype: str | None = None, adapters: Params | None = None
+    folder: Path,
+    model: Model,
+    dtype: str | None = None,
+    trained: Params | None = None,
+    loras: Sequence[LoRA] = (),
 ) -> Params:
     """Reads a component's weights as a tree of NumPy arrays.
 
     Args:
-      folder: holds the safetensors file or files.
+      folder: holds the safetensors file or files; its name is the component's.
       model: the architecture; its paths and shapes decide what they must hold.
       dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
-      adapters: a tree of adapters to add.
+      trained: what a run trained: a tree of adapters to add, or the whole component in place of the files.
+      loras: files that are opened for the model, to add.
 
     Raises:
       FileNotFoundError, UserError: as `open_component`; or the adapters are of another model.
     """
-    stored = open_component(folder, model)
-    try:
-        opened = fold_adapters(stored, leaf_tensors(adapters)) if adapters else stored
-    except UserError as error:
-        raise UserError(f"{folder}: {error}; is it the model that the run started from?") from error
+    whole = trained and not lora.find_ranks(trained)
+    stored = to_torch(leaf_tensors(trained)) if trained and whole else open_component(folder, model)
+    opened = stored
+    if trained and not whole:
+        try:
+            opened = fold_adapters(stored, leaf_tensors(trained))
+        except UserError as error:
+            raise UserError(f"{folder}: {error}; is it the model that the run started from?") from error
+    for each in loras:
+        opened = lora_files.fold(opened, each, folder.name)
     leaves = {}
     for path, abstract in flatten(model.abstract_params()).items():
         name, axes = torch_layout(path, len(abstract.shape))

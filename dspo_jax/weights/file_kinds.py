@@ -13,8 +13,8 @@ from dspo_jax.weights.tensors import Tensor, open_file
 _ORIGINAL_UNET = "model.diffusion_model."
 _INTO_FOLDER = "it belongs into a diffusers folder, as the file that it replaces there"
 _FUSE = (
-    "a LoRA, which changes another model's layers and is none itself; add it to its model in diffusers "
-    "(load_lora_weights, fuse_lora, save_pretrained), and name the folder that is written"
+    "a LoRA, which changes another model's layers and is none itself; name it with --lora beside its model, "
+    "or add it to that: python -m dspo_jax.convert import --model=MODEL --lora=FILE --out=DIR"
 )
 _LORA = re.compile(
     r"lora_(unet|te\d?|transformer|prior)_.*"  # kohya's

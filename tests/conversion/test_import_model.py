@@ -481,6 +481,14 @@ def test_the_command_exports_the_best_checkpoint_and_names_it(model, tmp_path, o
     [
         (["export"], "--run is missing: name what to export"),
         (["import", "--model=x", "--dtype=float16"], "--dtype=float16: not an option of import"),
+        (
+            ["export", "--run=absent", "--lora=l.safetensors"],
+            "--lora = 'l.safetensors': unknown (allowed: diffusers, kohya)",
+        ),
+        (
+            ["export", "--run=absent", "--lora=kohya", "--lora=diffusers"],
+            "--lora=diffusers: an export writes adapters once; give one --lora",
+        ),
         (["export", "--run=absent", "--step=bst"], "absent: step 'bst': must be a whole number, or best"),
         (
             ["export", "--run=absent", "--step=best"],

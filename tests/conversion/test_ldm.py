@@ -7,6 +7,7 @@ import pytest
 from tables import each_row
 
 from dspo_jax.conversion import single_file
+from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.tensors import Tensor
 
 # Real structures with narrow layers: of Stable Diffusion 1 and of XL.
@@ -121,13 +122,13 @@ def model(request):
 def single(model):
     configs, arrays = model
     components = {name: {key: lazy(a) for key, a in values.items()} for name, values in arrays.items()}
-    return single_file.join(components, single_file.make_layouts(configs))
+    return single_file.join(components, make_layouts(configs))
 
 
 def split(single, model):
     configs, arrays = model
     shapes = {name: {key: a.shape for key, a in values.items()} for name, values in arrays.items()}
-    return single_file.split(single, single_file.make_layouts(configs), shapes)
+    return single_file.split(single, make_layouts(configs), shapes)
 
 
 def test_diffusers_reads_what_we_write(single, model):
@@ -196,7 +197,7 @@ def test_split_is_the_inverse_of_join(single, model):
 )
 def test_published_names(family, names):
     configs = FAMILIES[family]
-    layouts = single_file.make_layouts(configs)
+    layouts = make_layouts(configs)
     ours = {
         layouts[component].place(name).name
         for component, shapes in make_shapes(configs).items()
@@ -262,7 +263,7 @@ def test_a_file_of_another_family_is_named(single, model):
         if configs is not model[0]:
             message = rf"is Stable Diffusion \w+, but --base is {family[2:]}; name a base"
             with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
-                single_file.split(single, single_file.make_layouts(configs), {})
+                single_file.split(single, make_layouts(configs), {})
 
 
 EPSILON, VELOCITY = {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}
@@ -349,4 +350,4 @@ def test_a_fused_projection_of_another_width_is_named(model, single):
 
 def test_another_autoencoder_has_no_place():
     with pytest.raises(ValueError, match="AutoencoderTiny has no place in a single-file checkpoint"):
-        single_file.make_layouts(SD1 | {"vae": {"_class_name": "AutoencoderTiny"}})
+        make_layouts(SD1 | {"vae": {"_class_name": "AutoencoderTiny"}})

@@ -17,6 +17,8 @@ from dspo_jax.evaluation.image_folders import ImageFolder, find_images
 from dspo_jax.evaluation.options import read_options
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.run import Comparison, evaluate
+from dspo_jax.hub_cache import hide_folders
+from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.prompts import Prompt
@@ -238,6 +240,7 @@ FLAGS = {
     **{"batch_size": 16, "negative_prompt": None, "init_image": None, "strength": None, "height": None},
     **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 1024, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
+    "lora": [],
 }
 
 
@@ -260,6 +263,15 @@ def test_flags_become_arguments(tmp_path):
     assert read(base=None, base_images="x")[0].base == ImageFolder(Path("x"))
 
 
+def test_loras_are_added_to_the_models_and_not_to_the_base():
+    comparison, _ = read(model=["m", "n=o"], images=["i"], lora=["/a/b.safetensors:0.5", "c.safetensors"])
+    loras = ("/a/b.safetensors:0.5", "c.safetensors")
+    assert comparison.base == "b"
+    adapted = {"m": Adapted("m", loras), "n": Adapted("o", loras)}
+    assert comparison.models == adapted | {"i": ImageFolder(Path("i"))}
+    assert hide_folders(str(comparison.models["m"])) == "m,b.safetensors:0.5, c.safetensors"
+
+
 def test_edits_start_from_their_pictures(tmp_path):
     (tmp_path / "a.png").write_bytes(image_bytes())
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "a.png"}')
@@ -273,6 +285,10 @@ def test_edits_start_from_their_pictures(tmp_path):
     [
         ({"base_images": "x"}, "--base or --base_images: give one of them"),
         ({"base": None}, "--base or --base_images: give one of them"),
+        (
+            {"model": [], "images": ["i"], "lora": ["c.safetensors"]},
+            "--lora=c.safetensors: added to each --model, and there is none; name one",
+        ),
         ({"model": ["a/exported", "b/exported"]}, "two are called 'exported'; name it: --model=NAME=DIR"),
         ({"images": ["runs/m"]}, "--images=runs/m: two are called 'm'; name it: --images=NAME=DIR"),
         ({"model": []}, "nothing to compare with the base; give --model or --images"),

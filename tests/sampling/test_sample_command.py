@@ -13,7 +13,8 @@ from processes import finish, log_of, start
 from safetensors.numpy import load_file, save_file
 from tables import each_row
 
-from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.conversion.import_model import import_model
+from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.drawing import draw_batches, sample
@@ -372,6 +373,26 @@ def test_editing_draws_three_quarters_anew_unless_told(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "p.png"}\n"b"\n')
     with pytest.raises(ValueError, match="1 of 2 have an image; give all of them one, or --init_image"):
         read_options(SimpleNamespace(**OPTIONS | {"prompts": str(tmp_path / "p.jsonl")}))
+
+
+@pytest.mark.ci
+def test_an_added_lora_draws_as_the_model_that_it_was_imported_with(draw, model, tmp_path):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    file, random = tmp_path / "lora.safetensors", np.random.default_rng(0)
+    shapes = {"A": (2, 8), "B": (8, 2)}
+    halves = {part: random.standard_normal(shape, np.float32) for part, shape in shapes.items()}
+    save_file({f"{layer}.lora_{part}.weight": half for part, half in halves.items()}, file)
+    import_model(model, tmp_path / "folded", loras=[f"{file}:0.5"])
+    adapted = Adapted(model, (f"{file}:0.5",))
+    draw(models={"base": model, "folded": tmp_path / "folded", "added": adapted}, seeds=(0,))
+    folders = [images_of(tmp_path / "out" / name) for name in ("0-base", "1-folded", "2-added")]
+    base, folded, added = (images["00000_0.png"].astype(int) for images in folders)
+    assert np.abs(added - folded).max() <= 1
+    assert np.abs(added - base).mean() > 1
+    lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["model"] == f"{model}, {file}:0.5"
+    with pytest.raises(ValueError, match="holds images with models = "):
+        draw(models={"base": model, "folded": tmp_path / "folded", "added": model}, seeds=(0,))
 
 
 @pytest.mark.slow

@@ -1,0 +1,343 @@
+"""LoRA files as people share them: names of PEFT and diffusers, of kohya and of LyCORIS' LoCon.
+
+Each names some layers of a model, and adds scale * up @ down to the weight of each; scale is alpha / rank.
+Sources of the names: diffusers' `save_lora_weights` and `load_lora_weights`, in their old forms too; PEFT's
+`get_peft_model_state_dict`; networks/lora.py of kohya-ss/sd-scripts; lycoris/modules/locon.py of LyCORIS.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspo_jax import json_files
+from dspo_jax.errors import UserError
+from dspo_jax.models.model import Model
+from dspo_jax.weights import tensors
+from dspo_jax.weights.layout import flatten, torch_shapes
+from dspo_jax.weights.original_layout import unet_layout
+from dspo_jax.weights.tensors import Tensor
+
+METADATA_KEY = "lora_adapter_metadata"
+"""Entry of a header in which diffusers keeps PEFT's configs of an adapter, as JSON."""
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_PARTS = re.compile(
+    r"(?P<layer>.+)\.(?:"
+    r"(?P<down>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora(?:_linear_layer)?\.down\.weight)"
+    r"|(?P<up>lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora(?:_linear_layer)?\.up\.weight)"
+    r"|(?P<mid>lora_mid\.weight)"
+    r"|(?P<alpha>alpha))"
+)
+# What diffusers called the layers of attention before it used PEFT.
+_OLD_NAMES = (
+    (re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\."), r".self_attn.\1_proj.lora."),
+    (re.compile(r"\.processor\.to_(q|k|v)_lora\."), r".to_\1.lora."),
+    (re.compile(r"\.processor\.to_out_lora\."), ".to_out.0.lora."),
+)
+# Adapters that are no LoRA, and the tensors that they are told by.
+_OTHERS = (
+    ("DoRA", r".*\.(dora_scale|lora_magnitude_vector(\..*)?)"),
+    ("LoKr", r".*\.lokr_\w+"),
+    ("LoHa", r".*\.hada_\w+"),
+    ("OFT", r".*\.b?oft_\w+(\..*)?"),
+    ("GLoRA", r".*\.[ab][12]\.weight"),
+    ("IA3", r".*\.(on_input|ia3_\w+(\..*)?)"),
+    ("trained norms", r".*\.[wb]_norm"),
+    ("trained biases or whole weights", r".*\.(diff|diff_b|set_weight|bias)"),
+)
+_KOHYA = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """What a file adds to one weight: scale * up @ down.
+
+    Attributes:
+      down: [r, in], of a convolution [r, in, k, k].
+      up: [out, r], of a convolution [out, r, 1, 1].
+      scale: alpha / r, or alpha / sqrt(r) where a file says that it is rank-stabilised.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def product(self) -> np.ndarray:
+        """Computes scale * up @ down, float32, in the shape of the weight.
+
+        Raises:
+          UserError: a number of the file is not finite.
+        """
+        down, up = (np.asarray(half.read(), np.float32) for half in (self.down, self.up))
+        added = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+        return np.float32(self.scale) * added.reshape(len(up), *down.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A LoRA file that has been opened for a model.
+
+    Attributes:
+      path: of the file.
+      weight: what all that it adds is multiplied by.
+      modules: component -> name of the weight as torch has it -> what is added.
+    """
+
+    path: Path
+    weight: float
+    modules: Mapping[str, Mapping[str, Module]]
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Parses `FILE` or `FILE:WEIGHT` to (file, weight); the weight is 1 unless it is given.
+
+    Raises:
+      UserError: the weight is no finite number, or the file is a pickle or a folder.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or number.endswith(".safetensors"):
+        name, number = text, "1"
+    try:
+        weight = float(number)
+    except ValueError as error:
+        raise UserError(f"--lora={text}: {number!r} is no weight; write FILE.safetensors:0.8") from error
+    if not math.isfinite(weight):
+        raise UserError(f"--lora={text}: the weight must be a finite number, as in FILE.safetensors:0.8")
+    path = Path(name)
+    if path.suffix in _PICKLES:
+        raise UserError(f"--lora={text}: a pickle, which is not read; give a .safetensors file")
+    if path.is_dir():
+        raise UserError(f"--lora={text}: a folder; name the .safetensors file in it")
+    return path, weight
+
+
+def open_lora(text: str, models: Mapping[str, Model]) -> LoRA:
+    """Opens `FILE` or `FILE:WEIGHT` for a model, and checks every name and shape; only alphas are read.
+
+    Args:
+      text: as `parse_lora` takes it.
+      models: architectures of the components that may be adapted: "unet" and the text encoders.
+
+    Raises:
+      FileNotFoundError: no such file.
+      UserError: it is damaged, no LoRA, or of another model.
+    """
+    path, weight = parse_lora(text)
+    stored = tensors.open_file(path)
+    _refuse_others(path, stored)
+    configs = _read_configs(path)
+    shapes = {component: torch_shapes(model) for component, model in models.items()}
+    modules: dict[str, dict[str, Module]] = {}
+    for (component, layer), (key, parts) in _group(path, stored, _name_layers(models)).items():
+        name = f"{layer}.weight"
+        try:
+            scale = _read_scale(parts, configs, component, layer)
+            module = _make_module(parts, shapes[component][name], scale)
+        except UserError as error:
+            raise UserError(f"{path}: tensor {key}: {error}") from error
+        modules.setdefault(component, {})[name] = _checked(path, key, module)
+    return LoRA(path, weight, modules)
+
+
+def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
+    for kind, pattern in _OTHERS:
+        for key in stored:
+            if re.fullmatch(pattern, key):
+                raise UserError(
+                    f"{path}: holds {kind} (tensor {key}), but LoRA and LoCon alone are read; merge it into "
+                    "its model with the program that it was made for, and name the merged model"
+                )
+
+
+def _name_layers(models: Mapping[str, Model]) -> dict[str, tuple[str, str]]:
+    """Returns every name that files have for a linear layer or a convolution -> (component, layer)."""
+    found: dict[str, tuple[str, str]] = {}
+    encoders = [component for component in models if component != "unet"]
+    for component, model in models.items():
+        original = unet_layout(model.complete_config()) if component == "unet" else None
+        for path in flatten(model.abstract_params()):
+            if not path.endswith(".kernel"):
+                continue
+            layer = path.removesuffix(".kernel")
+            if original is None:
+                names = {layer, layer.removeprefix("text_model.")}
+            else:
+                there = original.place(f"{layer}.weight").name
+                names = {layer, there.removeprefix(original.root).removesuffix(".weight")}
+            spellings = {f"{component}.{name}" for name in names}
+            spellings |= {f"{root}{name.replace('.', '_')}" for name in names for root in _KOHYA[component]}
+            if original is not None or len(encoders) == 1:
+                spellings |= names
+            found |= dict.fromkeys(spellings, (component, layer))
+    return found
+
+
+def _group(
+    path: Path, stored: Mapping[str, Tensor], layers: Mapping[str, tuple[str, str]]
+) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
+    """Returns (component, layer) -> (a tensor's name for messages, its "down", "up", "mid" and "alpha").
+
+    Raises:
+      UserError: a name that is unknown or twice the same.
+    """
+    groups: dict[tuple[str, str], tuple[str, dict[str, Tensor]]] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix("base_model.model.").replace(".base_model.model.", ".")
+        for old, new in _OLD_NAMES:
+            name = old.sub(new, name)
+        match = _PARTS.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"{path}: tensor {key}: not of a LoRA as it is known here, which has lora_A and lora_B, "
+                "lora_down, lora_up, lora_mid and alpha"
+            )
+        place = layers.get(match["layer"])
+        if place is None:
+            raise UserError(
+                f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind "
+                "(Stable Diffusion 1, 2 or XL)?"
+            )
+        parts = groups.setdefault(place, (key, {}))[1]
+        part = str(match.lastgroup)
+        if part in parts:
+            raise UserError(f"{path}: tensor {key}: of a layer that is adapted under another name, too")
+        parts[part] = tensor
+    if not groups:
+        raise UserError(f"{path}: holds no tensors; fetch the file again")
+    return groups
+
+
+def _make_module(parts: Mapping[str, Tensor], shape: tuple[int, ...], scale: float) -> Module:
+    """Makes the module of a weight of the given shape.
+
+    Raises:
+      UserError: a half does not fit.
+    """
+    down = _compose(parts["down"], parts["mid"]) if "mid" in parts else parts["down"]
+    rank = down.shape[0]
+    up_shape = (shape[0], rank, *(1 for _ in shape[2:]))
+    return Module(_reshape(down, (rank, *shape[1:])), _reshape(parts["up"], up_shape), scale)
+
+
+def _compose(down: Tensor, mid: Tensor) -> Tensor:
+    """Returns LoCon's 1 x 1 convolution to r channels and the k x k one among these as one."""
+    inputs = math.prod(down.shape[1:])
+    if len(mid.shape) != 4 or mid.shape[1] != down.shape[0]:
+        raise UserError(f"its lora_mid {mid.shape} does not follow its lora_down {down.shape}")
+
+    def read() -> np.ndarray:
+        first = down.read().astype(np.float32).reshape(-1, inputs)
+        return np.einsum("srhw,ri->sihw", mid.read().astype(np.float32), first)
+
+    return Tensor((mid.shape[0], inputs, *mid.shape[2:]), np.dtype("float32"), read)
+
+
+def _reshape(half: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns a half in the shape that its layer asks for; a window of 1 x 1 may be written or not."""
+
+    def without_window(sides: tuple[int, ...]) -> tuple[int, ...]:
+        return sides[:2] if set(sides[2:]) <= {1} else sides
+
+    if without_window(half.shape) != without_window(shape):
+        raise UserError(
+            f"of a half {half.shape}, where the model asks for {shape}; is the LoRA of another model?"
+        )
+    return Tensor(shape, half.dtype, lambda: half.read().reshape(shape))
+
+
+def _checked(path: Path, key: str, module: Module) -> Module:
+    """Returns a module whose numbers are refused where they are not finite."""
+
+    def check(half: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            value = half.read()
+            if not np.isfinite(value.astype(np.float32)).all():
+                raise UserError(f"{path}: tensor {key}: its layer has numbers that are not finite")
+            return value
+
+        return Tensor(half.shape, half.dtype, read)
+
+    return dataclasses.replace(module, down=check(module.down), up=check(module.up))
+
+
+def _read_configs(path: Path) -> dict[str, Any]:
+    """Returns PEFT's configs of the adapters: of a component as `unet.KEY`, of a file alone as `KEY`."""
+    beside = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and beside.is_file():
+        return json_files.read_object(beside, "fetch the LoRA again")
+    try:
+        configs = json.loads(tensors.read_metadata(path).get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: {METADATA_KEY} in its header is not JSON; fetch the file again") from error
+    if not isinstance(configs, dict):
+        raise UserError(f"{path}: {METADATA_KEY} in its header is no JSON object; fetch the file again")
+    return configs
+
+
+def _read_scale(parts: Mapping[str, Tensor], configs: Mapping[str, Any], component: str, layer: str) -> float:
+    """Returns alpha / rank of a layer, by its own tensor or by PEFT's configs; alpha is else the rank.
+
+    Raises:
+      UserError: a half is missing, or alpha is no number.
+    """
+    for part in ("down", "up"):
+        if part not in parts:
+            raise UserError(f"without its lora_{part}; fetch the file again")
+    rank = parts["down"].shape[0] if parts["down"].shape else 0
+    if rank == 0:
+        raise UserError("of rank 0; fetch the file again")
+
+    def get(key: str) -> Any:
+        return configs.get(f"{component}.{key}", configs.get(key))
+
+    alpha: Any = None
+    if "alpha" in parts:
+        values = parts["alpha"].read().astype(np.float64).ravel()
+        alpha = float(values[0]) if values.size == 1 else values.tolist()
+    else:
+        alpha = get("lora_alpha")
+        patterns = get("alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            # PEFT's rule: the first that matches the layer's name, or the end of it.
+            try:
+                fits = re.fullmatch(rf"(.*\.)?({pattern})", layer)
+            except re.error as error:
+                raise UserError(f"alpha_pattern {pattern!r}: {error}; fetch the file again") from error
+            if fits:
+                alpha = value
+                break
+    if alpha is None:
+        return 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"alpha = {json_files.shown(alpha)}: must be a finite number; fetch the file again")
+    rank_stabilised = "alpha" not in parts and get("use_rslora") is True
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def fold(stored: Mapping[str, Tensor], lora: LoRA, component: str) -> dict[str, Tensor]:
+    """Adds what a LoRA has for a component to its weights, which become float32.
+
+    Args:
+      stored: the component's tensors under torch's names.
+      lora: opened for the model.
+      component: which component they are.
+    """
+
+    def add(weight: Tensor, module: Module) -> Tensor:
+        def read() -> np.ndarray:
+            return weight.read().astype(np.float32) + np.float32(lora.weight) * module.product()
+
+        return Tensor(weight.shape, np.dtype("float32"), read)
+
+    modules = lora.modules.get(component, {})
+    return {**stored, **{name: add(stored[name], module) for name, module in modules.items()}}
