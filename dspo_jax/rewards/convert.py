@@ -38,7 +38,7 @@ def run() -> None:
     flags.DEFINE_string(
         "reward",
         None,
-        "What to convert: pickscore, hpsv2.0, hpsv2.1, clip-h, clip-l, aesthetic or imagereward.",
+        "What to convert: pickscore, hpsv2.0, hpsv2.1, clip-b, clip-h, clip-l, aesthetic or imagereward.",
     )
     flags.DEFINE_string(
         "weights", None, "A file, a transformers folder or a hub id; default: the published hub id."

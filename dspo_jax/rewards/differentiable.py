@@ -24,6 +24,7 @@ DIVISORS = {
     "pickscore": 1.0,
     "hpsv2.0": 0.01,
     "hpsv2.1": 0.01,
+    "clip-b": 1.0,
     "clip-h": 1.0,
     "clip-l": 1.0,
     "imagereward": 1.0,

@@ -127,7 +127,7 @@ def _open_clip(weights: Path, activation: str) -> tuple[Model, dict[str, Tensor]
 _LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-_OPENAI_L = "openai/clip-vit-large-patch14"
+_OPENAI_B, _OPENAI_L = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 
 
 _write_h = functools.partial(write_clip, features=1024, activation="gelu")
@@ -136,10 +136,14 @@ _write_h = functools.partial(write_clip, features=1024, activation="gelu")
 _write_l = functools.partial(write_clip, features=768, activation="quick_gelu")
 
 
+_write_b = functools.partial(write_clip, features=512, activation="quick_gelu")
+
+
 RECIPES: dict[str, Recipe] = {
     "pickscore": Recipe("yuvalkirstain/PickScore_v1", _write_h, tokenizer=_LAION_H),
     "hpsv2.0": Recipe("xswu/HPSv2", _write_h, file="HPS_v2_compressed.pt", tokenizer=_LAION_H),
     "hpsv2.1": Recipe("xswu/HPSv2", _write_h, file="HPS_v2.1_compressed.pt", tokenizer=_LAION_H),
+    "clip-b": Recipe(_OPENAI_B, _write_b, tokenizer=_OPENAI_B),
     "clip-h": Recipe(_LAION_H, _write_h, tokenizer=_LAION_H),
     "clip-l": Recipe(_OPENAI_L, _write_l, tokenizer=_OPENAI_L),
     "aesthetic": Recipe(_OPENAI_L, _write_l, head=True),

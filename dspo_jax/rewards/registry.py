@@ -17,6 +17,7 @@ REWARDS: dict[str, Reward | Callable[[Path], RewardNetwork]] = {
     "compressibility": Reward("compressibility", "JPEG quality 95", pixels.compressibility),
     "colourfulness": Reward("colourfulness", "Hasler & Süsstrunk 2003", pixels.colourfulness),
     "aesthetic": aesthetic.load,
+    "clip-b": functools.partial(clip_score.load, name="clip-b"),
     "clip-h": functools.partial(clip_score.load, name="clip-h"),
     "clip-l": functools.partial(clip_score.load, name="clip-l"),
     "hpsv2.0": functools.partial(hps.load, name="hpsv2.0"),

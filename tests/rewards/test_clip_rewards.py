@@ -80,12 +80,12 @@ def test_pickscore_is_the_scaled_cosine(tmp_path):
     np.testing.assert_array_equal(padded.score(IMAGES, PROMPTS), scores)
 
 
-def test_an_old_config_finds_the_end_of_a_prompt(tmp_path):
-    source = write_clip(
-        tmp_path / "published", clip_config(features=768, activation="quick_gelu", eos_token_id=2)
-    )
+@each_row(("name", "features"), [("clip-l", 768), ("clip-b", 512)])
+def test_an_old_config_finds_the_end_of_a_prompt(name, features, tmp_path):
+    config = clip_config(features=features, activation="quick_gelu", eos_token_id=2)
+    source = write_clip(tmp_path / "published", config)
     write_tokenizer(source, EXCLAMATION_MARK)
-    scores = convert("clip-l", tmp_path, source).score(IMAGES, PROMPTS)
+    scores = convert(name, tmp_path, source).score(IMAGES, PROMPTS)
     images, texts, _ = theirs_of(source)
     assert_scores(scores, 100 * (images * texts).sum(-1))
     assert scores.min() < 0  # not clamped

@@ -21,6 +21,7 @@ def write_rewards(made: Path, out: Path) -> None:
 
     large = write_clip(made / "h")
     small = write_clip(made / "l", clip_config(features=768, activation="quick_gelu"))
+    smallest = write_clip(made / "b", clip_config(features=512, activation="quick_gelu"))
     rng, features, head = np.random.default_rng(0), 768, {}
     for layer, outputs in HEAD.items():
         head[f"{layer}.weight"] = rng.standard_normal((outputs, features), np.float32) / np.sqrt(features)
@@ -32,6 +33,8 @@ def write_rewards(made: Path, out: Path) -> None:
     bert = oracle.write_vocabulary(made / "bert")
     for name in NETWORKS:
         weights, tokenizer, head_file = large, None, None
+        if name == "clip-b":
+            weights = smallest
         if name in ("clip-l", "aesthetic"):
             weights, head_file = small, str(made / "head.safetensors") if name == "aesthetic" else None
         if name == "imagereward":
