@@ -24,6 +24,9 @@ _OBJECTIVE_ARGUMENTS = {
     # diffusion_dpo: weight of each pair by the scores of its images, as own_pairs and data encoded with
     # `score` have them.
     "smpo_weight": float,
+    # diffusion_dpo and its relatives, but for ipo and linear_dpo: decay of the moving mean of the margins'
+    # sizes, 0.99 for example; beta falls as that grows, and never exceeds the one that is set.
+    "auto_beta": float,
     "sft_weight": float,  # comparisons with a reference: weight of the winner's denoising error, added
     "anchor_weight": float,  # the same: of the squared distance to the reference's predictions, added
     "softmax_over": str,  # rwr: whose rewards are compared, of the "round" or of each "prompt"

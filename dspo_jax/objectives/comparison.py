@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
+from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, INSIDE_0_AND_1, number
 from dspo_jax.objectives.implicit_reward import (
     describe_scale,
     error_drift,
@@ -79,3 +79,31 @@ class OfMargin(MinSNRWeighted, Comparison):
 
     def notes(self, values_per_image: int) -> list[str]:
         return [describe_scale(self.name, "beta", self.beta, self.reduction, values_per_image)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfScaledMargin(OfMargin):
+    """A comparison whose `beta` is a mere factor of the margin, so that it may follow the margins themselves.
+
+    `Predictions.beta` takes the place of `beta`. With `auto_beta` there are the metrics `beta`, and
+    `margin_size`: the margin's absolute value at a beta of 1, whose moving mean the step keeps
+    (training/auto_beta.py).
+
+    Attributes:
+      auto_beta: decay of the moving mean that beta follows, below `beta`; None keeps beta fixed.
+    """
+
+    auto_beta: float | None = number(None, INSIDE_0_AND_1)
+
+    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+        loss, metrics = super().__call__(predictions, schedule)
+        if self.auto_beta is None:
+            return loss, metrics
+        beta = jnp.full_like(loss, self.beta) if predictions.beta is None else predictions.beta
+        return loss, metrics | {"beta": beta, "margin_size": jnp.abs(metrics["margin"]) / beta}
+
+    def _difference(
+        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Schedule
+    ) -> Float32[Array, " b"]:
+        margin = super()._difference(rewards, predictions, schedule)
+        return margin if predictions.beta is None else margin * (predictions.beta / self.beta)

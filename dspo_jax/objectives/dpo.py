@@ -1,7 +1,8 @@
 """Diffusion-DPO and the losses built like it: functions of one margin, the winner's reward minus the loser's.
 
 All of them take a preference p < 1 as p l(z) + (1 - p) l(-z), the loss that is expected when the label is
-right with probability p. All have the hyperparameters of `OfMargin` and `Comparison` besides their own.
+right with probability p. All have the hyperparameters of `OfMargin` and `Comparison` besides their own,
+and of `OfScaledMargin` all but `ipo`, whose beta is a target, and `linear_dpo`, whose loss it scales.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from dspo_jax.objectives.comparison import OfMargin
+from dspo_jax.objectives.comparison import OfMargin, OfScaledMargin
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, BETWEEN_0_AND_1, INSIDE_0_AND_1, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, reduce_image, soft_label
 from dspo_jax.objectives.objective import LossAndMetrics, Predictions
@@ -23,7 +24,7 @@ def _negative_log_sigmoid(margin: Float32[Array, " b"]) -> Float32[Array, " b"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionDPO(OfMargin):
+class DiffusionDPO(OfScaledMargin):
     """-log sigmoid(z), z = -(beta / 2) {[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
 
     The loss of the released code and of Eq. 46 in the supplement of Wallace et al. (2024), up to `reduction`.
@@ -67,7 +68,7 @@ class DiffusionDPO(OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionDPOL2(OfMargin):
+class DiffusionDPOL2(OfScaledMargin):
     """-log sigmoid(z), z = +(beta / 2) (||e_w - r_w||^2 - ||e_l - r_l||^2).
 
     Diffusion-DPO with x_{t-1} drawn from the policy rather than from q(x_{t-1} | x_t, x_0) (supplement S2,
@@ -131,7 +132,7 @@ class IPO(OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DMPO(OfMargin):
+class DMPO(OfScaledMargin):
     """KL(Bernoulli(sigmoid z) || Bernoulli(1 - alpha)), z the margin of `diffusion_dpo`.
 
     The reverse of the divergence that Diffusion-DPO minimises (DMPO, Li et al. 2025; this form is that of the
@@ -172,7 +173,7 @@ class DMPO(OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SDPO(OfMargin):
+class SDPO(OfScaledMargin):
     """`diffusion_dpo` with the loser's gradient scaled down where it would raise the winner's error.
 
     Diffusion-SDPO (Fu et al. 2025): with g the gradient of an image's error with respect to the prediction,
@@ -220,7 +221,7 @@ class SDPO(OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AlphaDPO(OfMargin):
+class AlphaDPO(OfScaledMargin):
     """(p^a - (1 - a) - a p) / (a (a - 1)), p = sigmoid(z), z the margin of `diffusion_dpo`.
 
     alpha-DPO (ICLR 2026, the released code), an alpha divergence in the place of Diffusion-DPO's: a = alpha
@@ -268,7 +269,7 @@ def _alpha_divergence(margin: Float32[Array, " b"], order: Float32[Array, ""]) -
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hinge(OfMargin):
+class Hinge(OfScaledMargin):
     """max(0, 1 - z), z = -beta {[SE(e_w) - SE(r_w)] - [SE(e_l) - SE(r_l)]}.
 
     The hinge loss of diffusers' and align-anything's trainers (released code), whose beta comes without 1/2.
@@ -325,7 +326,7 @@ class LinearDPO(OfMargin):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NPO(OfMargin):
+class NPO(OfScaledMargin):
     """`diffusion_dpo` with the labels swapped, -log sigmoid(-z): a model of what people dislike.
 
     Diffusion-NPO (arXiv 2505.11245; the released code is diffusers' trainer on such labels). The result is no

@@ -35,6 +35,7 @@ class Predictions:
         P = 1 it is the probability in [0, 1] that the image is liked, which `kto`, `nft` and `awm` read.
       scores: [B, P], what each image is worth, of which more is better; None means the order of the images.
       weight: [B, P], of each image by its reward, or None for an objective that needs none.
+      beta: [B], in the place of the objective's own, where that follows the margins; None means its own.
     """
 
     policy: Float[Array, "..."]
@@ -44,6 +45,7 @@ class Predictions:
     preference: Float[Array, "..."] | None = None
     scores: Float[Array, "..."] | None = None
     weight: Float[Array, "..."] | None = None
+    beta: Float[Array, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ class Objective(abc.ABC):
         )
         reference, target = jax.lax.stop_gradient((reference, target))
         timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
-        return Predictions(policy, reference, target, timesteps, preference, scores, weight)
+        return Predictions(policy, reference, target, timesteps, preference, scores, weight, predictions.beta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

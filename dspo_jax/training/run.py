@@ -344,7 +344,7 @@ def _train(
                 arrays = jax.device_put(arrays, formats, donate=True)
                 if run.moving is not None:
                     run.moving.set_arrays(arrays.pop("reference"))
-                state = TrainState(**{"ema": None, **arrays}, task=task)
+                state = TrainState(**{"ema": None, "margin_size": None, **arrays}, task=task)
                 position, clock = skip_to or extra["data"], Clock(**extra["clock"])
             if (step := int(state.step)) >= settings.steps:
                 logging.info("%s: already at step %d of %d", workdir, step, settings.steps)

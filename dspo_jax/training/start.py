@@ -31,6 +31,7 @@ from dspo_jax.rewards.differentiable import DifferentiableReward, load_different
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training import schedule_free
+from dspo_jax.training.auto_beta import make_auto_beta
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
@@ -228,6 +229,7 @@ def make_task(
             ema_decay=settings.ema_decay,
             loss_spike=settings.stability.loss_spike,
             average=schedule_free.average if averages else None,
+            auto_beta=make_auto_beta(settings.objective) if settings.method_key == "objective" else None,
         ),
         precision=Precision(
             param_dtype=settings.param_dtype,

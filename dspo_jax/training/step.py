@@ -32,6 +32,7 @@ class TrainState:
       opt_state: of the optimizer.
       ema: moving average of `params` in float32, or the optimizer's own; None where none is kept.
       health: skipped updates and statistics of the loss.
+      margin_size: moving mean that the objective's beta follows, scalar, or None where beta stays.
       task: static configuration; it is not saved.
     """
 
@@ -41,6 +42,7 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree
     health: stability.Health
+    margin_size: PyTree
     task: Task = dataclasses.field(metadata={"static": True})
 
     def arrays(self) -> dict[str, object]:
@@ -62,6 +64,7 @@ def init_state(task: Task, params: Params) -> TrainState:
         opt_state=task.update.optimizer.init(_float32(params)),
         ema=_float32(params) if task.update.ema_decay or task.update.average else None,
         health=stability.start(),
+        margin_size=jnp.zeros(()) if task.update.auto_beta else None,
         task=task,
     )
 
@@ -90,6 +93,8 @@ def train_step(
       everything but the step and those counts as it was.
     """
     task, rule = state.task, state.task.update
+    if rule.auto_beta is not None:
+        batch = rule.auto_beta.put_into(batch, state.margin_size)
     (loss, metrics), grads = mean_gradient(state.params, task, reference, batch, key)
     grad_norm = optax.tree.norm(grads)
     updates_made = state.health.updates
@@ -116,8 +121,14 @@ def train_step(
         "skipped": health.skipped.astype(jnp.float32),
         "skipped_in_a_row": health.skipped_in_a_row.astype(jnp.float32),
     }
-    params, opt_state, ema = keep((params, opt_state, ema), (state.params, state.opt_state, state.ema))
-    return TrainState(state.step + 1, params, opt_state, ema, health, task), metrics
+    margin_size = None
+    if rule.auto_beta is not None:
+        margin_size = rule.auto_beta.follow(state.margin_size, metrics, updates_made)
+    params, opt_state, ema, margin_size = keep(
+        (params, opt_state, ema, margin_size),
+        (state.params, state.opt_state, state.ema, state.margin_size),
+    )
+    return TrainState(state.step + 1, params, opt_state, ema, health, margin_size, task), metrics
 
 
 def mean_gradient(

@@ -12,6 +12,7 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.training.auto_beta import AutoBeta
 from dspo_jax.training.reference import Reference
 
 Batch = Mapping[str, Any]
@@ -110,6 +111,7 @@ class UpdateRule:
       loss_spike: see `stability.judge`.
       average: from the optimizer's state and the float32 parameters after an update, those that the run is
         judged by, in place of a moving average; None for an optimizer that has none of its own.
+      auto_beta: how the objective's beta follows its margins; None where it does not.
     """
 
     optimizer: optax.GradientTransformation
@@ -118,6 +120,7 @@ class UpdateRule:
     ema_decay: float
     loss_spike: float
     average: Callable[[PyTree, Params], Params] | None = None
+    auto_beta: AutoBeta | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

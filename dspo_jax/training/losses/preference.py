@@ -40,6 +40,7 @@ class PreferenceLoss:
     A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
     `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on. It may have `scores`
     [B, P], what the images are worth; for an objective that needs it, it has `weight` [B, P] float32.
+    The step adds `beta` [B] float32 where it follows the margins.
 
     Attributes:
       objective: from `get_objective`.
@@ -83,6 +84,7 @@ class PreferenceLoss:
             preference=preference,
             scores=scores,
             weight=batch["weight"] if self.objective.needs_weight else None,
+            beta=batch.get("beta"),
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
