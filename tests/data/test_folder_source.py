@@ -1,6 +1,7 @@
 """A folder of one's own pairs: what its file may say, what is refused, and what is a bad row."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from image_files import image_bytes
@@ -35,6 +36,30 @@ def write(tmp_path):
 
 def colors(row):
     return [image.getpixel((0, 0)) for image in decode_pair(row)]
+
+
+def test_each_of_several_captions_makes_a_row_and_all_are_held_out_together(write):
+    rows = [
+        {"caption": [f"fox {i}", f"a red animal, {i}", f"{i}"], "winner": f"{i}.png", "loser": "x.png"}
+        for i in range(40)
+    ]
+    source = write(*rows, {"caption": "one", "winner": "40.png", "loser": "x.png", "key": "k"})
+    both = replace(source, validation_share=0.3)
+    splits = {split: list(both.pairs(split)) for split in both.splits}
+    assert sorted(splits) == ["train", "validation"]
+    found = {(row.caption, row.winner.name) for of_split in splits.values() for row in of_split}
+    expected = {(caption, row["winner"]) for row in rows for caption in row["caption"]}
+    assert found == expected | {("one", "40.png")}
+    train, validation = ({row.winner.name for row in splits[split]} for split in ("train", "validation"))
+    assert not train & validation
+    assert len(validation) > 1
+    whole = replace(source, validation_share=0.0)
+    assert [row.key for row in whole.pairs("train")][:4] == ["1/0", "1/1", "1/2", "2/0"]
+    assert [row.key for row in whole.pairs("train")][-1] == "k"
+    one_each = replace(whole, one_pair_per_prompt=True)
+    assert [row.winner.name for row in one_each.pairs("train")] == [f"{i}.png" for i in range(41)]
+    first = replace(whole, caption_pattern="^fox 7$")
+    assert [row.caption for row in first.pairs("train")] == ["fox 7", "a red animal, 7", "7"]
 
 
 def test_a_pair_is_a_caption_and_two_paths_relative_to_the_file(write, tmp_path):
@@ -198,6 +223,13 @@ def test_a_faulty_row_is_yielded_and_found_bad(tmp_path, change, reason):
         ([PAIR, SINGLE, SINGLE], r"pairs.jsonl:2: no loser, unlike other rows; give every row one, or none"),
         ([SINGLE, PAIR], r"pairs.jsonl:1: no loser"),
         ([PAIR, {**PAIR, "caption": 3}], r"pairs.jsonl:2: caption = 3: must be text"),
+        ([{**PAIR, "caption": []}], r"pairs.jsonl:1: caption = \[\]: must be text, or a list of different"),
+        ([{**PAIR, "caption": ["a", 3]}], r"pairs.jsonl:1: caption = \['a', 3\]: must be text, or a list"),
+        (
+            [{**PAIR, "caption": ["a", "a"]}],
+            r"pairs.jsonl:1: caption = \['a', 'a'\]: must be text, or a list",
+        ),
+        ([{**PAIR, "caption": ["a", "b \ud83e"]}], r"pairs.jsonl:1: caption = .* has half a character"),
         ([{**PAIR, "loser": ["b"]}], r"pairs.jsonl:1: loser = \['b'\]: must be text"),
         ([{**PAIR, "caption": "a fox \ud83e"}], r"pairs.jsonl:1: caption = .* has half a character"),
         ([{**PAIR, "key": "a fox \ud83e"}], r"pairs.jsonl:1: key = .* has half a character"),

@@ -22,6 +22,7 @@ from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
 _NAMES = ("pairs.jsonl", "pairs.csv")
 _TEXT = ("caption", "winner", "loser", "split")
+_OTHERS = ("preference", "label", "key", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Folder(Selection):
 
         {"caption": "a red fox", "winner": "images/1a.png", "loser": "images/1b.png"}
 
-    caption: the prompt.
+    caption: the prompt; in JSON Lines also a list of different ones, each of which makes a row of its own
+      with the same images, "{key}/{number of the caption}". They are held out together, and filtered by the
+      first.
     winner, loser: image files. Without any `loser` these are single images; then `image` means `winner`.
     preference: probability in [0.5, 1] that the winner is preferred; 1 if not given.
     label: of single images, whether the image is liked: true or false, or the probability in [0, 1]. Rows
@@ -112,17 +115,19 @@ def _find(path: str) -> Path:
 
 @functools.cache
 def _read(path: str) -> pa.Table:
-    """Returns all rows: caption, winner, loser (unless single images), preference, key and split."""
+    """Returns all rows: caption, group, winner, loser (unless single images), preference, key and split."""
     file = _find(path)
-    columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, "preference", "label", "key")}
+    columns: dict[str, list[Any]] = {name: [] for name in (*_TEXT, *_OTHERS)}
     lines = []
     found: dict[str, None] = {}
     try:
         for line, row in (_json_rows if file.suffix == ".jsonl" else _csv_rows)(file):
             found.update(dict.fromkeys(row))
-            for name, value in _parse(row, f"{file}:{line}", str(line)).items():
-                columns[name].append(value)
-            lines.append(line)
+            where = f"{file}:{line}"
+            for of_caption in _divide_captions(row, where, str(line)):
+                for name, value in _parse(of_caption, where, str(line)).items():
+                    columns[name].append(value)
+                lines.append(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
     if not lines:
@@ -202,11 +207,25 @@ def _parse_number(text: str, what: str) -> float:
         raise UserError(f"{what} = {text!r}: must be a number") from error
 
 
+def _divide_captions(row: Row, where: str, line: str) -> Iterator[Row]:
+    """Yields a row for each caption of a row, with the first as `group`; `where` is for the message."""
+    captions = row.get("caption")
+    if not isinstance(captions, list):
+        yield {**row, "group": None}
+        return
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    if not texts or len(texts) < len(captions) or len(set(texts)) < len(texts):
+        raise UserError(f"{where}: caption = {captions!r}: must be text, or a list of different texts")
+    key = line if row.get("key") is None else row["key"]
+    for number, text in enumerate(texts):
+        yield {**row, "caption": text, "key": f"{key}/{number}", "group": texts[0]}
+
+
 def _parse(row: Row, where: str, line: str) -> Row:
     """Returns a row's values under their own names, with the defaults; `where` is for the messages."""
     if "winner" in row and "image" in row:
         raise UserError(f"{where}: has both winner and image, which mean the same; keep one")
-    values: Row = {name: row.get(name) for name in (*_TEXT, "preference", "label", "key")}
+    values: Row = {name: row.get(name) for name in (*_TEXT, *_OTHERS)}
     if values["label"] is not None and (values["loser"] or values["preference"] is not None):
         raise UserError(
             f"{where}: has a label, which says whether a single image is liked, beside "
@@ -231,7 +250,8 @@ def _parse(row: Row, where: str, line: str) -> Row:
         if number is not None and not -1 <= number <= 2:  # more than a column holds, too; it makes a bad row
             values[name] = math.nan
     values["key"] = line if values["key"] is None else str(values["key"])
-    for name in (*_TEXT, "key"):
+    values["group"] = values["caption"] if values["group"] is None else values["group"]
+    for name in (*_TEXT, "key", "group"):
         if spelling.fault_of_text(values[name].replace("\0", "")):  # a null character makes a bad row
             raise UserError(f"{where}: {name} = {values[name]!r}: has half a character; write it whole")
     return values

@@ -60,7 +60,9 @@ class Candidates:
     """The rows of one split of the files, of which a selection is made.
 
     Attributes:
-      rows: columns `caption` (string) and `margin` (number), and whatever the source needs.
+      rows: columns `caption` (string) and `margin` (number), and whatever the source needs. Where there is a
+        column `group`, it stands for the caption in holding out and filtering, so that several captions of
+        the same images stay together.
       columns: columns of `rows` that the source needs afterwards; the others are dropped.
       left_out: rows that the source itself leaves out: a mask [n] by reason.
       identity: columns that tell the pairs of a caption apart, whatever the order of the files and rows.
@@ -165,7 +167,8 @@ def _select(source: Selection, file_split: str) -> dict[str, Selected]:
     candidates = source.candidates(file_split)
     rows = candidates.rows
     # One number for each different caption; spaces around it do not make it another.
-    text = rows["caption"].cast(pa.large_string()).fill_null("")
+    name = "group" if "group" in rows.column_names else "caption"
+    text = rows[name].cast(pa.large_string()).fill_null("")
     encoded = pc.utf8_trim_whitespace(text).combine_chunks().dictionary_encode()
     prompt, captions = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
