@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from dspo_jax.evaluation.options import read_options
+    from dspo_jax.evaluation.people import read_votes
     from dspo_jax.evaluation.report import print_report
     from dspo_jax.evaluation.run import evaluate
     from dspo_jax.parallel import processes
@@ -33,6 +34,9 @@ def main(argv: Sequence[str]) -> None:
     settings = flags.FLAGS
     out = Path(settings.out)
     with processes.claim(out):
+        votes = None
+        if settings.people is not None:
+            votes = read_votes(Path(settings.people), min_checks=settings.min_checks)
         comparison, rendering = read_options(settings)
         evaluation = evaluate(
             comparison,
@@ -42,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
             reward_dir=settings.reward_dir,
             overwrite=settings.overwrite,
             single_file=settings.single_file,
+            votes=votes,
         )
     if processes.is_first():
         print_report(evaluation, Console())
@@ -72,6 +77,10 @@ def run() -> None:
     flags.DEFINE_integer("num_seeds", 5, "Images of each prompt, with seeds 0, 1, ...")
     flags.DEFINE_integer("num_base_seeds", None, "More images of the base, for rejection sampling.")
     flags.DEFINE_string("out", None, "Folder for images, scores and reports.")
+    flags.DEFINE_string("people", None, "Votes that collect wrote: people's win rates beside the rewards'.")
+    flags.DEFINE_float(
+        "min_checks", 0.0, "With --people: attention checks, as a share, that a person must pass."
+    )
     flags.DEFINE_bool("single_file", False, "Write index.html with its pictures inside it, to pass it on.")
     define_drawing_flags()
     define_process_flags()

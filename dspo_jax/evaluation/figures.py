@@ -49,9 +49,11 @@ def _draw_win_rates(evaluation: Evaluation) -> Figure:
     Fig. 2 of DSPO's paper, with intervals and ties.
     """
     models = evaluation.models
-    rows = [(name, label) for name in evaluation.rewards for label in models]
-    found = [evaluation.win_rates[label][name] for name, label in rows]
-    places = np.arange(len(rows)) + 0.5 * (np.arange(len(rows)) // len(models))  # a gap between rewards
+    judged = {label: evaluation.judged(label) for label in models}
+    judges = evaluation.judges
+    rows = [(name, label) for name in judges for label in models if name in judged[label]]
+    found = [judged[label][name] for name, label in rows]
+    places = np.arange(len(rows)) + 0.5 * np.array([judges.index(name) for name, _ in rows])  # gaps between
     figure = Figure(figsize=(_WIDTH, 1.6 + 0.42 * (places[-1] + 2)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     share = np.array([[each.share.low, each.share.value, each.share.high] for each in found]).T * 100

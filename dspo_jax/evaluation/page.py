@@ -14,7 +14,14 @@ from PIL import Image
 
 from dspo_jax.evaluation.figures import COLOURS
 from dspo_jax.evaluation.result import BASE, Evaluation
-from dspo_jax.evaluation.tables import MARKS, NOTE, Table, describe_evaluation, list_verdicts, make_tables
+from dspo_jax.evaluation.tables import (
+    MARKS,
+    Table,
+    describe_evaluation,
+    list_notes,
+    list_verdicts,
+    make_tables,
+)
 from dspo_jax.rewards.scores import read_image
 
 _PAIRS = 12  # random ones, and of each kind of extreme
@@ -85,7 +92,7 @@ def make_page(evaluation: Evaluation, out: Path, figures: Sequence[str], *, sing
         f"<h1>{escape(title)}</h1>",
         *_summary(evaluation),
         *_section(first),
-        f'<p class="note">{escape(NOTE)}</p>',
+        *(f'<p class="note">{escape(note)}</p>' for note in list_notes(evaluation)),
         *(images.pop(name) for name in figures if name == "win_rates.png"),
     ]
     for label in evaluation.models:
@@ -114,9 +121,10 @@ def _embed_picture(file: Path) -> str:
 
 
 def _summary(evaluation: Evaluation) -> Iterator[str]:
-    for label, of_model in evaluation.win_rates.items():
+    for label in evaluation.models:
         parts = [
-            f'<span class="{verdict}">{escape(text)}</span>' for verdict, text in list_verdicts(of_model)
+            f'<span class="{verdict}">{escape(text)}</span>'
+            for verdict, text in list_verdicts(evaluation.judged(label))
         ]
         yield f'<p class="summary">{escape(label)}: {"; ".join(parts)}</p>'
 

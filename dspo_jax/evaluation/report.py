@@ -12,8 +12,8 @@ from dspo_jax.evaluation.page import make_page
 from dspo_jax.evaluation.result import Evaluation
 from dspo_jax.evaluation.tables import (
     MARKS,
-    NOTE,
     describe_evaluation,
+    list_notes,
     list_scores,
     make_tables,
     rejection_to_csv,
@@ -62,13 +62,14 @@ def print_report(evaluation: Evaluation, console: Console) -> None:
     """Prints what was compared, the win rates, the mean rewards and what follows from them."""
     for name, value in describe_evaluation(evaluation):
         console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
-    for table in make_tables(evaluation)[:2]:
+    for table in make_tables(evaluation)[: 3 if evaluation.people else 2]:
         console.print(f"\n{table.title}", highlight=False, markup=False)
         shown = Table(*map(escape, table.heading))
         for row in table.rows:
             shown.add_row(*map(_style, row))
         console.print(shown)
-    console.print(NOTE, highlight=False, markup=False)
+    for note in list_notes(evaluation):
+        console.print(note, highlight=False, markup=False)
     for sentence in summarize(evaluation):
         console.print(sentence, highlight=False, markup=False)
 

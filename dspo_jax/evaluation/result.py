@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dspo_jax.evaluation.image_folders import Images
+from dspo_jax.evaluation.people import PeopleAnswers, PeopleWinRate, Votes, assess_votes
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.win_rates import Rejection, WinRate, compare, reject
 
@@ -26,6 +27,7 @@ class Evaluation:
       win_rates: label of a model -> reward -> numbers.
       by_category: label of a model -> reward -> category -> numbers; without categories the last is empty.
       rejection: label of a model -> reward -> numbers; the last is empty unless the base has more seeds.
+      people: question -> what people answered; empty without votes.
     """
 
     prompts: PromptSet
@@ -36,11 +38,28 @@ class Evaluation:
     win_rates: Mapping[str, Mapping[str, WinRate]]
     by_category: Mapping[str, Mapping[str, Mapping[str, WinRate]]]
     rejection: Mapping[str, Mapping[str, Rejection]]
+    people: Mapping[str, PeopleAnswers] = dataclasses.field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
         """Labels of the models that are compared with the base."""
         return [label for label in self.images if label != BASE]
+
+    @property
+    def judges(self) -> list[str]:
+        """Columns of the win rates: the rewards, then people by question."""
+        return [*self.rewards, *(f"people: {question}" for question in self.people)]
+
+    def judged(self, label: str) -> dict[str, WinRate | PeopleWinRate]:
+        """Returns the win rates of a model by `judges`, without questions that nobody answered about it."""
+        return {
+            **self.win_rates[label],
+            **{
+                f"people: {question}": answers.win_rates[label]
+                for question, answers in self.people.items()
+                if label in answers.win_rates
+            },
+        }
 
 
 def count_categories(prompts: PromptSet) -> dict[str, int]:
@@ -57,8 +76,15 @@ def assess(
     rewards: Mapping[str, str],
     scores: Mapping[str, Mapping[str, np.ndarray]],
     seeds: int,
+    votes: Mapping[str, Votes] | None = None,
 ) -> Evaluation:
-    """Compares every model with the base under every reward; arguments as the attributes of `Evaluation`."""
+    """Compares every model with the base under every reward, and by people's votes where there are any.
+
+    Arguments as the attributes of `Evaluation`; votes by question.
+
+    Raises:
+      UserError: the votes are on other images.
+    """
     base, win_rates, by_category, rejection = scores[BASE], {}, {}, {}
     categories = np.array([prompt.category for prompt in prompts.prompts])
     for label, of_model in scores.items():
@@ -77,4 +103,5 @@ def assess(
         rejection[label] = {
             name: reject(of_model[name], base[name]) for name in rewards if base[name].shape[1] > seeds
         }
-    return Evaluation(prompts, seeds, images, rewards, scores, win_rates, by_category, rejection)
+    people = assess_votes(votes, prompts, images, scores, BASE) if votes else {}
+    return Evaluation(prompts, seeds, images, rewards, scores, win_rates, by_category, rejection, people)

@@ -8,6 +8,7 @@ import numpy as np
 
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder, Images, find_images
+from dspo_jax.evaluation.people import Votes
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.report import write_report
 from dspo_jax.evaluation.result import BASE, Evaluation, assess
@@ -79,6 +80,7 @@ def evaluate(
     reward_dir: str | Path = "rewards",
     overwrite: bool = False,
     single_file: bool = False,
+    votes: Mapping[str, Votes] | None = None,
 ) -> Evaluation:
     """Draws and scores what is missing, compares, and writes the tables, the figures and index.html.
 
@@ -92,6 +94,7 @@ def evaluate(
       reward_dir: folder with the weights of the rewards.
       overwrite: whether images of other settings that are in `out` may be deleted.
       single_file: whether index.html holds all its pictures itself.
+      votes: people's, by question, as `read_votes` gives them.
 
     Raises:
       UserError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
@@ -125,7 +128,7 @@ def evaluate(
     for name, called in zip(rewards, versions, strict=True):
         for label, of_model in _score(name, reward_dir, images, prompts, out / _SCORES).items():
             scores[label][called] = of_model
-    evaluation = assess(prompts, images, versions, scores, comparison.seeds)
+    evaluation = assess(prompts, images, versions, scores, comparison.seeds, votes)
     if processes.is_first():
         write_report(evaluation, out, single_file=single_file)
     return evaluation

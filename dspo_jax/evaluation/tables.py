@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from dspo_jax.evaluation.people import PeopleWinRate
 from dspo_jax.evaluation.result import BASE, Evaluation, count_categories
 from dspo_jax.evaluation.win_rates import Estimate, Rejection, Verdict, WinRate
 from dspo_jax.hub_cache import hide_folders
@@ -22,6 +23,11 @@ _DRAWING = ("sampler", "steps", "guidance_scale", "eta", "strength")
 _EVERYWHERE = ([0, 1000], [0, 10**6])
 MARKS: dict[Verdict, str] = {"better": "↑ better", "worse": "↓ worse", "undecided": "undecided"}
 """Words for a verdict, as a line of a cell."""
+PEOPLE_NOTE = (
+    "people: votes in place of images, and the interval is over prompts and people; alpha: Krippendorff's, "
+    "of their agreement; same answer again: pairs that were shown twice; a reward agrees where it scores the "
+    "image higher that a vote is for"
+)
 NOTE = (
     "won, tied, lost: images, a tie counts one half; [ ]: 95 % bootstrap interval over prompts; "
     "p: sign test over prompts, two-sided; ↑ better, ↓ worse: the interval is above or below 50 %, "
@@ -37,8 +43,13 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def list_verdicts(win_rates: Mapping[str, WinRate]) -> list[tuple[Verdict, str]]:
-    """Lists which rewards find a model better or worse than the base: (verdict, "↑ better by r, s")."""
+def list_notes(evaluation: Evaluation) -> list[str]:
+    """Explains the tables of win rates."""
+    return [NOTE, PEOPLE_NOTE] if evaluation.people else [NOTE]
+
+
+def list_verdicts(win_rates: Mapping[str, WinRate | PeopleWinRate]) -> list[tuple[Verdict, str]]:
+    """Lists by whom a model is found better or worse than the base: (verdict, "↑ better by r, s")."""
     by = {
         verdict: [name for name, found in win_rates.items() if found.verdict == verdict] for verdict in MARKS
     }
@@ -46,10 +57,10 @@ def list_verdicts(win_rates: Mapping[str, WinRate]) -> list[tuple[Verdict, str]]
 
 
 def summarize(evaluation: Evaluation) -> list[str]:
-    """Says in a line for each model which rewards find it better or worse than the base."""
+    """Says in a line for each model which rewards and people find it better or worse than the base."""
     return [
-        f"{label} against the base: {'; '.join(text for _, text in list_verdicts(of_model))}"
-        for label, of_model in evaluation.win_rates.items()
+        f"{label} against the base: {'; '.join(text for _, text in list_verdicts(evaluation.judged(label)))}"
+        for label in evaluation.models
     ]
 
 
@@ -103,10 +114,11 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
     tables = [
         Table(
             f"win rate over the base, %, {size}",
-            ["model", *names],
+            ["model", *evaluation.judges],
             [
-                [label, *(_win_rate(of_model[name]) for name in names)]
-                for label, of_model in win_rates.items()
+                [label, *(_win_rate(found.get(name)) for name in evaluation.judges)]
+                for label in evaluation.models
+                for found in [evaluation.judged(label)]
             ],
         )
     ]
@@ -114,6 +126,8 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
     means = [[BASE, *(_estimate(first[name].base_mean_reward) for name in names)]]
     means += [[label, *map(_mean_reward, of_model.values())] for label, of_model in win_rates.items()]
     tables.append(Table(f"mean reward, {size}", ["model", *names], means))
+    if evaluation.people:
+        tables.append(_people_table(evaluation))
     counts = count_categories(evaluation.prompts)
     for label, of_model in evaluation.by_category.items():
         rows = [
@@ -141,19 +155,40 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
     return tables
 
 
-def _win_rate(found: WinRate) -> str:
+def _people_table(evaluation: Evaluation) -> Table:
+    """Makes the table of how many people said what, and with whom they agree."""
+    rows = []
+    for question, answers in evaluation.people.items():
+        again = f"{answers.consistent:,} of {answers.repeated:,}"
+        row = [question, f"{answers.votes:,}", f"{answers.people:,}", f"{answers.prompts:,}", again]
+        row.append("none" if answers.alpha is None else f"{answers.alpha:.2f}")
+        for found in answers.agreement.values():
+            row.append("none" if found is None else f"{100 * found.value:.1f}\n{_interval(found)}")
+        rows.append(row)
+    agreed = [f"{name} agrees, %" for name in evaluation.rewards]
+    heading = ["question", "votes", "people", "prompts", "same answer again", "alpha", *agreed]
+    return Table("people", heading, rows)
+
+
+def _interval(share: Estimate) -> str:
+    return f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def _win_rate(found: WinRate | PeopleWinRate | None) -> str:
+    if found is None:
+        return "no votes"
     share = found.share
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    interval = f"[{100 * share.low:.1f}, {100 * share.high:.1f}]"
-    return "\n".join([f"{100 * share.value:.1f}", MARKS[found.verdict], interval, count_images(found), p])
+    counts = count_images(found)
+    return "\n".join([f"{100 * share.value:.1f}", MARKS[found.verdict], _interval(share), counts, p])
 
 
 def _mean_reward(found: WinRate) -> str:
     return f"{_estimate(found.mean_reward)}\n{count_images(found)}"
 
 
-def count_images(found: WinRate | Rejection) -> str:
-    """Says how many images won, tied and lost: "56 won, 118 tied, 18 lost"."""
+def count_images(found: WinRate | PeopleWinRate | Rejection) -> str:
+    """Says how many images (or votes) won, tied and lost: "56 won, 118 tied, 18 lost"."""
     return f"{found.images_won:,} won, {found.images_tied:,} tied, {found.images_lost:,} lost"
 
 
@@ -167,7 +202,9 @@ def to_markdown(evaluation: Evaluation) -> str:
     for table in make_tables(evaluation):
         sections += [f"## {table.title[0].upper()}{table.title[1:]}", _markdown(table)]
     about = Table("", ["", ""], describe_evaluation(evaluation))
-    return "\n\n".join([*sections, NOTE, "## How this was measured", _markdown(about)]) + "\n"
+    return (
+        "\n\n".join([*sections, *list_notes(evaluation), "## How this was measured", _markdown(about)]) + "\n"
+    )
 
 
 def _markdown(table: Table) -> str:
@@ -196,7 +233,7 @@ def to_tex(evaluation: Evaluation) -> str:
     for table in make_tables(evaluation)[:2]:
         lines = [
             r"\begin{table}",
-            rf"\caption{{{_tex(table.title)}. {_tex(about)}. {_tex(NOTE)}.}}",
+            rf"\caption{{{_tex(table.title)}. {_tex(about)}. {_tex('; '.join(list_notes(evaluation)))}.}}",
             rf"\begin{{tabular}}{{{'l' * len(table.heading)}}}",
             r"\toprule",
             " & ".join(map(_tex, table.heading)) + r" \\",
@@ -266,6 +303,7 @@ def to_json(evaluation: Evaluation) -> str:
         "win_rates": evaluation.win_rates,
         "by_category": evaluation.by_category,
         "rejection": evaluation.rejection,
+        "people": evaluation.people,
     }
     return json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
 

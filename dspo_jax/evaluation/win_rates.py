@@ -21,6 +21,13 @@ class Estimate:
     high: float
 
 
+def decide(share: Estimate, p_value: float) -> Verdict:
+    """Returns the verdict of an interval of a win rate and of a sign test: both must be clear."""
+    if p_value >= 0.05 or share.low <= 0.5 <= share.high:
+        return "undecided"
+    return "better" if share.low > 0.5 else "worse"
+
+
 @dataclasses.dataclass(frozen=True)
 class WinRate:
     """A model against its base under one reward.
@@ -50,9 +57,7 @@ class WinRate:
     @property
     def verdict(self) -> Verdict:
         """Better or worse than the base, if the interval is on one side of one half and p is below 0.05."""
-        if self.p_value >= 0.05 or self.share.low <= 0.5 <= self.share.high:
-            return "undecided"
-        return "better" if self.share.low > 0.5 else "worse"
+        return decide(self.share, self.p_value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,13 +174,13 @@ def _check(model: np.ndarray, base: np.ndarray) -> None:
 
 def _bootstrap(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Percentiles 2.5 and 97.5, [2, K], of the mean of rows drawn with replacement from values [N, K]."""
-    parts = np.array_split(_draw_counts(len(values), resamples, seed), max(1, resamples // 500))
+    parts = np.array_split(draw_counts(len(values), resamples, seed), max(1, resamples // 500))
     means = np.concatenate([part.astype(float) @ values for part in parts]) / len(values)
     return np.percentile(means, [2.5, 97.5], axis=0)
 
 
 @functools.lru_cache(maxsize=32)  # to draw takes longer than the means, and every reward has the same prompts
-def _draw_counts(count: int, resamples: int, seed: int) -> np.ndarray:
+def draw_counts(count: int, resamples: int, seed: int) -> np.ndarray:
     """Returns how often each of `count` rows is in each resample: [resamples, count]."""
     draw = np.random.default_rng(seed)
     counts = np.empty((resamples, count), np.uint16)
