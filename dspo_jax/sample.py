@@ -54,6 +54,11 @@ def run() -> None:
     flags.DEFINE_multi_string(
         "lora", [], "A LoRA file that is added to every model, FILE or FILE:WEIGHT; may be repeated."
     )
+    flags.DEFINE_string(
+        "negative_model",
+        None,
+        "A model of the same kind (objective npo) that predicts the unconditional half of guidance.",
+    )
     flags.DEFINE_string("prompts", None, "A prompt, or a .txt, .jsonl, .json, .tsv, .csv or .parquet file.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there already is not drawn again.")
     flags.DEFINE_list("seeds", ["0"], "Seeds, separated by commas; one image of each prompt for each.")

@@ -78,10 +78,14 @@ def sample(
         raise UserError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
     pipes = {label: rendering.drawing.load(path) for label, path in models.items()}
     shapes = {label: (len(prompts), *rendering.latent_shape(pipe)) for label, pipe in pipes.items()}
+    negatives = [rendering.load_negative(pipe) for pipe in pipes.values()]
     if init_latents is not None:
         init_latents = _read_latents(init_latents, shapes)
     if processes.is_first():
         settings = _settings(models, pipes, prompts, rendering, init_latents)
+        negative = negatives[0] if negatives else None
+        settings["negative_model"] = negative and {"path": rendering.negative_model, "step": negative.step}
+        settings["negative_sha256"] = negative and negative.weights_digest()
         claim_output(out, settings, overwrite=overwrite)
     processes.wait_for_all("output folder claimed")
     requests = [ImageRequest(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
@@ -128,7 +132,7 @@ def sample(
         time.sleep(1.0)  # for the other processes
     if not processes.is_first():
         return None
-    write_manifest(out, models, files, rendering.drawing)
+    write_manifest(out, models, files, rendering)
     return write_sheets(out, prompts, seeds, files)
 
 
@@ -235,7 +239,13 @@ def draw_batches(
     if rendering.optimize_noise:  # an image that only fills up a batch would cost as much
         batch_size = min(batch_size, math.ceil(len(requests) / mesh.size) * mesh.size)
     shape = rendering.latent_shape(pipe)
-    sampler = ImageSampler(pipe, rendering.drawing, compute_dtype=rendering.choose_dtype(), mesh=mesh)
+    sampler = ImageSampler(
+        pipe,
+        rendering.drawing,
+        compute_dtype=rendering.choose_dtype(),
+        mesh=mesh,
+        negative=rendering.load_negative(pipe),
+    )
     decoder = Decoder(pipe, mesh, tile=rendering.vae_tile, preview=rendering.preview_vae)
     if rendering.optimize_noise and optimizer is None:
         optimizer = NoiseOptimizer(pipe, rendering, mesh)

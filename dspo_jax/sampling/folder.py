@@ -19,7 +19,7 @@ from dspo_jax.locks import is_empty
 from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.sampling.image_sampler import ImageRequest
 from dspo_jax.sampling.prompts import Prompt
-from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.sampling.rendering import Rendering
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"
@@ -42,6 +42,7 @@ def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) 
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
         # Folders of earlier versions were all drawn so.
         earlier = {"eta": 0.0, "guidance_rescale": 0.0, "optimize_noise": "", "optimize_steps": 0}
+        earlier |= {"negative_model": None, "negative_sha256": None}
         theirs = {**earlier, **read_object(path, fix)}
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
@@ -87,11 +88,12 @@ def note_rewards(file: Path, before: float, after: float) -> None:
 
 
 def write_manifest(
-    out: Path, models: Mapping[str, str | Path | Adapted], files: Files, drawing: Drawing
+    out: Path, models: Mapping[str, str | Path | Adapted], files: Files, rendering: Rendering
 ) -> None:
     """Writes manifest.jsonl: one line for each image, of how it was drawn."""
     keys = ("sampler", "steps", "eta", "guidance_scale", "guidance_rescale", "strength")
-    how = {key: getattr(drawing, key) for key in keys}
+    how = {key: getattr(rendering.drawing, key) for key in keys}
+    how["negative_model"] = rendering.negative_model
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for request, file in files[label].items():

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Integer, Num
+from jaxtyping import Float, Float32, Integer, Num, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Conditioning, Pipeline
 from dspo_jax.sampling.rendering import Drawing
+
+NEGATIVE = "negative"
+"""Name among parameters by component of another model's, whose denoiser runs without the prompt."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +76,8 @@ class GuidedDenoiser:
         With `guidance_rescale` the guided one is then rescaled, as diffusers' `rescale_noise_cfg` does.
 
         Args:
-          params: the denoiser by component, in the compute dtype.
+          params: the denoiser by component, in the compute dtype; under `NEGATIVE`, if it is there, the one
+            that predicts uncond (Diffusion-NPO, arXiv 2505.11245).
           x: latents [B, h, w, C].
           t: timesteps, a scalar or [B].
           conditioning: from `encode`.
@@ -81,11 +85,16 @@ class GuidedDenoiser:
         passes = 2 if self.is_guided else 1
         noisy = jnp.repeat(x, passes, axis=0).astype(self.compute_dtype)
         timesteps = jnp.repeat(jnp.broadcast_to(t, len(x)), passes)
-        output = self.pipe.predict(params, noisy, timesteps, conditioning, remat=self.remat)
-        output = output.astype(jnp.float32)
-        if not self.is_guided:
-            return output
-        uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
+        if self.is_guided and NEGATIVE in params:
+            without, prompted = (self._half(i, (noisy, timesteps, conditioning)) for i in (0, 1))
+            uncond = self.pipe.predict(params[NEGATIVE], *without, remat=self.remat).astype(jnp.float32)
+            cond = self.pipe.predict(params, *prompted, remat=self.remat).astype(jnp.float32)
+        else:
+            output = self.pipe.predict(params, noisy, timesteps, conditioning, remat=self.remat)
+            output = output.astype(jnp.float32)
+            if not self.is_guided:
+                return output
+            uncond, cond = jnp.moveaxis(output.reshape(-1, 2, *x.shape[1:]), 1, 0)
         first, last = self.drawing.guidance_interval
         scale = jnp.where((first <= t) & (t <= last), self.drawing.guidance_scale, 1.0)
         guided = uncond + scale.reshape(-1, 1, 1, 1) * (cond - uncond)
@@ -99,6 +108,10 @@ class GuidedDenoiser:
         if self.drawing.negative_prompt:
             return self.pipe.tokenize([self.drawing.negative_prompt])
         return self.pipe.empty_tokens[None]  # a published architecture has no tokenizers
+
+    @staticmethod
+    def _half(first: int, arrays: PyTree) -> PyTree:
+        return jax.tree.map(lambda array: array[first::2], arrays)
 
     @staticmethod
     def _beside(without: jax.Array | np.ndarray, prompted: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.sampling.guidance import GuidedDenoiser
+from dspo_jax.sampling.guidance import NEGATIVE, GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
 
 
@@ -37,7 +37,13 @@ class ImageSampler:
     """Draws with one model; compiled once for a shape of latents."""
 
     def __init__(
-        self, pipe: Pipeline, drawing: Drawing, *, compute_dtype: str = "float32", mesh: Mesh | None = None
+        self,
+        pipe: Pipeline,
+        drawing: Drawing,
+        *,
+        compute_dtype: str = "float32",
+        mesh: Mesh | None = None,
+        negative: Pipeline | None = None,
     ):
         """Prepares the program.
 
@@ -47,11 +53,13 @@ class ImageSampler:
           compute_dtype: of the networks; what stands between the denoiser's passes is float32.
           mesh: splits the batch over these devices, over all processes, which must then all call alike; None
             is one device.
+          negative: a model of the same kind, whose denoiser predicts without the prompt; None is the model
+            itself. Parameters that are given to `sample_latents` then have its under `NEGATIVE`.
 
         Raises:
           UserError: a sampler that is unknown, or does not do what the model's scheduler config asks for.
         """
-        self._pipe, self._mesh, self._dtype = pipe, mesh, compute_dtype
+        self._pipe, self._mesh, self._dtype, self._negative = pipe, mesh, compute_dtype, negative
         sampler = drawing.make_sampler(pipe)
         denoiser = GuidedDenoiser(pipe, drawing, compute_dtype)
 
@@ -86,6 +94,9 @@ class ImageSampler:
     @functools.cached_property
     def _stored_params(self) -> Params:
         params = {name: self._pipe.read_params(name, self._dtype) for name in self._pipe.components}
+        if self._negative is not None:
+            name = self._pipe.denoiser
+            params[NEGATIVE] = {name: self._negative.read_params(name, self._dtype)}
         return jax.device_put(params, replicated(self._mesh) if self._mesh else None)
 
     def sample_latents(

@@ -40,6 +40,7 @@ def read_options(settings: flags.FlagValues) -> Options:
         optimize_noise=settings.optimize_noise or "",
         optimize_steps=settings.optimize_steps,
         rewards_folder=settings.reward_dir,
+        negative_model=settings.negative_model,
     )
     return Options(prompts, rendering, seeds, latents)
 

@@ -11,6 +11,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.same_kind import find_fault, have_same_weights
 
 FORMATS = ("png", "webp")
 
@@ -103,6 +104,8 @@ class Rendering:
         `load_differentiable` takes it; "" leaves it as drawn.
       optimize_steps: updates of the noise.
       rewards_folder: holds the reward's weights.
+      negative_model: a model of the same kind, as `Drawing.load` takes it, whose denoiser predicts the
+        unconditional half of guidance (Diffusion-NPO); None is the model itself.
     """
 
     drawing: Drawing = Drawing()
@@ -115,6 +118,7 @@ class Rendering:
     optimize_noise: str = ""
     optimize_steps: int = 50
     rewards_folder: str = "rewards"
+    negative_model: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no model can render with.
@@ -132,6 +136,37 @@ class Rendering:
             raise UserError(spelling.unknown("--format", self.image_format, FORMATS))
         if self.compute_dtype not in (None, *COMPUTE_DTYPES):
             raise UserError(spelling.unknown("--compute_dtype", self.compute_dtype, COMPUTE_DTYPES))
+
+        if self.negative_model and self.drawing.guidance_scale <= 1:
+            raise UserError(
+                f"--negative_model={self.negative_model}: is a half of guidance, and --guidance_scale="
+                f"{self.drawing.guidance_scale:g} has none; give a scale above 1"
+            )
+        if self.negative_model and self.optimize_noise:
+            raise UserError(
+                f"--negative_model={self.negative_model}: does not go with --optimize_noise; give one of them"
+            )
+
+    def load_negative(self, pipe: Pipeline) -> Pipeline | None:
+        """Opens the negative model for a model, or returns None where there is none.
+
+        Raises:
+          UserError, FileNotFoundError: it is missing, of another kind, or has text encoders of its own.
+        """
+        if self.negative_model is None:
+            return None
+        flag = f"--negative_model={self.negative_model}"
+        try:
+            other = self.drawing.load(self.negative_model)
+        except (UserError, FileNotFoundError) as error:
+            raise type(error)(f"{flag}: {error}") from error
+        fault = find_fault(pipe, other, f"--model={pipe.path}")
+        for name in pipe.components:
+            if fault is None and name != pipe.denoiser and not have_same_weights(pipe, other, name):
+                fault = f"its {name} has other weights, and only its {pipe.denoiser} would be used"
+        if fault:
+            raise UserError(f"{flag}: {fault}; name a model of the same kind, such as an npo run of it")
+        return other
 
     def choose_dtype(self) -> str:
         """Returns the compute dtype on the devices that are here."""

@@ -2,15 +2,11 @@
 
 import dataclasses
 
-import numpy as np
-
 from dspo_jax.errors import UserError
-from dspo_jax.files import sha256
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.pipelines.stored import comparable
+from dspo_jax.pipelines.same_kind import find_fault, have_same_weights
 from dspo_jax.training.settings import Settings
-from dspo_jax.weights.component_files import find_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,12 +42,12 @@ def open_reference(name: str, pipe: Pipeline) -> Reference:
         other = load_pipeline(name, max_chunks=pipe.max_chunks, clip_skip=pipe.clip_skip)
     except (UserError, FileNotFoundError) as error:
         raise type(error)(f"config.reference.model = {name!r}: {error}") from error
-    if fault := _find_fault(pipe, other):
+    if fault := find_fault(pipe, other, "config.model"):
         raise UserError(
             f"config.reference.model = {name!r}: {fault}; name a model of the same kind as config.model, "
             "such as what that was trained from"
         )
-    differing = [each for each in pipe.components if not _have_same_weights(pipe, other, each)]
+    differing = [each for each in pipe.components if not have_same_weights(pipe, other, each)]
     return Reference(other, tuple(differing))
 
 
@@ -71,31 +67,3 @@ def refuse_reference(settings: Settings) -> None:
             f"config.reference.model = {settings.reference.model!r}: {settings.method!r} reads no reference; "
             "leave it unset"
         )
-
-
-def _find_fault(pipe: Pipeline, other: Pipeline) -> str | None:
-    """Says why the two cannot denoise the same latents under the same captions; None if they can."""
-    for name, network in pipe.networks.items():
-        found = other.networks.get(name)
-        if found is None or (found.class_name, found.settings) != (network.class_name, network.settings):
-            return f"its {name} is of another architecture than config.model's"
-    ours, theirs = pipe.schedule, other.schedule
-    if ours.prediction_type != theirs.prediction_type:
-        return f"predicts {theirs.prediction_type}, and config.model {ours.prediction_type}"
-    if not np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod):
-        return "its noise schedule is not config.model's"
-    made, needed = comparable(other.fingerprint(), pipe.fingerprint())
-    for key in sorted((made.keys() | needed.keys()) - {"model"}):
-        if made.get(key) != needed.get(key):
-            part = "tokenizers are" if key.startswith(("caption", "token", "pad")) else "VAE is"
-            return f"its {part} not config.model's ({key} = {made.get(key)!r}, not {needed.get(key)!r})"
-    return None
-
-
-def _have_same_weights(pipe: Pipeline, other: Pipeline, name: str) -> bool:
-    if name in pipe.trained or name in other.trained:
-        return False
-    ours, theirs = (find_weights(each.path / name, each.networks[name].class_name) for each in (pipe, other))
-    return [file.resolve() for file in ours] == [file.resolve() for file in theirs] or (
-        sha256(*ours) == sha256(*theirs)
-    )

@@ -3,20 +3,22 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from tiny_model import write_model
+from tiny_model import random_params, write_model
 from tiny_run import make_config
 
 from dspo_jax.images.resize import Crop
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
-from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_task
+from dspo_jax.weights.components import write_params
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -214,6 +216,40 @@ def test_guidance_scales_of_one_and_less(folder, theirs, guidance_scale):
     others = [dataclasses.replace(request, prompt="c") for request in REQUESTS]
     unlike = draw_theirs(theirs, folder, noise, others, guidance_scale=guidance_scale)
     assert (unlike - expected).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def disliked(folder, tmp_path_factory):
+    """The model with other weights in its UNet."""
+    other = shutil.copytree(folder, tmp_path_factory.mktemp("disliked") / "npo")
+    architecture = load_pipeline(folder).networks["unet"]
+    params = random_params(architecture, np.random.default_rng(9))
+    write_params(other / "unet", architecture, params)
+    return other
+
+
+def test_a_negative_model_is_the_other_half_of_guidance(folder, theirs, disliked, monkeypatch):
+    """As Diffusion-NPO draws in diffusers: the first half of its batch is the other UNet's."""
+    noise = initial_noise(REQUESTS, (4, 4, 4))
+    ours_alone = draw_theirs(theirs, folder, noise, guidance_scale=3.0)
+    other, forward = load_theirs(disliked).unet, theirs.unet.forward
+
+    def both(sample, t, encoder_hidden_states, added_cond_kwargs=None, **options):
+        halves = []
+        for i, unet in enumerate((other, forward)):
+            more = {name: each.chunk(2)[i] for name, each in (added_cond_kwargs or {}).items()}
+            states = encoder_hidden_states.chunk(2)[i]
+            (half,) = unet(sample.chunk(2)[i], t, states, added_cond_kwargs=more or None, **options)
+            halves.append(half)
+        return (torch.cat(halves),)
+
+    monkeypatch.setattr(theirs.unet, "forward", both)
+    expected = draw_theirs(theirs, folder, noise, guidance_scale=3.0)
+    assert (ours_alone - expected).abs().max() > 1e-2
+    pipe = load_pipeline(folder)
+    rendering = Rendering(Drawing(steps=5, guidance_scale=3.0), negative_model=str(disliked))
+    sampler = ImageSampler(pipe, rendering.drawing, negative=rendering.load_negative(pipe))
+    assert_close(sampler.sample_latents(REQUESTS, noise), expected)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])

@@ -12,6 +12,7 @@ from PIL import Image
 from processes import finish, log_of, start
 from safetensors.numpy import load_file, save_file
 from tables import each_row
+from tiny_model import write_model
 
 from dspo_jax.conversion.import_model import import_model
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
@@ -77,10 +78,11 @@ def test_images_manifest_and_contact_sheet(draw, model, tmp_path):
             "preview_vae": None,
             "optimize_noise": "",
             "optimize_steps": 0,
+            "negative_model": None,
         },
     }
     assert [key for key in settings if key.endswith("_sha256")] == [
-        *("weights_sha256", "prompts_sha256", "init_latents_sha256"),
+        *("weights_sha256", "prompts_sha256", "init_latents_sha256", "negative_sha256"),
     ]
     for record in records:
         with Image.open(out / record["file"]) as image:
@@ -278,6 +280,50 @@ def test_guidance_acts_in_its_interval_only(model):
     assert np.abs(part - guided).max() > 1e-3
 
 
+@pytest.mark.ci
+def test_a_negative_model_is_noted_and_changes_the_images(draw, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "npo")
+    weights = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"] += 1.0
+    save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors")
+    out, drawn = tmp_path / "out", {}
+    for negative in (None, str(model), str(other)):
+        draw(models={"base": model}, seeds=(0,), negative_model=negative, overwrite=True)
+        drawn[negative] = images_of(out / "0-base")
+        records = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+        assert [record["negative_model"] for record in records] == [negative] * 2
+    for name, image in drawn[None].items():
+        difference = {
+            key: np.abs(image.astype(int) - of_model[name]).max() for key, of_model in drawn.items()
+        }
+        assert difference[str(model)] <= 1
+        assert difference[str(other)] > 1
+    with pytest.raises(ValueError, match=r"out: holds images with negative_model = {.*}, here it is None"):
+        draw(models={"base": model}, seeds=(0,))
+
+
+@each_row(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "npo: "),
+        (
+            lambda folder: write_model(folder, family="sd21"),
+            "its unet is of another architecture than --model=",
+        ),
+        (
+            lambda folder: (folder / "text_encoder" / "model.safetensors").write_bytes(b"other"),
+            "its text_encoder has other weights, and only its unet would be used; name a model of the",
+        ),
+    ],
+    ids=["missing", "architecture", "text"],
+)
+def test_a_negative_model_of_another_kind_is_refused(model, tmp_path, spoil, message):
+    other = shutil.copytree(model, tmp_path / "npo")
+    spoil(other)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^--negative_model=.*npo: [^\n]*{message}"):
+        Rendering(DRAWING, negative_model=str(other)).load_negative(load_pipeline(model))
+
+
 OPTIONS = {
     **{"model": ["m"], "prompts": "a", "out": "out", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5},
     **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": None},
@@ -285,6 +331,7 @@ OPTIONS = {
     **{"optimize_noise": None, "optimize_steps": 50, "reward_dir": "rewards"},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
+    "negative_model": None,
 }
 
 
@@ -307,6 +354,14 @@ OPTIONS = {
         (
             {"init_latents": "pyproject.toml"},
             r"--init_latents=pyproject.toml: not a whole \.npy file of numbers",
+        ),
+        (
+            {"negative_model": "npo", "guidance_scale": 1.0},
+            "--negative_model=npo: is a half of guidance, .*; give a scale above 1",
+        ),
+        (
+            {"negative_model": "npo", "optimize_noise": "aesthetic"},
+            "--negative_model=npo: does not go with --optimize_noise; give one of them",
         ),
         ({"init_latents": "tests"}, "--init_latents=tests: no such file, or not a regular one"),
     ],

@@ -1,0 +1,42 @@
+"""Whether two models can take each other's place: the same architectures, schedule, tokenizers and VAE."""
+
+import numpy as np
+
+from dspo_jax.files import sha256
+from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.stored import comparable
+from dspo_jax.weights.component_files import find_weights
+
+
+def find_fault(pipe: Pipeline, other: Pipeline, name: str) -> str | None:
+    """Says why two models cannot denoise the same latents under the same captions; None if they can.
+
+    Args:
+      pipe, other: the models, whose weights may differ.
+      name: what the message calls `pipe`.
+    """
+    for component, network in pipe.networks.items():
+        found = other.networks.get(component)
+        if found is None or (found.class_name, found.settings) != (network.class_name, network.settings):
+            return f"its {component} is of another architecture than {name}'s"
+    ours, theirs = pipe.schedule, other.schedule
+    if ours.prediction_type != theirs.prediction_type:
+        return f"predicts {theirs.prediction_type}, and {name} {ours.prediction_type}"
+    if not np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod):
+        return f"its noise schedule is not {name}'s"
+    made, needed = comparable(other.fingerprint(), pipe.fingerprint())
+    for key in sorted((made.keys() | needed.keys()) - {"model"}):
+        if made.get(key) != needed.get(key):
+            part = "tokenizers are" if key.startswith(("caption", "token", "pad")) else "VAE is"
+            return f"its {part} not {name}'s ({key} = {made.get(key)!r}, not {needed.get(key)!r})"
+    return None
+
+
+def have_same_weights(pipe: Pipeline, other: Pipeline, name: str) -> bool:
+    """Tells whether a component of two models has the same weights, as files."""
+    if name in pipe.trained or name in other.trained:
+        return False
+    ours, theirs = (find_weights(each.path / name, each.networks[name].class_name) for each in (pipe, other))
+    return [file.resolve() for file in ours] == [file.resolve() for file in theirs] or (
+        sha256(*ours) == sha256(*theirs)
+    )
