@@ -153,6 +153,12 @@ def test_the_card_names_a_base_of_the_hub_and_says_that_it_has_no_licence(full_r
     assert read_header(card)["tags"] == ["dspo_jax", "diffusion_dpo", "lora"]
     assert "| lora.rank | 8 |" in card
     assert 'prompt = "a bird"\n' in card
+    assert "clip_skip" not in card
+    config["text"] = {"max_chunks": 3, "clip_skip": 2}
+    (full_run / "config.json").write_text(json.dumps(config))
+    card = make_card(full_run, str(cached), cached, 3)
+    assert "| text.max_chunks | 3 |" in card
+    assert ", clip_skip=1).images[0]" in card  # diffusers counts from 0
     (cached / "README.md").write_text(
         "---\nlicense: other\nlicense_name: 'own: 1'\ntags: []\n---\nlicense: mit\n"
     )
