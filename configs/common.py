@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0
     config.lora.targets = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
+    # A LoRA file, PEFT's or kohya's, that the adapters start from, FILE or FILE:WEIGHT; None starts from ones
+    # that add nothing. With rank = 0 layers and ranks are the file's, else both must be as asked for above.
+    config.lora.init = config_dict.placeholder(str)
     # Compute dtype of the networks, "float32" or "bfloat16"; losses and the optimizer are float32.
     config.compute_dtype = "float32"
     # Dtype of the trained parameters. In bfloat16 (8 bits) an update below 1/512 of a weight is lost.

@@ -4,11 +4,14 @@ Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most a
 `save_lora_weights`; networks/lora.py of kohya-ss/sd-scripts, in the form with diffusers' names for layers.
 """
 
+import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from dspo_jax.conversion import single_file
 from dspo_jax.conversion.model_card import GRID, find_grid, make_card
@@ -23,6 +26,7 @@ from dspo_jax.weights import model_dir
 from dspo_jax.weights.component_files import weights_file
 from dspo_jax.weights.components import fold_adapters, open_component, read_models
 from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
+from dspo_jax.weights.lora_files import METADATA_KEY
 from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
 from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.saved_params import SavedParams, read_base
@@ -82,6 +86,8 @@ def export(
             if (folder / "model_index.json").is_file():
                 ranks = {leaf.shape[-1] for path, leaf in saved.arrays.items() if ".lora_A." in path}
                 metadata = make_metadata(read_models(folder, NETWORKS), folder, title, _describe(name), ranks)
+            if adapters == "diffusers":
+                metadata |= _make_configs(saved)
             _write_file(out, values, card, metadata)
             return saved.step
         folder = find_model(name)
@@ -219,6 +225,23 @@ def _adapter_tensors(
         raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
     named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, style)
     return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
+
+
+def _make_configs(saved: SavedParams) -> dict[str, str]:
+    """Returns the entry of a header in which diffusers looks for PEFT's configs; the scale alpha / r is 1."""
+    configs: dict[str, object] = {}
+    shapes = traverse_util.unflatten_dict(saved.arrays, sep=".")
+    for component, tree in shapes.items():
+        # Without the prefix, which transformers 5 leaves out: PEFT compares the ends of names.
+        ranks = {layer.removeprefix("text_model."): rank for layer, rank in lora.find_ranks(tree).items()}
+        usual = statistics.mode(ranks.values())
+        others = {layer: rank for layer, rank in ranks.items() if rank != usual}
+        config = {
+            **{"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others},
+            **{"target_modules": sorted(ranks), "bias": "none", "use_dora": False, "use_rslora": False},
+        }
+        configs |= {f"{component}.{key}": value for key, value in config.items()}
+    return {METADATA_KEY: json.dumps(configs, sort_keys=True)}
 
 
 def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -> dict[str, Tensor]:

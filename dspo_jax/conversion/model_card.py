@@ -23,7 +23,7 @@ GRID = "samples.png"
 # Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
 _OPTIONS = (
-    *("reference.model", "optimizer.scale_lr", "lora.rank", "train_text_encoder", "ema_decay"),
+    *("reference.model", "optimizer.scale_lr", "lora.rank", "lora.init", "train_text_encoder", "ema_decay"),
     *("text.max_chunks", "text.clip_skip"),
 )
 _PROMPT = "a red fox in the snow"
@@ -65,7 +65,7 @@ def make_card(
     method = config[group]["name"]
     name, licence = hide_folders(base), _read_licence(folder)
     grid = None if file else find_grid(run, step)
-    tags = ["dspo_jax", method, *(["lora"] if values.get("lora.rank") else [])]
+    tags = ["dspo_jax", method, *(["lora"] if values.get("lora.rank") or values.get("lora.init") else [])]
     published = is_hub_id(base) or find_repository(Path(base)) is not None
     header = [
         "library_name: diffusers",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dspo_jax.data.datasets import count_examples, mixing_weights
+from dspo_jax.models.lora import find_ranks
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import has_bfloat16, in_units, short
 from dspo_jax.objectives.advantages import rounds_to_fill
@@ -53,7 +54,11 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     yield f"{settings.model} over {source if own is None else 'its own images'}"
     yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    what = " and ".join(state.params) + (f", LoRA of rank {settings.lora.rank}" if task.adapters else "")
+    what = " and ".join(state.params)
+    if task.adapters:
+        ranks = set(find_ranks(state.params).values())
+        what += f", LoRA of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}"
+        what += f" from {settings.lora.init}" if settings.lora.init else ""
     yield (
         f"{settings.method}: {count:,} trainable parameters ({what}), kept in "
         f"{settings.param_dtype}, computed in {settings.compute_dtype}, remat {settings.remat!r}"

@@ -58,6 +58,12 @@ class LoraSettings:
 
     rank: int = limited(Limit("must be at least 1, or 0 to turn LoRA off", lambda rank: rank >= 0))
     targets: Sequence[str]
+    init: str | None
+
+    @property
+    def on(self) -> bool:
+        """Whether adapters are trained in place of whole networks."""
+        return self.rank > 0 or self.init is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,13 +388,14 @@ def parse(config: ConfigDict) -> Settings:
             "small steps; set --config.reference_dtype=float32"
         )
     # The policy is rounded to param_dtype and then to the compute dtype. Where the reference is rounded
-    # otherwise, the two differ before the first update. (With LoRA they are one tree; and a reference of
-    # another model differs anyway.)
+    # otherwise, the two differ before the first update. (With fresh adapters they are one tree; and a
+    # reference of another model differs anyway.)
     policy_rounded, reference_rounded = (
         "bfloat16" in (settings.compute_dtype, dtype)
         for dtype in (settings.param_dtype, settings.reference_dtype)
     )
-    if policy_rounded != reference_rounded and not (settings.lora.rank or settings.reference.model):
+    fresh = settings.lora.on and settings.lora.init is None
+    if policy_rounded != reference_rounded and not (fresh or settings.reference.model):
         raise UserError(
             f"config.reference_dtype = {settings.reference_dtype!r}: policy and reference would differ from "
             f"the start, with config.param_dtype = {settings.param_dtype!r} and config.compute_dtype = "

@@ -30,7 +30,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.differentiable import DifferentiableReward, load_differentiable
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
-from dspo_jax.training import schedule_free
+from dspo_jax.training import lora_init, schedule_free
 from dspo_jax.training.auto_beta import make_auto_beta
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
@@ -84,6 +84,9 @@ class Experiment:
     def pins(self) -> dict[str, str]:
         """Tells apart what stands behind the keys that name a reference, prompts and rewards, by key."""
         pins = {} if self.own_images is None else self.own_images.pins()
+        init = self.settings.lora.init
+        if init is not None:
+            pins = pins | {"lora.init": f"a file of the digest {lora_init.digest(init)}"}
         return pins if self.task.reference is None else pins | self.task.reference.pins()
 
     def count_examples(self) -> dict[str, int]:
@@ -238,7 +241,7 @@ def make_task(
             remat=settings.remat,
         ),
         train_text_encoder=settings.train_text_encoder,
-        adapters=settings.lora.rank > 0,
+        adapters=settings.lora.on,
         reference=reference,
     )
 
@@ -292,20 +295,26 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
     """Makes LoRA's adapters of the trained networks at their start, or {} where LoRA is off.
 
     Raises:
-      UserError: a pattern of `config.lora.targets` is no regular expression, or a network has no match.
+      FileNotFoundError: the file of `config.lora.init` is missing.
+      UserError: a pattern of `config.lora.targets` is no regular expression, or a network has no match; the
+        file is refused.
     """
-    if settings.lora.rank == 0:
+    if not settings.lora.on:
         return {}
     trained = pipe.components if settings.train_text_encoder else (pipe.denoiser,)
     models = {name: pipe.networks[name] for name in trained}
+    init = settings.lora.init
+    if init is not None and settings.lora.rank == 0:
+        return lora_init.read_adapters(init, models, None)
     key = jax.random.key(settings.seed)
     try:
-        return {
+        fresh = {
             name: lora.init_adapters(model.abstract_params(), settings.lora.targets, settings.lora.rank, key)
             for name, model in models.items()
         }
     except (UserError, re.error) as error:
         raise UserError(f"config.lora.targets = {settings.lora.targets}: {error}") from error
+    return fresh if init is None else lora_init.read_adapters(init, models, fresh)
 
 
 def make_state(
@@ -313,9 +322,10 @@ def make_state(
 ) -> tuple[TrainState, Params]:
     """Returns the state at step 0 and the frozen reference, read from the model; every array is born sharded.
 
-    With adapters these are what is trained. The reference has them too, as they start: they add nothing, and
-    policy and reference remain one program. Where the reference is another model, the frozen parameters of
-    the policy that are not the reference's lie beside those of the reference, under `task.POLICY`.
+    With adapters these are what is trained. The reference has them too, so that policy and reference remain
+    one program: as they start, or, where it is named by itself, with products of zero. Where the reference is
+    another model, the frozen parameters of the policy that are not the reference's lie beside those of the
+    reference, under `task.POLICY`.
 
     Args:
       task: from `make_task`.
@@ -351,7 +361,8 @@ def make_state(
     reference = {name: read(name, precision.reference_dtype, other) for name in frozen}
     if adapters:
         params = put(adapters, precision.param_dtype)
-        reference = lora.combine(reference, put(adapters, precision.reference_dtype))
+        frozen_adapters = adapters if task.reference is None else lora_init.without_products(adapters)
+        reference = lora.combine(reference, put(frozen_adapters, precision.reference_dtype))
     own = [name for name in task.reference.differing if name not in trained] if task.reference else []
     if own:
         reference[POLICY] = {name: read(name, precision.reference_dtype) for name in own}

@@ -98,8 +98,10 @@ class LoRA:
     modules: Mapping[str, Mapping[str, Module]]
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
+def parse_lora(text: str, key: str = "--lora=") -> tuple[Path, float]:
     """Parses `FILE` or `FILE:WEIGHT` to (file, weight); the weight is 1 unless it is given.
+
+    `key` is what an error has before the text.
 
     Raises:
       UserError: the weight is no finite number, or the file is a pickle or a folder.
@@ -110,42 +112,43 @@ def parse_lora(text: str) -> tuple[Path, float]:
     try:
         weight = float(number)
     except ValueError as error:
-        raise UserError(f"--lora={text}: {number!r} is no weight; write FILE.safetensors:0.8") from error
+        raise UserError(f"{key}{text}: {number!r} is no weight; write FILE.safetensors:0.8") from error
     if not math.isfinite(weight):
-        raise UserError(f"--lora={text}: the weight must be a finite number, as in FILE.safetensors:0.8")
+        raise UserError(f"{key}{text}: the weight must be a finite number, as in FILE.safetensors:0.8")
     path = Path(name)
     if path.suffix in _PICKLES:
-        raise UserError(f"--lora={text}: a pickle, which is not read; give a .safetensors file")
+        raise UserError(f"{key}{text}: a pickle, which is not read; give a .safetensors file")
     if path.is_dir():
-        raise UserError(f"--lora={text}: a folder; name the .safetensors file in it")
+        raise UserError(f"{key}{text}: a folder; name the .safetensors file in it")
     return path, weight
 
 
-def open_lora(text: str, models: Mapping[str, Model]) -> LoRA:
+def open_lora(text: str, models: Mapping[str, Model], key: str = "--lora=") -> LoRA:
     """Opens `FILE` or `FILE:WEIGHT` for a model, and checks every name and shape; only alphas are read.
 
     Args:
       text: as `parse_lora` takes it.
       models: architectures of the components that may be adapted: "unet" and the text encoders.
+      key: what an error has before the text.
 
     Raises:
       FileNotFoundError: no such file.
       UserError: it is damaged, no LoRA, or of another model.
     """
-    path, weight = parse_lora(text)
+    path, weight = parse_lora(text, key)
     stored = tensors.open_file(path)
     _refuse_others(path, stored)
     configs = _read_configs(path)
     shapes = {component: torch_shapes(model) for component, model in models.items()}
     modules: dict[str, dict[str, Module]] = {}
-    for (component, layer), (key, parts) in _group(path, stored, _name_layers(models)).items():
+    for (component, layer), (tensor_name, parts) in _group(path, stored, _name_layers(models)).items():
         name = f"{layer}.weight"
         try:
             scale = _read_scale(parts, configs, component, layer)
             module = _make_module(parts, shapes[component][name], scale)
         except UserError as error:
-            raise UserError(f"{path}: tensor {key}: {error}") from error
-        modules.setdefault(component, {})[name] = _checked(path, key, module)
+            raise UserError(f"{path}: tensor {tensor_name}: {error}") from error
+        modules.setdefault(component, {})[name] = _checked(path, tensor_name, module)
     return LoRA(path, weight, modules)
 
 
@@ -205,7 +208,7 @@ def _group(
         if place is None:
             raise UserError(
                 f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind "
-                "(Stable Diffusion 1, 2 or XL)?"
+                f"(Stable Diffusion 1, 2 or XL)?{_name_base(path)}"
             )
         parts = groups.setdefault(place, (key, {}))[1]
         part = str(match.lastgroup)
@@ -215,6 +218,13 @@ def _group(
     if not groups:
         raise UserError(f"{path}: holds no tensors; fetch the file again")
     return groups
+
+
+def _name_base(path: Path) -> str:
+    """Says of which model a file is by its header, after a refusal; nothing where it does not say it."""
+    metadata = tensors.read_metadata(path)
+    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    return f" Its header says {json_files.shown(said)}" if said else ""
 
 
 def _make_module(parts: Mapping[str, Tensor], shape: tuple[int, ...], scale: float) -> Module:

@@ -1,0 +1,100 @@
+"""The start of a run from a LoRA file: its products as the adapters that are trained."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from absl import logging
+
+from dspo_jax.errors import UserError
+from dspo_jax.files import sha256
+from dspo_jax.models import lora
+from dspo_jax.models.model import Model, Params
+from dspo_jax.weights.layout import flatten, torch_layout, unflatten
+from dspo_jax.weights.lora_files import LoRA, Module, open_lora, parse_lora
+
+KEY = "config.lora.init = "
+"""What errors say before the value."""
+
+
+def read_adapters(text: str, networks: Mapping[str, Model], fresh: Params | None) -> Params:
+    """Reads a LoRA file as adapters by component, float32.
+
+    The scale alpha / rank of the file, and the weight, are multiplied into B: adapters here have scale 1.
+
+    Args:
+      text: `FILE` or `FILE:WEIGHT`, PEFT's or kohya's.
+      networks: those whose adapters are trained.
+      fresh: adapters of the layers and the rank that the config asks for; None takes those of the file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      UserError: it is no LoRA of the networks, or has other layers or ranks than `fresh`.
+    """
+    opened = open_lora(text, networks, key=KEY)
+    for component in networks:
+        if component not in opened.modules:
+            raise UserError(
+                f"{opened.path}: holds nothing for {component}, which is trained; name another file in "
+                "config.lora.init, or set config.train_text_encoder=False for a LoRA of the UNet alone"
+            )
+    if fresh is not None:
+        _check_fits(opened, fresh)
+    for component, modules in opened.modules.items():
+        ranks = sorted({module.down.shape[0] for module in modules.values()})
+        logging.info(
+            "%s: starts from adapters of %d layers of %s, of rank %s",
+            opened.path,
+            len(modules),
+            component,
+            " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
+        )
+    return {component: _make_tree(modules, opened.weight) for component, modules in opened.modules.items()}
+
+
+def _check_fits(opened: LoRA, fresh: Params) -> None:
+    """Refuses other layers or ranks than the config asks for."""
+    for component, tree in fresh.items():
+        wanted = lora.find_ranks(tree)
+        found = {
+            name.removesuffix(".weight"): module.down.shape[0]
+            for name, module in opened.modules[component].items()
+        }
+        for layer in sorted(wanted.keys() | found.keys()):
+            if wanted.get(layer) != found.get(layer):
+                have, want = (
+                    f"rank {ranks[layer]}" if layer in ranks else "no adapter" for ranks in (found, wanted)
+                )
+                raise UserError(
+                    f"{opened.path}: has {have} for {component}.{layer}, but config.lora.rank and "
+                    f"config.lora.targets ask for {want}; set config.lora.rank=0 to train what the file has"
+                )
+
+
+def _make_tree(modules: Mapping[str, Module], weight: float) -> Params:
+    leaves: dict[str, np.ndarray] = {}
+    for name, module in modules.items():
+        layer = name.removesuffix(".weight")
+        scale = np.float32(weight * module.scale)
+        down, up = (np.asarray(half.read(), np.float32) for half in (module.down, module.up))
+        for matrix, value in (("lora_A", down), ("lora_B", scale * up)):
+            path = f"{layer}.{matrix}.kernel"
+            leaves[path] = value.transpose(np.argsort(torch_layout(path, value.ndim)[1]))
+    return unflatten(leaves)
+
+
+def without_products(adapters: Params) -> Params:
+    """Returns adapters that add nothing, B being zero, for a reference that is another model."""
+    return {
+        component: unflatten(
+            {
+                path: np.zeros_like(leaf) if path.endswith("lora_B.kernel") else leaf
+                for path, leaf in flatten(tree).items()
+            }
+        )
+        for component, tree in adapters.items()
+    }
+
+
+def digest(text: str) -> str:
+    """Returns the digest by which a run knows its file again; the weight is in the config."""
+    return sha256(parse_lora(text, key=KEY)[0])
