@@ -33,8 +33,10 @@ def find_fault(pipe: Pipeline, other: Pipeline, name: str) -> str | None:
 
 
 def have_same_weights(pipe: Pipeline, other: Pipeline, name: str) -> bool:
-    """Tells whether a component of two models has the same weights, as files."""
-    if name in pipe.trained or name in other.trained:
+    """Tells whether a component of two models has the same weights, as files; not where a LoRA is added."""
+    if any(
+        name in each.trained or any(name in lora.modules for lora in each.loras) for each in (pipe, other)
+    ):
         return False
     ours, theirs = (find_weights(each.path / name, each.networks[name].class_name) for each in (pipe, other))
     return [file.resolve() for file in ours] == [file.resolve() for file in theirs] or (

@@ -13,6 +13,7 @@ from tables import each_row
 
 from dspo_jax.conversion.import_model import import_model
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
+from dspo_jax.pipelines.same_kind import have_same_weights
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
@@ -261,6 +262,16 @@ def test_files_add_up_and_over_a_run_too(tiny, tmp_path):
     assert_folded(adapt(tiny, f"{file}:0.75", f"{file}:-0.25"), tiny, drawn, 0.5)
     run = make_run(tmp_path / "run", tiny.path, steps=(1,), change=0.25)
     assert_folded(load_pipeline(Adapted(run, (str(file),))), load_pipeline(run), drawn)
+
+
+def test_a_component_with_a_lora_is_not_that_of_the_model_without(tiny, tmp_path):
+    """Or `sample --negative_model` would run another text encoder than its own."""
+    drawn = draw(tiny, {("text_encoder", f"{TEXT}.mlp.fc1"): (2, 1.0)})
+    adapted = adapt(tiny, save_kohya(tmp_path / "lora.safetensors", drawn))
+    assert have_same_weights(tiny, tiny, "text_encoder")
+    assert have_same_weights(adapted, tiny, "unet")
+    assert not have_same_weights(adapted, tiny, "text_encoder")
+    assert not have_same_weights(tiny, adapted, "text_encoder")
 
 
 def test_an_import_writes_the_sum_in_the_dtype_of_the_base(published, out, tmp_path):
