@@ -81,3 +81,8 @@ def _fresh(given: Mapping[str, Any], made_in: Path, folder: Path, stack: ExitSta
             elif value.is_file():
                 shutil.copy(value, copy)
     return fresh
+
+
+def slow(*row: Any) -> Any:
+    """Returns a row of `pytest.mark.parametrize` that runs with the slow tests alone."""
+    return pytest.param(*row, marks=pytest.mark.slow)

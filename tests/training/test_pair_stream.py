@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from online_run import PROMPTS, OnlineRun, brightness, moved
+from tables import slow
 
 from dspo_jax.errors import UserError
 from dspo_jax.training.pair_stream import PairStream, _take_moments, choose_images, pair_all
@@ -67,7 +68,7 @@ def test_all_images_of_a_prompt_make_a_list_best_first():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["lpo_list", "nft"])
+@pytest.mark.parametrize("name", ["lpo_list", slow("nft")])
 def test_objectives_of_lists_get_every_image_of_a_prompt_with_its_reward(name, shallow_model):
     changes = {"stream.images": 3, "stream.updates": 2, "stream.batch_size": 12, "objective.name": name}
     run, scores = OnlineRun(shallow_model, {**changes, "batch_size": 4}, trajectories=False), []

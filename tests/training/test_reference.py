@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_folders import UNET_FILE, edit
-from tables import each_row
+from tables import each_row, slow
 from tiny_model import random_params, write_tokenizer
 from tiny_run import make_config, read_batches, read_reproducible
 
@@ -94,9 +94,9 @@ def make_run(model, pairs, changes, devices=1):
     ("changes", "own", "devices"),
     [
         ({}, {"text_encoder"}, 1),
-        ({"train_text_encoder": True}, set(), 1),
+        slow({"train_text_encoder": True}, set(), 1),
         ({"lora.rank": 2}, {"unet", "text_encoder"}, 1),
-        ({"mesh.data": 1, "mesh.fsdp": 2}, {"text_encoder"}, 2),
+        slow({"mesh.data": 1, "mesh.fsdp": 2}, {"text_encoder"}, 2),
     ],
     ids=["unet", "both", "lora", "fsdp"],
 )
@@ -170,7 +170,9 @@ def test_a_reference_that_moves_becomes_the_policy(rank, shallow_model, other_mo
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("changes", [{}, {"lora.rank": 2, "reference.every": 2}], ids=["fixed", "moves"])
+@pytest.mark.parametrize(
+    "changes", [slow({}), {"lora.rank": 2, "reference.every": 2}], ids=["fixed", "moves"]
+)
 def test_a_run_with_a_reference_goes_on_as_if_it_had_not_stopped(
     changes, shallow_model, other_model, tiny_pairs, tmp_path
 ):

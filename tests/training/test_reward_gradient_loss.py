@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tables import each_row
+from tables import each_row, slow
 from tiny_run import make_config
 
 from dspo_jax.parallel.mesh import shard_batch
@@ -95,14 +95,15 @@ def judge(loss, task, reference, latents, batch):
 
 
 @pytest.mark.ci
-@each_row(
+@pytest.mark.parametrize(
     ("changes", "attached"),
     [
-        ({"reward_gradient.name": "draft"}, [1, 1, 1, 1]),
-        ({"reward_gradient.name": "draft_k", "reward_gradient.k": 2.0, "stream.eta": 0.0}, [0, 0, 1, 1]),
+        slow({"reward_gradient.name": "draft"}, [1, 1, 1, 1]),
+        slow({"reward_gradient.name": "draft_k", "reward_gradient.k": 2.0, "stream.eta": 0.0}, [0, 0, 1, 1]),
         ({"reward_gradient.name": "draft_plus", "reward_gradient.beta": 3.0, "lora.rank": 2}, [0, 0, 0, 1]),
-        ({"reward_gradient.name": "draft_k", "stream.sampler": "euler_ancestral"}, [0, 0, 0, 1]),
+        slow({"reward_gradient.name": "draft_k", "stream.sampler": "euler_ancestral"}, [0, 0, 0, 1]),
     ],
+    ids=["draft", "draft_k", "draft_plus", "euler_ancestral"],
 )
 def test_the_gradient_is_that_of_the_written_out_program(changes, attached, shallow_model):
     experiment, mesh, state, reference = make(shallow_model, changes)
@@ -127,7 +128,7 @@ def test_the_gradient_is_that_of_the_written_out_program(changes, attached, shal
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * largest), found, grads)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_draft_lv_adds_the_gradient_of_the_noised_result(shallow_model):
     experiment, mesh, state, reference = make(shallow_model, {"reward_gradient.name": "draft_lv"})
     task, batch = experiment.task, make_batch(experiment, mesh)
@@ -206,7 +207,7 @@ def test_refl_differentiates_the_image_that_one_late_step_expects(shallow_model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4 * largest), found, grads)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_devices_and_parts_of_a_batch_do_not_change_the_update(shallow_model):
     """Randomness follows from the prompt's number: 1 device, 8, sharded parameters, and two parts agree."""
     changes = {"reward_gradient.name": "alignprop"}
@@ -226,14 +227,15 @@ def test_devices_and_parts_of_a_batch_do_not_change_the_update(shallow_model):
 
 
 @pytest.mark.ci
-@each_row(
+@pytest.mark.parametrize(
     "changes",
     [
-        {"reward_gradient.name": "draft_plus"},
-        {"reward_gradient.name": "draft_lv"},
-        {"reward_gradient.name": "alignprop", "accumulation": 2},
+        slow({"reward_gradient.name": "draft_plus"}),
+        slow({"reward_gradient.name": "draft_lv"}),
+        slow({"reward_gradient.name": "alignprop", "accumulation": 2}),
         {"reward_gradient.name": "refl", "reward_gradient.threshold": 100.0},
     ],
+    ids=["draft_plus", "draft_lv", "alignprop", "refl"],
 )
 def test_an_image_without_a_reward_is_left_out(changes, shallow_model):
     """The update is the mean of those that each of the other images gives alone; of too many it is none."""

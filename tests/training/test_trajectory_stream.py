@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from online_run import STEPS, OnlineRun, brightness, moved
+from tables import slow
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives.advantages import group_advantages
@@ -86,7 +87,12 @@ def on_one_device(shallow_model):
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("sizes", "accumulation", "chunk"),
-    [({"data": 1}, 4, 8), ({"data": 2}, 1, 4), ({"data": 8}, 3, 8), ({"data": 2, "fsdp": 4}, 1, 8)],
+    [
+        slow({"data": 1}, 4, 8),
+        slow({"data": 2}, 1, 4),
+        slow({"data": 8}, 3, 8),
+        ({"data": 2, "fsdp": 4}, 1, 8),
+    ],
     ids=str,
 )
 def test_every_split_gives_the_same_update(shallow_model, on_one_device, sizes, accumulation, chunk):
@@ -113,7 +119,7 @@ def test_every_split_gives_the_same_update(shallow_model, on_one_device, sizes, 
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(("compute_dtype", "noise"), [("float32", 1e-5), ("bfloat16", 0.2)])
+@pytest.mark.parametrize(("compute_dtype", "noise"), [("float32", 1e-5), slow("bfloat16", 0.2)])
 def test_later_updates_of_a_round_have_the_log_probabilities_of_its_start(
     shallow_model, compute_dtype, noise
 ):
