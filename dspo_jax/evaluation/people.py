@@ -81,7 +81,7 @@ class Votes(NamedTuple):
     repeated: int
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
     """A vote on a model's image and the base's; share 1 is for the model."""
 
     model: str
@@ -156,9 +156,9 @@ def assess_votes(
 
 def _find(
     judgement: Judgement, places: Mapping[tuple[str, str], Sequence[tuple[str, int, int]]], base: str
-) -> list[_Answer]:
+) -> list[Answer]:
     """Returns a vote as an answer for every model that drew one image, where the other is the base's."""
-    found: dict[str, _Answer] = {}
+    found: dict[str, Answer] = {}
     first, second = (
         places.get((judgement.prompt, image.sha256), []) for image in (judgement.first, judgement.second)
     )
@@ -166,12 +166,12 @@ def _find(
         for label, number, seed in ours:
             for other, other_number, other_seed in theirs:
                 if label != base and other == base and number == other_number and label not in found:
-                    found[label] = _Answer(label, number, (seed, other_seed), judgement.person, share)
+                    found[label] = Answer(label, number, (seed, other_seed), judgement.person, share)
     return list(found.values())
 
 
 def _assess(
-    answers: Sequence[_Answer],
+    answers: Sequence[Answer],
     votes: Votes,
     images: Mapping[str, Images],
     scores: Mapping[str, Mapping[str, np.ndarray]],
@@ -205,7 +205,7 @@ def _assess(
     )
 
 
-def _win_rate(answers: Sequence[_Answer]) -> PeopleWinRate:
+def _win_rate(answers: Sequence[Answer]) -> PeopleWinRate:
     shares = np.array([answer.share for answer in answers])
     balance: dict[int, float] = {}
     for answer in answers:
@@ -225,7 +225,7 @@ def _win_rate(answers: Sequence[_Answer]) -> PeopleWinRate:
 
 
 def two_way_interval(
-    answers: Sequence[_Answer], values: Sequence[float] | np.ndarray, *, seed: int = 0
+    answers: Sequence[Answer], values: Sequence[float] | np.ndarray, *, seed: int = 0
 ) -> Estimate:
     """Returns the mean of votes and its 95 % interval, a percentile bootstrap over prompts and over people.
 

@@ -6,15 +6,17 @@ from typing import Generic, TypeVar
 
 import numpy as np
 from scipy import optimize
-from scipy.special import expit
+from scipy.special import expit, logsumexp, softmax
 
 _Item = TypeVar("_Item", bound=Hashable)
 
 PRIOR_DEVIATION = 2.0
 """Standard deviation of the normal prior of a strength, which keeps one never beaten finite."""
 
-# Beta prior of a person's reliability, with mode 0.9: most people tell what they prefer.
+# Beta prior of a person's reliability: most people tell what they prefer. Votes are integrated over it.
 _RIGHT, _WRONG = 10.0, 2.0
+_NODES = 100
+_MOST_WITH_COVARIANCE = 64  # items
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,8 +26,8 @@ class Strengths(Generic[_Item]):
     Attributes:
       items: what was compared.
       values: [items] strengths, of mean 0; the better wins with probability sigmoid(difference).
-      covariance: [items, items] of the strengths, by Laplace's approximation.
-      reliabilities: by person, the probability that a vote says what the strengths say.
+      covariance: [items, items] of the strengths, by Laplace's approximation; NaN of more than 64 items.
+      reliabilities: by person, the mean of the probability that a vote says what the strengths say.
     """
 
     items: Sequence[_Item]
@@ -35,10 +37,11 @@ class Strengths(Generic[_Item]):
 
 
 def fit_strengths(comparisons: Sequence[tuple[int, _Item, _Item, float]]) -> Strengths[_Item]:
-    """Fits strengths and reliabilities by their posterior's mode.
+    """Fits strengths by the mode of their posterior, in which the reliabilities are integrated out.
 
     A person of reliability r prefers i to j with probability r sigmoid(s_i - s_j) + (1 - r) sigmoid(s_j -
-    s_i); a tie is half a vote for each.
+    s_i); a tie is half a vote for each. Strengths and reliabilities fitted together would be too sure: a
+    person has few votes.
 
     Source of the model: Chen et al., "Pairwise Ranking Aggregation in a Crowdsourced Setting", WSDM 2013. The
     priors are ours.
@@ -49,49 +52,52 @@ def fit_strengths(comparisons: Sequence[tuple[int, _Item, _Item, float]]) -> Str
     items = list(dict.fromkeys(item for _, one, other, _ in comparisons for item in (one, other)))
     people = list(dict.fromkeys(person for person, *_ in comparisons))
     place, seat = ({each: i for i, each in enumerate(of)} for of in (items, people))
-    first = np.array([place[one] for _, one, _, _ in comparisons])
-    second = np.array([place[other] for _, _, other, _ in comparisons])
-    person = np.array([seat[who] for who, *_ in comparisons])
-    share = np.array([value for *_, value in comparisons], np.float64)
-    count = len(items)
+    # Votes of a person on the same two items are counted together: [K], K the different ones.
+    counts: dict[tuple[int, int, int], np.ndarray] = {}
+    for who, one, other, share in comparisons:
+        key = (seat[who], place[one], place[other])
+        counts[key] = counts.get(key, np.zeros(2)) + np.array([share, 1 - share])
+    person, first, second = np.array(list(counts)).T
+    won, lost = np.array(list(counts.values())).T[:, :, None]
+    nodes = (np.arange(_NODES) + 0.5) / _NODES
+    weights = (_RIGHT - 1) * np.log(nodes) + (_WRONG - 1) * np.log1p(-nodes)
 
-    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
-        strengths, reliability = values[:count], expit(values[count:])
-        wins = expit(strengths[first] - strengths[second])
-        right = reliability[person]
-        chance = np.clip(right * wins + (1 - right) * (1 - wins), 1e-12, 1 - 1e-12)
-        fit = share * np.log(chance) + (1 - share) * np.log(1 - chance)
-        prior = _RIGHT * np.log(reliability) + _WRONG * np.log1p(-reliability)  # of the logits
-        total = fit.sum() + prior.sum() - 0.5 * (strengths**2).sum() / PRIOR_DEVIATION**2
-        by_chance = share / chance - (1 - share) / (1 - chance)
-        by_difference = by_chance * (2 * right - 1) * wins * (1 - wins)
-        slope = np.zeros_like(values)
-        np.add.at(slope, first, by_difference)
-        np.add.at(slope, second, -by_difference)
-        slope[:count] -= strengths / PRIOR_DEVIATION**2
-        by_logit = by_chance * (2 * wins - 1) * right * (1 - right)
-        np.add.at(slope, count + person, by_logit)
-        slope[count:] += _RIGHT * (1 - reliability) - _WRONG * reliability
-        return -float(total), -slope
+    def weigh(strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns chances [K, nodes] and log weights of the nodes for each person [people, nodes]."""
+        wins = expit(strengths[first] - strengths[second])[:, None]
+        chances = nodes * wins + (1 - nodes) * (1 - wins)
+        of_person = np.tile(weights, (len(people), 1))
+        np.add.at(of_person, person, won * np.log(chances) + lost * np.log1p(-chances))
+        return chances, of_person
 
-    start = np.concatenate([np.zeros(count), np.full(len(people), np.log(_RIGHT / _WRONG))])
-    # A difference of strengths and its sign are told apart by the reliabilities alone: start at the votes.
-    np.add.at(start, first, share - 0.5)
-    np.add.at(start, second, 0.5 - share)
+    def loss(strengths: np.ndarray) -> tuple[float, np.ndarray]:
+        chances, of_person = weigh(strengths)
+        posterior = softmax(of_person, axis=1)[person]
+        wins = expit(strengths[first] - strengths[second])[:, None]
+        by_difference = (won / chances - lost / (1 - chances)) * (2 * nodes - 1) * wins * (1 - wins)
+        pull = (posterior * by_difference).sum(axis=1)
+        slope = np.bincount(first, pull, len(items)) - np.bincount(second, pull, len(items))
+        total = logsumexp(of_person, axis=1).sum() - 0.5 * (strengths**2).sum() / PRIOR_DEVIATION**2
+        return -float(total), strengths / PRIOR_DEVIATION**2 - slope
+
+    # The opposite strengths with the opposite reliabilities fit as well: start on the side of the votes.
+    balance = (won - lost)[:, 0]
+    start = np.bincount(first, balance, len(items)) - np.bincount(second, balance, len(items))
+    votes = (won + lost)[:, 0]
+    start = start / (np.bincount(first, votes, len(items)) + np.bincount(second, votes, len(items)))
     found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000}).x
-    covariance = _covariance(loss, found, count) if count <= 64 else np.full((count, count), np.nan)
-    centre = np.eye(count) - 1 / count
+    reliabilities = softmax(weigh(found)[1], axis=1) @ nodes
+    centre = np.eye(len(items)) - 1 / len(items)
+    few = len(items) <= _MOST_WITH_COVARIANCE
     return Strengths(
         items,
-        found[:count] - found[:count].mean(),
-        centre @ covariance @ centre,
-        dict(zip(people, expit(found[count:]).tolist(), strict=True)),
+        found - found.mean(),
+        centre @ _covariance(loss, found) @ centre if few else np.full((len(items),) * 2, np.nan),
+        dict(zip(people, reliabilities.tolist(), strict=True)),
     )
 
 
-def _covariance(
-    loss: Callable[[np.ndarray], tuple[float, np.ndarray]], values: np.ndarray, count: int
-) -> np.ndarray:
+def _covariance(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], values: np.ndarray) -> np.ndarray:
     """Inverts the Hessian of the loss, made of differences of its gradient."""
     step = 1e-4
     rows = [
@@ -99,4 +105,4 @@ def _covariance(
         for unit in np.eye(len(values))
     ]
     hessian = np.array(rows)
-    return np.linalg.inv((hessian + hessian.T) / 2)[:count, :count]
+    return np.linalg.inv((hessian + hessian.T) / 2)

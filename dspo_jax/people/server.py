@@ -38,7 +38,7 @@ MAX_BODY = 16 * 1024
 
 _SECONDS_FOR_BODY = 10
 _PAGE = Path(__file__).parent / "page"
-_FILES = {"vote.js": "text/javascript", "style.css": "text/css"}
+_FILES = {"vote.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _YEAR = 365 * 24 * 3600
 _HEADERS = {

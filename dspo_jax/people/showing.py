@@ -8,7 +8,7 @@ from dspo_jax.people.votes import SKIP, Choice, Showing, Vote, VoteStore
 
 REPEAT_AFTER = 10
 """Showings between a group and its repetition, so that few remember what they said."""
-_RECENT = 20  # votes that the rate is computed of
+_RECENT, _FEWEST = 20, 5  # votes that the rate is computed of
 
 
 class Progress(NamedTuple):
@@ -17,7 +17,7 @@ class Progress(NamedTuple):
     Attributes:
       done: groups judged, repetitions and checks among them.
       left: groups that are still to be judged.
-      votes_per_minute: of the last votes; None before there are two.
+      votes_per_minute: of the last votes; None before there are five.
     """
 
     done: int
@@ -94,7 +94,7 @@ class Showings:
         done = sum(self._open_question(showing) is None for showing in shown)
         recent = [vote.since for vote in self._votes_of(person)[-_RECENT:]]
         rate = None
-        if len(recent) > 1 and recent[-1] > recent[0]:
+        if len(recent) >= _FEWEST and recent[-1] > recent[0]:
             rate = 60 * (len(recent) - 1) / (recent[-1] - recent[0])
         return Progress(done, len(self._left(person)) + len(shown) - done, rate)
 

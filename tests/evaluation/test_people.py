@@ -14,7 +14,7 @@ from scipy import stats
 
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
-from dspo_jax.evaluation.people import _Answer, krippendorff_alpha, read_votes, two_way_interval
+from dspo_jax.evaluation.people import Answer, krippendorff_alpha, read_votes, two_way_interval
 from dspo_jax.evaluation.prompt_sets import PromptSet
 from dspo_jax.evaluation.report import print_report
 from dspo_jax.evaluation.run import Comparison, evaluate
@@ -177,7 +177,7 @@ def simulate(draw, prompts=40, people=20, per_prompt=6, of_prompt=1.0, of_person
     for prompt in range(prompts):
         for person in draw.choice(people, per_prompt, replace=False):
             chance = 1 / (1 + np.exp(-(tastes[prompt] + biases[person])))
-            answers.append(_Answer("m", prompt, (0, 0), int(person), float(draw.random() < chance)))
+            answers.append(Answer("m", prompt, (0, 0), int(person), float(draw.random() < chance)))
     return answers
 
 
