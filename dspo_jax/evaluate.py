@@ -22,7 +22,6 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from dspo_jax.evaluation.options import read_options
-    from dspo_jax.evaluation.people import read_votes
     from dspo_jax.evaluation.report import print_report
     from dspo_jax.evaluation.run import evaluate
     from dspo_jax.parallel import processes
@@ -34,9 +33,6 @@ def main(argv: Sequence[str]) -> None:
     settings = flags.FLAGS
     out = Path(settings.out)
     with processes.claim(out):
-        votes = None
-        if settings.people is not None:
-            votes = read_votes(Path(settings.people), min_checks=settings.min_checks)
         comparison, rendering = read_options(settings)
         evaluation = evaluate(
             comparison,
@@ -46,7 +42,6 @@ def main(argv: Sequence[str]) -> None:
             reward_dir=settings.reward_dir,
             overwrite=settings.overwrite,
             single_file=settings.single_file,
-            votes=votes,
         )
     if processes.is_first():
         print_report(evaluation, Console())

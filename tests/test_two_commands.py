@@ -50,6 +50,7 @@ def run(monkeypatch):
     """Calls a module's `main` with flags; there is no model that it could read."""
 
     def call(module, command="", **values):
+        values = {"lora": [], **values}
         module = importlib.import_module(module)
         monkeypatch.setattr(module, "flags", SimpleNamespace(FLAGS=Flags(values)))
         monkeypatch.setattr(processes, "initialize_from_flags", lambda: None)

@@ -6,6 +6,7 @@ from absl import flags
 
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder
+from dspo_jax.evaluation.people import read_votes
 from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.evaluation.run import PROMPT_IMAGES, Comparison, ModelOrImages, check_out
 from dspo_jax.pipelines.loading import Adapted
@@ -35,6 +36,8 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
                 models[label] = ImageFolder(Path(path), settings.allow_outside)
             else:
                 models[label] = Adapted(path, loras) if loras else path
+    people, min_checks = settings.people, settings.min_checks
+    votes = {} if people is None else read_votes(Path(people), min_checks=min_checks)
     out = Path(settings.out)
     check_out(out)  # before the pictures of a set of edits are unpacked into it
     found = read_prompt_set(settings.prompts, out / PROMPT_IMAGES, allow_outside=settings.allow_outside)
@@ -45,6 +48,7 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
         prompts=PromptSet(found.name, tuple(prompts)),
         seeds=settings.num_seeds,
         base_seeds=settings.num_base_seeds,
+        votes=votes,
     )
     return comparison, rendering
 

@@ -32,7 +32,7 @@ ModelOrImages = str | Path | Adapted | ImageFolder
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Models, their base, and the images that they are judged by.
+    """Models, their base, and the images and votes that they are judged by.
 
     Attributes:
       base: the model or folder that the models are compared with.
@@ -40,6 +40,7 @@ class Comparison:
       prompts: to draw; an image of a prompt is edited.
       seeds: images of each prompt, with seeds from 0.
       base_seeds: images of the base, for rejection sampling; None is as many as of the models.
+      votes: people's, by question, as `read_votes` gives them.
     """
 
     base: ModelOrImages
@@ -47,6 +48,7 @@ class Comparison:
     prompts: PromptSet
     seeds: int = 5
     base_seeds: int | None = None
+    votes: Mapping[str, Votes] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses labels and numbers of seeds that no evaluation can have.
@@ -80,7 +82,6 @@ def evaluate(
     reward_dir: str | Path = "rewards",
     overwrite: bool = False,
     single_file: bool = False,
-    votes: Mapping[str, Votes] | None = None,
 ) -> Evaluation:
     """Draws and scores what is missing, compares, and writes the tables, the figures and index.html.
 
@@ -94,7 +95,6 @@ def evaluate(
       reward_dir: folder with the weights of the rewards.
       overwrite: whether images of other settings that are in `out` may be deleted.
       single_file: whether index.html holds all its pictures itself.
-      votes: people's, by question, as `read_votes` gives them.
 
     Raises:
       UserError: what the user can mend: rewards, images, `out`. Before anything is drawn, where it can be
@@ -128,7 +128,7 @@ def evaluate(
     for name, called in zip(rewards, versions, strict=True):
         for label, of_model in _score(name, reward_dir, images, prompts, out / _SCORES).items():
             scores[label][called] = of_model
-    evaluation = assess(prompts, images, versions, scores, comparison.seeds, votes)
+    evaluation = assess(prompts, images, versions, scores, comparison.seeds, comparison.votes)
     if processes.is_first():
         write_report(evaluation, out, single_file=single_file)
     return evaluation

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from dspo_jax.models.model import Params
 
@@ -30,7 +31,7 @@ def schedule_free_adamw(
     return optax.contrib.schedule_free(base, lambda count: learning_rate(count - 1), b1=b1)
 
 
-def average(opt_state: optax.OptState, params: Params) -> Params:
+def average(opt_state: PyTree, params: Params) -> Params:
     """Returns the average x, which a schedule-free run is judged by and which leaves it.
 
     Args:

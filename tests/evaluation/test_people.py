@@ -73,8 +73,8 @@ def folders(tmp_path):
 def call(folders, out, votes, **more):
     base, model = folders
     rendering = Rendering(Drawing(steps=1, guidance_scale=1.0), batch_size=8)
-    comparison = Comparison(base, {"mine": model, **more}, PROMPTS, 1)
-    return evaluate(comparison, out, rendering, rewards=["colourfulness"], votes=votes)
+    comparison = Comparison(base, {"mine": model, **more}, PROMPTS, 1, votes=votes)
+    return evaluate(comparison, out, rendering, rewards=["colourfulness"])
 
 
 def test_votes_stand_beside_the_rewards_in_all_reports(folders, tmp_path):
