@@ -8,6 +8,7 @@ The page shows a prompt with the images of two models, of one model's seeds, or 
 left, right, tie, skip and undo by mouse, touch and keys. Ctrl-C ends the server; the same command goes on.
 """
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def _serve(values: flags.FlagValues) -> None:
         store = create(out, plan, [*groups, *checks])
         token = None if values.host in _LOCAL else store.link_token
         listener = listen(values.host, values.port)
-        address = f"[{values.host}]" if ":" in values.host else values.host
+        # What listens to every address is reached by this machine's name.
+        host = socket.gethostname() if values.host in ("0.0.0.0", "::") else values.host
+        address = f"[{host}]" if ":" in host else host
         query = "" if token is None else f"?token={token}"
         print(
             f"{len(groups):,} groups of images, {len(checks):,} attention checks, "

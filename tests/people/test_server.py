@@ -411,6 +411,23 @@ def test_votes_survive_sigkill_and_ctrl_c_is_the_ordinary_end(folders, tmp_path)
 
 
 @pytest.mark.ci
+def test_a_link_for_other_machines_carries_the_token_and_stays_the_same(folders, tmp_path):
+    links = []
+    for _ in range(2):
+        server = CollectProcess(folders, tmp_path / "votes.sqlite", "--host=0.0.0.0")
+        try:
+            found = re.search(r"http://([^:/]+):(\d+)(/\?token=[\w-]{40,}) ", server.said[1])
+            links.append((found[1], found[3]))
+            with httpx.Client(base_url=f"http://127.0.0.1:{found[2]}") as client:
+                assert client.get("/").status_code == 403
+                assert client.get(found[3]).status_code == 200
+        finally:
+            server.stop(signal.SIGTERM)
+    assert links[0] == links[1]
+    assert links[0][0] == socket.gethostname()
+
+
+@pytest.mark.ci
 def test_slow_clients_and_two_hundred_at_once(folders, tmp_path):
     server = CollectProcess(folders, tmp_path / "votes.sqlite", "--repeat_share=0")
     port = int(server.url.rsplit(":", 1)[1])

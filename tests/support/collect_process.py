@@ -22,7 +22,7 @@ class CollectProcess:
             [*self._command, f"--port={port}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         self.said = [self.process.stdout.readline() for _ in range(2)]
-        self.url = re.search(r"http://[\d.]+:\d+", self.said[1])[0]
+        self.url = re.search(r"http://[^:/]+:\d+", self.said[1])[0]
 
     def stop(self, number):
         self.process.send_signal(number)
