@@ -203,7 +203,10 @@ def test_the_header_of_a_file_says_what_it_is(family, tmp_path, request):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"model": "/nowhere/tiny"}))
     export(run, tmp_path / "alone.safetensors", adapters="diffusers")
-    assert header(tmp_path / "alone.safetensors") == {"format": "pt"}
+    metadata = header(tmp_path / "alone.safetensors")
+    configs = json.loads(metadata.pop("lora_adapter_metadata"))
+    assert metadata == {"format": "pt"}
+    assert (configs["unet.r"], configs["unet.lora_alpha"], configs["unet.target_modules"]) == (2, 2, ["fc1"])
 
 
 def test_the_picture_of_a_card_is_shown_by_the_hub_with_its_prompts(full_run, out):
