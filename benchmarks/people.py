@@ -36,7 +36,7 @@ from dspo_jax.people.pictures import Pictures
 from dspo_jax.people.votes import open_votes
 
 STRENGTHS = {"first": 0.6, "second": 0.2, "third": -0.1, "fourth": -0.7}
-"""Of four models; their mean is 0."""
+"""Strength of each of four models; their mean is 0."""
 
 _PROMPTS, _SIZE, _KILLS, _ROUNDS = 60, 64, 3, 100
 _WIN_RATE, _OF_PROMPTS, _OF_PEOPLE = 0.6, 1.0, 0.3  # of --intervals; the last two are deviations of logits

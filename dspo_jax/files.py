@@ -129,6 +129,14 @@ def link_or_copy(file: Path, target: Path) -> None:
         shutil.copy2(file, target)
 
 
+def parse_named(text: str) -> tuple[str, str]:
+    """Parses a command's `DIR` or `NAME=DIR` to (name, folder); without a name it is the folder's own."""
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return Path(text).name or Path(text).resolve().name, text
+    return name, path
+
+
 def sha256(*paths: Path) -> str:
     """Returns the SHA-256 sum of the contents of files, one after the other, in hexadecimal."""
     digest = hashlib.sha256()

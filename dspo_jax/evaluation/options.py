@@ -9,6 +9,7 @@ from dspo_jax.evaluation.image_folders import ImageFolder
 from dspo_jax.evaluation.people import read_votes
 from dspo_jax.evaluation.prompt_sets import PromptSet, read_prompt_set
 from dspo_jax.evaluation.run import PROMPT_IMAGES, Comparison, ModelOrImages, check_out
+from dspo_jax.files import parse_named
 from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.sampling.options import read_drawing_flags
 from dspo_jax.sampling.rendering import Rendering
@@ -29,7 +30,7 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
     models: dict[str, ModelOrImages] = {}
     for flag, texts in (("model", settings.model), ("images", settings.images)):
         for text in texts:
-            label, path = _parse_named(text)
+            label, path = parse_named(text)
             if label in models:
                 raise UserError(f"--{flag}={text}: two are called {label!r}; name it: --{flag}=NAME=DIR")
             if flag == "images":
@@ -37,6 +38,8 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
             else:
                 models[label] = Adapted(path, loras) if loras else path
     people, min_checks = settings.people, settings.min_checks
+    if min_checks and people is None:
+        raise UserError(f"--min_checks={min_checks:g}: is of people's votes; name these with --people")
     votes = {} if people is None else read_votes(Path(people), min_checks=min_checks)
     out = Path(settings.out)
     check_out(out)  # before the pictures of a set of edits are unpacked into it
@@ -51,11 +54,3 @@ def read_options(settings: flags.FlagValues) -> tuple[Comparison, Rendering]:
         votes=votes,
     )
     return comparison, rendering
-
-
-def _parse_named(text: str) -> tuple[str, str]:
-    """Parses `DIR` or `NAME=DIR` to (label, path)."""
-    name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return Path(text).name or Path(text).resolve().name, text
-    return name, path

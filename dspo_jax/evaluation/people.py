@@ -1,4 +1,4 @@
-"""People's votes on the images of an evaluation: win rates, and agreement of people and of rewards."""
+"""People's votes on the images of an evaluation: win rates, and how people and rewards agree."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

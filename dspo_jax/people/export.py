@@ -21,14 +21,14 @@ from dspo_jax.people.judgements import Judgement, read_judgements
 from dspo_jax.people.votes import VoteStore
 
 PREFERENCES = ("share", "majority", "reliability")
-"""What a preference is: the share of the votes, 1 for the majority, or a fit that weighs people."""
+"""Ways to make one preference of several votes: their share, 1 for the majority, a fit that weighs people."""
 
 _Shares = dict[tuple[int, ImageFile, ImageFile], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-    """How several votes become one preference.
+    """Settings of an export: which votes count, and how a pair's votes become one preference.
 
     Attributes:
       question: name of the question.

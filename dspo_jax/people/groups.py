@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-from dspo_jax.files import sha256
+from dspo_jax.files import parse_named, sha256
 from dspo_jax.images.image_files import ImagePaths
 
 MOST_IMAGES = 9
-"""Of a group: the digits of a keyboard rank them."""
+"""The most images of a group, which the digits of a keyboard rank."""
 
 _OUTSIDE = "--allow_outside"
 # Files that name prompts and images, the first that a folder holds, and the keys of the prompt and the image.
@@ -78,7 +78,8 @@ def read_groups(folders: Sequence[str], *, rank: bool, allow_outside: bool = Fal
     models: dict[str, _Images] = {}
     groups: list[Group] = []
     for text in folders:
-        label, folder = _parse_named(text)
+        label, path = parse_named(text)
+        folder = Path(path)
         file = _find_list(folder)
         if file.name == _PAIRS:
             if rank:
@@ -117,13 +118,6 @@ def read_checks(folder: str | None, *, allow_outside: bool = False) -> list[Grou
     if not file.is_file():
         raise FileNotFoundError(f"--checks={folder}: no {_PAIRS} in it, whose winners are the right answers")
     return [dataclasses.replace(group, answer=0) for group in _read_pairs(file, allow_outside)]
-
-
-def _parse_named(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return Path(text).resolve().name, Path(text)
-    return name, Path(path)
 
 
 def _find_list(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from dspo_jax.people.votes import SKIP, TIE, Choice, Vote, VoteStore
 
 
 class Judgement(NamedTuple):
-    """What a person said of two images of a group.
+    """A person's preference between two images of a group.
 
     Attributes:
       person: number of the person.

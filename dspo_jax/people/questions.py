@@ -1,4 +1,4 @@
-"""What people are asked about the images they see."""
+"""Questions that people answer about two images: three ready ones, and the user's own."""
 
 from collections.abc import Sequence
 

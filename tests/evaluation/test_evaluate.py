@@ -13,6 +13,7 @@ from PIL import Image
 from processes import finish, log_of, start
 from tables import each_row
 
+from dspo_jax.evaluation import options
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
 from dspo_jax.evaluation.options import read_options
 from dspo_jax.evaluation.prompt_sets import PromptSet
@@ -265,6 +266,12 @@ def test_flags_become_arguments(tmp_path):
     assert read(base=None, base_images="x")[0].base == ImageFolder(Path("x"))
 
 
+def test_votes_are_read_with_the_checks_that_their_people_must_pass(monkeypatch):
+    monkeypatch.setattr(options, "read_votes", lambda path, min_checks: {"general": (path, min_checks)})
+    assert read(people="v.sqlite", min_checks=0.5)[0].votes == {"general": (Path("v.sqlite"), 0.5)}
+    assert read()[0].votes == {}
+
+
 def test_loras_are_added_to_the_models_and_not_to_the_base():
     comparison, _ = read(model=["m", "n=o"], images=["i"], lora=["/a/b.safetensors:0.5", "c.safetensors"])
     loras = ("/a/b.safetensors:0.5", "c.safetensors")
@@ -296,6 +303,7 @@ def test_edits_start_from_their_pictures(tmp_path):
         ({"model": []}, "nothing to compare with the base; give --model or --images"),
         ({"prompts": "parti=none.tsv"}, "--prompts=parti=none.tsv: no such file or folder"),
         ({"strength": 0.5}, "--strength=0.5: is of editing an image"),
+        ({"min_checks": 0.5}, "--min_checks=0.5: is of people's votes; name these with --people"),
         ({"num_base_seeds": 2}, "--num_base_seeds=2: must be at least --num_seeds=5"),
     ],
 )
