@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from diffusers_picture import draw_in_diffusers
 from safetensors.numpy import load_file
 from tables import each_row
 from tiny_run import make_config
@@ -181,22 +182,13 @@ def draw_ours(path):
 
 
 def draw_theirs(path, adapters=None):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if adapters:
         pipe.load_lora_weights(adapters.parent, weight_name=adapters.name)
-    latents = np.asarray(initial_noise([ImageRequest("a red heart", 0, 7)], (4, 4, 4)))
-    return pipe(
-        "a red heart",
-        latents=torch.tensor(latents.transpose(0, 3, 1, 2).copy()),
-        num_inference_steps=3,
-        guidance_scale=7.5,
-        height=16,
-        width=16,
-        output_type="np",
-    ).images
+    return draw_in_diffusers(pipe)
 
 
 @pytest.mark.ci

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import tiny_model as tiny_models
+from diffusers_picture import draw_in_diffusers
 from model_folders import contents, make_run, refused
 from safetensors.numpy import load_file, save_file
 from tables import each_row
@@ -381,7 +382,8 @@ def draw_ours(pipe):
     ids=["kohya", "diffusers"],
 )
 def test_diffusers_fuses_to_the_same_weights_and_draws_the_same(family, save, pipes, tmp_path):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     pipe = pipes[family]
     # Of kohya's files diffusers loses the alphas of to_out and, where they differ, of the text encoders.
@@ -396,20 +398,7 @@ def test_diffusers_fuses_to_the_same_weights_and_draws_the_same(family, save, pi
     theirs.set_progress_bar_config(disable=True)
     theirs.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="lora")
     theirs.set_adapters("lora", 0.8)
-    latents = np.asarray(initial_noise([ImageRequest("a red heart", 0, 7)], (4, 4, 4)))
-
-    def draw_theirs():
-        return theirs(
-            "a red heart",
-            latents=torch.tensor(latents.transpose(0, 3, 1, 2).copy()),
-            num_inference_steps=3,
-            guidance_scale=7.5,
-            height=16,
-            width=16,
-            output_type="np",
-        ).images
-
-    attached = draw_theirs()
+    attached = draw_in_diffusers(theirs)
     ours = draw_ours(adapt(pipe, f"{file}:0.8")) / 255.0
     assert np.abs(ours - attached).mean() <= 1 / 255
     assert np.abs(ours - draw_ours(pipe) / 255.0).mean() > 3 / 255  # the LoRA shows
