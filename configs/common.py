@@ -132,6 +132,10 @@ def get_config() -> ConfigDict:
     # of them once an epoch.
     config.data.weights = ()
     config.data.split = "train"
+    # More than 1: pairs that the score of the data tells apart most come first. They are cut into so many
+    # groups by the gap of their scores, and after every `curriculum_every` updates the next group joins.
+    config.data.curriculum_groups = 1
+    config.data.curriculum_every = 500
 
     config.objective = ConfigDict()
     # A name in dspo_jax/objectives/registry.py.

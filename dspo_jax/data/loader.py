@@ -7,11 +7,14 @@ every batch, so the number of processes changes where an example is read and not
 Images of several sizes cannot share a batch: there each bucket is a stream of its own, and batch k is the
 next of one of them. With weights each dataset is a stream of its own, permuted epoch by epoch, and the next
 example is the next of one of them. Which one follows from the position alone, in either case.
+
+With a curriculum a stream begins with permutations of its easiest examples, and more join stage by stage.
 """
 
+import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Self
 
@@ -25,6 +28,23 @@ from dspo_jax.json_files import JsonObject
 
 # As good as endless. (Grain's own endless stream overflows an index when batches hold one example.)
 _EPOCHS = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+    """Easy pairs first: those whose images a score tells apart most (Croitoru et al. 2024, arXiv 2405.13637).
+
+    As in the released code the pairs are cut into groups of equal size by the gap of their scores, widest
+    first. The first batches come from the first group, and one group more joins after every so many batches,
+    until all have; whether the score agrees with the label does not matter.
+
+    Attributes:
+      groups: how many groups; at least 2.
+      every: batches after which the next group joins; at least 1.
+    """
+
+    groups: int
+    every: int
 
 
 class BatchIterator:
@@ -99,6 +119,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     weights: Sequence[float] = (),
+    curriculum: Curriculum | None = None,
     split: str = "train",
     process_index: int = 0,
     process_count: int = 1,
@@ -114,14 +135,15 @@ def train_batches(
       batch_size: global, over all processes.
       seed: of the permutations.
       weights: the datasets' shares of the examples, up to a factor; none are in proportion to their sizes.
+      curriculum: what comes first; not with weights. The scores of all examples are read for it.
       split: which split to read.
       process_index: this process's number, from 0.
       process_count: how many processes share each batch.
       num_threads: that read and decode ahead.
 
     Raises:
-      UserError: the split is unknown or empty in a dataset, the weights are not one for each, or the batch
-        cannot be shared equally.
+      UserError: the split is unknown or empty in a dataset, the weights are not one for each, the batch
+        cannot be shared equally, or a curriculum has fewer examples of a bucket than groups.
       ValueError: no process has this number.
     """
     if batch_size < 1 or batch_size % process_count:
@@ -146,6 +168,10 @@ def train_batches(
             for start, end in itertools.pairwise([0, *ends])
             if start < end
         ]
+        if curriculum is not None:
+            share_of_bucket = buckets[bucket] / sum(buckets.values())
+            early = _early_stages(records, curriculum, batch_size * share_of_bucket, seeds)
+            streams = [grain.MapDataset.concatenate([*early, *streams])]
         mixed = grain.MapDataset.mix(streams, [drawn for drawn in row if drawn])
         # Process p of n reads the p-th of the n shares that each batch is cut into.
         batches.append(mixed.batch(share, batch_fn=records.read)[process_index::process_count])
@@ -161,7 +187,30 @@ def train_batches(
         identity["weights"] = [float(weight) for weight in weights]
     if len(buckets) > 1:
         identity["buckets"] = buckets
+    if curriculum is not None:
+        identity["curriculum"] = dataclasses.asdict(curriculum)
     return BatchIterator(numbered, identity, num_threads, datasets)
+
+
+def _early_stages(
+    records: Records, curriculum: Curriculum, examples_per_batch: float, seeds: Iterator[int]
+) -> list[grain.MapDataset]:
+    """Makes a stream of numbers of examples for each stage of a curriculum but the last, that of all."""
+    gaps = np.abs(records.read_gaps())
+    if len(gaps) < curriculum.groups:
+        raise UserError(
+            f"config.data.curriculum_groups = {curriculum.groups}: more than the {len(gaps)} examples of an "
+            "image size; lower it"
+        )
+    # Equal gaps, and those of scores that are missing, stay in stored order; the latter come last.
+    widest_first = np.argsort(-np.nan_to_num(gaps, nan=-1.0), kind="stable")
+    length = round(curriculum.every * examples_per_batch)
+    stages = []
+    for group in range(1, curriculum.groups):
+        easiest = widest_first[: group * len(gaps) // curriculum.groups]
+        stage = grain.MapDataset.source(easiest).seed(next(seeds)).shuffle()
+        stages.append(stage.repeat(-(-length // len(easiest)))[:length])
+    return stages
 
 
 def eval_batches(

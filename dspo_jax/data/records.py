@@ -13,6 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dspo_jax.data import shards
 from dspo_jax.data.datasets import Dataset, bucket_size
+from dspo_jax.monitoring.progress import Progress
 
 Example = dict[str, Any]
 """An example with the arrays that `shards.feature_spec` lists, a caption and a key."""
@@ -25,6 +26,8 @@ strings; and `scores` [B, P] float32 where all datasets have it."""
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
 _MOMENTS, _SIZED_MOMENTS, _SIZE = "moments", "moments/value", "moments/shape"
+# Examples that are read in parallel, and held in memory, where all of a dataset are gone through.
+_READ_AT_ONCE = 1024
 
 
 def to_record(example: Example, *, sized: bool) -> bytes:
@@ -74,6 +77,28 @@ class Records:
         names = set.intersection(*(set(each) for each in features)) - shards.COMMON_FEATURES
         self._arrays = {name: features[0][name] for name in names}
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read_gaps(self) -> np.ndarray:
+        """Returns by how much the first image of each example scores more than the last: [n] float32.
+
+        It reads through all files, with a progress bar.
+
+        Raises:
+          KeyError: the datasets do not all have scores.
+          OSError, RuntimeError, ValueError: a file cannot be read, or not understood.
+        """
+        scores = np.empty((len(self), *self._arrays[shards.SCORES].shape), np.float32)
+        with Progress("read scores", len(self)) as progress:
+            for start in range(0, len(self), _READ_AT_ONCE):
+                numbers = range(start, min(start + _READ_AT_ONCE, len(self)))
+                for number, record in zip(numbers, self._source.__getitems__(numbers), strict=True):
+                    feature = tf_example_pb2.Example.FromString(record).features.feature
+                    _fill(scores[number], feature[shards.SCORES].bytes_list.value[0])
+                progress.update(numbers.stop)
+        return scores[:, 0] - scores[:, -1]
 
     def read(self, numbers: Sequence[int]) -> HostBatch:
         """Returns the examples of these numbers as a batch, in this order.

@@ -278,6 +278,12 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
         f"them; {settings.steps} steps are {short(drawn / examples)} epochs"
     )
     yield from warnings(settings, examples)
+    groups, every = settings.data.curriculum_groups, settings.data.curriculum_every
+    if datasets and groups > 1:
+        yield (
+            f"a curriculum of {groups} groups by the gap of scores: from update {(groups - 1) * every:,} on "
+            f"all pairs are drawn, of {settings.steps:,}"
+        )
     if datasets and settings.stream.kind == "self_play":
         yield (
             f"the losers are {drawn:,} images that the reference draws, {_describe_drawing(settings)}; it "

@@ -42,6 +42,8 @@ class DataSettings:
     path: str | None
     weights: Sequence[float]
     split: str
+    curriculum_groups: int = limited(AT_LEAST_1)
+    curriculum_every: int = limited(AT_LEAST_1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

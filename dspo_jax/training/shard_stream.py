@@ -30,16 +30,18 @@ class ShardStream:
 
         Args:
           datasets: from `read_datasets`.
-          settings: batch size, seed, split and weights are read.
+          settings: batch size, seed and what `config.data` says are read.
           mesh: the devices.
           inputs: the arrays that the loss reads; captions and keys stay on the host.
         """
         share, shares = batch_share(mesh)
+        groups = settings.data.curriculum_groups
         self._batches = loader.train_batches(
             datasets,
             batch_size=settings.batch_size,
             seed=settings.seed,
             weights=settings.data.weights,
+            curriculum=None if groups == 1 else loader.Curriculum(groups, settings.data.curriculum_every),
             split=settings.data.split,
             process_index=share,
             process_count=shares,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dspo_jax.data.datasets import Dataset, check_weights, count_examples, read_datasets
+from dspo_jax.data.datasets import Dataset, check_scores, check_weights, count_examples, read_datasets
 from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import Objective
@@ -16,7 +16,7 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     Raises:
       UserError, FileNotFoundError: data that are damaged, empty or encoded with another model; single images
         where two are compared; labels where none are read; several datasets that do not fit one another, or
-        weights that do not fit them.
+        weights or a curriculum that do not fit them.
     """
     data, validation = settings.data, settings.validation
     if not data.path:
@@ -28,6 +28,13 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
     for dataset in datasets:
         check_manifest(dataset.manifest, pipe.fingerprint(), path=dataset.folder)
     images = datasets[0].manifest["images_per_example"]
+    if data.curriculum_groups > 1:
+        key = f"config.data.curriculum_groups = {data.curriculum_groups}"
+        check_scores(datasets, key)
+        if images == 1:
+            raise UserError(f"{key}: orders pairs, but {data.path} holds single images; leave it at 1")
+        if data.weights:
+            raise UserError(f"{key}: does not go together with config.data.weights; leave one of them out")
     disliked = sum(dataset.disliked(data.split) for dataset in datasets)
     if settings.stream.kind != "self_play":  # which draws the other image
         check_images(settings.objective, images, data.path, labelled=disliked > 0)

@@ -110,6 +110,10 @@ def test_a_dry_run_names_the_share_and_the_epochs_of_each_dataset(shallow_model,
     [
         ({"data.weights": (1.0,)}, r"config\.data\.weights = \(1\.0,\): must be 2 positive number\(s\)"),
         ({"data.weights": (1.0, -1.0)}, r"config\.data\.weights = \(1\.0, -1\.0\): must be 2 positive"),
+        (
+            {"data.curriculum_groups": 2},
+            r"config\.data\.curriculum_groups = 2: needs a score of each image, and {pairs} has none",
+        ),
         ({"data.split": "tset"}, "{pairs}: config.data.split = 'tset': unknown"),
     ],
 )
