@@ -103,6 +103,10 @@ def get_config() -> ConfigDict:
     # A LoRA file, PEFT's or kohya's, that the adapters start from, FILE or FILE:WEIGHT; None starts from ones
     # that add nothing. With rank = 0 layers and ranks are the file's, else both must be as asked for above.
     config.lora.init = config_dict.placeholder(str)
+    # What an adapter adds is multiplied by alpha / rank, or, rank-stabilised, by alpha / sqrt(rank). None is
+    # the rank of each adapter, with which the factor is 1, or sqrt(rank).
+    config.lora.alpha = config_dict.placeholder(float)
+    config.lora.rank_stabilised = False
     # Compute dtype of the networks, "float32" or "bfloat16"; losses and the optimizer are float32.
     config.compute_dtype = "float32"
     # Dtype of the trained parameters. In bfloat16 (8 bits) an update below 1/512 of a weight is lost.

@@ -29,7 +29,7 @@ from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
 from dspo_jax.weights.lora_files import METADATA_KEY
 from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
 from dspo_jax.weights.original_layout import make_layouts
-from dspo_jax.weights.saved_params import SavedParams, read_base
+from dspo_jax.weights.saved_params import SavedParams, read_base, read_run_config, read_scale
 from dspo_jax.weights.tensors import Tensor, write_tensors
 
 _KOHYA_MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -78,22 +78,25 @@ def export(
         components = sorted({path.partition(".")[0] for path in saved.arrays})
         name = str(base or read_base(run))
         title = f"{run.resolve().name} step {saved.step}"
+        scale = read_scale(read_run_config(run))
         if adapters:
             folder = _cached(name)
             card = make_card(run, name, folder, saved.step, file=out.name, adapters=True)
-            values = _adapter_tensors(saved, components, adapters, dtype, out)
+            values = _adapter_tensors(saved, components, scale, adapters, dtype, out)
             metadata: dict[str, str] = {}
             if (folder / "model_index.json").is_file():
                 ranks = {leaf.shape[-1] for path, leaf in saved.arrays.items() if ".lora_A." in path}
-                metadata = make_metadata(read_models(folder, NETWORKS), folder, title, _describe(name), ranks)
+                alphas = {rank: _kohya_alpha(scale, rank) for rank in ranks}
+                models = read_models(folder, NETWORKS)
+                metadata = make_metadata(models, folder, title, _describe(name), alphas)
             if adapters == "diffusers":
-                metadata |= _make_configs(saved)
+                metadata |= _make_configs(saved, scale)
             _write_file(out, values, card, metadata)
             return saved.step
         folder = find_model(name)
         models = read_models(folder, NETWORKS)
         trained = {
-            component: _trained_tensors(saved, component, folder / component, models, out, dtype)
+            component: _trained_tensors(saved, component, scale, folder / component, models, out, dtype)
             for component in components
         }
         if single:
@@ -133,6 +136,7 @@ def _cached(name: str) -> Path:
 def _trained_tensors(
     saved: SavedParams,
     component: str,
+    scale: lora.Scale,
     folder: Path,
     models: Mapping[str, Model],
     out: Path,
@@ -156,7 +160,7 @@ def _trained_tensors(
                 )
     stored = open_component(folder, models[component])
     try:
-        tensors = fold_adapters(stored, leaves) if adapted else to_torch(leaves)
+        tensors = fold_adapters(stored, leaves, scale) if adapted else to_torch(leaves)
     except UserError as error:
         raise UserError(f"{saved.path}: {error} in {folder}; {fix}") from error
     file = weights_file(out / component, models[component].class_name)
@@ -217,18 +221,23 @@ def _write_file(out: Path, tensors: Mapping[str, Tensor], card: str, metadata: M
 
 
 def _adapter_tensors(
-    saved: SavedParams, components: Sequence[str], style: str, dtype: str | None, file: Path
+    saved: SavedParams,
+    components: Sequence[str],
+    scale: lora.Scale,
+    style: str,
+    dtype: str | None,
+    file: Path,
 ) -> dict[str, Tensor]:
     """Returns the adapters of a checkpoint as `style` names them; `file` is for messages."""
     leaves = {component: _saved_leaves(saved, component) for component in components}
     if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
         raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
-    named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, style)
+    named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, scale, style)
     return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
 
 
-def _make_configs(saved: SavedParams) -> dict[str, str]:
-    """Returns the entry of a header in which diffusers looks for PEFT's configs; the scale alpha / r is 1."""
+def _make_configs(saved: SavedParams, scale: lora.Scale) -> dict[str, str]:
+    """Returns the entry of a header in which diffusers looks for PEFT's configs."""
     configs: dict[str, object] = {}
     shapes = traverse_util.unflatten_dict(saved.arrays, sep=".")
     for component, tree in shapes.items():
@@ -237,20 +246,25 @@ def _make_configs(saved: SavedParams) -> dict[str, str]:
         usual = statistics.mode(ranks.values())
         others = {layer: rank for layer, rank in ranks.items() if rank != usual}
         config = {
-            **{"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others},
-            **{"target_modules": sorted(ranks), "bias": "none", "use_dora": False, "use_rslora": False},
+            **{"r": usual, "lora_alpha": scale.alpha_of(usual), "rank_pattern": others},
+            "alpha_pattern": {layer: scale.alpha_of(rank) for layer, rank in others.items()},
+            **{"target_modules": sorted(ranks), "bias": "none"},
+            **{"use_dora": False, "use_rslora": scale.rank_stabilised},
         }
         configs |= {f"{component}.{key}": value for key, value in config.items()}
     return {METADATA_KEY: json.dumps(configs, sort_keys=True)}
 
 
-def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -> dict[str, Tensor]:
+def _name_adapters(
+    components: Mapping[str, Mapping[str, Tensor]], scale: lora.Scale, style: str
+) -> dict[str, Tensor]:
     """Returns the tensors of an adapter file.
 
     Args:
       components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in] and
         `LAYER.lora_B.weight` [out, r].
-      style: one of `ADAPTER_FORMATS`. For kohya every layer also has `alpha`, which is its rank.
+      scale: of what they add.
+      style: one of `ADAPTER_FORMATS`. For kohya every layer also has `alpha`.
     """
     if style == "diffusers":
         return {
@@ -271,11 +285,16 @@ def _name_adapters(components: Mapping[str, Mapping[str, Tensor]], style: str) -
             key = f"{prefixes[component]}_{layer.replace('.', '_')}"
             named[f"{key}.{_KOHYA_MATRICES[matrix]}.weight"] = tensor
             if matrix == "lora_A":
-                named[f"{key}.alpha"] = _scalar(tensor.shape[0])
+                named[f"{key}.alpha"] = _scalar(_kohya_alpha(scale, tensor.shape[0]))
     return named
 
 
-def _scalar(value: int) -> Tensor:
+def _kohya_alpha(scale: lora.Scale, rank: int) -> float:
+    """Returns alpha of an adapter where alpha / rank is its factor: kohya knows no other."""
+    return scale.of(rank) * rank
+
+
+def _scalar(value: float) -> Tensor:
     return Tensor((), np.dtype("float32"), lambda: np.asarray(value, np.float32))
 
 

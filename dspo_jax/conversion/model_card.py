@@ -23,7 +23,8 @@ GRID = "samples.png"
 # Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
 _OPTIONS = (
-    *("reference.model", "optimizer.scale_lr", "lora.rank", "lora.init", "train_text_encoder", "ema_decay"),
+    *("reference.model", "optimizer.scale_lr", "lora.rank", "lora.alpha", "lora.rank_stabilised"),
+    *("lora.init", "train_text_encoder", "ema_decay"),
     *("text.max_chunks", "text.clip_skip"),
 )
 _PROMPT = "a red fox in the snow"

@@ -6,7 +6,7 @@ kohya-ss/sd-scripts; `detect_version` of the web user interface's extensions-bui
 takes every adapter without the keys of kohya for one of Stable Diffusion 1.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from dspo_jax.conversion.single_file import write_process
@@ -26,7 +26,7 @@ def make_metadata(
     base: Path,
     title: str,
     description: str,
-    ranks: Collection[int] | None = None,
+    alphas: Mapping[int, float] | None = None,
 ) -> dict[str, str]:
     """Returns the entries of a safetensors header.
 
@@ -35,7 +35,8 @@ def make_metadata(
       base: its diffusers folder, whose scheduler config is read.
       title: of the model.
       description: in a sentence.
-      ranks: of adapters; None for a whole model.
+      alphas: of adapters, rank -> alpha in kohya's sense: what they add is multiplied by alpha / rank; None
+        for a whole model.
     """
     family = _find_family(models)
     _, process = write_process(read_json(base / "scheduler" / "scheduler_config.json"))
@@ -43,8 +44,8 @@ def make_metadata(
     architecture = of_v if "v" in process.values() else usual
     spec = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture if ranks is None else f"{architecture}/lora",
-        "modelspec.implementation": "sgm" if ranks is None else "diffusers",
+        "modelspec.architecture": architecture if alphas is None else f"{architecture}/lora",
+        "modelspec.implementation": "sgm" if alphas is None else "diffusers",
         "modelspec.title": title,
         "modelspec.description": description,
         **process,
@@ -54,15 +55,18 @@ def make_metadata(
         height, width = size if isinstance(size, list | tuple) else (size, size)
         factor = models["vae"].settings["vae_scale_factor"]
         spec["modelspec.resolution"] = f"{width * factor}x{height * factor}"
-    if ranks is None:
+    if alphas is None:
         return spec
-    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+
+    def only(values: set[float]) -> str:
+        return f"{values.pop():g}" if len(values) == 1 else "Dynamic"
+
     return spec | {
         "ss_base_model_version": kohya,
         "ss_v2": str(family == "2"),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,  # the scale alpha / rank is 1
+        "ss_network_dim": only(set(alphas)),
+        "ss_network_alpha": only(set(alphas.values())),
         "ss_output_name": title,
     }
 

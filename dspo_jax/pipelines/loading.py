@@ -10,6 +10,7 @@ from absl import logging
 from dspo_jax import schema
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject, shown
+from dspo_jax.models import lora
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -73,6 +74,7 @@ def load_pipeline(
         text = _text_of_run(run[0], of_run, text)
         path = find_model(of_run["model"])
         trained, step = saved_params.restore_params(run[0] / "checkpoints", run[1])
+        trained = lora.scaled(trained, saved_params.read_scale(of_run))
         logging.info("%s: %s from step %d over %s", run[0], " and ".join(trained), step, path)
     index_file = path / "model_index.json"
     if not index_file.is_file():

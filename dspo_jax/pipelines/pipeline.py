@@ -60,7 +60,7 @@ class Pipeline:
       zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
         dropped caption in training, and in sampling for a negative prompt that is not given.
       trained: components whose weights a training run has replaced, e.g. {"unet": params}; of a run with LoRA
-        the adapters.
+        the adapters, `lora.scaled`.
       step: of the training run; None for a plain folder.
       max_chunks: chunks that captions are tokenized in, each of which the text encoders read by itself; S is
         their number times `caption_length`.

@@ -56,7 +56,7 @@ def flops_per_example(task: Task, images: int, size: tuple[int, int]) -> float |
         return None
     denoiser, encoders = counted
     passes = task.loss.passes(images)
-    backward = 1 if task.adapters else 2
+    backward = 2 if task.adapters is None else 1
     encoded = passes.encoded + (backward * passes.encoded_backward if task.train_text_encoder else 0)
     each = denoiser * (passes.policy + passes.reference + backward * passes.backward) + encoders * encoded
     return task.loss.rows * each

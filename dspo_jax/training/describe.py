@@ -55,7 +55,7 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     yield f"{mesh.size} {device.device_kind} device(s) of {jax.process_count()} process(es), mesh {axes}"
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     what = " and ".join(state.params)
-    if task.adapters:
+    if task.adapters is not None:
         ranks = set(find_ranks(state.params).values())
         what += f", LoRA of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}"
         what += f" from {settings.lora.init}" if settings.lora.init else ""

@@ -16,15 +16,18 @@ KEY = "config.lora.init = "
 """What errors say before the value."""
 
 
-def read_adapters(text: str, networks: Mapping[str, Model], fresh: Params | None) -> Params:
-    """Reads a LoRA file as adapters by component, float32.
+def read_adapters(
+    text: str, networks: Mapping[str, Model], fresh: Params | None, scale: lora.Scale
+) -> Params:
+    """Reads a LoRA file as adapters by component, float32, which add in the run what the file adds.
 
-    The scale alpha / rank of the file, and the weight, are multiplied into B: adapters here have scale 1.
+    B is multiplied by the factor alpha / rank of the file and by the weight, and divided by the run's factor.
 
     Args:
       text: `FILE` or `FILE:WEIGHT`, PEFT's or kohya's.
       networks: those whose adapters are trained.
       fresh: adapters of the layers and the rank that the config asks for; None takes those of the file.
+      scale: of the run.
 
     Raises:
       FileNotFoundError: no such file.
@@ -48,7 +51,9 @@ def read_adapters(text: str, networks: Mapping[str, Model], fresh: Params | None
             component,
             " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
         )
-    return {component: _make_tree(modules, opened.weight) for component, modules in opened.modules.items()}
+    return {
+        component: _make_tree(modules, opened.weight, scale) for component, modules in opened.modules.items()
+    }
 
 
 def _check_fits(opened: LoRA, fresh: Params) -> None:
@@ -70,13 +75,13 @@ def _check_fits(opened: LoRA, fresh: Params) -> None:
                 )
 
 
-def _make_tree(modules: Mapping[str, Module], weight: float) -> Params:
+def _make_tree(modules: Mapping[str, Module], weight: float, scale: lora.Scale) -> Params:
     leaves: dict[str, np.ndarray] = {}
     for name, module in modules.items():
         layer = name.removesuffix(".weight")
-        scale = np.float32(weight * module.scale)
+        factor = np.float32(weight * module.scale / scale.of(module.down.shape[0]))
         down, up = (np.asarray(half.read(), np.float32) for half in (module.down, module.up))
-        for matrix, value in (("lora_A", down), ("lora_B", scale * up)):
+        for matrix, value in (("lora_A", down), ("lora_B", factor * up)):
             path = f"{layer}.{matrix}.kernel"
             leaves[path] = value.transpose(np.argsort(torch_layout(path, value.ndim)[1]))
     return unflatten(leaves)

@@ -31,6 +31,7 @@ from dspo_jax.objectives.policy_gradient import get_policy_gradient
 from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradient
 from dspo_jax.objectives.steps import PolicyGradient
 from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.training.lora_settings import LoraSettings
 from dspo_jax.training.optim import OptimizerSettings
 from dspo_jax.weights.saved_params import name_step, split_run
 
@@ -52,20 +53,6 @@ class TextSettings:
 
     max_chunks: int = limited(AT_LEAST_1)
     clip_skip: int = limited(AT_LEAST_1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The keys of `config.lora`."""
-
-    rank: int = limited(Limit("must be at least 1, or 0 to turn LoRA off", lambda rank: rank >= 0))
-    targets: Sequence[str]
-    init: str | None
-
-    @property
-    def on(self) -> bool:
-        """Whether adapters are trained in place of whole networks."""
-        return self.rank > 0 or self.init is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

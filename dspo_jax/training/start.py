@@ -241,7 +241,7 @@ def make_task(
             remat=settings.remat,
         ),
         train_text_encoder=settings.train_text_encoder,
-        adapters=settings.lora.on,
+        adapters=settings.lora.scale if settings.lora.on else None,
         reference=reference,
     )
 
@@ -303,9 +303,9 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
         return {}
     trained = pipe.components if settings.train_text_encoder else (pipe.denoiser,)
     models = {name: pipe.networks[name] for name in trained}
-    init = settings.lora.init
+    init, scale = settings.lora.init, settings.lora.scale
     if init is not None and settings.lora.rank == 0:
-        return lora_init.read_adapters(init, models, None)
+        return lora_init.read_adapters(init, models, None, scale)
     key = jax.random.key(settings.seed)
     try:
         fresh = {
@@ -314,7 +314,7 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
         }
     except (UserError, re.error) as error:
         raise UserError(f"config.lora.targets = {settings.lora.targets}: {error}") from error
-    return fresh if init is None else lora_init.read_adapters(init, models, fresh)
+    return fresh if init is None else lora_init.read_adapters(init, models, fresh, scale)
 
 
 def make_state(
@@ -334,8 +334,8 @@ def make_state(
       abstract: read nothing, and return `jax.ShapeDtypeStruct` leaves with their sharding.
     """
 
-    if bool(adapters) != task.adapters:
-        raise ValueError(f"adapters: {'needed' if task.adapters else 'not trained'} by this task")
+    if bool(adapters) != (task.adapters is not None):
+        raise ValueError(f"adapters: {'not trained' if adapters else 'needed'} by this task")
 
     def put(params: Params, dtype: str) -> Params:
         formats = choose_formats(params, make_shardings(params, mesh), mesh)

@@ -133,7 +133,7 @@ class Task:
       update: how gradients change the parameters.
       precision: dtypes and rematerialisation.
       train_text_encoder: whether the text encoders are among the trained parameters.
-      adapters: whether adapters alone are trained (models/lora.py).
+      adapters: the scale of the adapters that alone are trained (models/lora.py); None where there are none.
       reference: the model that the policy is compared with; None for its own start.
     """
 
@@ -142,7 +142,7 @@ class Task:
     update: UpdateRule
     precision: Precision
     train_text_encoder: bool
-    adapters: bool
+    adapters: lora.Scale | None
     reference: Reference | None = None
 
 
@@ -183,5 +183,7 @@ def of_components(task: Task, reference: Params) -> Params:
 
 
 def cast(task: Task, params: Params) -> Params:
-    """Returns parameters in the compute dtype, which `predict` takes."""
+    """Returns parameters as `predict` takes them: in the compute dtype, adapters times their scale."""
+    if task.adapters is not None:
+        params = lora.scaled(params, task.adapters)
     return jax.tree.map(lambda leaf: leaf.astype(task.precision.compute_dtype), params)

@@ -77,21 +77,26 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
     return opened
 
 
-def fold_adapters(stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_adapters(
+    stored: Mapping[str, Tensor], leaves: Mapping[str, Tensor], scale: lora.Scale
+) -> dict[str, Tensor]:
     """Adds adapters to their layers' kernels, which become float32, under torch's names.
 
     Args:
       stored: the component's tensors under torch's names.
       leaves: the adapters' leaves by path.
+      scale: of what they add.
 
     Raises:
       UserError: an adapter of a layer that the component has not, or has in another shape.
     """
 
     def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+        factor = np.float32(scale.of(lora_A.shape[-1]))
+
         def read() -> np.ndarray:
             added = lora.product(lora_A.read(), lora_B.read()).transpose(axes)
-            return kernel.read().astype(np.float32) + added
+            return kernel.read().astype(np.float32) + factor * added
 
         return Tensor(kernel.shape, np.dtype("float32"), read)
 
@@ -121,7 +126,8 @@ def read_params(
       folder: holds the safetensors file or files; its name is the component's.
       model: the architecture; its paths and shapes decide what they must hold.
       dtype: "float32", "float16" or "bfloat16"; None keeps the stored one.
-      trained: what a run trained: a tree of adapters to add, or the whole component in place of the files.
+      trained: what a run trained: a tree of adapters to add, `lora.scaled`, or the whole component in place
+        of the files.
       loras: files that are opened for the model, to add.
 
     Raises:
@@ -132,7 +138,7 @@ def read_params(
     opened = stored
     if trained and not whole:
         try:
-            opened = fold_adapters(stored, leaf_tensors(trained))
+            opened = fold_adapters(stored, leaf_tensors(trained), lora.Scale())
         except UserError as error:
             raise UserError(f"{folder}: {error}; is it the model that the run started from?") from error
     for each in loras:

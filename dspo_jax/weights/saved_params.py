@@ -10,7 +10,7 @@ from flax import traverse_util
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
-from dspo_jax.models.lora import Params
+from dspo_jax.models.lora import Params, Scale
 from dspo_jax.weights import checkpoints
 
 # Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
@@ -144,6 +144,12 @@ def read_run_config(run: Path, *texts: str) -> JsonObject:
 def read_base(run: Path) -> str:
     """Reads which model a training run started from; raises as `read_run_config`."""
     return read_run_config(run, "model")["model"]
+
+
+def read_scale(config: JsonObject) -> Scale:
+    """Returns the factor of a run's adapters by its config; runs of early versions have no keys: it was 1."""
+    keys = config.get("lora", {})
+    return Scale(keys.get("alpha"), keys.get("rank_stabilised", False))
 
 
 def parse_step(text: str, run: Path) -> int:

@@ -33,7 +33,11 @@ ATTENTION = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
 EVERYWHERE = (*ATTENTION, r"conv\d?", r"proj_in", r"linear_1", r"ff\.net\.2")
 
 
-LORA = {"lora.rank": 2, "lora.targets": (*ATTENTION, r"conv\d?"), "train_text_encoder": True}
+LORA = {
+    **{"lora.rank": 2, "lora.alpha": 3.0, "lora.rank_stabilised": True},
+    **{"lora.targets": (*ATTENTION, r"conv\d?"), "train_text_encoder": True},
+}
+FACTOR = 3 / np.sqrt(2)
 
 
 def make_unet():
@@ -46,13 +50,13 @@ def randomise(adapters, seed=1):
     return jax.tree.map(lambda leaf: draw.normal(0, 0.3, leaf.shape).astype(np.float32), adapters)
 
 
-def fold(params, adapters):
-    """The products added in float64, kernel by kernel."""
+def fold(params, adapters, factor=1.0):
+    """The products, times a factor, added in float64, kernel by kernel."""
     leaves, kernels = flatten(adapters), dict(flatten(params))
     for layer in lora.find_ranks(adapters):
         a, b = (np.float64(leaves[f"{layer}.lora_{matrix}.kernel"]) for matrix in "AB")
         added = np.einsum("hwir,xyro->hwio", a, b) if a.ndim == 4 else a @ b
-        kernels[f"{layer}.kernel"] = (kernels[f"{layer}.kernel"] + added).astype(np.float32)
+        kernels[f"{layer}.kernel"] = (kernels[f"{layer}.kernel"] + factor * added).astype(np.float32)
     return unflatten(kernels)
 
 
@@ -110,6 +114,14 @@ def test_patterns_match_whole_ends_of_paths():
         (
             {"lora.targets": ("to_x",)},
             "config.lora.targets = .*to_x: no layer matches; there are, for example, .*to_q",
+        ),
+        *(
+            ({"lora.alpha": alpha}, f"config.lora.alpha = {alpha}: must be above 0 and finite")
+            for alpha in (0.0, -1.0, float("inf"))
+        ),
+        (
+            {"lora.rank": 0, "lora.alpha": 4.0},
+            "config.lora.alpha = 4.0: LoRA is off; set config.lora.rank, or leave this key out",
         ),
         ({"lora.targets": ("to_(",)}, "config.lora.targets = .*unterminated subpattern"),
     ],
@@ -197,7 +209,7 @@ def test_the_exported_model_has_the_products_in_its_kernels(run, shallow_model, 
     merged, base = load_pipeline(tmp_path / "merged"), load_pipeline(shallow_model)
     trained, _ = restore_params(run / "checkpoints")
     for name, adapters in trained.items():
-        expected = flatten(fold(base.read_params(name), adapters))
+        expected = flatten(fold(base.read_params(name), adapters, FACTOR))
         changed = lora.find_ranks(adapters)
         for path, leaf in flatten(merged.read_params(name)).items():
             np.testing.assert_allclose(leaf, expected[path], rtol=1e-6, atol=1e-7)

@@ -67,7 +67,7 @@ def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameter
     draws, rate, precision = (change(part, changes or {}) for part in (draws, rate, precision))
     rate = dataclasses.replace(rate, optimizer=promote_dtypes(rate.optimizer))
     loss = PreferenceLoss(get_objective(objective, **hyperparameters), draws)
-    return Task(DensePipeline(), loss, rate, precision, train_text_encoder=False, adapters=False)
+    return Task(DensePipeline(), loss, rate, precision, train_text_encoder=False, adapters=None)
 
 
 def change(part, changes):

@@ -32,6 +32,7 @@ DPO = {
     "optimizer.weight_decay": 0.0,
     "train_text_encoder": True,
 }
+LORA = {"lora.rank": 2, "lora.alpha": 3.0, "lora.rank_stabilised": True}
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -39,7 +40,7 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 def run(shallow_model, tiny_pairs, tmp_path_factory):
     """A run of two steps over adapters, which are no longer what they began as."""
     workdir = tmp_path_factory.mktemp("init") / "run"
-    train(make_config(shallow_model, tiny_pairs, {**DPO, "lora.rank": 2, "steps": 2}), workdir)
+    train(make_config(shallow_model, tiny_pairs, {**DPO, **LORA, "steps": 2}), workdir)
     return workdir
 
 
@@ -61,7 +62,7 @@ def take_step(mesh, state, reference, batch):
 @pytest.mark.ci
 def test_the_next_loss_is_that_of_the_uninterrupted_run(run, shallow_model, tiny_pairs, tmp_path):
     (batch,) = read_batches(tiny_pairs, batch_size=8, count=1)
-    mesh, state, reference = begin(shallow_model, tiny_pairs, {"lora.rank": 2})
+    mesh, state, reference = begin(shallow_model, tiny_pairs, LORA)
     saved, _ = restore_params(run / "checkpoints")
     put = jax.tree.map(lambda old, new: jax.device_put(np.asarray(new), old.sharding), state.params, saved)
     expected = take_step(mesh, dataclasses.replace(state, params=put), reference, batch)
@@ -70,8 +71,12 @@ def test_the_next_loss_is_that_of_the_uninterrupted_run(run, shallow_model, tiny
         file = tmp_path / f"{style}.safetensors"
         export(run, file, adapters=style)
         held_to_base = {"lora.init": str(file), "reference.model": str(shallow_model)}
-        mesh, state, reference = begin(shallow_model, tiny_pairs, held_to_base)
-        jax.tree.map(np.testing.assert_array_equal, state.params, saved)
+        # Of kohya's file the run takes the factor into B, where its own is 1.
+        same = {"lora.alpha": 3.0, "lora.rank_stabilised": True} if style == "diffusers" else {}
+        mesh, state, reference = begin(shallow_model, tiny_pairs, held_to_base | same)
+        for path, leaf in flatten(state.params).items():
+            factor = 3 / np.sqrt(2) if path.endswith("lora_B.kernel") and not same else 1
+            np.testing.assert_allclose(leaf, factor * flatten(saved)[path], rtol=1e-6)
         assert take_step(mesh, state, reference, batch) == pytest.approx(expected, abs=1e-5)
     mesh, state, reference = begin(shallow_model, tiny_pairs, {"lora.init": str(file)})
     assert take_step(mesh, state, reference, batch) == pytest.approx(np.log(2), abs=1e-5)  # held to its start
@@ -164,7 +169,8 @@ def test_an_export_says_to_diffusers_what_its_adapters_are(run, tmp_path):
     with safe_open(tmp_path / "lora.safetensors", "np") as file:
         metadata = file.metadata()
     configs = json.loads(metadata["lora_adapter_metadata"])
-    assert (configs["unet.r"], configs["unet.lora_alpha"], configs["text_encoder.r"]) == (2, 2, 2)
+    assert (configs["unet.r"], configs["unet.lora_alpha"], configs["text_encoder.r"]) == (2, 3, 2)
+    assert configs["unet.use_rslora"] is True
     assert LAYER.removeprefix("unet.") in configs["unet.target_modules"]
     assert "encoder.layers.0.self_attn.q_proj" in configs["text_encoder.target_modules"]
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "2")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("2", "4.24264")
