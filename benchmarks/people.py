@@ -114,7 +114,7 @@ class Person(threading.Thread):
         self._cookie = joined.headers["set-cookie"].split(";")[0]
         state = self._json("GET", "/state")
         while len(self.acknowledged) < self._votes:
-            left, right = (self._models[url.rsplit("/", 1)[1]] for url in state["images"])
+            left, right = (self._models[url] for url in state["images"])
             prefers_left = self._draw.random() < chance(left, right, self._reliability)
             vote = {"showing": state["showing"], "question": state["question"]}
             began = time.perf_counter()
@@ -154,7 +154,7 @@ def measure_server(folder: Path, people: int, votes: int) -> None:
     try:
         store = open_votes(path)
         pictures = Pictures(store)
-        models = {pictures.name(i.sha256): i.model for group in store.groups for i in group.images}
+        models = {pictures.address(i): i.model for group in store.groups for i in group.images}
         crowd = [
             Person(number, reliability, server, models, votes // people)
             for number, reliability in enumerate(reliabilities.tolist())

@@ -19,7 +19,7 @@ from dspo_jax.errors import UserError
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _SERVING = (
-    *("images", "questions", "rank", "checks", "check_share", "repeat_share", "votes_per_group"),
+    *("questions", "rank", "checks", "check_share", "repeat_share", "votes_per_group"),
     *("seed", "host", "port"),
 )
 _EXPORTING = ("question", "preference", "ties", "min_checks", "who")
@@ -45,8 +45,11 @@ def _export(votes: Path, values: flags.FlagValues) -> None:
     store, out = open_votes(votes), Path(values.out)
     question = values.question or next(iter(store.plan.questions))
     how = Aggregation(question, values.preference, values.ties, values.min_checks)
-    done = export(store, out, how, who=values.who, allow_outside=values.allow_outside)
-    store.close()
+    try:
+        moved_to = [Path(folder) for folder in values.images or ()]
+        done = export(store, out, how, moved_to=moved_to, who=values.who, allow_outside=values.allow_outside)
+    finally:
+        store.close()
     print(
         f"{out}: {done.pairs:,} pairs, {done.labels:,} labels, {done.rankings:,} rankings by {question}; "
         f"{done.ties:,} pair(s) were even, {'kept' if values.ties else 'left out'}"
@@ -80,24 +83,23 @@ def _serve(values: flags.FlagValues) -> None:
     with reserve(out):
         groups = read_groups(values.images, rank=values.rank, allow_outside=values.allow_outside)
         checks = read_checks(values.checks, allow_outside=values.allow_outside)
-        store = create(out, plan, [*groups, *checks])
-        token = None if values.host in _LOCAL else store.link_token
-        listener = listen(values.host, values.port)
-        # What listens to every address is reached by this machine's name.
-        host = socket.gethostname() if values.host in ("0.0.0.0", "::") else values.host
-        address = f"[{host}]" if ":" in host else host
-        query = "" if token is None else f"?token={token}"
-        print(
-            f"{len(groups):,} groups of images, {len(checks):,} attention checks, "
-            f"{len(store.votes()):,} votes so far"
-        )
-        print(f"http://{address}:{listener.getsockname()[1]}/{query} (Ctrl-C ends it)", flush=True)
-        try:
-            serve(make_app(store, token=token, allow_outside=values.allow_outside), listener)
-        finally:
-            listener.close()
-            print(f"{out}: {len(store.votes()):,} votes by {len(store.people()):,} people")
-            store.close()
+        with listen(values.host, values.port) as listener:
+            store = create(out, plan, [*groups, *checks])
+            token = None if values.host in _LOCAL else store.link_token
+            # What listens to every address is reached by this machine's name.
+            host = socket.gethostname() if values.host in ("0.0.0.0", "::") else values.host
+            address = f"[{host}]" if ":" in host else host
+            query = "" if token is None else f"?token={token}"
+            print(
+                f"{len(groups):,} groups of images, {len(checks):,} attention checks, "
+                f"{len(store.votes()):,} votes so far"
+            )
+            print(f"http://{address}:{listener.getsockname()[1]}/{query} (Ctrl-C ends it)", flush=True)
+            try:
+                serve(make_app(store, token=token, allow_outside=values.allow_outside), listener)
+            finally:
+                print(f"{out}: {len(store.votes()):,} votes by {len(store.people()):,} people")
+                store.close()
 
 
 def run() -> None:
@@ -106,7 +108,7 @@ def run() -> None:
         "images",
         None,
         "DIR or NAME=DIR: what sample wrote, or a folder with metadata.jsonl or pairs.jsonl; may be "
-        "repeated.",
+        "repeated. Of export: where the images are now, if they were moved.",
     )
     flags.DEFINE_string(
         "out", None, "File of votes (SQLite), the same command goes on with it; of export, a new folder."

@@ -252,31 +252,40 @@ def _tex(text: str) -> str:
 
 
 def to_csv(evaluation: Evaluation) -> str:
-    """Formats a CSV line for each model and reward, with the conditions of the evaluation."""
-    rows = []
-    for label, of_model in evaluation.win_rates.items():
+    """Formats a CSV line for each model and judge, with the conditions of the evaluation.
+
+    A question to people is a judge beside the rewards: its images won, tied and lost are votes, and it has no
+    version, mean or win rate of a seed.
+    """
+    rows: list[dict[str, object]] = []
+    for label in evaluation.win_rates:
         images = evaluation.images[label]
-        for name, found in of_model.items():
+        for name, found in evaluation.judged(label).items():
+            means: dict[str, float] = {}
+            of_seeds: dict[str, float] = {}
+            if isinstance(found, WinRate):
+                means = _flatten("mean_reward", found.mean_reward)
+                means |= _flatten("base_mean_reward", found.base_mean_reward)
+                of_seeds = {f"win_rate_seed_{seed}": share for seed, share in enumerate(found.per_seed)}
             row: dict[str, object] = {
                 "model": label,
                 "reward": name,
-                "reward_version": evaluation.rewards[name],
+                "reward_version": evaluation.rewards.get(name),
                 **_flatten("win_rate", found.share),
                 "p_value": found.p_value,
                 **{f"images_{what}": getattr(found, f"images_{what}") for what in ("won", "tied", "lost")},
                 **{f"prompts_{what}": getattr(found, what) for what in ("won", "lost", "tied")},
-                **_flatten("mean_reward", found.mean_reward),
-                **_flatten("base_mean_reward", found.base_mean_reward),
+                **means,
                 "prompts": evaluation.prompts.name,
                 "num_prompts": len(evaluation.prompts.prompts),
                 "prompts_sha256": evaluation.prompts.sha256,
                 "source": hide_folders(images.source),
                 **{key: images.how.get(key) for key in _DRAWING},
-                **{f"win_rate_seed_{seed}": share for seed, share in enumerate(found.per_seed)},
+                **of_seeds,
             }
             rows.append(row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")  # a reward's, which has all columns
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

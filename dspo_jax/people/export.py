@@ -1,6 +1,7 @@
 """Votes as a folder that `encode` reads: pairs, labels of single images, rankings."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 from scipy.special import expit
 
 from dspo_jax.errors import UserError
@@ -53,7 +53,13 @@ class Exported(NamedTuple):
 
 
 def export(
-    store: VoteStore, out: Path, how: Aggregation, *, who: bool = False, allow_outside: bool = False
+    store: VoteStore,
+    out: Path,
+    how: Aggregation,
+    *,
+    moved_to: Sequence[Path] = (),
+    who: bool = False,
+    allow_outside: bool = False,
 ) -> Exported:
     """Writes pairs.jsonl, labels.jsonl, rankings.json and the images, without people and times unless asked.
 
@@ -61,18 +67,20 @@ def export(
       store: the votes.
       out: a folder that must not exist.
       how: votes to preferences.
+      moved_to: folders in which the images lie now, in any place, if they are not where people saw them.
       who: whether votes.jsonl says who voted what and when.
       allow_outside: whether images may lie outside the folders that they were collected from.
 
     Raises:
+      FileNotFoundError: an image or a folder is missing.
       UserError: no votes, `out` exists, or an image is not what people saw.
     """
     judgements = read_judgements(store, how.question, min_checks=how.min_checks)
     if not judgements:
-        raise UserError(f"{store.path}: no vote on {how.question} to export")
+        raise UserError(f"{store.path}: no vote on {how.question} to export; collect some first")
     shares = share_of(judgements, how.preference)
     with appear(out) as partial:
-        place = _Images(partial, allow_outside)
+        place = _Images(partial, moved_to, allow_outside)
         prompts = {number: group.prompt for number, group in enumerate(store.groups)}
         pairs = _make_pairs(shares, prompts, place, how.ties)
         labels = _make_labels(shares, prompts, place, soft=how.preference != "majority")
@@ -119,21 +127,48 @@ def share_of(judgements: Sequence[Judgement], preference: str) -> _Shares:
 class _Images:
     """Brings images into the folder, once each, under names that tell their content and nothing else."""
 
-    def __init__(self, out: Path, allow_outside: bool):
+    def __init__(self, out: Path, moved_to: Sequence[Path], allow_outside: bool):
         self._out, self._allow_outside = out, allow_outside
+        self._moved_to = list(moved_to)
+        self._moved = _find_by_content(moved_to, allow_outside)
 
     def __call__(self, image: ImageFile) -> str:
         name = f"images/{image.sha256[:16]}{Path(image.file).suffix.lower()}"
         target = self._out / name
         if not target.exists():
-            path = ImagePaths(Path(image.folder), "--allow_outside", self._allow_outside).find(image.file)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such image any more; people saw it, bring it back")
-            if sha256(path) != image.sha256:
-                raise UserError(f"{path}: is another image by now than people saw; bring it back")
             target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, target)
+            link_or_copy(self._find(image), target)
         return name
+
+    def _find(self, image: ImageFile) -> Path:
+        if self._moved_to:
+            if image.sha256 not in self._moved:
+                raise FileNotFoundError(
+                    f"--images={','.join(map(str, self._moved_to))}: no file there is {image.file} as people "
+                    "saw it; name all folders that hold the images now"
+                )
+            return self._moved[image.sha256]
+        path = ImagePaths(Path(image.folder), "--allow_outside", self._allow_outside).find(image.file)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such image any more; name the folder that it was moved to with --images"
+            )
+        if sha256(path) != image.sha256:
+            raise UserError(f"{path}: is another image by now than people saw; bring it back")
+        return path
+
+
+def _find_by_content(folders: Sequence[Path], allow_outside: bool) -> dict[str, Path]:
+    """Returns the files anywhere in folders by their SHA-256."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--images={folder}: no such folder")
+        paths = ImagePaths(folder, "--allow_outside", allow_outside)
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                found[sha256(file)] = paths.find(str(file.relative_to(folder)))
+    return found
 
 
 def _make_pairs(shares: _Shares, prompts: Mapping[int, str], place: _Images, ties: bool) -> list[JsonObject]:
@@ -165,19 +200,28 @@ def _make_labels(shares: _Shares, prompts: Mapping[int, str], place: _Images, so
 
 
 def _make_rankings(shares: _Shares, prompts: Mapping[int, str], place: _Images) -> list[JsonObject]:
-    """Makes an entry for each prompt with three images or more, as ImageReward's annotations have them."""
+    """Makes an entry for each prompt with three images or more, as ImageReward's annotations have them.
+
+    Every two of its images must have been compared: others have no place in one order.
+    """
     of_prompt: dict[str, dict[ImageFile, float]] = {}
     for (prompt, image), share in _mean_shares(shares, prompts).items():
         of_prompt.setdefault(prompt, {})[image] = share
+    compared = {(prompts[group], frozenset(images)) for group, *images in shares}
+    complete = [
+        (prompt, images)
+        for prompt, images in of_prompt.items()
+        if len(images) > 2
+        if all((prompt, frozenset(pair)) in compared for pair in itertools.combinations(images, 2))
+    ]
     return [
         {
             "id": str(number),
             "prompt": prompt,
             "generations": list(map(place, images)),
-            "ranking": stats.rankdata([-share for share in images.values()], method="min").tolist(),
+            "ranking": [1 + sum(other > share for other in images.values()) for share in images.values()],
         }
-        for number, (prompt, images) in enumerate(of_prompt.items())
-        if len(images) > 2
+        for number, (prompt, images) in enumerate(complete)
     ]
 
 

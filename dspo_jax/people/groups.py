@@ -2,20 +2,25 @@
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from absl import logging
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.files import parse_named, sha256
 from dspo_jax.images.image_files import ImagePaths
+from dspo_jax.json_files import parse
 
 MOST_IMAGES = 9
 """The most images of a group, which the digits of a keyboard rank."""
 
 _OUTSIDE = "--allow_outside"
+# Key of the picture that an image is an edit of, which `sample` notes.
+_INIT_IMAGE = "init_image"
 # Files that name prompts and images, the first that a folder holds, and the keys of the prompt and the image.
 _MANIFEST, _PAIRS = "manifest.jsonl", "pairs.jsonl"
 _KEYS = {
@@ -23,9 +28,6 @@ _KEYS = {
     "metadata.jsonl": ("prompt", "file_name"),
     _PAIRS: ("caption", "winner"),
 }
-# Of images of different models, those of one place are compared.
-_Place = tuple[object, ...]
-_Images = dict[_Place, tuple[str, "ImageFile"]]  # with their prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +55,24 @@ class Group:
       prompt: the text above them.
       images: in an order that is never shown.
       answer: of an attention check, which image is right; None where people's opinion is asked.
+      init_image: the picture that all of them are edits of, shown beside them; None where they are none.
     """
 
     prompt: str
     images: tuple[ImageFile, ...]
     answer: int | None = None
+    init_image: ImageFile | None = None
+
+
+class _Drawn(NamedTuple):
+    prompt: str
+    image: ImageFile
+    init_image: ImageFile | None
+
+
+# Of images of different models, those of one place are compared.
+_Place = tuple[object, ...]
+_Images = dict[_Place, _Drawn]
 
 
 def read_groups(folders: Sequence[str], *, rank: bool, allow_outside: bool = False) -> list[Group]:
@@ -91,22 +106,28 @@ def read_groups(folders: Sequence[str], *, rank: bool, allow_outside: bool = Fal
                 raise UserError(f"--images={text}: two are called {name!r}; name it: --images=NAME=DIR")
             models[name] = of_model
     together = list(_match(models)) if len(models) > 1 else list(_by_prompt(*models.values()))
-    for prompt, images in together:
+    for drawn in together:
+        prompt, _, init_image = drawn[0]
+        images = tuple(each.image for each in drawn)
         if not rank:
-            groups += [Group(prompt, (a, b)) for a, b in itertools.combinations(images, 2)]
+            pairs = itertools.combinations(images, 2)
+            groups += [Group(prompt, pair, init_image=init_image) for pair in pairs]
         elif len(images) > MOST_IMAGES:
             raise UserError(
                 f"--rank: {len(images)} images of {prompt!r}, and at most {MOST_IMAGES} can be ranked; leave "
                 "it out"
             )
         else:
-            groups.append(Group(prompt, images))
+            groups.append(Group(prompt, images, init_image=init_image))
     different = [group for group in groups if len({image.sha256 for image in group.images}) > 1]
     if not different:
+        reason = f": the images of each of {len(groups):,} groups are equal" if groups else ""
         raise UserError(
-            f"--images={','.join(folders)}: nothing to compare; give the images of two models, several "
-            "images of each prompt, or a folder with pairs.jsonl"
+            f"--images={','.join(folders)}: nothing to compare{reason}; give the images of two models, "
+            "several images of each prompt, or a folder with pairs.jsonl"
         )
+    if equal := len(groups) - len(different):
+        logging.info("%d of %d groups left out: their images are equal", equal, len(groups))
     return different
 
 
@@ -139,17 +160,15 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str, Mapping[str, object]]]:
     """Yields where a line stands, its prompt, and its object."""
     key = _KEYS[file.name][0]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not by splitlines, which ends a line at Unicode's separators too: JSON may hold them.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); mend or delete the line") from error
+        row = parse(line, where, "mend or delete the line")
         if not isinstance(row, dict):
             raise UserError(f"{where}: must be an object; mend or delete the line")
         prompt = row.get(key)
@@ -172,12 +191,21 @@ def _open(folder: Path, name: str, model: str, paths: ImagePaths) -> ImageFile:
     return ImageFile(str(folder.resolve()), name, model, sha256(path))
 
 
+def _open_init_image(
+    folder: Path, row: Mapping[str, object], where: str, paths: ImagePaths
+) -> ImageFile | None:
+    if row.get(_INIT_IMAGE) is None:
+        return None
+    return _open(folder, _name_of(row, _INIT_IMAGE, where), "", paths)
+
+
 def _read_pairs(file: Path, allow_outside: bool) -> list[Group]:
     paths = ImagePaths(file.parent, _OUTSIDE, allow_outside)
     groups = []
     for where, prompt, row in _read_lines(file):
         images = (_open(file.parent, _name_of(row, part, where), part, paths) for part in ("winner", "loser"))
-        groups.append(Group(prompt, tuple(images)))
+        init_image = _open_init_image(file.parent, row, where, paths)
+        groups.append(Group(prompt, tuple(images), init_image=init_image))
     return groups
 
 
@@ -197,7 +225,8 @@ def _read_models(folder: Path, file: Path, label: str, allow_outside: bool) -> d
         else:
             seen[prompt] = seen.get(prompt, -1) + 1
             part, place = "", (prompt, seen[prompt])
-        found.setdefault(part, {})[place] = (prompt, _open(root, name, part, paths))
+        init_image = _open_init_image(root, row, where, paths)
+        found.setdefault(part, {})[place] = _Drawn(prompt, _open(root, name, part, paths), init_image)
     if not found:
         raise UserError(f"{file}: names no image of {folder}; draw its images again")
     if len(found) == 1:
@@ -208,32 +237,39 @@ def _read_models(folder: Path, file: Path, label: str, allow_outside: bool) -> d
         names = dict(zip(found, short if len(set(short)) == len(short) else found, strict=True))
     return {
         names[part]: {
-            place: (prompt, dataclasses.replace(image, model=names[part]))
-            for place, (prompt, image) in images.items()
+            place: drawn._replace(image=dataclasses.replace(drawn.image, model=names[part]))
+            for place, drawn in images.items()
         }
         for part, images in found.items()
     }
 
 
-def _match(models: Mapping[str, _Images]) -> Iterator[tuple[str, tuple[ImageFile, ...]]]:
-    """Yields prompts with an image of each model."""
+def _match(models: Mapping[str, _Images]) -> Iterator[tuple[_Drawn, ...]]:
+    """Yields an image of each model, all of the same prompt and seed."""
     (first, of_first), *others = models.items()
     for label, images in others:
-        if images.keys() != of_first.keys():
-            missing = next(iter(images.keys() ^ of_first.keys()))
+        alone = {**images, **of_first}
+        for place in of_first.keys() & images.keys():
+            if _digest(of_first[place].init_image) == _digest(images[place].init_image):
+                del alone[place]
+        for _, image, _ in alone.values():
             raise UserError(
-                f"--images: {first!r} and {label!r} are not of the same prompts and seeds ({missing} is "
-                "in one only); draw both with the same --prompts and --seeds"
+                f"--images: {first!r} and {label!r} are not of the same prompts, seeds and pictures to edit "
+                f"({Path(image.folder) / image.file} has no counterpart); draw both with the same --prompts "
+                "and --seeds"
             )
-    for place, (prompt, image) in of_first.items():
-        yield prompt, (image, *(images[place][1] for _, images in others))
+    for place, drawn in of_first.items():
+        yield (drawn, *(images[place] for _, images in others))
 
 
-def _by_prompt(images: _Images | None = None) -> Iterator[tuple[str, tuple[ImageFile, ...]]]:
-    """Yields prompts with all their images of one model."""
-    of_prompt: dict[str, list[ImageFile]] = {}
-    for prompt, image in (images or {}).values():
-        of_prompt.setdefault(prompt, []).append(image)
-    for prompt, found in of_prompt.items():
-        if len(found) > 1:
-            yield prompt, tuple(found)
+def _digest(image: ImageFile | None) -> str | None:
+    return None if image is None else image.sha256
+
+
+def _by_prompt(images: _Images | None = None) -> Iterator[tuple[_Drawn, ...]]:
+    """Yields the images of one model that are of the same prompt, and edits of the same picture."""
+    of_prompt: dict[tuple[str, str | None], list[_Drawn]] = {}
+    for drawn in (images or {}).values():
+        key = (drawn.prompt, _digest(drawn.init_image))
+        of_prompt.setdefault(key, []).append(drawn)
+    yield from (tuple(found) for found in of_prompt.values() if len(found) > 1)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dspo_jax.images.decode import decode_image
 from dspo_jax.images.image_files import ImagePaths
+from dspo_jax.people.groups import ImageFile
 from dspo_jax.people.votes import VoteStore
 
 SIDES = (256, 512, 1024, 2048)
@@ -24,14 +25,17 @@ class Pictures:
 
     def __init__(self, store: VoteStore, *, allow_outside: bool = False):
         """Names every image by a keyed digest of its content, as its path would tell its model."""
-        images = {image for group in store.groups for image in group.images}
+        images = {image for group in store.groups for image in (*group.images, group.init_image) if image}
         self._secret, self._allow_outside = store.secret.encode(), allow_outside
-        self._images = {self.name(image.sha256): image for image in images}
+        self._images = {self._name(image): image for image in images}
         self.scaled = functools.lru_cache(maxsize=_KEPT)(self._scale)
 
-    def name(self, sha256: str) -> str:
-        """Returns the opaque name of an image."""
-        return hmac.digest(self._secret, sha256.encode(), hashlib.sha256).hex()[:32]
+    def _name(self, image: ImageFile) -> str:
+        return hmac.digest(self._secret, image.sha256.encode(), hashlib.sha256).hex()[:32]
+
+    def address(self, image: ImageFile) -> str:
+        """Returns where the page finds an image."""
+        return f"/image/{self._name(image)}"
 
     def __contains__(self, name: str) -> bool:
         return name in self._images

@@ -24,7 +24,10 @@ def read_questions(texts: Sequence[str]) -> dict[str, str]:
         name, equals, asked = text.partition("=")
         if not equals:
             if name not in QUESTIONS:
-                raise UserError(spelling.unknown("--questions", name, QUESTIONS) + "; your own is NAME=TEXT")
+                raise UserError(
+                    f"{spelling.unknown('--questions', name, QUESTIONS)}; your own is NAME=TEXT, in double "
+                    "quotes where TEXT has a comma"
+                )
             asked = QUESTIONS[name]
         if not name.isidentifier() or not asked.strip():
             raise UserError(

@@ -11,6 +11,7 @@ import hmac
 import json
 import secrets
 import threading
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -149,14 +150,14 @@ class _Server:
         except ValueError as error:
             raise HTTPException(400, "not a form") from error
         token, name = (fields.get(key, [""])[0] for key in ("token", "name"))
-        name = " ".join(name.split())
+        name = unicodedata.normalize("NFC", " ".join(name.split()))
         if not self._admits(token):
             return self._render("refused.html", 403)
         if not name or len(name) > LONGEST_NAME or spelling.fault_of_text(name) or not name.isprintable():
             return self._join_page(token, name, f"A name has 1 to {LONGEST_NAME} letters.")
         session = secrets.token_urlsafe(32)
         person = await run_in_threadpool(self._store.join, name, _digest(session))
-        self._names[person] = name
+        self._names.setdefault(person, name)
         response = RedirectResponse("/", 303)
         response.set_cookie(self._cookie, session, max_age=_YEAR, httponly=True, samesite="lax")
         return response
@@ -188,7 +189,8 @@ class _Server:
             state |= {
                 "showing": showing.number,
                 "prompt": group.prompt,
-                "images": [f"/image/{self._pictures.name(group.images[i].sha256)}" for i in showing.places],
+                "images": [self._pictures.address(group.images[place]) for place in showing.places],
+                "init_image": None if group.init_image is None else self._pictures.address(group.init_image),
                 "question": question,
                 "text": self._store.plan.questions[question],
                 "number": names.index(question) + 1,

@@ -19,10 +19,13 @@ TIE, SKIP = "tie", "skip"
 Choice = str | int | tuple[int, ...]
 """`TIE`, `SKIP`, the number of the better image of a group, or the numbers of its images, best first."""
 
-_FORMAT = 1
+_FORMAT = 2
+_OLDER = 1  # without the pictures that were edited, and all folders absolute
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE groups (id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, images TEXT NOT NULL, answer INTEGER);
+CREATE TABLE groups (
+  id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, images TEXT NOT NULL, answer INTEGER, init_image TEXT
+);
 CREATE TABLE people (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE sessions (digest TEXT PRIMARY KEY, person INTEGER NOT NULL REFERENCES people(id));
 CREATE TABLE showings (
@@ -121,10 +124,17 @@ class VoteStore:
         facts = self._facts()
         self.plan = Plan(**json.loads(facts["plan"]))
         self.secret, self.link_token = facts["secret"], facts["link_token"]
+        init_image = "NULL" if _version(connection) == _OLDER else "init_image"
+        root = path.resolve().parent
         self.groups = [
-            Group(prompt, tuple(ImageFile(*image) for image in json.loads(images)), answer)
-            for prompt, images, answer in connection.execute(
-                "SELECT prompt, images, answer FROM groups ORDER BY id"
+            Group(
+                prompt,
+                tuple(_unpack(image, root) for image in json.loads(images)),
+                answer,
+                None if init_image is None else _unpack(json.loads(init_image), root),
+            )
+            for prompt, images, answer, init_image in connection.execute(
+                f"SELECT prompt, images, answer, {init_image} FROM groups ORDER BY id"
             )
         ]
 
@@ -141,18 +151,37 @@ class VoteStore:
             self._connection.execute("BEGIN IMMEDIATE")
             yield self._connection
 
+    def relocate(self, groups: Sequence[Group]) -> None:
+        """Notes where the images are now; `groups` are those of the file otherwise."""
+        with self._write() as write:
+            if _version(write) == _OLDER:
+                write.execute("ALTER TABLE groups ADD COLUMN init_image TEXT")
+                write.execute(f"PRAGMA user_version = {_FORMAT}")
+            _write_groups(write, groups, self.path.resolve().parent)
+        self.groups = list(groups)
+
     def people(self) -> dict[int, str]:
         """Returns the people by number."""
         with self._lock:
-            return dict(self._connection.execute("SELECT id, name FROM people ORDER BY id"))
+            return dict(self._read_people(self._connection))
+
+    @staticmethod
+    def _read_people(connection: sqlite3.Connection) -> list[tuple[int, str]]:
+        return connection.execute("SELECT id, name FROM people ORDER BY id").fetchall()
 
     def join(self, name: str, digest: str) -> int:
-        """Notes a session of a person, who may be new; returns the person's number."""
+        """Notes a session of a person, who may be new; returns the person's number.
+
+        Upper and lower case are one name: a phone writes the first letter large by itself.
+        """
         with self._write() as write:
-            write.execute("INSERT INTO people (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
-            (person,) = write.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()
+            known = {each.casefold(): number for number, each in self._read_people(write)}
+            person = known.get(name.casefold())
+            if person is None:
+                person = write.execute("INSERT INTO people (name) VALUES (?)", (name,)).lastrowid
             write.execute("INSERT INTO sessions VALUES (?, ?)", (digest, person))
-        return int(person)
+        assert person is not None
+        return person
 
     def leave(self, digest: str) -> None:
         """Ends a session."""
@@ -235,14 +264,18 @@ class VoteStore:
 def create(path: Path, plan: Plan, groups: Sequence[Group]) -> VoteStore:
     """Makes the file of a collection, or opens it where it was made with the same plan and images.
 
+    Images that were moved are the same; the file then notes where they are now.
+
     Raises:
       UserError: the file is something else, or of other images, or of another plan.
     """
     if path.exists():
         store = open_votes(path)
-        if store.groups != list(groups):
+        if list(map(_content, store.groups)) != list(map(_content, groups)):
             store.close()
-            raise UserError(f"--out={path}: holds votes on other images; name another file")
+            raise UserError(
+                f"--out={path}: holds votes on other images, or on these in another order; name another file"
+            )
         if store.plan != plan:
             field = next(
                 field.name
@@ -254,6 +287,8 @@ def create(path: Path, plan: Plan, groups: Sequence[Group]) -> VoteStore:
             raise UserError(
                 f"--{field}: these votes were begun with {theirs!r}; give that again, or name another --out"
             )
+        if store.groups != list(groups):
+            store.relocate(groups)
         return store
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -265,18 +300,7 @@ def create(path: Path, plan: Plan, groups: Sequence[Group]) -> VoteStore:
         facts = {"plan": json.dumps(dataclasses.asdict(plan))}
         facts |= {name: secrets.token_urlsafe(32) for name in ("secret", "link_token")}
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-        connection.executemany(
-            "INSERT INTO groups VALUES (?, ?, ?, ?)",
-            [
-                (
-                    number,
-                    group.prompt,
-                    json.dumps([dataclasses.astuple(image) for image in group.images]),
-                    group.answer,
-                )
-                for number, group in enumerate(groups)
-            ],
-        )
+        _write_groups(connection, groups, path.resolve().parent)
         connection.execute(f"PRAGMA user_version = {_FORMAT}")
     connection.close()
     partial.rename(path)
@@ -290,12 +314,13 @@ def open_votes(path: Path) -> VoteStore:
       FileNotFoundError: there is no such file.
       UserError: it is no file of votes.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file of votes")
+    if not path.is_file():
+        raise UserError(f"{path}: is a folder or a device; name a file of votes")
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version != _FORMAT:
+        if _version(connection) not in (_FORMAT, _OLDER):
             connection.close()
             raise UserError(f"{path}: not a file of votes that this version reads; name what collect wrote")
         # On the disk after each commit: neither a killed server nor a power failure loses a vote.
@@ -304,3 +329,43 @@ def open_votes(path: Path) -> VoteStore:
         return VoteStore(path, connection)
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path}: cannot be read as votes ({error}); name what collect wrote") from error
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def _content(group: Group) -> tuple[object, ...]:
+    """Returns what makes a group the same, wherever its images lie and whatever their models are called."""
+    init_image = None if group.init_image is None else group.init_image.sha256
+    return group.prompt, [image.sha256 for image in group.images], group.answer, init_image
+
+
+def _write_groups(connection: sqlite3.Connection, groups: Sequence[Group], root: Path) -> None:
+    connection.executemany(
+        "INSERT OR REPLACE INTO groups (id, prompt, images, answer, init_image) VALUES (?, ?, ?, ?, ?)",
+        [
+            (
+                number,
+                group.prompt,
+                json.dumps([_pack(image, root) for image in group.images]),
+                group.answer,
+                None if group.init_image is None else json.dumps(_pack(group.init_image, root)),
+            )
+            for number, group in enumerate(groups)
+        ],
+    )
+
+
+def _pack(image: ImageFile, root: Path) -> tuple[str, ...]:
+    """Returns the fields of an image; a folder beneath that of the votes is relative, to be moved with it."""
+    folder = Path(image.folder)
+    if folder.is_relative_to(root):
+        image = dataclasses.replace(image, folder=str(folder.relative_to(root)))
+    return dataclasses.astuple(image)
+
+
+def _unpack(fields: Sequence[str], root: Path) -> ImageFile:
+    image = ImageFile(*fields)
+    return dataclasses.replace(image, folder=str(root / image.folder))

@@ -132,7 +132,7 @@ def sample(
         time.sleep(1.0)  # for the other processes
     if not processes.is_first():
         return None
-    write_manifest(out, models, files, rendering)
+    write_manifest(out, models, prompts, files, rendering)
     return write_sheets(out, prompts, seeds, files)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dspo_jax.errors import UserError
-from dspo_jax.files import whole, write_json
+from dspo_jax.files import sha256, whole, write_json
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.json_files import read_object
 from dspo_jax.locks import is_empty
@@ -23,6 +23,7 @@ from dspo_jax.sampling.rendering import Rendering
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"
+_INIT_IMAGES = "init_images"  # copies of the pictures that were edited
 # On a contact sheet.
 _ROWS, _SHEETS, _SIDE = 20, 10, 256
 
@@ -56,6 +57,7 @@ def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) 
             raise UserError(f"--out={out}: holds images {what}; choose another folder, or --overwrite them")
         for old in (*out.glob("[0-9]*-*"), out / MANIFEST, *out.glob("contact_sheet*.png")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        shutil.rmtree(out / _INIT_IMAGES, ignore_errors=True)
     elif not is_empty(out):
         raise UserError(f"--out={out}: not empty, and not made by this command; choose another folder")
     write_json(path, ours)
@@ -88,12 +90,20 @@ def note_rewards(file: Path, before: float, after: float) -> None:
 
 
 def write_manifest(
-    out: Path, models: Mapping[str, str | Path | Adapted], files: Files, rendering: Rendering
+    out: Path,
+    models: Mapping[str, str | Path | Adapted],
+    prompts: Sequence[Prompt],
+    files: Files,
+    rendering: Rendering,
 ) -> None:
-    """Writes manifest.jsonl: one line for each image, of how it was drawn."""
+    """Writes manifest.jsonl: one line for each image, of how it was drawn.
+
+    Of an edit it names the picture that was edited, of which the folder gets a copy.
+    """
     keys = ("sampler", "steps", "eta", "guidance_scale", "guidance_rescale", "strength")
     how = {key: getattr(rendering.drawing, key) for key in keys}
     how["negative_model"] = rendering.negative_model
+    init_images = [prompt.image and _copy_init_image(prompt.image, out) for prompt in prompts]
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():
             for request, file in files[label].items():
@@ -105,9 +115,20 @@ def write_manifest(
                     "file": str(file.relative_to(out)),
                     **how,
                 }
+                if init_image := init_images[request.prompt_index]:
+                    record["init_image"] = init_image
                 if (noted := file.with_suffix(".json")).is_file():
                     record |= read_object(noted, f"delete {file.parent}, and draw its images again")
                 manifest.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _copy_init_image(image: Path, out: Path) -> str:
+    """Copies a picture that was edited into the folder; returns its path there."""
+    name = f"{_INIT_IMAGES}/{sha256(image)[:16]}{image.suffix}"
+    if not (out / name).exists():
+        with whole(out / name) as partial:
+            shutil.copyfile(image, partial)
+    return name
 
 
 def _sheet_name(page: int, pages: int) -> str:

@@ -1,5 +1,6 @@
 """People's votes in an evaluation: matching, win rates, intervals, agreement."""
 
+import csv
 import io
 import json
 import re
@@ -124,6 +125,15 @@ def test_votes_stand_beside_the_rewards_in_all_reports(folders, tmp_path):
     assert "<h2>People</h2>" in page
     written = json.loads((out / "win_rates.json").read_text())
     assert written["people"]["general"]["win_rates"]["mine"]["images_won"] == 30
+    rows = list(csv.DictReader(io.StringIO((out / "win_rates.csv").read_text())))
+    assert [(row["model"], row["reward"]) for row in rows] == [
+        *(("mine", judge) for judge in ("colourfulness", "people: general", "people: appeal")),
+        ("other", "colourfulness"),
+    ]
+    assert float(rows[1]["win_rate"]) == win_rate.share.value
+    assert [rows[1][f"images_{what}"] for what in ("won", "tied", "lost")] == ["30", "2", "3"]
+    assert (rows[1]["mean_reward"], rows[1]["win_rate_seed_0"], rows[1]["reward_version"]) == ("", "", "")
+    assert rows[1]["prompts_sha256"] == rows[0]["prompts_sha256"]
     text = io.StringIO()
     print_report(found, Console(file=text, width=160))
     assert "same answer again" in text.getvalue()

@@ -127,6 +127,36 @@ def test_orders_become_rankings_and_pairs(tmp_path, collected):
     )
 
 
+def test_images_that_were_never_compared_have_no_common_order(tmp_path, collected):
+    folders = [write_model(tmp_path / name, ["a fox"], seeds=2, first=100 * ord(name)) for name in "ab"]
+    store = collected(read_groups(list(map(str, folders)), rank=False), {"anna": [0, 1]})
+    done = export(store, tmp_path / "out", Aggregation("general"))
+    assert (done.pairs, done.labels, done.rankings) == (2, 4, 0)
+    assert not (tmp_path / "out" / "rankings.json").exists()
+
+
+def test_images_that_were_moved_are_found_by_their_content(pairs, collected, tmp_path):
+    store = collected(pairs, {"anna": [0] * 4})
+    export(store, tmp_path / "before", Aggregation("general"))
+    moved = [tmp_path / "elsewhere" / name for name in "ab"]
+    for folder in moved:
+        folder.parent.mkdir(exist_ok=True)
+        (tmp_path / folder.name / f"0-{folder.name}").rename(folder)
+    with pytest.raises(FileNotFoundError, match=r"no such image any more; name the folder .* with --images"):
+        export(store, tmp_path / "out", Aggregation("general"))
+    with pytest.raises(FileNotFoundError, match=r"no file there is 0-b/00000_0\.png as people saw it"):
+        export(store, tmp_path / "out", Aggregation("general"), moved_to=moved[:1])
+    with pytest.raises(FileNotFoundError, match=r"--images=.*absent: no such folder"):
+        export(store, tmp_path / "out", Aggregation("general"), moved_to=[tmp_path / "absent"])
+    export(store, tmp_path / "out", Aggregation("general"), moved_to=[*moved[:1], moved[1].parent])
+    rows = [lines(tmp_path / name / "pairs.jsonl") for name in ("before", "out")]
+    assert rows[0] == rows[1]
+    for row in rows[0]:
+        assert (tmp_path / "out" / row["winner"]).read_bytes() == (
+            tmp_path / "before" / row["winner"]
+        ).read_bytes()
+
+
 def test_checks_and_repeats_are_no_judgements_and_who_fails_can_be_left_out(pairs, collected, tmp_path):
     checks = read_checks(str(write_pairs(tmp_path / "checks", [f"check {i}" for i in range(20)])))
     said = {"anna": [0] * 24, "ben": [1] * 24}

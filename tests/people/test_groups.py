@@ -1,6 +1,7 @@
 """Images that are shown together, from the folders that people have."""
 
 import json
+import shutil
 
 import pytest
 from people_images import write_model, write_pairs, write_picture
@@ -71,6 +72,44 @@ def test_pairs_metadata_and_checks_are_read_and_equal_images_are_no_pair(tmp_pat
     assert len(read_groups([str(pairs)], rank=False)) == 6
 
 
+def test_lines_of_a_manifest_end_at_line_feeds_alone(tmp_path):
+    # `sample` writes Unicode's other line separators as they are, and an editor may put a mark before all.
+    prompts = ["a fox\u2028in snow", "a\u0085hare", "größer 笑"]
+    folder = write_model(tmp_path / "mine", prompts, seeds=2)
+    manifest = folder / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().split("\n")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    manifest.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert [group.prompt for group in read_groups([str(folder)], rank=False)] == prompts
+
+
+def edit(folder, sources):
+    """Notes in a manifest which picture each prompt's images are edits of."""
+    manifest = folder / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().split("\n")]
+    for row in rows:
+        row["init_image"] = name = f"init_images/{sources[row['prompt_index']]}.png"
+        write_picture(folder / name, 9000 + sources[row["prompt_index"]])
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_edits_are_compared_with_edits_of_the_same_picture_and_show_it(tmp_path):
+    folders = [write_model(tmp_path / name, ["old"] * 2, first=100 * ord(name)) for name in "ab"]
+    texts = [edit(folder, [1, 2]) for folder in folders]
+    groups = read_groups(texts, rank=False)
+    assert [group.init_image.file for group in groups] == ["init_images/1.png", "init_images/2.png"]
+    # The same prompt for two pictures: nothing of one model to compare.
+    with pytest.raises(UserError, match="nothing to compare; give"):
+        read_groups(texts[:1], rank=False)
+    edit(folders[1], [1, 3])
+    with pytest.raises(UserError, match=r"pictures to edit \(.*0-a/00001_0.png has no counterpart\)"):
+        read_groups(texts, rank=False)
+    (folders[1] / "init_images/3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"3\.png: no such image"):
+        read_groups(texts, rank=False)
+
+
 @each_row(
     ("change", "error", "says"),
     [
@@ -78,10 +117,11 @@ def test_pairs_metadata_and_checks_are_read_and_equal_images_are_no_pair(tmp_pat
         ("empty", FileNotFoundError, "write a metadata.jsonl"),
         ("lost", FileNotFoundError, "no such image"),
         ("outside", UserError, "leads out of .*set --allow_outside"),
-        ("broken", UserError, r"manifest.jsonl:2: not JSON"),
+        ("broken", UserError, r"manifest.jsonl:2: not valid JSON"),
         ("number", UserError, "manifest.jsonl:2: must be an object"),
         ("prompt", UserError, r"manifest.jsonl:2: prompt = 3: must be a text"),
-        ("fewer", UserError, "not of the same prompts and seeds"),
+        ("fewer", UserError, "not of the same prompts, seeds .*00001_0.png has no counterpart"),
+        ("equal", UserError, "nothing to compare: the images of each of 3 groups are equal"),
         ("twice", UserError, "two are called 'base'; name it: --images=NAME=DIR"),
         ("one", UserError, "nothing to compare; give the images of two models"),
     ],
@@ -107,6 +147,9 @@ def test_folders_that_cannot_be_compared_are_refused(change, error, says, tmp_pa
         lines[1] = lines[1].replace('"a hare"', "3")
     elif change == "fewer":
         del lines[1]
+    elif change == "equal":
+        for i in range(3):
+            shutil.copy(folders[0] / f"0-base/0000{i}_0.png", folders[1] / f"0-mine/0000{i}_0.png")
     elif change == "twice":
         folders[1] = folders[0]
     else:

@@ -121,11 +121,34 @@ def test_two_people_at_once_and_one_who_comes_back(open_page):
     state = anna.state()
     refused = ben.send("/vote", showing=state["showing"], question="general", choice="left")
     assert refused.status_code == 400
-    again = Judge(page.browse(), " Anna ")
+    again = Judge(page.browse(), " anna ")
     assert again.state() == state
     anna.client.post("/leave", headers={"origin": ORIGIN})
     assert anna.client.get("/state").status_code == 401
     assert again.state()["done"] == 3
+
+
+def test_a_name_is_the_same_however_its_accents_are_typed(open_page):
+    page = open_page()
+    for name in ("J\u00fcrgen 笑", "Ju\u0308rgen 笑"):
+        page.enter(name)
+    assert list(page.store.people().values()) == ["Jürgen 笑"]
+
+
+def test_edits_come_with_the_picture_that_was_edited(folders, open_page):
+    pixels = np.full((8, 8, 3), 77, np.uint8)
+    for folder in folders:
+        Image.fromarray(pixels).save(folder / "original.png")
+        manifest = folder / "manifest.jsonl"
+        rows = [
+            json.loads(line) | {"init_image": "original.png"} for line in manifest.read_text().split("\n")
+        ]
+        manifest.write_text("\n".join(map(json.dumps, rows)))
+    anna = open_page().enter()
+    url = anna.state()["init_image"]
+    assert url not in anna.state()["images"]
+    shown = np.asarray(Image.open(io.BytesIO(anna.client.get(url, params={"side": 256}).content)))
+    np.testing.assert_array_equal(shown, pixels)
 
 
 def test_ranks_are_of_the_places_that_are_shown(folders, open_page, tmp_path):

@@ -1,6 +1,7 @@
 """The file of votes, and what is shown to whom."""
 
 import collections
+import dataclasses
 import itertools
 import secrets
 import sqlite3
@@ -179,7 +180,9 @@ def test_choices_come_back_as_they_were(collect):
 def test_a_file_of_votes_is_opened_only_with_what_it_was_begun_with(tmp_path):
     path, groups = tmp_path / "votes.sqlite", make_groups(3)
     create(path, plan(), groups).close()
-    with pytest.raises(UserError, match="holds votes on other images; name another file"):
+    with pytest.raises(
+        UserError, match=r"holds votes on other images, or .* another order; name another file"
+    ):
         create(path, plan(), make_groups(4))
     with pytest.raises(UserError, match="--seed: these votes were begun with 0; give that again"):
         create(path, plan(seed=1), groups)
@@ -190,8 +193,76 @@ def test_a_file_of_votes_is_opened_only_with_what_it_was_begun_with(tmp_path):
     for file in (other, tmp_path / "text"):
         with pytest.raises(UserError, match=r"votes.*name what collect wrote"):
             open_votes(file)
+    with pytest.raises(UserError, match="is a folder or a device; name a file of votes"):
+        create(tmp_path, plan(), groups)
     with pytest.raises(FileNotFoundError, match="no such file of votes"):
         open_votes(tmp_path / "absent")
+
+
+def test_a_folder_beside_the_votes_can_be_moved_with_them(tmp_path):
+    inside, outside = tmp_path / "here" / "images", tmp_path / "elsewhere"
+    images = tuple(ImageFile(str(folder), "1.png", "m", folder.name) for folder in (inside, outside))
+    path = tmp_path / "here" / "votes.sqlite"
+    create(path, plan(), [Group("a fox", images, init_image=images[0])]).close()
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    store = open_votes(moved / path.name)
+    [group] = store.groups
+    store.close()
+    assert [image.folder for image in group.images] == [str(moved / "images"), str(outside)]
+    assert group.init_image == group.images[0]
+
+
+def test_votes_go_on_with_images_that_were_moved_or_renamed(tmp_path):
+    path, groups = tmp_path / "votes.sqlite", make_groups(3)
+    store = create(path, plan(), groups)
+    judge(store, Showings(store), "anna", most=2)
+    store.close()
+    moved = [
+        dataclasses.replace(
+            group,
+            images=tuple(
+                dataclasses.replace(image, folder="/moved", file=f"new_{image.file}")
+                for image in group.images
+            ),
+        )
+        for group in groups
+    ]
+    create(path, plan(), moved).close()
+    store = open_votes(path)
+    assert (store.groups, len(store.votes())) == (moved, 2)
+    store.close()
+
+
+def test_a_file_of_the_first_format_is_read_and_goes_on(tmp_path):
+    path, groups = tmp_path / "votes.sqlite", make_groups(3)
+    store = create(path, plan(), groups)
+    judge(store, Showings(store), "anna", most=2)
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE groups DROP COLUMN init_image")
+        connection.execute("PRAGMA user_version = 1")
+    store = open_votes(path)
+    assert (store.groups, len(store.votes())) == (groups, 2)
+    store.close()
+    image = groups[0].images[0]
+    groups[0] = dataclasses.replace(
+        groups[0], images=(dataclasses.replace(image, folder="/moved"), groups[0].images[1])
+    )
+    create(path, plan(), groups).close()
+    store = open_votes(path)
+    assert (store.groups, len(store.votes())) == (groups, 2)
+    store.close()
+
+
+def test_a_name_in_capitals_is_the_same_person(collect):
+    store, _ = collect(make_groups(1))
+    assert [store.join(name, name) for name in ("Anna Weiß", "ben", "ANNA WEISS", "anna weiß")] == [
+        1,
+        2,
+        1,
+        1,
+    ]
+    assert store.people() == {1: "Anna Weiß", 2: "ben"}
 
 
 @each_row(
@@ -215,6 +286,7 @@ def test_questions_by_name_and_of_ones_own():
     for texts, says in [
         (["generl"], "did you mean 'general'.*your own is NAME=TEXT"),
         (["a b=What?"], "NAME of letters and digits"),
+        (["hands=Which", " of both?"], "in double quotes where TEXT has a comma"),
         (["x= "], "a question of your own is NAME=TEXT"),
         (["general", "general=Which?"], "general is there twice"),
         ([], "--questions: none given"),

@@ -19,6 +19,7 @@ from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.drawing import draw_batches, sample
+from dspo_jax.sampling.folder import place_images, write_manifest
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.options import read_options
 from dspo_jax.sampling.prompts import Prompt
@@ -420,11 +421,19 @@ def test_npy_files_whose_header_lies_are_refused(tmp_path, header, message):
 
 def test_editing_draws_three_quarters_anew_unless_told(tmp_path):
     picture = tmp_path / "p.png"
-    picture.touch()
+    picture.write_bytes(b"pixels")
     plain = read_options(SimpleNamespace(**OPTIONS))
     assert (plain.rendering.drawing.strength, plain.prompts) == (1.0, [Prompt("a")])
     edited = read_options(SimpleNamespace(**OPTIONS | {"init_image": str(picture)}))
     assert (edited.rendering.drawing.strength, edited.prompts) == (0.75, [Prompt("a", picture)])
+    # The folder has a copy of the picture, and a line of its manifest names it.
+    out, requests = tmp_path / "out", [ImageRequest("a", 0, 0)]
+    files = place_images(out, ["m"], requests, "png")
+    write_manifest(out, {"m": "model"}, edited.prompts, files, edited.rendering)
+    [record] = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+    assert (out / record["init_image"]).read_bytes() == picture.read_bytes()
+    write_manifest(out, {"m": "model"}, plain.prompts, files, plain.rendering)
+    assert "init_image" not in json.loads((out / "manifest.jsonl").read_text())
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "p.png"}\n"b"\n')
     with pytest.raises(ValueError, match="1 of 2 have an image; give all of them one, or --init_image"):
         read_options(SimpleNamespace(**OPTIONS | {"prompts": str(tmp_path / "p.jsonl")}))

@@ -46,27 +46,17 @@ async function ask(path, content) {
   }
 }
 
-function address(image) {
-  const wanted = element("images").clientWidth / Math.min(state.images.length, 3) * window.devicePixelRatio;
+function address(image, of) {
+  const wanted = element("images").clientWidth / Math.min(of, 3) * window.devicePixelRatio;
   const side = SIDES.find((each) => each >= wanted) || SIDES[SIDES.length - 1];
   return `${image}?side=${side}`;
 }
 
-const letter = (place) => (state.images.length === 2 ? ["left", "right"][place] : `${place + 1}`);
-
-function picture(image, place) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "image";
-  const pair = state.images.length === 2;
-  button.setAttribute("aria-keyshortcuts", pair ? ["ArrowLeft", "ArrowRight"][place] : `${place + 1}`);
-  const shown = document.createElement("img");
-  shown.alt = pair ? `${letter(place)} image` : `image ${letter(place)}`;
-  shown.draggable = false;
-  const label = document.createElement("kbd");
-  label.textContent = pair ? ["←", "→"][place] : letter(place);
+// Loads an image that is on the page, and says beside it if it cannot be shown.
+function load(shown, url) {
   const failed = document.createElement("span");
   failed.className = "failed";
+  shown.after(failed);
   const loaded = new Promise((resolve) => {
     shown.addEventListener("load", resolve);
     shown.addEventListener("error", async () => {
@@ -80,10 +70,42 @@ function picture(image, place) {
       }
     });
   });
-  shown.src = address(image);
-  button.append(shown, failed, label);
+  shown.src = url;
+  return loaded;
+}
+
+const letter = (place) => (state.images.length === 2 ? ["left", "right"][place] : `${place + 1}`);
+
+function picture(image, place) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "image";
+  const pair = state.images.length === 2;
+  button.setAttribute("aria-keyshortcuts", pair ? ["ArrowLeft", "ArrowRight"][place] : `${place + 1}`);
+  const shown = document.createElement("img");
+  button.append(shown);
+  shown.alt = pair ? `${letter(place)} image` : `image ${letter(place)}`;
+  shown.draggable = false;
+  const label = document.createElement("kbd");
+  label.textContent = pair ? ["←", "→"][place] : letter(place);
+  const loaded = load(shown, address(image, state.images.length));
+  button.append(label);
   button.addEventListener("click", () => choosePlace(place));
   return [button, loaded];
+}
+
+// Shows the picture that the images are edits of, where they are edits.
+function showOriginal() {
+  const original = element("original");
+  original.hidden = state.init_image === null;
+  if (original.hidden) {
+    return Promise.resolve();
+  }
+  const shown = document.createElement("img");
+  shown.alt = "original image";
+  shown.draggable = false;
+  original.replaceChildren(shown, original.querySelector("figcaption"));
+  return load(shown, address(state.init_image, 2));
 }
 
 async function show(next) {
@@ -101,10 +123,11 @@ async function show(next) {
     const count = state.of > 1 ? `${state.number} of ${state.of}: ` : "";
     element("question").textContent = count + state.text;
     if (!same) {
+      const original = showOriginal(); // first, as it takes room from the images
       const made = state.images.map(picture);
       element("images").replaceChildren(...made.map(([button]) => button));
       element("images").className = state.images.length === 2 ? "two" : "many";
-      await Promise.all(made.map(([, loaded]) => loaded));
+      await Promise.all([original, ...made.map(([, loaded]) => loaded)]);
     }
     mark();
   }
