@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from collect_process import CollectProcess
-from people_images import write_model
+from people_images import make_edits, write_model
 
 from dspo_jax.people.votes import open_votes
 
@@ -19,6 +19,7 @@ if CHROMIUM is None:
 
 PROMPTS = [f"prompt number {i}" for i in range(8)]
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
+WCAG = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
 FLAGS = ("--repeat_share=0", "--questions=general,appeal")
 
 
@@ -209,19 +210,44 @@ def test_an_image_that_cannot_be_shown_says_so(browser, folders, begin):
 
 
 @pytest.mark.parametrize("device", [{}, PHONE], ids=["screen", "phone"])
+def test_edits_stand_beside_the_picture_that_was_edited(device, browser, folders, begin):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for folder in folders:
+        make_edits(folder, range(8))
+        (folder / "init_images/0.png").write_bytes(b"no picture")
+    server = begin(folders, "--repeat_share=0")
+    anna = Person(browser, server.url, "Anna", **device)
+    failed = 0
+    while not anna.page.locator("#done").is_visible():
+        original = anna.page.get_by_alt_text("original image")
+        assert original.count() == 1
+        failed += anna.page.locator("#original").get_by_text("This image cannot be shown").count()
+        if original.evaluate("image => image.naturalWidth"):
+            size = anna.page.viewport_size
+            boxes = [each.bounding_box() for each in (original, *anna.page.locator("button.image").all())]
+            for box in boxes:
+                assert box["width"] > 100
+                assert box["height"] > 80
+                assert 0 <= box["x"] <= box["x"] + box["width"] <= size["width"]
+                assert 0 <= box["y"] <= box["y"] + box["height"] <= size["height"]
+            assert axe.run(anna.page, options=WCAG).response["violations"] == []
+        anna.key("ArrowLeft")
+    assert failed == 1
+
+
+@pytest.mark.parametrize("device", [{}, PHONE], ids=["screen", "phone"])
 def test_contrast_labels_and_the_rest_of_wcag(device, browser, folders, begin):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     server = begin(folders, "--repeat_share=0")
     context = browser.new_context(**device)
     page = context.new_page()
     page.goto(server.url)
-    tags = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
-    assert axe.run(page, options=tags).response["violations"] == []
+    assert axe.run(page, options=WCAG).response["violations"] == []
     anna = Person(browser, server.url, "Anna", **device)
-    assert axe.run(anna.page, options=tags).response["violations"] == []
+    assert axe.run(anna.page, options=WCAG).response["violations"] == []
     while not anna.page.locator("#done").is_visible():
         anna.key("ArrowLeft")
-    assert axe.run(anna.page, options=tags).response["violations"] == []
+    assert axe.run(anna.page, options=WCAG).response["violations"] == []
 
 
 def test_a_script_in_prompts_and_names_is_text(browser, tmp_path, begin):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from people_images import write_model, write_pairs, write_picture
+from people_images import make_edits, write_model, write_pairs, write_picture
 from tables import each_row
 
 from dspo_jax.errors import UserError
@@ -83,26 +83,15 @@ def test_lines_of_a_manifest_end_at_line_feeds_alone(tmp_path):
     assert [group.prompt for group in read_groups([str(folder)], rank=False)] == prompts
 
 
-def edit(folder, sources):
-    """Notes in a manifest which picture each prompt's images are edits of."""
-    manifest = folder / "manifest.jsonl"
-    rows = [json.loads(line) for line in manifest.read_text().split("\n")]
-    for row in rows:
-        row["init_image"] = name = f"init_images/{sources[row['prompt_index']]}.png"
-        write_picture(folder / name, 9000 + sources[row["prompt_index"]])
-    manifest.write_text("\n".join(map(json.dumps, rows)))
-    return str(folder)
-
-
 def test_edits_are_compared_with_edits_of_the_same_picture_and_show_it(tmp_path):
     folders = [write_model(tmp_path / name, ["old"] * 2, first=100 * ord(name)) for name in "ab"]
-    texts = [edit(folder, [1, 2]) for folder in folders]
+    texts = [str(make_edits(folder, [1, 2])) for folder in folders]
     groups = read_groups(texts, rank=False)
     assert [group.init_image.file for group in groups] == ["init_images/1.png", "init_images/2.png"]
     # The same prompt for two pictures: nothing of one model to compare.
     with pytest.raises(UserError, match="nothing to compare; give"):
         read_groups(texts[:1], rank=False)
-    edit(folders[1], [1, 3])
+    make_edits(folders[1], [1, 3])
     with pytest.raises(UserError, match=r"pictures to edit \(.*0-a/00001_0.png has no counterpart\)"):
         read_groups(texts, rank=False)
     (folders[1] / "init_images/3.png").unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from collect_process import CollectProcess
-from people_images import ORIGIN, Judge, names_of, write_model
+from people_images import ORIGIN, Judge, make_edits, names_of, write_model
 from PIL import Image
 from processes import ROOT
 from tables import each_row
@@ -136,19 +136,13 @@ def test_a_name_is_the_same_however_its_accents_are_typed(open_page):
 
 
 def test_edits_come_with_the_picture_that_was_edited(folders, open_page):
-    pixels = np.full((8, 8, 3), 77, np.uint8)
     for folder in folders:
-        Image.fromarray(pixels).save(folder / "original.png")
-        manifest = folder / "manifest.jsonl"
-        rows = [
-            json.loads(line) | {"init_image": "original.png"} for line in manifest.read_text().split("\n")
-        ]
-        manifest.write_text("\n".join(map(json.dumps, rows)))
+        make_edits(folder, [7] * len(PROMPTS))
     anna = open_page().enter()
     url = anna.state()["init_image"]
     assert url not in anna.state()["images"]
     shown = np.asarray(Image.open(io.BytesIO(anna.client.get(url, params={"side": 256}).content)))
-    np.testing.assert_array_equal(shown, pixels)
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(folders[0] / "init_images/7.png")))
 
 
 def test_ranks_are_of_the_places_that_are_shown(folders, open_page, tmp_path):

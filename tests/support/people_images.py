@@ -33,6 +33,18 @@ def write_model(folder: Path, prompts: Sequence[str], seeds: int = 1, first: int
     return folder
 
 
+def make_edits(folder: Path, pictures: Sequence[int]) -> Path:
+    """Has a model's folder say that a prompt's images are edits of a picture; `pictures` numbers them."""
+    manifest = folder / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().split("\n")]
+    for row in rows:
+        number = pictures[row["prompt_index"]]
+        row["init_image"] = f"init_images/{number}.png"
+        write_picture(folder / row["init_image"], 9000 + number, size=8)
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
 def write_pairs(folder: Path, prompts: Sequence[str], first: int = 10_000) -> Path:
     """Writes a folder with pairs.jsonl."""
     lines = []
