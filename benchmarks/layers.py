@@ -1,4 +1,4 @@
-"""Layers whose form `dspo_jax.models.blocks` chooses by the device: each form, forward and backward.
+"""Layers whose form `dspo_jax.models` chooses by the device: each form, forward and backward.
 
     python -m benchmarks.layers                              # timed on the device that is here
     python -m benchmarks.layers --topology=v5p:2x2x1         # compiled for one that is not; needs libtpu
@@ -20,6 +20,8 @@ from benchmarks import programs
 from dspo_jax import cli
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models import blocks
+from dspo_jax.models.norms import LayerNorm
+from dspo_jax.models.transformer_blocks import FeedForward
 from dspo_jax.parallel.mesh import make_mesh
 
 # Channels and the side before doubling.
@@ -66,7 +68,7 @@ def normed(images: int, channels: int, side: int, kind: str) -> Iterator[Form]:
         module = blocks.ResnetBlock2D(channels, channels, temb=None, groups=32, epsilon=1e-5, rngs=rngs)
         shape: tuple[int, ...] = (images, side, side, channels)
     else:
-        module = nnx.List([blocks.LayerNorm(channels), blocks.FeedForward(channels, rngs=rngs)])
+        module = nnx.List([LayerNorm(channels), FeedForward(channels, rngs=rngs)])
         shape = (images, side * side, channels)
     definition, weights = nnx.split(module)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), weights)

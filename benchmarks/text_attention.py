@@ -19,7 +19,7 @@ from flax import nnx
 from dspo_jax import cli
 from dspo_jax.kernels import attention
 from dspo_jax.kernels.device_kind import on_mesh
-from dspo_jax.models import blocks
+from dspo_jax.models.transformer_blocks import Attention
 from dspo_jax.parallel.mesh import make_mesh, replicated
 from dspo_jax.planning import absent_gpu
 from dspo_jax.planning.works import read_works
@@ -43,9 +43,7 @@ def lower_layer(device: Any, case: tuple[int, int, int, int], images: int) -> ja
     queries, heads, size, width = case
     features = heads * size
     mesh = make_mesh({}, [device])
-    layer = nnx.eval_shape(
-        lambda: blocks.Attention(features, heads, size, context_features=width, rngs=nnx.Rngs(0))
-    )
+    layer = nnx.eval_shape(lambda: Attention(features, heads, size, context_features=width, rngs=nnx.Rngs(0)))
     graph, params = nnx.split(layer)
 
     def both(params: Any, x: jax.Array, text: jax.Array, gradient: jax.Array) -> Any:

@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Integer
 
 from dspo_jax.kernels.attention import attention
-from dspo_jax.models.blocks import Identity, LayerNorm, conv2d
+from dspo_jax.models.blocks import Identity, conv2d
 from dspo_jax.models.config import NetworkConfig, check_multiple, read_config
+from dspo_jax.models.norms import LayerNorm
 from dspo_jax.schema import REQUIRED, Key, integer, number
 
 _NAME = "ImageReward"

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Float, Integer
 
 from dspo_jax.kernels.attention import attention
-from dspo_jax.models.blocks import LayerNorm
 from dspo_jax.models.config import NetworkConfig, check_multiple, read_config
+from dspo_jax.models.norms import LayerNorm
 from dspo_jax.models.remat import run_block
 from dspo_jax.schema import Key, fixed, integer, number
 

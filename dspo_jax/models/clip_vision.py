@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from dspo_jax.errors import UserError
-from dspo_jax.models.blocks import LayerNorm, conv2d
+from dspo_jax.models.blocks import conv2d
 from dspo_jax.models.clip import (
     PROJECTION,
     TEXT_KEYS,
@@ -19,6 +19,7 @@ from dspo_jax.models.clip import (
     read_tower_config,
 )
 from dspo_jax.models.config import NetworkConfig, read_config
+from dspo_jax.models.norms import LayerNorm
 from dspo_jax.schema import Key, fixed, integer
 
 _TOWERS: dict[str, dict[str, Key]] = {

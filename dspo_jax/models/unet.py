@@ -8,16 +8,16 @@ from jaxtyping import Float, Num
 from dspo_jax.errors import UserError
 from dspo_jax.models.blocks import (
     Downsample2D,
-    GroupNorm,
     ResnetBlock2D,
     TimestepEmbedding,
-    Transformer2DModel,
     Upsample2D,
     conv2d,
     sinusoidal_embedding,
 )
 from dspo_jax.models.config import NetworkConfig, check_multiple, per_level, read_config
+from dspo_jax.models.norms import GroupNorm
 from dspo_jax.models.remat import run_block
+from dspo_jax.models.transformer_blocks import Transformer2DModel
 from dspo_jax.schema import Key, fixed, flag, integer, number, off
 
 _NAME = "UNet2DConditionModel"

@@ -9,16 +9,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from dspo_jax.errors import UserError
-from dspo_jax.models.blocks import (
-    Attention,
-    Downsample2D,
-    GroupNorm,
-    ResnetBlock2D,
-    Upsample2D,
-    conv2d,
-    double,
-)
+from dspo_jax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D, conv2d, double
 from dspo_jax.models.config import NetworkConfig, check_multiple, per_level, read_config
+from dspo_jax.models.norms import GroupNorm
+from dspo_jax.models.transformer_blocks import Attention
 from dspo_jax.schema import Key, fixed, flag, integer, number
 
 _NAME = "AutoencoderKL"

@@ -13,7 +13,7 @@ from tables import each_row
 
 from dspo_jax.kernels import cpu
 from dspo_jax.kernels.device_kind import DeviceKind, on_mesh
-from dspo_jax.models import blocks, lora
+from dspo_jax.models import blocks, lora, norms
 from dspo_jax.parallel.mesh import make_mesh
 
 CPU, GPU = DeviceKind("cpu", "cpu"), DeviceKind("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
@@ -39,7 +39,7 @@ def layers() -> dict[str, Callable[[], nnx.Module]]:
         "the same with stride": lambda: blocks.conv2d(6, 10, 1, stride=2, rngs=rngs),
         "convolution": lambda: blocks.conv2d(6, 10, 3, rngs=rngs),
         "doubling": lambda: blocks.Upsample2D(6, rngs=rngs),
-        "group norm": lambda: blocks.GroupNorm(6, 2, 1e-5),
+        "group norm": lambda: norms.GroupNorm(6, 2, 1e-5),
     }
 
 

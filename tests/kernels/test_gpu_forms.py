@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from dspo_jax.kernels import gpu
-from dspo_jax.models import blocks
+from dspo_jax.models import norms
+from dspo_jax.models.transformer_blocks import GEGLU
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -25,7 +26,7 @@ def test_layer_norm_is_the_plain_one(mean):
     x, scale, bias = mean + normal(0, 2, 5, 16), 1 + 0.1 * normal(1, 16), normal(2, 16)
 
     def plain(x, scale, bias):
-        layer = blocks.LayerNorm(16)
+        layer = norms.LayerNorm(16)
         layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
         return layer(x)
 
@@ -38,7 +39,7 @@ def test_layer_norm_is_the_plain_one(mean):
 @pytest.mark.parametrize("layer", ["norm", "gated"])
 def test_a_layer_in_bfloat16_is_within_rounding_of_the_plain_one(layer, monkeypatch):
     rngs = nnx.Rngs(0)
-    module = blocks.LayerNorm(16) if layer == "norm" else blocks.GEGLU(16, 8, rngs=rngs)
+    module = norms.LayerNorm(16) if layer == "norm" else GEGLU(16, 8, rngs=rngs)
     graph, params = nnx.split(module)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     x = normal(0, 2, 5, 16, dtype=jnp.bfloat16)
@@ -57,7 +58,7 @@ def test_a_layer_in_bfloat16_is_within_rounding_of_the_plain_one(layer, monkeypa
 
 def test_what_a_group_norm_adds_first_is_what_would_have_been_added_before_it():
     x, shift = normal(0, 2, 3, 4, 8), normal(1, 2, 8)
-    norm = blocks.GroupNorm(8, 2, 1e-5)
+    norm = norms.GroupNorm(8, 2, 1e-5)
     expected = values_and_gradients(lambda x, shift: norm(x + shift[:, None, None]), x, shift)
     found = values_and_gradients(norm, x, shift)
     for ours, theirs in zip(found, expected, strict=True):

@@ -14,8 +14,9 @@ from tables import each_row
 
 from dspo_jax.kernels.attention import attention
 from dspo_jax.models import clip, clip_vision, unet, vae
-from dspo_jax.models.blocks import GroupNorm, LayerNorm, sinusoidal_embedding
+from dspo_jax.models.blocks import sinusoidal_embedding
 from dspo_jax.models.model import build_model
+from dspo_jax.models.norms import GroupNorm, LayerNorm
 from dspo_jax.weights.layout import flatten
 
 CONFIGS = {

@@ -11,7 +11,7 @@ import tiny_model
 from flax import nnx
 from tables import each_row
 
-from dspo_jax.models import blocks, clip, lora, remat, unet
+from dspo_jax.models import blocks, clip, lora, remat, transformer_blocks, unet
 from dspo_jax.pipelines.loading import load_pipeline
 
 ADAPTED = (r"to_[qkv]", r"to_out\.0", r"(q|v)_proj", r"conv[12]", r"ff\.net\.2")
@@ -97,7 +97,7 @@ def test_without_a_policy_the_program_is_the_one_without_blocks(folder, monkeypa
         return str(jax.make_jaxpr(lambda params: loss(params, *policy))(params))
 
     none, inputs = program("none"), program("blocks")
-    for module in (blocks, clip, unet):
+    for module in (clip, transformer_blocks, unet):
         monkeypatch.setattr(module, "run_block", lambda block, policy, *inputs: block(*inputs))
     assert none == program("none") != inputs
 
@@ -110,7 +110,7 @@ def make_block(kind, adapters):
         block = blocks.ResnetBlock2D(8, 16, temb=6, groups=4, epsilon=1e-5, rngs=rngs)
         shapes, adapted = [(BATCH, 4, 4, 8), (BATCH, 6)], ["conv1", "time_emb_proj"]
     else:
-        block = blocks.BasicTransformerBlock(8, 2, 4, 6, rngs=rngs)
+        block = transformer_blocks.BasicTransformerBlock(8, 2, 4, 6, rngs=rngs)
         shapes, adapted = [(BATCH, 16, 8), (BATCH, 7, 6)], ["attn1.to_q", "attn2.to_out.0"]
     if adapters:
         lora.attach(block, dict.fromkeys(adapted, 2), rngs)
