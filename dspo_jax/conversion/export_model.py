@@ -164,7 +164,8 @@ def _trained_tensors(
     except UserError as error:
         raise UserError(f"{saved.path}: {error} in {folder}; {fix}") from error
     file = weights_file(out / component, models[component].class_name)
-    return {name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in tensors.items()}
+    named = {name: cast(name, tensor, _dtype(dtype, stored[name]), file) for name, tensor in tensors.items()}
+    return named | {name: stored[name] for name in models[component].buffer_shapes()}
 
 
 def _saved_leaves(saved: SavedParams, component: str) -> dict[str, Tensor]:

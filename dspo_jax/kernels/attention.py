@@ -34,6 +34,7 @@ def attention(
     *,
     causal: bool = False,
     visible: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Computes scaled dot-product attention with a float32 softmax.
 
@@ -46,6 +47,7 @@ def attention(
       value: [B, S, H, D].
       causal: position t attends to positions s <= t only (needs T == S).
       visible: [B, S] bool, the positions that are attended to, at least one of each row; None for all.
+      bias: [H, T, S] float32, added to the scaled products; None for none.
 
     Returns:
       [B, T, H, D] in the dtype of `value`.
@@ -59,14 +61,14 @@ def attention(
         key.shape[1],
         jnp.result_type(query, key, value),
         causal=causal,
-        masked=visible is not None,
+        masked=visible is not None or bias is not None,
         wanted=os.environ.get(VARIABLE),
     )
     if backend == "cudnn":
         return split_over_heads(flash.cudnn_attention, query, key, value)
     if backend == "flash":
         return split_over_heads(flash.splash_attention, query, key, value)
-    return plain_attention(query, key, value, causal=causal, visible=visible)
+    return plain_attention(query, key, value, causal=causal, visible=visible, bias=bias)
 
 
 def choose(
@@ -86,7 +88,7 @@ def choose(
       query: shape of the queries, [B, T, H, D].
       keys: number S of keys.
       dtype: of all three.
-      causal, masked: as the call asks.
+      causal, masked: as the call asks; a bias is a mask too.
       wanted: the backend of every call that it can compute; None leaves the choice to the rule.
 
     Raises:
@@ -135,22 +137,33 @@ def plain_attention(
     *,
     causal: bool = False,
     visible: jax.Array | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention` written out; the oracle of the other backends."""
     parts = -(-query.shape[1] * key.shape[1] // _AT_A_TIME)
     if causal or parts == 1:
-        return _attend(query, key, value, visible, causal=causal)
+        return _attend(query, key, value, visible, bias, causal=causal)
     attend = jax.checkpoint(functools.partial(_attend, causal=False))
+    queries = jnp.array_split(query, parts, axis=1)
+    biases = [None] * parts if bias is None else jnp.array_split(bias, parts, axis=1)
     return jnp.concatenate(
-        [attend(part, key, value, visible) for part in jnp.array_split(query, parts, axis=1)], axis=1
+        [attend(part, key, value, visible, of) for part, of in zip(queries, biases, strict=True)], axis=1
     )
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None, *, causal: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    causal: bool,
 ) -> jax.Array:
     scale = query.shape[-1] ** -0.5
     logits_BHTS = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits_BHTS += bias[None]
     if causal:
         visible_TS = jnp.tril(jnp.ones(logits_BHTS.shape[-2:], bool))
         logits_BHTS = jnp.where(visible_TS[None, None], logits_BHTS, jnp.finfo(jnp.float32).min)

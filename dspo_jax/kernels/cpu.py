@@ -26,7 +26,7 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimensions: Any, **settings: An
         return jax.lax.dot_general(x, kernel, dimensions, **settings)
     flat = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **settings)
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:

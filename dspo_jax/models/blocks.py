@@ -37,9 +37,18 @@ def conv2d(
     )
 
 
-def linear(in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
-    """Returns a linear layer over the last axis."""
-    return nnx.Linear(in_features, out_features, use_bias=bias, dot_general=cpu.dot_general, rngs=rngs)
+def linear(
+    in_features: int, out_features: int, *, bias: bool = True, zero: bool = False, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """Returns a linear layer over the last axis; `zero` starts it with a kernel of zeros."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        kernel_init=nnx.initializers.zeros if zero else nnx.initializers.lecun_normal(),
+        dot_general=cpu.dot_general,
+        rngs=rngs,
+    )
 
 
 def sinusoidal_embedding(

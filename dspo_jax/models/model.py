@@ -21,6 +21,14 @@ from dspo_jax.models.clip import (
 )
 from dspo_jax.models.clip_vision import CLIPModel, read_clip_model_config
 from dspo_jax.models.config import NetworkConfig
+from dspo_jax.models.mmdit import (
+    POSITIONS,
+    SD3Transformer2D,
+    make_positions,
+    position_shape,
+    read_mmdit_config,
+)
+from dspo_jax.models.t5 import T5Encoder, read_t5_config
 from dspo_jax.models.unet import UNet2DCondition, read_unet_config
 from dspo_jax.models.vae import AutoencoderKL, AutoencoderTiny, read_tiny_vae_config, read_vae_config
 
@@ -30,17 +38,26 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 """Dtypes that networks compute in, by name."""
 
 _Read = Callable[[NetworkConfig], NetworkConfig]
+_Shape = Callable[[NetworkConfig], tuple[int, ...]]
+_Make = Callable[[NetworkConfig], np.ndarray]
 
 # The check of a class's config, and its builder. Two functions, because JAX appends a paragraph of its own to
 # an error that is raised while it traces.
 _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "UNet2DConditionModel": (read_unet_config, UNet2DCondition),
+    "SD3Transformer2DModel": (read_mmdit_config, SD3Transformer2D),
     "AutoencoderKL": (read_vae_config, AutoencoderKL),
     "AutoencoderTiny": (read_tiny_vae_config, AutoencoderTiny),
     "CLIPTextModel": (read_clip_config, CLIPTextModel),
     "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
+    "T5EncoderModel": (read_t5_config, T5Encoder),
     "ImageReward": (read_image_reward_config, ImageReward),
     "CLIPModel": (read_clip_model_config, CLIPModel),
+}
+
+# Class -> name of what its files hold beside parameters -> shape by the settings, and a fresh model's array.
+_BUFFERS: dict[str, dict[str, tuple[_Shape, _Make]]] = {
+    "SD3Transformer2DModel": {POSITIONS: (position_shape, make_positions)},
 }
 
 
@@ -101,6 +118,20 @@ class Model:
     def abstract_params(self) -> Params:
         """Returns the parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
         return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Lists name and shape of the arrays that a model's files hold beside its parameters.
+
+        They are nothing to train, decay, average or adapt, and a caller passes to `apply` what it needs of
+        them, e.g. `mmdit.crop_positions`.
+        """
+        made = _BUFFERS.get(self.class_name, {})
+        return {name: shape(self.settings) for name, (shape, _) in made.items()}
+
+    def make_buffers(self) -> dict[str, np.ndarray]:
+        """Computes the arrays of `buffer_shapes` for fresh parameters."""
+        made = _BUFFERS.get(self.class_name, {})
+        return {name: make(self.settings) for name, (_, make) in made.items()}
 
     def init(self, key: jax.Array) -> Params:
         """Draws fresh float32 parameters. Pure, but do not jit it: as one program it compiles for minutes."""

@@ -33,7 +33,7 @@ _KEYS: dict[str, Key] = {
     "mid_block_add_attention": flag(True),
     "act_fn": fixed("silu"),
     "force_upcast": fixed(True, False),  # advice to float16 users; encoding here is float32 or bfloat16
-    "shift_factor": fixed(None),
+    "shift_factor": number(None, low=-1e6, high=1e6, null=True),
     "latents_mean": fixed(None),
     "latents_std": fixed(None),
 }
@@ -181,7 +181,10 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Float[jax.Array, "B h w C"]) -> Float[jax.Array, "B H W 3"]:
-        """Decodes latents [B, h, w, C] in VAE units (UNet units / scaling_factor) to images [B, H, W, 3]."""
+        """Decodes latents [B, h, w, C] in VAE units to images [B, H, W, 3].
+
+        They are UNet units / scaling_factor + shift_factor.
+        """
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)

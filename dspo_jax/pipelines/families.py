@@ -11,7 +11,7 @@ from dspo_jax.schedules.variance_preserving import Schedule
 class Family:
     """A class of diffusers pipelines.
 
-    The scale of the latents is the VAE's, in the config.json of each model, and no model here shifts them.
+    The scale and the shift of the latents are the VAE's, in the config.json of each model.
 
     Attributes:
       denoiser: component that predicts noise.
@@ -22,6 +22,7 @@ class Family:
       micro_conditioning: whether the denoiser reads the penultimate states of all text encoders side by side,
         the last one's pooled state, and the image's original size, crop and target size (SDXL, section 2.2);
         else it reads the last states of one text encoder.
+      shifts_latents: whether the class in diffusers reads the VAE's `shift_factor`.
     """
 
     denoiser: str
@@ -29,6 +30,7 @@ class Family:
     process: type[Schedule]
     sample_size: int
     micro_conditioning: bool
+    shifts_latents: bool = False
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -164,6 +164,11 @@ def _text_of_run(run: Path, config: JsonObject, asked: Mapping[str, int | None])
 
 def _check_sizes(pipe: Pipeline) -> None:
     """Refuses a folder whose denoiser takes something else than its VAE and text encoders give."""
+    if pipe.shift_factor and not pipe.family.shifts_latents:
+        raise UserError(
+            f"{pipe.path / 'vae' / 'config.json'}: shift_factor = {pipe.shift_factor}, which this class of "
+            "pipelines does not read; use the VAE that the denoiser was made for"
+        )
     settings = pipe.networks[pipe.denoiser].settings
     encoders = [model.settings for model in pipe.text_encoders.values()]
     given = {

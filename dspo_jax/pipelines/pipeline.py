@@ -159,6 +159,11 @@ class Pipeline:
         """UNet units per VAE unit of a latent."""
         return self.vae.settings["scaling_factor"]
 
+    @property
+    def shift_factor(self) -> float:
+        """What is taken off a latent in VAE units before it is scaled: 0 but in Stable Diffusion 3."""
+        return self.vae.settings["shift_factor"] or 0.0
+
     def read_params(self, component: str, dtype: str | None = None) -> Params:
         """Reads the weights of one of the `networks` as arrays, in `dtype` or as stored."""
         trained = self.trained.get(component, {})
@@ -354,6 +359,8 @@ class Pipeline:
         Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
         """
         mean, deviation = self.vae.apply(params["vae"], images, method="encode")
+        if self.shift_factor:
+            mean -= self.shift_factor
         return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
 
     def decode(
@@ -363,7 +370,10 @@ class Pipeline:
 
         Pure; `params` holds "vae". `sampling.decoding.Decoder` compiles it and makes pixels of its images.
         """
-        return self.vae.apply(params["vae"], latents / self.scaling_factor, method="decode")
+        latents = latents / self.scaling_factor
+        if self.shift_factor:
+            latents += self.shift_factor
+        return self.vae.apply(params["vae"], latents, method="decode")
 
     def fingerprint(self) -> dict[str, object]:
         """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
@@ -371,6 +381,7 @@ class Pipeline:
             "model": self.path.name,
             "vae_sha256": sha256(*find_weights(self.path / "vae", self.vae.class_name)),
             "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
             "vae_scale_factor": self.vae_scale_factor,
             "latent_channels": self.latent_channels,
             "caption_length": self.caption_length,

@@ -13,12 +13,12 @@ def comparable(*fingerprints: JsonObject) -> list[JsonObject]:
     """Returns models' fingerprints with the keys that can be compared, whichever version wrote them.
 
     Earlier versions wrote `tokenizer_sha256` alone, which is left out where all have `tokens_sha256`, no
-    `caption_length`, which was always 77, and no `max_chunks`.
+    `caption_length`, which was always 77, no `max_chunks`, and no `shift_factor`, as no latents were shifted.
     """
     today = all("tokens_sha256" in fingerprint for fingerprint in fingerprints)
     unread = "tokenizer_sha256" if today else "tokens_sha256"
     return [
-        {"caption_length": _OLD_CAPTION_LENGTH, "max_chunks": count_chunks(each)}
+        {"caption_length": _OLD_CAPTION_LENGTH, "max_chunks": count_chunks(each), "shift_factor": 0.0}
         | {key: value for key, value in each.items() if key != unread}
         for each in fingerprints
     ]

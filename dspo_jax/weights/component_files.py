@@ -28,6 +28,8 @@ OTHER_WEIGHTS = {
 # published Stable Diffusion has, and diffusers called the VAE's attention otherwise before 0.15, as the
 # published VAEs of Stable Diffusion 1 and 2 still do.
 _TEXT_PREFIX = "text_model."
+# T5's tokens, which are stored under one or the other name, or both.
+_T5_TOKENS = {"shared.weight": "encoder.embed_tokens.weight"}
 _OLD_ATTENTION = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -67,7 +69,7 @@ def weights_file(folder: Path, class_name: str) -> Path:
 
 
 def _is_of_diffusers(class_name: str) -> bool:
-    return class_name.startswith(("Autoencoder", "UNet"))
+    return class_name.startswith(("Autoencoder", "UNet", "SD3"))
 
 
 def _choose(folder: Path, class_name: str) -> list[Path]:
@@ -155,5 +157,5 @@ def stored_name(name: str, stored: Collection[str]) -> str:
     old = name
     for today, before in _OLD_ATTENTION.items():
         old = old.replace(today, before)
-    candidates = (name, name.removeprefix(_TEXT_PREFIX), old)
+    candidates = (name, name.removeprefix(_TEXT_PREFIX), old, _T5_TOKENS.get(name, name))
     return next((candidate for candidate in candidates if candidate in stored), name)

@@ -67,8 +67,9 @@ def open_component(folder: Path, model: Model) -> dict[str, Tensor]:
                 "is it of the same model?"
             )
         opened[name] = tensor
-    # A constant in old CLIP files.
-    extra = sorted(name for name in stored if not name.endswith("position_ids"))
+    # A constant in old CLIP files, and a copy in those of T5.
+    copies = ("position_ids", "encoder.embed_tokens.weight")
+    extra = sorted(name for name in stored if not name.endswith(copies))
     if extra:
         raise UserError(
             f"{path}: {len(extra)} tensor(s) that config.json does not ask for, first {extra[0]}; "
@@ -151,8 +152,24 @@ def read_params(
     return unflatten(leaves)
 
 
+def read_buffers(folder: Path, model: Model) -> dict[str, np.ndarray]:
+    """Reads what a component's files hold beside parameters, by name: `Model.buffer_shapes`, as stored.
+
+    Raises:
+      FileNotFoundError, UserError: as `open_component`.
+    """
+    names = model.buffer_shapes()
+    opened = open_component(folder, model) if names else {}
+    return {name: opened[name].read() for name in names}
+
+
 def write_params(
-    folder: Path, model: Model, params: Params, dtype: str | None = None, like: Path | None = None
+    folder: Path,
+    model: Model,
+    params: Params,
+    dtype: str | None = None,
+    like: Path | None = None,
+    buffers: Mapping[str, np.ndarray] = {},
 ) -> None:
     """Writes a component: config.json and its safetensors file, in shards where it is large.
 
@@ -162,18 +179,21 @@ def write_params(
       params: nested tree as `Model.abstract_params`.
       dtype: stored dtype; None keeps each leaf's own.
       like: a component folder whose tensor names are to be kept (those of transformers 5 lack a prefix).
+      buffers: what `model.buffer_shapes` names, stored as it is whatever `dtype` says.
 
     Raises:
       OSError: the disk is full.
       UserError: a value that is not finite or overflows `dtype`.
+      ValueError: `buffers` are not those of the model.
     """
-
+    if buffers.keys() != model.buffer_shapes().keys():
+        raise ValueError(f"{folder}: buffers {sorted(buffers)}, not {sorted(model.buffer_shapes())}")
     file = weights_file(folder, model.class_name)
     stored = open_stored(like, model.class_name) if like else {}
     tensors = {
         stored_name(name, stored): cast(name, tensor, DTYPES[dtype] if dtype else tensor.dtype, file)
         for name, tensor in to_torch(leaf_tensors(params)).items()
-    }
+    } | leaf_tensors(dict(buffers))
     for tensor in tensors.values():
         tensor.read()  # refuse before anything is written: it is all in memory anyway
     write_json(folder / "config.json", dict(model.config), sort_keys=True)

@@ -66,12 +66,12 @@ def torch_layout(path: str, ndim: int) -> tuple[str, tuple[int, ...]]:
 
 
 def torch_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Lists name and shape of each of a model's tensors, as torch has them."""
+    """Lists name and shape of each of a model's tensors, as torch has them, buffers included."""
     shapes = {}
     for path, leaf in flatten(model.abstract_params()).items():
         name, axes = torch_layout(path, len(leaf.shape))
         shapes[name] = tuple(leaf.shape[axis] for axis in axes)
-    return shapes
+    return shapes | model.buffer_shapes()
 
 
 def to_torch(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ UNET, VAE, CLIP, PROJECTING_CLIP, TINY_VAE = CONFIGS
             [0.0] * 4,
             "latents_mean = [0.0, 0.0, 0.0, 0.0] is not supported; allowed: None",
         ),
-        (VAE, "shift_factor", 0.1, "shift_factor = 0.1 is not supported"),
+        (VAE, "shift_factor", "0.1", "shift_factor = '0.1' must be a number from -1e+06 to 1e+06, or null"),
         (
             VAE,
             "down_block_types",

@@ -1,5 +1,6 @@
 """A diffusers folder as one value: captions to tokens, images to latents and back, its fingerprint."""
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -176,24 +177,36 @@ def test_a_long_caption_is_cut_with_one_warning(tiny_model, caplog):
     assert re.match("2 caption\\(s\\) longer than 77 tokens were cut, first 'yx+'$", record.getMessage())
 
 
-def test_moments_and_images_match_diffusers(tiny_model):
+def test_a_vae_with_a_shift_that_the_class_does_not_read_is_refused(model):
+    edit_json(model / "vae" / "config.json", shift_factor=0.0609)
+    with pytest.raises(ValueError, match=r"vae/config\.json: shift_factor = 0\.0609, which this class"):
+        load_pipeline(model)
+
+
+@each_row("shift", [None, 0.0609])
+def test_moments_and_images_match_diffusers(shift, tiny_model):
+    """As diffusers' pipelines do it around the VAE; a shift moves the mean and not the deviation."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     from torch_modules import assert_close, to_nchw, to_nhwc
 
     theirs = diffusers.AutoencoderKL.from_pretrained(tiny_model / "vae")
     pipe = load_pipeline(tiny_model)
+    shifted = build_model("AutoencoderKL", {**VAE, "shift_factor": shift})
+    pipe = dataclasses.replace(pipe, networks={**pipe.networks, "vae": shifted})
+    shift, scale = shift or 0.0, VAE["scaling_factor"]
     draw = np.random.default_rng(0)
     images = draw.uniform(-1, 1, (2, RESOLUTION, RESOLUTION, 3)).astype(np.float32)
     latents = draw.standard_normal((2, 4, 4, 4), np.float32)
     with torch.no_grad():
         posterior = theirs.encode(to_nchw(images)).latent_dist
-        decoded = theirs.decode(to_nchw(latents) / VAE["scaling_factor"]).sample
+        decoded = theirs.decode(to_nchw(latents) / scale + shift).sample
     params = {"vae": pipe.read_params("vae", "float32")}
     moments = pipe.encode_moments(params, images)
     assert moments.shape == (2, 4, 4, 2 * pipe.latent_channels)
     assert moments.dtype == np.float32
-    scaled = [VAE["scaling_factor"] * to_nhwc(part) for part in (posterior.mean, posterior.std)]
-    assert_close(moments, np.concatenate(scaled, axis=-1), 1e-4)
+    mean, deviation = scale * (to_nhwc(posterior.mean) - shift), scale * to_nhwc(posterior.std)
+    assert_close(moments[..., :4], mean, 1e-4)
+    assert_close(moments[..., 4:], deviation, 1e-4)
     assert_close(pipe.decode(params, latents), to_nhwc(decoded), 1e-4)
     assert pipe.vae_scale_factor == 4
 
@@ -225,6 +238,7 @@ def test_the_fingerprint_names_what_latents_depend_on(tiny_model):
     fingerprint = load_pipeline(tiny_model).fingerprint()
     assert fingerprint["model"] == tiny_model.name
     assert fingerprint["scaling_factor"] == VAE["scaling_factor"]
+    assert fingerprint["shift_factor"] == 0.0
     assert fingerprint["vae_scale_factor"] == 4
     assert fingerprint["latent_channels"] == 4
 
