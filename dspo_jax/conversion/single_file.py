@@ -1,7 +1,8 @@
 """Single-file checkpoints to components and back, both ways by the names of weights/original_layout.py.
 
 A single `.safetensors` file with `model.diffusion_model.*`, `first_stage_model.*` and `cond_stage_model.*`
-(SDXL: `conditioner.embedders.*`) is what Stable Diffusion was published as and most fine-tunes are shared as.
+(SDXL: `conditioner.embedders.*`, Stable Diffusion 3: `text_encoders.*`) is what Stable Diffusion was
+published as and most fine-tunes are shared as.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Collection, Container, Mapping
 import numpy as np
 
 from dspo_jax.errors import UserError
-from dspo_jax.weights.original_layout import Layout, Place
+from dspo_jax.weights.places import Layout, Place
 from dspo_jax.weights.tensors import Tensor
 
 # Tensors of such files besides the weights: running averages, the noise schedule, the discriminator that the
@@ -20,6 +21,7 @@ _BY_THE_WAY = re.compile(
     r"|first_stage_model\.loss\..*"
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(.*\.)?"
     r"(position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
+    r"|text_encoders\.\w+\.(logit_scale|spiece_model|transformer\.(.*\.)?position_ids)"
     r"|v_pred|ztsnr"
 )
 
@@ -35,6 +37,8 @@ _NOT_COMPUTED = {
 # Keys of a file's metadata that say the same, and their values: Stability's model specification and ComfyUI.
 _SPECIFICATIONS = ("modelspec.prediction_type", "modelspec.predict_key")
 _PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_BARE_3 = re.compile(r"joint_blocks\.\d+\.")
+_SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale)")  # of numbers in 8 bits
 _BARE_TEXT = re.compile(r"(embeddings|encoder|final_layer_norm)\.")
 
 
@@ -78,8 +82,10 @@ def _usual_names(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) ->
     """Renames the tensors of a single file to the names of the published files.
 
     Web user interfaces saved OpenAI's CLIP without "text_model."; SD-Turbo has Stable Diffusion 2's tower
-    where XL has its first.
+    where XL has its first; and a file of Stable Diffusion 3's transformer alone may have no prefix.
     """
+    if "transformer" in layouts:
+        return _usual_names_of_3(single, layouts)
     root = layouts["text_encoder"].root
     turbo = "conditioner.embedders.0."
     renamed = {}
@@ -91,11 +97,26 @@ def _usual_names(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) ->
     return {renamed.get(name, name): tensor for name, tensor in single.items()}
 
 
+def _usual_names_of_3(single: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> Mapping[str, Tensor]:
+    root = layouts["transformer"].root
+    if not any(name.startswith(root) for name in single) and any(map(_BARE_3.match, single)):
+        single = {f"{root}{name}": tensor for name, tensor in single.items()}
+    if "text_encoder_3" not in layouts:
+        return single
+    shared, copy = (
+        f"{layouts['text_encoder_3'].root}{name}.weight" for name in ("shared", "encoder.embed_tokens")
+    )
+    if copy in single and shared not in single:
+        return {shared if name == copy else name: tensor for name, tensor in single.items()}
+    return single
+
+
 def _find_family(names: Collection[str]) -> str | None:
     for prefix, family in (
         ("conditioner.embedders.1.", "XL"),
         ("cond_stage_model.model.", "2"),
         ("cond_stage_model.transformer.", "1"),
+        ("model.diffusion_model.joint_blocks.", "3"),
     ):
         if any(name.startswith(prefix) for name in names):
             return family
@@ -103,6 +124,8 @@ def _find_family(names: Collection[str]) -> str | None:
 
 
 def _name_family(layouts: Mapping[str, Layout]) -> str:
+    if "transformer" in layouts:
+        return "3"
     if "text_encoder_2" in layouts:
         return "XL"
     return "2" if layouts["text_encoder"].root.endswith(".model.") else "1"
@@ -123,13 +146,17 @@ def split(
     Raises:
       UserError: a tensor that is missing, belongs nowhere, or has another shape.
     """
+    scaled = next(filter(_SCALED.fullmatch, single), None)
+    if scaled is not None:
+        raise UserError(f"has the tensor {scaled}, of weights in 8 bits; take a file in float16 or bfloat16")
     single = _usual_names(single, layouts)
     found, wanted = _find_family(single), _name_family(layouts)
     if found not in (None, wanted):
         raise UserError(f"is Stable Diffusion {found}, but --base is {wanted}; name a base of the same kind")
-    if not any(name.startswith(layouts["unet"].root) for name in single):
+    root = layouts["transformer" if "transformer" in layouts else "unet"].root
+    if not any(name.startswith(root) for name in single):
         raise UserError(
-            f"holds no tensor {layouts['unet'].root}*, so it is not a checkpoint in the original layout; "
+            f"holds no tensor {root}*, so it is not a checkpoint in the original layout; "
             "a component of a diffusers folder belongs into such a folder"
         )
     present = {
@@ -143,6 +170,10 @@ def split(
         components[component] = {}
         for name, shape in shapes[component].items():
             place = layout.place(name)
+            if place.kind == "identity":
+                dtype = next(tensor.dtype for key, tensor in single.items() if key.startswith(layout.root))
+                components[component][name] = Tensor(shape, dtype, _identity(shape, dtype))
+                continue
             if place.name not in single:
                 raise UserError(
                     f"tensor {place.name} is missing; is --base of the same architecture ({component})?"
@@ -182,6 +213,8 @@ def _take(stored: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], 
         value = stored.read()
         if place.kind == "transposed":
             return value.T
+        if place.kind == "swapped":
+            return _swap(value)
         if place.kind == "third":
             return value[place.part * shape[0] : (place.part + 1) * shape[0]]
         return value.reshape(shape)
@@ -190,13 +223,20 @@ def _take(stored: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], 
 
 
 def join(components: Mapping[str, Mapping[str, Tensor]], layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """Returns the inverse of `split`."""
+    """Returns the inverse of `split`.
+
+    Raises:
+      UserError: a tensor that the file cannot hold, as another value than this one is meant.
+    """
     single = {}
     stacked: dict[str, list[Tensor]] = {}  # the thirds, in order
     for component, tensors in components.items():
         for name, tensor in tensors.items():
             place = layouts[component].place(name)
-            if place.kind == "third":
+            if place.kind == "identity":
+                if not np.array_equal(tensor.read(), _identity(tensor.shape, tensor.dtype)()):
+                    raise UserError(f"{component}.{name} is not the identity, which such a file always means")
+            elif place.kind == "third":
                 stacked.setdefault(place.name, [tensor] * 3)[place.part] = tensor
             else:
                 shape = _stored_shapes(tensor.shape, place)[0]
@@ -208,7 +248,22 @@ def join(components: Mapping[str, Mapping[str, Tensor]], layouts: Mapping[str, L
 
 
 def _give(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    return lambda: tensor.read().T if place.kind == "transposed" else tensor.read().reshape(shape)
+    def read() -> np.ndarray:
+        value = tensor.read()
+        if place.kind == "transposed":
+            return value.T
+        return _swap(value) if place.kind == "swapped" else value.reshape(shape)
+
+    return read
+
+
+def _swap(value: np.ndarray) -> np.ndarray:
+    first, second = np.split(value, 2)
+    return np.concatenate([second, first])
+
+
+def _identity(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
+    return lambda: np.eye(*shape, dtype=dtype)
 
 
 def _stack(parts: list[Tensor]) -> Callable[[], np.ndarray]:

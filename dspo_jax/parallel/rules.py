@@ -19,12 +19,19 @@ Rule = tuple[str, PartitionSpec]
 # sum over `tensor` is all the communication of a block (Shoeybi et al. 2019, "Megatron-LM", section 3). What
 # no rule names is split over `fsdp` alone.
 RULES: tuple[Rule, ...] = (
-    # The UNet's attention and feed-forward; CLIP's.
-    (r"(to_[qkv]|ff\.net\.0\.proj)\.kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"(to_out\.0|ff\.net\.2)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    # Attention and feed-forward of the UNet and the MMDiT; CLIP's, and the text's projections in the MMDiT.
+    (r"(to_[qkv]|ff(_context)?\.net\.0\.proj)\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(to_out\.0|to_add_out|ff(_context)?\.net\.2)\.kernel$", PartitionSpec("tensor", "fsdp")),
     (r"([qkv]_proj|fc1)\.kernel$", PartitionSpec("fsdp", "tensor")),
     (r"(out_proj|fc2)\.kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(ff\.net\.0\.proj|[qkv]_proj|fc1)\.bias$", PartitionSpec("tensor")),
+    (r"(to_[qkv]|ff(_context)?\.net\.0\.proj|[qkv]_proj|fc1)\.bias$", PartitionSpec("tensor")),
+    # What shifts, scales and gates the MMDiT's blocks: a third of its parameters.
+    (r"norm1(_context)?\.linear\.kernel$", PartitionSpec("fsdp", "tensor")),
+    # T5's attention and feed-forward, and its bias by distance, of which each head has its own.
+    (r"(SelfAttention\.[qkv]|DenseReluDense\.wi_[01])\.kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(SelfAttention\.o|DenseReluDense\.wo)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"relative_attention_bias\.embedding$", PartitionSpec(None, "tensor")),
+    (r"shared\.embedding$", PartitionSpec("tensor", "fsdp")),
     # Gathering what is so small costs more than holding it.
     (r"\.(bias|scale)$", PartitionSpec()),
 )

@@ -3,11 +3,12 @@
 Source: the modules of CompVis/latent-diffusion, Stability-AI/generative-models and open_clip.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.config import NetworkConfig
+from dspo_jax.weights.places import Layout, Place
+from dspo_jax.weights.stable_diffusion_3_layout import text_layouts, transformer_layout
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -26,60 +27,12 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of a component's tensor in the single file.
-
-    Attributes:
-      name: the name of the tensor there.
-      kind: "same"; "1x1", a linear map kept as a convolution [O, I, 1, 1]; "transposed" [I, O]; or "third",
-        one of three stacked along the first axis.
-      part: which third.
-    """
-
-    name: str
-    kind: str = "same"
-    part: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One component's names in the single file.
-
-    Attributes:
-      root: prefix of all names there.
-      modules: module of the component -> module there; the longest that fits decides.
-      tensors: tensor of the component -> tensor there, where it does not follow its module.
-      passed_over: a pattern of further names below `root` that the component does not need.
-    """
-
-    root: str
-    modules: Mapping[str, str]
-    tensors: Mapping[str, Place] = dataclasses.field(default_factory=dict)
-    passed_over: str = r"(?!)"
-
-    def place(self, name: str) -> Place:
-        """Finds the place of the component's tensor `name`.
-
-        Raises:
-          UserError: the layout has no such tensor.
-        """
-        if name in self.tensors:
-            place = self.tensors[name]
-            return dataclasses.replace(place, name=self.root + place.name)
-        parts = name.split(".")
-        for cut in range(len(parts) - 1, 0, -1):
-            module = self.modules.get(".".join(parts[:cut]))
-            if module is not None:
-                return Place(".".join([self.root + module, *parts[cut:]]))
-        raise UserError(f"tensor {name} has no place in a single-file checkpoint")
-
-
 def make_layouts(configs: Mapping[str, NetworkConfig]) -> dict[str, Layout]:
     """Returns the layout of every component.
 
     Args:
-      configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2", with all keys.
+      configs: config.json of "unet", "vae", "text_encoder" and, for SDXL, "text_encoder_2", with all keys;
+        for Stable Diffusion 3 of "transformer", "vae" and up to three text encoders.
 
     Raises:
       UserError: a VAE that no such file can hold.
@@ -87,7 +40,14 @@ def make_layouts(configs: Mapping[str, NetworkConfig]) -> dict[str, Layout]:
     vae_class = configs["vae"].get("_class_name")
     if vae_class != "AutoencoderKL":
         raise UserError(f"{vae_class} has no place in a single-file checkpoint; only AutoencoderKL has")
-    layouts = {"unet": unet_layout(configs["unet"]), "vae": _vae_layout(configs["vae"])}
+    vae = _vae_layout(configs["vae"])
+    if "transformer" in configs:
+        return {
+            "transformer": transformer_layout(configs["transformer"]),
+            "vae": vae,
+            **text_layouts(configs),
+        }
+    layouts = {"unet": unet_layout(configs["unet"]), "vae": vae}
     sdxl = "text_encoder_2" in configs
     first = "conditioner.embedders.0" if sdxl else "cond_stage_model"
     # Stable Diffusion 2's tower is OpenCLIP's, which the activation tells from OpenAI's.

@@ -130,7 +130,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_a_rule_for_more_axes_is_no
     }
 
 
-# Stable Diffusion 1.5's blocks and CLIP's, and what the rules make of them.
+# Blocks of Stable Diffusion 1.5, CLIP, Stable Diffusion 3.5 medium and T5, and what the rules make of them.
 @each_row(
     ("path", "shape", "spec"),
     [
@@ -150,6 +150,28 @@ def test_an_axis_that_does_not_divide_stays_whole_and_a_rule_for_more_axes_is_no
         ("layers.0.mlp.fc1.bias", (3072,), P("tensor")),
         ("layers.0.mlp.fc2.kernel", (3072, 768), P("tensor", "fsdp")),
         ("embeddings.token_embedding.embedding", (49408, 768), P("fsdp")),
+        ("transformer_blocks.0.attn.to_q.kernel", (1536, 1536), P("fsdp", "tensor")),
+        ("transformer_blocks.0.attn.to_q.bias", (1536,), P("tensor")),
+        ("transformer_blocks.0.attn.add_k_proj.kernel", (1536, 1536), P("fsdp", "tensor")),
+        ("transformer_blocks.0.attn.add_v_proj.bias", (1536,), P("tensor")),
+        ("transformer_blocks.0.attn.to_out.0.bias", (1536,), P()),
+        ("transformer_blocks.0.attn.to_add_out.kernel", (1536, 1536), P("tensor", "fsdp")),
+        ("transformer_blocks.0.attn.norm_added_q.scale", (64,), P()),
+        ("transformer_blocks.0.attn2.to_v.kernel", (1536, 1536), P("fsdp", "tensor")),
+        ("transformer_blocks.0.ff_context.net.0.proj.kernel", (1536, 6144), P("fsdp", "tensor")),
+        ("transformer_blocks.0.ff_context.net.0.proj.bias", (6144,), P("tensor")),
+        ("transformer_blocks.0.ff_context.net.2.kernel", (6144, 1536), P("tensor", "fsdp")),
+        ("transformer_blocks.0.norm1.linear.kernel", (1536, 13824), P("fsdp", "tensor")),
+        ("transformer_blocks.0.norm1_context.linear.kernel", (1536, 9216), P("fsdp", "tensor")),
+        ("norm_out.linear.kernel", (1536, 3072), P(None, "fsdp")),
+        ("pos_embed.proj.kernel", (2, 2, 16, 1536), P(None, None, None, "fsdp")),
+        ("layer.0.SelfAttention.k.kernel", (4096, 4096), P("fsdp", "tensor")),
+        ("layer.0.SelfAttention.o.kernel", (4096, 4096), P("tensor", "fsdp")),
+        ("layer.0.SelfAttention.relative_attention_bias.embedding", (32, 64), P(None, "tensor")),
+        ("layer.1.DenseReluDense.wi_1.kernel", (4096, 10240), P("fsdp", "tensor")),
+        ("layer.1.DenseReluDense.wo.kernel", (10240, 4096), P("tensor", "fsdp")),
+        ("layer.1.layer_norm.scale", (4096,), P()),
+        ("shared.embedding", (32128, 4096), P("tensor", "fsdp")),
     ],
 )
 def test_the_rules_split_heads_and_hidden_units_over_tensor(path, shape, spec):
@@ -178,6 +200,19 @@ def test_bytes_of_a_device_and_what_is_the_same_on_all():
     )
     assert bytes_per_device(tree) == 8 * 6 * 4 // 4 + 9 * 16 * 2 // 2 + 16
     assert replicated_bytes(tree) == (16, "norm.scale")
+
+
+@pytest.mark.ci
+@each_row(
+    ("class_name", "config"),
+    [("SD3Transformer2DModel", published.SD35_MEDIUM), ("T5EncoderModel", published.T5_XXL)],
+)
+def test_each_of_8_chips_holds_an_eighth_of_stable_diffusion_3_and_of_t5(class_name, config):
+    """But for norms, biases, and the first and last layers, which are small."""
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    tree = build_model(class_name, config).abstract_params()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    assert whole / 8 <= bytes_per_device(with_shardings(tree, mesh)) <= 1.02 * whole / 8
 
 
 @pytest.mark.ci
