@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
     # the rank of each adapter, with which the factor is 1, or sqrt(rank).
     config.lora.alpha = config_dict.placeholder(float)
     config.lora.rank_stabilised = False
+    # Probability with which each element of an adapter's input is dropped in training, in the policy alone.
+    config.lora.dropout = 0.0
     # Compute dtype of the networks, "float32" or "bfloat16"; losses and the optimizer are float32.
     config.compute_dtype = "float32"
     # Dtype of the trained parameters. In bfloat16 (8 bits) an update below 1/512 of a weight is lost.
@@ -223,6 +225,8 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"
     # Of prodigy, a factor of the rate that it finds: 1.
     config.optimizer.learning_rate = 2.048e-5
+    # That of the text encoders or their adapters; None is the same one. They share schedule and `scale_lr`.
+    config.optimizer.text_encoder_learning_rate = config_dict.placeholder(float)
     # Whether the rate is one example's, to be multiplied by batch_size.
     config.optimizer.scale_lr = False
     # After warm-up: "constant", "cosine", "inverse_sqrt" or "linear".

@@ -23,8 +23,9 @@ GRID = "samples.png"
 # Keys of a config that say the most about a result, beside the objective's; of the last those that are set.
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
 _OPTIONS = (
-    *("reference.model", "optimizer.scale_lr", "lora.rank", "lora.alpha", "lora.rank_stabilised"),
-    *("lora.init", "train_text_encoder", "ema_decay"),
+    *("reference.model", "optimizer.scale_lr", "optimizer.text_encoder_learning_rate"),
+    *("lora.rank", "lora.alpha", "lora.rank_stabilised", "lora.dropout", "lora.init"),
+    *("train_text_encoder", "ema_decay"),
     *("text.max_chunks", "text.clip_skip"),
 )
 _PROMPT = "a red fox in the snow"

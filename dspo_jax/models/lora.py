@@ -5,13 +5,17 @@ linear layer or a convolution, the layer gives y + lora_B(lora_A(x)); these are 
 of what is added, alpha / rank, is no part of the layer: a run trains and keeps PEFT's A and B, and `scaled`
 multiplies B before the networks see it. A tree without adapters is the base model, and one whose `lora_B` is
 zero computes the same.
+
+Where `lora_dropout` lies beside them, too, elements of the adapter's input are dropped (PEFT's lora_dropout):
+y + lora_B(lora_A(dropped(x))). It is there in the policy's forward pass in training alone (`with_dropout`).
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +23,14 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Key, PyTree
 
 from dspo_jax.errors import UserError
 
 Params = dict[str, Any]
 
 _A, _B = ".lora_A.kernel", ".lora_B.kernel"
+_KEYS, _RATE = ".lora_dropout.keys", ".lora_dropout.rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,34 +56,69 @@ class Scale:
         return self.alpha_of(rank) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
+class Adapter(NamedTuple):
+    """Form of a layer's adapter.
+
+    Attributes:
+      rank: r.
+      dropout: whether elements of its input are dropped.
+    """
+
+    rank: int
+    dropout: bool = False
+
+
+class _Dropout(nnx.Module):
+    """Drops elements at random with a probability p and multiplies the others by 1 / (1 - p).
+
+    What is dropped follows from the keys of the examples, whatever devices or parts a batch is split over.
+    """
+
+    def __init__(self) -> None:
+        self.keys = nnx.Param(jax.random.split(jax.random.key(0), 1))
+        self.rate = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B n, ...], n rows of each of the B examples whose keys these are -> the same shape."""
+        keys, rate = self.keys[...], self.rate[...]
+        rows = len(x) // len(keys)
+        of_rows = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows)))(keys)
+        keep = partial(jax.random.bernoulli, p=1 - rate, shape=x.shape[1:])
+        kept = jax.vmap(keep)(of_rows.reshape(-1))
+        return jnp.where(kept, x * (1 / (1 - rate)).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
 class _LoRALinear(nnx.Linear):
-    def __init__(self, base: nnx.Linear, rank: int, rngs: nnx.Rngs):
+    def __init__(self, base: nnx.Linear, form: Adapter, rngs: nnx.Rngs):
         inputs, outputs = base.in_features, base.out_features
         dot = base.dot_general
         super().__init__(inputs, outputs, use_bias=base.use_bias, dot_general=dot, rngs=rngs)
-        self.lora_A = nnx.Linear(inputs, rank, use_bias=False, dot_general=dot, rngs=rngs)
-        self.lora_B = nnx.Linear(rank, outputs, use_bias=False, dot_general=dot, rngs=rngs)
+        self.lora_A = nnx.Linear(inputs, form.rank, use_bias=False, dot_general=dot, rngs=rngs)
+        self.lora_B = nnx.Linear(form.rank, outputs, use_bias=False, dot_general=dot, rngs=rngs)
+        self.lora_dropout = _Dropout() if form.dropout else None
 
     def __call__(
         self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
     ) -> jax.Array:
-        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(inputs))
+        kept = self.lora_dropout(inputs) if self.lora_dropout else inputs
+        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(kept))
 
 
 class LoRAConv(nnx.Conv):
     """A convolution with an adapter."""
 
-    def __init__(self, base: nnx.Conv, rank: int, rngs: nnx.Rngs):
+    def __init__(self, base: nnx.Conv, form: Adapter, rngs: nnx.Rngs):
         window: Any = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
-        form: Any = {"conv_general_dilated": base.conv_general_dilated}
+        how: Any = {"conv_general_dilated": base.conv_general_dilated}
         inputs, outputs = base.in_features, base.out_features
-        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window, **form)
-        self.lora_A = nnx.Conv(inputs, rank, use_bias=False, rngs=rngs, **window, **form)
-        self.lora_B = nnx.Conv(rank, outputs, (1, 1), use_bias=False, rngs=rngs, **form)
+        super().__init__(inputs, outputs, use_bias=base.use_bias, rngs=rngs, **window, **how)
+        self.lora_A = nnx.Conv(inputs, form.rank, use_bias=False, rngs=rngs, **window, **how)
+        self.lora_B = nnx.Conv(form.rank, outputs, (1, 1), use_bias=False, rngs=rngs, **how)
+        self.lora_dropout = _Dropout() if form.dropout else None
 
     def adapt(self, inputs: jax.Array) -> jax.Array:
         """Computes the output of the adapter, which is added to the layer's."""
-        return self.lora_B(self.lora_A(inputs))
+        return self.lora_B(self.lora_A(self.lora_dropout(inputs) if self.lora_dropout else inputs))
 
     def __call__(
         self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
@@ -86,15 +126,15 @@ class LoRAConv(nnx.Conv):
         return super().__call__(inputs, out_sharding) + self.adapt(inputs)
 
 
-def attach(module: nnx.Module, ranks: Mapping[str, int], rngs: nnx.Rngs) -> None:
-    """Puts layers with adapters in the place of those at the dotted paths `ranks`."""
-    for path, rank in ranks.items():
+def attach(module: nnx.Module, adapters: Mapping[str, Adapter], rngs: nnx.Rngs) -> None:
+    """Puts layers with adapters in the place of those at the dotted paths `adapters`."""
+    for path, form in adapters.items():
         *parents, last = path.split(".")
         parent: PyTree = module
         for name in parents:
             parent = parent[int(name)] if name.isdigit() else getattr(parent, name)
         layer = parent[int(last)] if last.isdigit() else getattr(parent, last)
-        adapted = (LoRAConv if isinstance(layer, nnx.Conv) else _LoRALinear)(layer, rank, rngs)
+        adapted = (LoRAConv if isinstance(layer, nnx.Conv) else _LoRALinear)(layer, form, rngs)
         if last.isdigit():
             parent[int(last)] = adapted
         else:
@@ -105,6 +145,28 @@ def find_ranks(params: Params) -> dict[str, int]:
     """Returns path of each layer that has an adapter in `params` -> its rank."""
     leaves = flatten_dict(params, sep=".")
     return {path.removesuffix(_A): leaf.shape[-1] for path, leaf in leaves.items() if path.endswith(_A)}
+
+
+def find_adapters(params: Params) -> dict[str, Adapter]:
+    """Returns path of each layer that has an adapter in `params` -> its form."""
+    leaves = flatten_dict(params, sep=".")
+    return {path: Adapter(rank, path + _KEYS in leaves) for path, rank in find_ranks(params).items()}
+
+
+def with_dropout(params: Params, rate: float, keys: Key[jax.Array, " B"]) -> Params:
+    """Adds dropout to each adapter, with keys of its own.
+
+    Args:
+      params: as the networks take them.
+      rate: probability that an element of an adapter's input is dropped.
+      keys: one for each example; the networks' inputs must have a multiple of B rows, those of an example
+        following each other.
+    """
+    added: dict[str, jax.Array] = {}
+    for number, path in enumerate(sorted(find_ranks(params))):
+        added[path + _KEYS] = jax.vmap(lambda key, number=number: jax.random.fold_in(key, number))(keys)
+        added[path + _RATE] = jnp.asarray(rate, jnp.float32)
+    return combine(params, unflatten_dict(added, sep="."))
 
 
 def init_adapters(params: Params, targets: Sequence[str], rank: int, key: jax.Array) -> Params:

@@ -106,8 +106,8 @@ class Model:
     class_name: str
     config: NetworkConfig = dataclasses.field(hash=False)
     settings: NetworkConfig = dataclasses.field(repr=False, hash=False, compare=False)
-    # Ranks of the adapters -> (graph, state of shapes), made when they are first met.
-    _variants: dict[tuple[tuple[str, int], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
+    # Adapters -> (graph, state of shapes), made when they are first met.
+    _variants: dict[tuple[tuple[str, lora.Adapter], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
         default_factory=dict, repr=False, hash=False, compare=False
     )
 
@@ -142,18 +142,18 @@ class Model:
     def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> PyTree:
         """Calls `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
         params, args, kwargs = jax.tree.map(_as_jax, (params, args, kwargs))
-        graph, shapes = self._variant(lora.find_ranks(params))
+        graph, shapes = self._variant(lora.find_adapters(params))
         state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, _nnx_keys(params))
         return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
 
-    def _variant(self, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
+    def _variant(self, adapters: Mapping[str, lora.Adapter]) -> tuple[nnx.GraphDef, nnx.State]:
         def build() -> nnx.Module:
             module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
-            lora.attach(module, ranks, rngs=_SameKey())
+            lora.attach(module, adapters, rngs=_SameKey())
             return module
 
-        key = tuple(sorted(ranks.items()))
+        key = tuple(sorted(adapters.items()))
         if key not in self._variants:
             self._variants[key] = nnx.split(nnx.eval_shape(build), nnx.Param)
         return self._variants[key]

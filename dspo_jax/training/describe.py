@@ -80,6 +80,8 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
             f"{peak / settings.batch_size:g} an example (what trainers that scale the rate by the batch are "
             "given)"
         )
+    if optimizer.text_encoder_learning_rate is not None:
+        rate += f", of the text encoders {peak * optimizer.text_encoder_quotient:g}"
     yield f"{optimizer.name}, {rate}, {optimizer.schedule} after {optimizer.warmup_steps} warm-up steps"
     if settings.validation.every and not settings.validations_compare:
         yield "no checkpoint is marked best: of this run held-out scores do not compare; take the newest"

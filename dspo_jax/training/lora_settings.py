@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from dspo_jax.errors import UserError
-from dspo_jax.limits import Limit, limited
+from dspo_jax.limits import DECAY, Limit, limited
 from dspo_jax.models.lora import Scale
 
 
@@ -20,10 +20,11 @@ class LoraSettings:
         Limit("must be above 0 and finite", lambda alpha: alpha is None or 0 < alpha < math.inf)
     )
     rank_stabilised: bool
+    dropout: float = limited(DECAY)
 
     def __post_init__(self) -> None:
         """Refuses keys of adapters where there are none."""
-        for key, off in (("alpha", None), ("rank_stabilised", False)):
+        for key, off in (("alpha", None), ("rank_stabilised", False), ("dropout", 0)):
             if not self.on and getattr(self, key) != off:
                 raise UserError(
                     f"config.lora.{key} = {getattr(self, key)}: LoRA is off; set config.lora.rank, or leave "

@@ -1,14 +1,15 @@
 """The optimizer and its learning-rate schedule, made from `config.optimizer`."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dspo_jax.errors import UserError
-from dspo_jax.limits import DECAY, FINITE_NOT_NEGATIVE, NOT_NEGATIVE, choice, limited
+from dspo_jax.limits import DECAY, FINITE_NOT_NEGATIVE, NOT_NEGATIVE, Limit, choice, limited
 from dspo_jax.training.adafactor import scale_by_released_factored_rms
 from dspo_jax.training.muon import muon
 from dspo_jax.training.schedule_free import schedule_free_adamw
@@ -24,6 +25,9 @@ FACTORED_AXES = ("largest", "released")
 # Keys of the decays of what `moment_dtype` is the dtype of, by optimizer.
 _MOMENTS = {"adamw": ("b1",), "lion": ("b2",), "muon": ("b1", "momentum")}
 
+# Whose updates are not proportional to the rate that is set.
+_OWN_RATES = ("prodigy", "schedule_free")
+
 LearningRate = Callable[[jax.Array | int], jax.Array]
 """Number of updates done -> learning rate of the next one."""
 
@@ -34,6 +38,9 @@ class OptimizerSettings:
 
     name: str = choice(*OPTIMIZERS)
     learning_rate: float = limited(FINITE_NOT_NEGATIVE)
+    text_encoder_learning_rate: float | None = limited(
+        Limit(FINITE_NOT_NEGATIVE.words, lambda rate: rate is None or 0 <= rate < math.inf)
+    )
     scale_lr: bool
     schedule: str = choice(*SCHEDULES)
     warmup_steps: int = limited(NOT_NEGATIVE)
@@ -48,6 +55,12 @@ class OptimizerSettings:
     factored_axes: str = choice(*FACTORED_AXES)
     max_grad_norm: float = limited(FINITE_NOT_NEGATIVE)
 
+    @property
+    def text_encoder_quotient(self) -> float:
+        """What an update of the text encoders is multiplied by."""
+        rate = self.text_encoder_learning_rate
+        return 1.0 if rate is None else rate / self.learning_rate
+
     def peak_rate(self, batch_size: int) -> float:
         """Returns the learning rate after warm-up.
 
@@ -61,7 +74,7 @@ class OptimizerSettings:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, total_steps: int, batch_size: int
+    settings: OptimizerSettings, total_steps: int, batch_size: int, text_encoders: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, LearningRate]:
     """Builds clipping by global norm, then the optimizer with decoupled weight decay on every parameter.
 
@@ -90,6 +103,8 @@ def make_optimizer(
         the first moment of adamw, lion and muon; `factored_axes` is adafactor's.
       total_steps: optimizer updates of the whole run, where a schedule that ends with it reaches 0.
       batch_size: examples in an update, over all devices and parts.
+      text_encoders: components that `text_encoder_learning_rate` is of. An update of each of these optimizers
+        is proportional to the rate, weight decay too, so theirs is multiplied by the quotient of the rates.
 
     Returns:
       (the transformation, the schedule it uses: number of updates done -> learning rate of the next one).
@@ -142,9 +157,24 @@ def make_optimizer(
             optax.add_decayed_weights(weight_decay),
             optax.scale_by_learning_rate(schedule),
         )
+    if settings.text_encoder_learning_rate is not None:
+        optimizer = optax.chain(optimizer, _multiply(text_encoders, settings.text_encoder_quotient))
     if settings.max_grad_norm == 0:
         return optimizer, schedule
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer), schedule
+
+
+def _multiply(components: Collection[str], factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of some components."""
+
+    def multiply(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        return {
+            name: optax.tree.scale(factor, part) if name in components else part
+            for name, part in updates.items()
+        }
+
+    return optax.stateless(multiply)
 
 
 def _check(settings: OptimizerSettings) -> None:
@@ -154,6 +184,15 @@ def _check(settings: OptimizerSettings) -> None:
         raise UserError("config.optimizer.eps = 0: must be above 0, or a gradient of 0 gives 0 / 0")
     if settings.moment_dtype == "bfloat16":
         _check_bfloat16(settings)
+    if settings.text_encoder_learning_rate is not None and name in _OWN_RATES:
+        raise UserError(
+            f"config.optimizer.text_encoder_learning_rate = {settings.text_encoder_learning_rate:g}: {name} "
+            "has one rate for all parameters; leave this key out, or take 'adamw'"
+        )
+    if settings.text_encoder_learning_rate is not None and not settings.learning_rate:
+        raise UserError(
+            "config.optimizer.learning_rate = 0: must be above 0 where text_encoder_learning_rate is set"
+        )
     if name == "prodigy" and (settings.scale_lr or settings.learning_rate < 0.01):
         raise UserError(
             f"config.optimizer.learning_rate = {settings.learning_rate:g}: prodigy finds the rate, and this "

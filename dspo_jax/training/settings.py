@@ -338,6 +338,17 @@ def parse(config: ConfigDict) -> Settings:
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
+    if settings.lora.dropout and not noises_examples:
+        raise UserError(
+            f"config.lora.dropout = {settings.lora.dropout:g}: is for noised examples, and "
+            f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
+        )
+    if settings.optimizer.text_encoder_learning_rate is not None and not settings.train_text_encoder:
+        raise UserError(
+            "config.optimizer.text_encoder_learning_rate = "
+            f"{settings.optimizer.text_encoder_learning_rate:g}: the text encoders are not trained; set "
+            "config.train_text_encoder=True, or leave this key out"
+        )
     if noises_examples and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
         raise UserError(
             f"config.objective.name = {settings.objective.name!r}: weighs the model's own images by their "

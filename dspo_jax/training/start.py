@@ -216,7 +216,9 @@ def make_task(
     Raises:
       UserError: settings that do not fit the model or each other, by key.
     """
-    optimizer, learning_rate = make_optimizer(settings.optimizer, settings.steps, settings.batch_size)
+    optimizer, learning_rate = make_optimizer(
+        settings.optimizer, settings.steps, settings.batch_size, tuple(pipe.text_encoders)
+    )
     averages = settings.optimizer.name == "schedule_free"
     if averages:
         _check_average(settings)
@@ -276,6 +278,7 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         share_noise=settings.share_noise,
         noise_offset=settings.noise_offset,
         positive_ratio=settings.positive_ratio,
+        adapter_dropout=settings.lora.dropout,
     )
     return PreferenceLoss(settings.objective, draws)
 

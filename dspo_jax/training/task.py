@@ -45,6 +45,18 @@ class Passes(NamedTuple):
     open_trips: int = 1
 
 
+class Dropout(NamedTuple):
+    """Elements of the adapters' inputs that are dropped in a forward pass.
+
+    Attributes:
+      rate: probability of each.
+      keys: [B], one for each example.
+    """
+
+    rate: float
+    keys: jax.Array
+
+
 @runtime_checkable
 class LossFn(Protocol):
     """A loss of a batch, with the facts that start-up and cost estimates need."""
@@ -152,6 +164,7 @@ def predict(
     noisy: Float[jax.Array, "B P h w C"],
     timesteps: Integer[jax.Array, "B P"],
     batch: Batch,
+    dropout: Dropout | None = None,
 ) -> Float[jax.Array, "B P h w C"]:
     """Returns the denoiser's output for noisy latents [B, P, h, w, C] in the task's compute dtype.
 
@@ -161,8 +174,11 @@ def predict(
       noisy: [B, P, h, w, C] in UNet units.
       timesteps: [B, P].
       batch: has the pipeline's `conditioning_inputs`.
+      dropout: of the adapters' inputs; None drops nothing.
     """
     params, noisy = gather(params), noisy.astype(task.precision.compute_dtype)
+    if dropout is not None:
+        params = lora.with_dropout(params, *dropout)
     return task.pipe.predict_pairs(params, noisy, timesteps, batch, remat=task.precision.remat)
 
 

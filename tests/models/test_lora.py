@@ -123,6 +123,18 @@ def test_patterns_match_whole_ends_of_paths():
             {"lora.rank": 0, "lora.alpha": 4.0},
             "config.lora.alpha = 4.0: LoRA is off; set config.lora.rank, or leave this key out",
         ),
+        *(
+            ({"lora.dropout": rate}, f"config.lora.dropout = {rate}: must be at least 0 and below 1")
+            for rate in (-0.1, 1.0, float("nan"))
+        ),
+        (
+            {"lora.dropout": 0.1, "stream.kind": "prompts"},
+            "config.lora.dropout = 0.1: is for noised examples, and config.stream.kind = 'prompts'",
+        ),
+        (
+            {"optimizer.text_encoder_learning_rate": 1e-4},
+            "config.optimizer.text_encoder_learning_rate = 0.0001: the text encoders are not trained",
+        ),
         ({"lora.targets": ("to_(",)}, "config.lora.targets = .*unterminated subpattern"),
     ],
 )

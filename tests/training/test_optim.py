@@ -21,6 +21,7 @@ def config(**changes):
     defaults = {
         "name": "adamw",
         "learning_rate": 1e-2,
+        "text_encoder_learning_rate": None,
         "b1": 0.9,
         "b2": 0.999,
         "b3": 0.9999,
@@ -207,6 +208,21 @@ def held_dtypes(optimizer, params):
     return sorted(str(leaf.dtype) for leaf in jax.tree.leaves(optimizer.init(params)) if leaf.shape)
 
 
+@each_row(("name", "b2"), [("adamw", 0.999), ("lion", 0.99)])
+def test_text_encoders_have_a_rate_of_their_own(name, b2):
+    """Either first step is rate * (sign of the gradient + weight decay * parameter)."""
+    start = {"unet": np.float32([1.0, -2.0]), "text_encoder": np.float32([3.0, 4.0])}
+    gradient = {"unet": np.float32([0.5, -3.0]), "text_encoder": np.float32([-2.0, 1.0])}
+    changes = {"name": name, "b2": b2, "text_encoder_learning_rate": 3e-3, "max_grad_norm": 0.0}
+    optimizer, schedule = make_optimizer(config(**changes), 5, 1, ("text_encoder", "text_encoder_2"))
+    params = jax.tree.map(jnp.asarray, start)
+    updates, _ = optimizer.update(jax.tree.map(jnp.asarray, gradient), optimizer.init(params), params)
+    for component, rate in {"unet": 1e-2, "text_encoder": 3e-3}.items():
+        expected = -rate * (np.sign(gradient[component]) + 1e-2 * start[component])
+        np.testing.assert_allclose(updates[component], expected, rtol=1e-5)
+    assert float(schedule(0)) == pytest.approx(1e-2)
+
+
 @each_row(("name", "second"), [("adamw", ["float32"]), ("lion", [])])
 def test_the_first_moment_is_stored_in_its_dtype(name, second):
     params = jnp.ones((300,))
@@ -305,6 +321,18 @@ def test_the_optimizer_uses_the_schedule_it_returns():
             r"config\.optimizer\.learning_rate = -1\.0: must be finite and not negative",
         ),
         ({"learning_rate": math.nan}, r"config\.optimizer\.learning_rate = nan: must be finite"),
+        (
+            {"text_encoder_learning_rate": -1.0},
+            r"config\.optimizer\.text_encoder_learning_rate = -1\.0: must be finite and not negative",
+        ),
+        (
+            {"text_encoder_learning_rate": 1e-3, "learning_rate": 0.0},
+            r"config\.optimizer\.learning_rate = 0: must be above 0 where text_encoder_learning_rate",
+        ),
+        (
+            {"text_encoder_learning_rate": 1e-3, "name": "prodigy", "learning_rate": 1.0},
+            r"config\.optimizer\.text_encoder_learning_rate = 0\.001: prodigy has one rate",
+        ),
         ({"eps": 0.0}, r"config\.optimizer\.eps = 0: must be above 0"),
         (
             {"moment_dtype": "bflot16"},

@@ -9,7 +9,17 @@ from jaxtyping import Bool, Float, Float32, Int32, Integer, Key, PyTree
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.training.task import Batch, Metrics, Passes, Task, cast, of_components, policy_params, predict
+from dspo_jax.training.task import (
+    Batch,
+    Dropout,
+    Metrics,
+    Passes,
+    Task,
+    cast,
+    of_components,
+    policy_params,
+    predict,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Draws:
       share_noise: whether the images of a pair share their noise.
       noise_offset: deviation of what is added to all of an image's noise, a number for each channel.
       positive_ratio: probability that the image drawn of a pair is the winner, for an objective of one image.
+      adapter_dropout: probability of dropping an element of an adapter's input in the policy.
     """
 
     timesteps: tuple[int, int]
@@ -31,6 +42,7 @@ class Draws:
     share_noise: bool
     noise_offset: float
     positive_ratio: float
+    adapter_dropout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,9 @@ class PreferenceLoss:
         )
         batch = task.pipe.drop_captions({**batch, **per_image}, drop)
         noisy = schedule.add_noise(latents, noise, timesteps)
-        policy, frozen = self.forward(task, params, reference, noisy, timesteps, batch)
+        policy, frozen = self.forward(
+            task, params, reference, noisy, timesteps, batch, self._draw_dropout(batch, key)
+        )
         predictions = Predictions(
             policy=policy,
             reference=frozen,
@@ -88,6 +102,13 @@ class PreferenceLoss:
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+    def _draw_dropout(self, batch: Batch, key: Key[jax.Array, ""]) -> Dropout | None:
+        """Returns dropout by (key, index) like the noise, whose keys are numbers 0 to 3, and 5."""
+        if not self.draws.adapter_dropout:
+            return None
+        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, index), 6))(batch["index"])
+        return Dropout(self.draws.adapter_dropout, keys)
 
     def choose_images(
         self, batch: Batch, key: Key[jax.Array, ""], arrays: PyTree
@@ -132,21 +153,25 @@ class PreferenceLoss:
         noisy: Float[jax.Array, "B P h w C"],
         timesteps: Integer[jax.Array, "B P"],
         batch: Batch,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[jax.Array, "B P h w C"], Float[jax.Array, "B P h w C"] | None]:
-        """Runs the policy and, for an objective that needs it, the reference: outputs [B, P, h, w, C]."""
+        """Runs the policy and, for an objective that needs it, the reference: outputs [B, P, h, w, C].
 
-        def run(params: Params) -> jax.Array:
+        `dropout` is of the policy.
+        """
+
+        def run(params: Params, dropout: Dropout | None = None) -> jax.Array:
             if not self.objective.detaches_loser:
-                return predict(task, params, noisy, timesteps, batch)
+                return predict(task, params, noisy, timesteps, batch, dropout)
             # The loser apart and from constants, so that nothing is kept for its backward pass.
             outputs = []
             for i, of_image in enumerate((params, jax.lax.stop_gradient(params))):
                 image = slice(i, i + 1)
                 part = {**batch, **{name: batch[name][:, image] for name in task.pipe.image_inputs}}
-                outputs.append(predict(task, of_image, noisy[:, image], timesteps[:, image], part))
+                outputs.append(predict(task, of_image, noisy[:, image], timesteps[:, image], part, dropout))
             return jnp.concatenate(outputs, axis=1)
 
-        policy = run(policy_params(task, params, reference))
+        policy = run(policy_params(task, params, reference), dropout)
         return policy, run(cast(task, of_components(task, reference))) if self.needs_reference else None
 
     def _reads_scores(self, images: int) -> bool:
