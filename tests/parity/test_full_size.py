@@ -2,7 +2,8 @@
 
     pytest -m slow -s tests/parity/test_full_size.py -k "sdxl and unet"
 
-One at a time: SDXL's UNet needs 16 GB of memory and 5 GB of disk. Every test prints its errors.
+One at a time: SDXL's UNet needs 16 GB of memory and 5 GB of disk, Stable Diffusion 3's transformers 14 GB and
+5 GB; of the largest of them and of T5 a few layers stand for all. Every test prints its errors.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import numpy as np
 import published
 import pytest
 
+from dspo_jax.models.mmdit import crop_positions
 from dspo_jax.models.model import Model, Params
 from dspo_jax.weights.components import read_model, read_params
 
 torch = pytest.importorskip("torch")
-from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel  # noqa: E402
 from torch_modules import assert_close, compile_fast, randomize, to_nchw, to_nhwc  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPConfig,
@@ -26,6 +28,8 @@ from transformers import (  # noqa: E402
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
 pytestmark = pytest.mark.slow
@@ -119,6 +123,52 @@ def test_unet(config, added, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        published.SD3_MEDIUM,
+        published.SD35_MEDIUM,
+        published.SD35_LARGE | {"num_layers": 3},
+    ],
+    ids=["sd3_medium", "sd35_medium", "sd35_large"],
+)
+def test_mmdit(config, tmp_path):
+    latents, timesteps, text = normal(0, 1, 24, 32, 16), np.float32([871.25]), normal(1, 1, 333, 4096)
+    pooled, table = normal(2, 1, 2048), normal(3, 1, 20**2, config["caption_projection_dim"])
+
+    def make():
+        module = empty(lambda: SD3Transformer2DModel(**config | {"pos_embed_max_size": 20}))
+        module.pos_embed.pos_embed.copy_(torch.from_numpy(table))
+        return module
+
+    def theirs_of(module):
+        inputs = map(torch.from_numpy, (text, pooled, timesteps))
+        return {"prediction": to_nhwc(module(to_nchw(latents), *inputs).sample)}
+
+    def ours_of(model, params, dtype):
+        sample, states, vector = (jnp.asarray(array, dtype) for array in (latents, text, pooled))
+        conditions = {"pooled_projections": vector, "positions": crop_positions(table, 12, 16)}
+        return {"prediction": model.apply(params, sample, timesteps, states, **conditions)}
+
+    check(make, theirs_of, ours_of, tmp_path)
+
+
+def test_t5(tmp_path):
+    """Two of 24 layers: all of them in float32 take 19 GB."""
+    tokens = np.random.default_rng(0).integers(2, 32_000, (2, 256)).astype(np.int32)
+    tokens[0, 40], tokens[0, 41:], tokens[1, -1] = 1, 0, 1
+
+    def theirs_of(module):
+        return {"states": module(torch.from_numpy(tokens).long()).last_hidden_state.numpy()}
+
+    def ours_of(model, params, dtype):
+        return {"states": model.apply(params, tokens)}
+
+    check(
+        lambda: T5EncoderModel(T5Config(**published.T5_XXL | {"num_layers": 2})), theirs_of, ours_of, tmp_path
+    )
+
+
+@pytest.mark.parametrize(
     ("module_class", "config"),
     [
         (CLIPTextModel, published.SDXL_TEXT_ENCODER),
@@ -163,8 +213,10 @@ def test_clip(config, tmp_path):
     check(lambda: CLIPModel(CLIPConfig(**config)), theirs_of, ours_of, tmp_path)
 
 
-def test_vae(tmp_path):
-    images, latents = normal(0, 1, 64, 64, 3).clip(-1, 1), normal(1, 1, 8, 8, 4)
+@pytest.mark.parametrize("config", [published.SDXL_VAE, published.SD3_VAE], ids=["sdxl", "sd3"])
+def test_vae(config, tmp_path):
+    images = normal(0, 1, 64, 64, 3).clip(-1, 1)
+    latents = normal(1, 1, 8, 8, config["latent_channels"])
 
     def theirs_of(module):
         posterior = module.encode(to_nchw(images)).latent_dist
@@ -177,4 +229,4 @@ def test_vae(tmp_path):
         decoded = model.apply(params, jnp.asarray(latents, dtype), method="decode")
         return {"mean": mean, "deviation": deviation, "decoded": decoded}
 
-    check(lambda: empty(lambda: AutoencoderKL(**published.SDXL_VAE)), theirs_of, ours_of, tmp_path)
+    check(lambda: empty(lambda: AutoencoderKL(**config)), theirs_of, ours_of, tmp_path)

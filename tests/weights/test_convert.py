@@ -203,7 +203,7 @@ def test_a_missing_config_is_named(folder):
 @each_row(
     ("changes", "message"),
     [
-        ({"architectures": ["T5EncoderModel"]}, "'T5EncoderModel' is not supported; supported: "),
+        ({"architectures": ["T5Model"]}, "'T5Model' is not supported; supported: "),
         ({"architectures": None}, "'none named' is not supported; supported: "),
         ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported; allowed: 'quick_gelu', 'gelu'"),
     ],
