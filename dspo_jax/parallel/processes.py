@@ -101,6 +101,25 @@ def gather_shares(values: np.ndarray, mesh: Mesh) -> np.ndarray:
     return np.concatenate([parts[number] for number in range(shares)])
 
 
+def refuse_failure_elsewhere(error: Exception | None, what: str) -> None:
+    """Ends the run in every process where something failed in one, which the others would wait for.
+
+    Every process must call it alike.
+
+    Args:
+      error: of this process, which is raised here; None where it did not fail.
+      what: names what failed, for the other processes.
+
+    Raises:
+      UserError: it failed in another process.
+    """
+    failed = jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(error is not None)).any()
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError(f"{what}: failed in another process, which says why")
+
+
 def differing(texts: Mapping[str, str]) -> list[str]:
     """Returns the names under which some process has another text; the same list in every process.
 

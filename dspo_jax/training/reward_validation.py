@@ -1,5 +1,6 @@
 """Rewards on held-out prompts while a run trains on the model's own images, beside those at its start."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
+from dspo_jax.rewards.reward import Reward
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.training.own_images import OwnImages
@@ -133,7 +135,7 @@ class RewardValidator:
                 self._decoder = Decoder(self._task.pipe)
             pictures, finite = self._decoder(drawn)
             prompts = [request.prompt for request in self._requests[part]]
-            scores = [each.score_or_nan(list(pictures), prompts) for each in self._own.watched]
+            scores = [self._score_pictures(each, pictures, prompts) for each in self._own.watched]
             latents.append(drawn)
             images.append(pictures)
             rewards.append(np.where(finite & np.isfinite(scores), scores, np.nan))
@@ -141,6 +143,16 @@ class RewardValidator:
         if jax.process_count() > 1:  # accelerators of different processes may round differently
             scored = np.asarray(multihost_utils.broadcast_one_to_all(scored))
         return _Drawn(np.concatenate(latents), np.concatenate(images)[: self._number], scored)
+
+    def _score_pictures(self, reward: Reward, pictures: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        error: Exception | None = None
+        scores = np.zeros(len(pictures))
+        try:
+            scores = reward.score_or_nan(list(pictures), prompts)
+        except Exception as caught:  # the other processes, which would wait for this one, are told first
+            error = caught
+        processes.refuse_failure_elsewhere(error, f"reward {reward.name}, on held-out images")
+        return scores
 
     def _measure_drift(
         self, policy: Params, reference: Params, tokens: jax.Array, latents: jax.Array, noise: jax.Array

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32, Int32, Integer, UInt8, UInt32
 
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
+from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import batch_share, check_batch_size, read_share, shard_batch
 from dspo_jax.parallel.processes import gather_shares
 from dspo_jax.rewards.reward import Score
@@ -179,11 +180,7 @@ class Rounds:
                 rewards[good] = self._score_images(images[good], start + self._own_part()[good], prompts)
         except Exception as caught:  # the other processes, which would wait for this one, are told first
             error = caught
-        failures = gather_shares(np.full((len(images), 1), error is not None, np.int32), self._mesh)
-        if error is not None:
-            raise error
-        if failures.any():
-            raise UserError("config.rewards.train: failed in another process, which says why")
+        processes.refuse_failure_elsewhere(error, "config.rewards.train")
         own_values = np.stack([rewards, finite.astype(np.float32), saturated], axis=1)
         return gather_shares(own_values, self._mesh)
 

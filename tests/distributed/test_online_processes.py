@@ -117,14 +117,18 @@ def test_a_stop_that_is_asked_for_inside_a_round_waits_for_its_end(settings, tmp
     assert saved_steps(tmp_path)[-1] == step
 
 
-def test_a_reward_that_fails_in_one_process_ends_both(settings, tmp_path):
+@pytest.mark.parametrize("of", ["train", "validation"])
+def test_a_reward_that_fails_in_one_process_ends_both(of, settings, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "import jax\n\n\ndef fails(images, prompts):\n"
-        "    if jax.process_index() == 1:\n        raise RuntimeError('no score today')\n"
+        "import jax\n\nasked = 0\n\n\ndef fails(images, prompts):\n"
+        "    global asked\n    asked += 1\n"  # the first time is the trial of the function
+        "    if asked > 1 and jax.process_index() == 1:\n        raise RuntimeError('no score today')\n"
         "    return [0.5] * len(images)\n"
     )
-    changes = settings | KINDS["ddpo"] | {"steps": 4, "validation.every": 0, "rewards.train": f"{file}:fails"}
+    watched = {"rewards.validation": [f"{file}:fails"]}
+    unwatched = {"rewards.train": f"{file}:fails", "validation.every": 0}
+    changes = settings | KINDS["ddpo"] | {"steps": 4} | (unwatched if of == "train" else watched)
     started = start_training(tmp_path / "run", changes, processes=2, devices=2)
     assert 0 not in finish(started, timeout=200)
     assert "failed in another process" in log_of(tmp_path / "run", 0).read_text()
