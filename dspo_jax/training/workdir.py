@@ -59,7 +59,12 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
     lengths = ("steps", "epochs") if optimizer["schedule"] in ENDLESS_SCHEDULES else ()
     may_differ = {*MAY_DIFFER, *lengths}
     path = workdir / "config.json"
-    begun = path.is_file() and _has_begun(workdir)
+    begun = _has_begun(workdir)
+    if begun and not path.is_file():
+        raise UserError(
+            f"{path}: no such file, beside what a run has left: nothing says how that was trained; put the "
+            "file back, or choose another --workdir"
+        )
     if begun:
         written = json_files.read_object(path, "it says how the run was started; choose another --workdir")
         mine, theirs = (flatten_dict(each, sep=".") for each in (config, written))

@@ -41,7 +41,8 @@ def config(shallow_model, tiny_pairs):
         ),
         (
             {"objective.name": "sft", "objective.beta": 1.0},
-            "argument of objective 'sft' = 'beta': unknown (allowed: min_snr_gamma, reduction, time_weight)",
+            "argument of objective 'sft' = 'beta': unknown (allowed: min_snr_gamma, reduction, time_weight); "
+            "leave config.objective.beta unset, or change config.objective.name",
         ),
         (
             {"batch_size": 12},
@@ -404,3 +405,13 @@ def test_a_run_that_never_began_gives_its_workdir_to_a_corrected_config(config, 
     else:
         with pytest.raises(ValueError, match=r"config\.lora\.rank = 0, now it is 4"):
             claim_workdir(tmp_path, parse(config).given)
+
+
+def test_what_a_run_left_without_its_config_is_refused(config, tmp_path):
+    begin(tmp_path, config)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"config\.json: no such file, .*put the file back, or choose another"
+    ):
+        claim_workdir(tmp_path, parse(config).given)
+    assert not (tmp_path / "config.json").exists()
