@@ -25,17 +25,29 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
         raise UserError(
             "config.epochs: counts the examples of a dataset; set config.steps, the updates of the run"
         )
+    _refuse_timesteps(settings)
     check_drawing(settings, pipe)
     check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
     if stream.kind == "prompts":
         return
     if stream.kind == "trajectories":
         check_trajectories(settings, mesh, len(set(own_images.prompts)))
-        check_rows(settings, mesh, len(noisy_calls(stream.drawing.make_sampler(pipe), stream.eta)))
+        check_rows(settings, mesh, len(noisy_calls(stream.drawing.make_sampler(pipe), stream)))
     else:
         check_pairs(settings, mesh)
     check_rounds(settings)
     check_round_sizes(settings, mesh, settings.round_images)
+
+
+def _refuse_timesteps(settings: Settings) -> None:
+    """Refuses timesteps of noised examples where the steps of a sampler are trained on."""
+    drawn = settings.timesteps
+    if settings.method_key != "objective" and (drawn.first or drawn.last is not None):
+        raise UserError(
+            f"config.timesteps.first = {drawn.first} and config.timesteps.last = {drawn.last}: are of noised "
+            f"examples, and config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; "
+            "leave them 0 and None"
+        )
 
 
 def check_drawing(settings: Settings, pipe: Pipeline) -> None:

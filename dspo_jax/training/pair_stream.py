@@ -68,9 +68,13 @@ class PairStream(RoundStream):
             self._chosen = pair_all(of_prompts)
             weights = self._objective.weigh(drawn.rewards, self._rounds.images)
             self._weights = weights.astype(np.float32)
+            if (drawn.rewards[np.isfinite(drawn.rewards)] == np.nanmax(drawn.rewards)).all():
+                self._warn_of_ties(drawn)
             return {"effective_images": float(weights.sum() ** 2 / np.square(weights).sum())}
         self._chosen, replaced = choose_images(of_prompts, self._images_per_row)
         better, worse = drawn.rewards[self._chosen[:, [0, -1]]].T
+        if (better == worse).all():
+            self._warn_of_ties(drawn)
         return {
             "replaced_pairs": float(replaced),
             "reward_gap": float((better - worse).mean()),

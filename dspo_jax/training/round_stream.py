@@ -5,7 +5,10 @@ import dataclasses
 import json
 from typing import Any
 
+from absl import logging
+
 from dspo_jax.models.model import Params
+from dspo_jax.parallel import processes
 from dspo_jax.training.rounds import Position, Round, Rounds
 from dspo_jax.training.task import Batch
 
@@ -29,6 +32,7 @@ class RoundStream(abc.ABC):
         self._round: Round | None = None
         self._metrics: dict[str, float] = {}
         self._saved = self._describe_position()
+        self._has_warned = False
 
     def next(self, params: Params) -> Batch:
         """Returns the next batch, on the devices; draws and scores the images where a round begins.
@@ -54,6 +58,17 @@ class RoundStream(abc.ABC):
     @abc.abstractmethod
     def _make_batch(self, drawn: Round, update: int) -> Batch:
         """Returns the batch of an update, from 0, of the round that `_begin` has seen last."""
+
+    def _warn_of_ties(self, drawn: Round) -> None:
+        """Says, once, that a round has no image that is better than another, so that nothing is learned."""
+        if not self._has_warned and processes.is_first():
+            logging.warning(
+                "round %d: no image has a higher reward than those it is compared with, so that config."
+                "rewards.train teaches nothing; look at what it gives for the images of this model (further "
+                "rounds like this are not told)",
+                drawn.position.round,
+            )
+        self._has_warned = True
 
     def _get_statistics(self) -> dict[str, Any]:
         """Returns what the stream remembers of earlier rounds, in types of JSON."""

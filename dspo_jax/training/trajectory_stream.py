@@ -28,7 +28,7 @@ from dspo_jax.samplers.sampler import Sampler
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.round_stream import RoundStream
 from dspo_jax.training.rounds import Round, Rounds
-from dspo_jax.training.settings import Settings
+from dspo_jax.training.settings import Settings, StreamSettings
 from dspo_jax.training.step import split_batch
 from dspo_jax.training.task import Batch, Task
 
@@ -78,7 +78,7 @@ class TrajectoryStream(RoundStream):
             count=settings.round_images,
             shares_start=self._method.images == 2,
         )
-        self._calls = noisy_calls(rounds.rollout.sampler, stream.eta)
+        self._calls = noisy_calls(rounds.rollout.sampler, stream)
         check_rows(settings, mesh, len(self._calls))
         self._advantages, self._seed = settings.advantages, settings.seed
         self._statistics = PromptStatistics(settings.advantages.buffer_size, settings.advantages.min_count)
@@ -122,6 +122,8 @@ class TrajectoryStream(RoundStream):
             rewards = rewards - penalty
             metrics["reward_penalty"] = float(np.nanmean(penalty))
         self._judged = self._judge(drawn, rewards)
+        if (self._judged.values[self._judged.mask] == 0).all():
+            self._warn_of_ties(drawn)
         return metrics
 
     def _measure_noise(self, drawn: Round, update: int, log_probability: Float32[np.ndarray, "R P"]) -> float:
@@ -261,7 +263,7 @@ class TrajectoryStream(RoundStream):
         self._statistics.set_state(statistics)
 
 
-def noisy_calls(sampler: Sampler, eta: float) -> Int32[np.ndarray, " n"]:
+def noisy_calls(sampler: Sampler, stream: StreamSettings) -> Int32[np.ndarray, " n"]:
     """Returns the numbers of the sampler's calls that add noise, which alone have a density.
 
     Raises:
@@ -269,10 +271,16 @@ def noisy_calls(sampler: Sampler, eta: float) -> Int32[np.ndarray, " n"]:
     """
     noise = np.zeros(0) if sampler.step_noise is None else np.asarray(sampler.step_noise)
     calls: Bool[np.ndarray, " n"] = noise > 0
+    if not calls.any() and (stream.eta > 0 or stream.sampler != "ddim"):
+        raise UserError(
+            f"config.stream.num_inference_steps = {stream.num_inference_steps}: the last step of "
+            f"{stream.sampler} adds no noise, so that it has no density, which a policy gradient needs; "
+            "there must be at least 2"
+        )
     if not calls.any():
         raise UserError(
-            f"config.stream.eta = {eta:g}: the sampler's steps add no noise, so that they have no density, "
-            "which a policy gradient needs; it must be above 0, and is 1 in every released code"
+            f"config.stream.eta = {stream.eta:g}: the sampler's steps add no noise, so that they have no "
+            "density, which a policy gradient needs; it must be above 0, and is 1 in every released code"
         )
     return np.flatnonzero(calls).astype(np.int32)
 

@@ -208,3 +208,13 @@ def test_an_odd_number_of_images_cannot_be_paired(shallow_model):
     )
     with pytest.raises(UserError, match=r"config\.stream\.images = 3: 'rwr' .*even number"):
         run.open(PairStream, prompts=PROMPTS)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["diffusion_dpo", "rwr"])
+@pytest.mark.parametrize("scores", [(1.0, 1.0), (0.0, 1.0)])
+def test_a_round_in_which_no_image_is_better_is_told(name, scores, shallow_model, caplog):
+    changes = {"objective.name": name, "stream.images": 2}
+    run = OnlineRun(shallow_model, changes, trajectories=False)
+    run.open(PairStream, lambda images, prompts: np.resize(scores, len(images))).next(run.params)
+    assert ("round 0: no image has a higher reward" in caplog.text) == (scores[0] == scores[1])

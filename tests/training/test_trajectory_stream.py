@@ -256,3 +256,14 @@ def test_a_round_without_a_pair_of_two_rewards_is_refused(shallow_model):
         UserError, match=r"^round 0: config\.rewards\.train gives a reward to both images of no"
     ):
         halves.next(run.params)
+
+
+@pytest.mark.ci
+def test_a_round_in_which_no_image_is_better_is_told_once(shallow_model, caplog):
+    run = OnlineRun(shallow_model)
+    stream = run.open(TrajectoryStream, lambda images, prompts: np.ones(len(images)))
+    for _ in range(2):
+        stream.next(run.params)
+    said = [record.message for record in caplog.records if "no image has a higher reward" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("round 0: ")
