@@ -209,7 +209,7 @@ def rounds_to_fill(
         raise UserError(
             f"{KEY}.min_count = {min_count}: {prompts} prompts at {images_per_round} images a round reach it "
             f"after {needed} rounds, the run has {rounds} and each prompt about {seen:.3g} images; take "
-            "fewer prompts, or advantages of the whole batch or of groups"
+            "fewer prompts, or config.advantages.of = 'group' or 'round'"
         )
     return needed
 

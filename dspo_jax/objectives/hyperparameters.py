@@ -45,7 +45,10 @@ def check(
     kind = group.replace("_", " ")
     for argument in given:
         if argument not in by_name:
-            raise UserError(spelling.unknown(f"argument of {kind} {name!r}", argument, by_name))
+            problem = spelling.unknown(f"argument of {kind} {name!r}", argument, by_name)
+            raise UserError(
+                f"{problem}; leave config.{group}.{argument} unset, or change config.{group}.name"
+            )
     return {
         argument: _check_value(f"config.{group}.{argument}", by_name[argument], value)
         for argument, value in given.items()

@@ -183,7 +183,7 @@ class Pipeline:
         too_long = self.tokenizers[0].find_long(captions)
         if too_long:
             logging.warning(
-                "%d caption(s) longer than %d tokens were cut, first %r",
+                "%d caption(s) longer than %d tokens were cut, first %.200r",
                 len(too_long),
                 self.tokenizers[0].places + 2,
                 too_long[0],

@@ -10,7 +10,7 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.rewards import aesthetic, clip_score, hps, image_reward, pickscore, pixels
 from dspo_jax.rewards.network import RewardNetwork
-from dspo_jax.rewards.reward import Reward
+from dspo_jax.rewards.reward import Reward, describe_error
 
 # A reward that needs no weights, or a function that loads one from the folder of its weights.
 REWARDS: dict[str, Reward | Callable[[Path], RewardNetwork]] = {
@@ -68,7 +68,7 @@ def read_function(name: str) -> tuple[Callable, str]:
     """Returns the user's function `FILE.py:FUNCTION`, and its version: the file and the start of its sha256.
 
     Raises:
-      UserError: the file does not define the function.
+      UserError: the file cannot be run, or does not define the function.
       FileNotFoundError: no such file.
     """
     path, _, function_name = name.rpartition(":")
@@ -79,7 +79,10 @@ def read_function(name: str) -> tuple[Callable, str]:
     if spec is None or spec.loader is None:
         raise UserError(f"reward {name}: must be a .py file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"reward {name}: {file}: cannot be run: {describe_error(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{file}: defines no function {function_name!r}")

@@ -195,6 +195,11 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
     yield from _describe_flops(experiment)
     yield from warm_up_warning(settings)
     trained, others = own.watched[: len(own.weights)], own.watched[len(own.weights) :]
+    if settings.data.path:
+        yield (
+            f"warning: config.data.path = {settings.data.path!r}: not read, as config.stream.kind = "
+            f"{stream.kind!r} trains on the model's own images; leave it unset"
+        )
     yield "trained by " + ", ".join(f"{reward.name} ({reward.version})" for reward in trained)
     if settings.validation.every:
         names = ", ".join(reward.name for reward in others)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -101,8 +102,9 @@ def open_own_images(settings: Settings, size: tuple[int, int]) -> OwnImages:
             "config.rewards.prompts is not set: rewards are watched on prompts that are not trained on; name "
             "a file of some, or watch none with --config.validation.every=0"
         )
-    trained = load_differentiable(rewards.train, rewards.folder) if stream.kind == "prompts" else None
-    parts = read_sum(rewards.train)
+    with _of_key("config.rewards.train", rewards.train):
+        trained = load_differentiable(rewards.train, rewards.folder) if stream.kind == "prompts" else None
+        parts = read_sum(rewards.train)
     # As in `combine`, each reward of a sum counts in its own unit.
     weights = [weight / DIVISORS.get(name, 1.0) for name, weight in parts]
     if rewards.train == parts[0][0]:  # no sum
@@ -110,10 +112,23 @@ def open_own_images(settings: Settings, size: tuple[int, int]) -> OwnImages:
     names = [] if trained else [name for name, _ in parts]
     watched = list(trained.of_files(trained.params)) if trained else []
     for name in [*names, *_not_trained(rewards)]:
-        watched.append(load_reward(name, rewards.folder))
+        key, value = ("train", rewards.train) if name in names else ("validation", list(rewards.validation))
+        with _of_key(f"config.rewards.{key}", value):
+            watched.append(load_reward(name, rewards.folder))
         if ":" in name:
             _try(name, watched[-1], size, [*prompts, *prompts][:2])
     return OwnImages(prompts, held_out, trained, watched, weights)
+
+
+@contextmanager
+def _of_key(key: str, value: object) -> Iterator[None]:
+    """Puts the key of the config before what is refused within."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key} = {value!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{key} = {value!r}: {error}") from error
 
 
 def _try(name: str, reward: Reward, size: tuple[int, int], prompts: Sequence[str]) -> None:
@@ -141,6 +156,10 @@ def _not_trained(rewards: RewardSettings) -> Sequence[str]:
             raise UserError(
                 f"config.rewards.validation = {list(rewards.validation)}: {name} is trained by, and says "
                 "nothing of what is gained; name others"
+            )
+        if rewards.validation.count(name) > 1:
+            raise UserError(
+                f"config.rewards.validation = {list(rewards.validation)}: {name} stands twice; name it once"
             )
     return rewards.validation
 

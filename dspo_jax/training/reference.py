@@ -51,12 +51,24 @@ def open_reference(name: str, pipe: Pipeline) -> Reference:
     return Reference(other, tuple(differing))
 
 
-def refuse_reference(settings: Settings) -> None:
-    """Refuses the keys of a reference that the method does not read.
+def check_reference(settings: Settings, *, needed: bool) -> None:
+    """Refuses keys of a reference that would not be read.
+
+    Args:
+      settings: of the run.
+      needed: whether the method reads a reference.
 
     Raises:
       UserError: by key.
     """
+    if settings.reference.decay and not settings.reference.every:
+        raise UserError(
+            f"config.reference.decay = {settings.reference.decay:g}: a reference that does not move, as "
+            "config.reference.every = 0, is no average; set the decay to 0, or --config.reference.every to "
+            "the updates between two moves"
+        )
+    if needed:
+        return
     if settings.reference.every:
         raise UserError(
             f"config.reference.every = {settings.reference.every}: {settings.method!r} reads no reference "

@@ -38,7 +38,7 @@ from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
 from dspo_jax.training.online_checks import check_own_images, check_reward_gradient, check_self_play
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.own_images import OwnImages, open_own_images
-from dspo_jax.training.reference import Reference, open_reference, refuse_reference
+from dspo_jax.training.reference import Reference, check_reference, open_reference
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import POLICY, LossFn, Precision, Task, UpdateRule
@@ -148,8 +148,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     mesh = mesh_of(settings)
     if datasets and settings.stream.kind == "self_play":
         check_self_play(settings, pipe, mesh)
-    if not task.loss.needs_reference:
-        refuse_reference(settings)
+    check_reference(settings, needed=task.loss.needs_reference)
     if settings.stream.kind != "trajectories" or own_images is None:
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"

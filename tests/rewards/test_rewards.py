@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from tables import each_row
 
+from dspo_jax.errors import UserError
 from dspo_jax.rewards import REWARDS, Reward, load_reward
 from dspo_jax.rewards.scores import score_files
 
@@ -99,6 +100,14 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "own.py").write_text("")
     with pytest.raises(ValueError, match=r"own\.py: defines no function 'score'"):
         load_reward(f"{tmp_path}/own.py:score")
+    for text, fault in (
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import nopackage", "ModuleNotFoundError: No"),
+    ):
+        (tmp_path / "own.py").write_text(text)
+        with pytest.raises(UserError, match=rf"^reward .*own\.py: cannot be run: {fault}") as error:
+            load_reward(f"{tmp_path}/own.py:score")
+        assert "\n" not in str(error.value)
     assert {"compressibility", "colourfulness"} <= set(REWARDS)
 
 

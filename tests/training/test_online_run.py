@@ -227,6 +227,29 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
         ("draft", {"stream.num_inference_steps": 5000}, "config.stream.num_inference_steps = 5000"),
         ("ddpo", {"seed": -1}, "config.seed = -1: must be between 0"),
         ("draft", {"stream.batch_size": 4}, "config.stream.batch_size = 4"),
+        (
+            "ddpo",
+            {"stream.sampler": "ddpm", "stream.num_inference_steps": 1},
+            "config.stream.num_inference_steps = 1: the last step of ddpm .*at least 2",
+        ),
+        ("ddpo", {"timesteps.last": 300}, "config.timesteps.first = 0 and .*last = 300: .*'trajectories'"),
+        ("draft", {"timesteps.first": 300}, "config.timesteps.first = 300 and .*'prompts'"),
+        ("dpo", {"reference.decay": 0.9}, "config.reference.decay = 0.9: .*config.reference.every = 0"),
+        ("draft", {"reference.decay": 0.9}, "config.reference.decay = 0.9: .*config.reference.every = 0"),
+        ("draft", {"rewards.train": "colourfulness,"}, "config.rewards.train = 'colourfulness,': .*unknown"),
+        (
+            "ddpo",
+            {"rewards.train": "compresibility"},
+            "config.rewards.train = .*did you mean 'compressibility'",
+        ),
+        ("draft", {"rewards.train": "0*colourfulness"}, "config.rewards.train = .*its weight is 0"),
+        ("dpo", {"rewards.validation": ["nope"]}, r"config.rewards.validation = \['nope'\]: .*unknown"),
+        ("dpo", {"rewards.validation": ["colourfulness"] * 2}, "config.rewards.validation = .*stands twice"),
+        (
+            "draft",
+            {"reward_gradient.name": "draft", "reward_gradient.k": 1.0},
+            "leave config.reward_gradient.k unset",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_weights_are_read(kind, changes, message, shallow_model):
