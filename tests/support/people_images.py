@@ -60,10 +60,10 @@ def write_pairs(folder: Path, prompts: Sequence[str], first: int = 10_000) -> Pa
 class Judge:
     """A person at a browser: joins, reads what is shown, votes and undoes through a client of httpx's API."""
 
-    def __init__(self, client, name: str, token: str = ""):
+    def __init__(self, client, name: str, token: str = "", origin: str = ORIGIN):
         """Enters by the form, with the session's cookie from then on."""
-        self.client = client
-        answer = client.post("/join", data={"name": name, "token": token}, headers={"origin": ORIGIN})
+        self.client, self._headers = client, {"origin": origin}
+        answer = client.post("/join", data={"name": name, "token": token}, headers=self._headers)
         assert answer.status_code == 200, answer.text
         self.page = answer.text
 
@@ -71,7 +71,7 @@ class Judge:
         return self.client.get("/state").json()
 
     def send(self, path: str, **content):
-        return self.client.post(path, json=content, headers={"origin": ORIGIN})
+        return self.client.post(path, json=content, headers=self._headers)
 
     def vote(self, choice) -> dict:
         """Votes on what is shown now, and returns what is shown then."""
