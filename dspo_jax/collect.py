@@ -19,7 +19,7 @@ from dspo_jax.errors import UserError
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _SERVING = (
-    *("questions", "rank", "checks", "check_share", "repeat_share", "votes_per_group"),
+    *("questions", "rank", "scores", "checks", "check_share", "repeat_share", "votes_per_group"),
     *("seed", "host", "port"),
 )
 _EXPORTING = ("question", "preference", "ties", "min_checks", "who")
@@ -58,6 +58,7 @@ def _export(votes: Path, values: flags.FlagValues) -> None:
 
 def _serve(values: flags.FlagValues) -> None:
     from dspo_jax.locks import reserve
+    from dspo_jax.people.disagreement import add_disagreement
     from dspo_jax.people.groups import read_checks, read_groups
     from dspo_jax.people.questions import read_questions
     from dspo_jax.people.votes import Plan, create
@@ -82,6 +83,8 @@ def _serve(values: flags.FlagValues) -> None:
     out = Path(values.out)
     with reserve(out):
         groups = read_groups(values.images, rank=values.rank, allow_outside=values.allow_outside)
+        if values.scores is not None:
+            groups = add_disagreement(groups, Path(values.scores))
         checks = read_checks(values.checks, allow_outside=values.allow_outside)
         with listen(values.host, values.port) as listener:
             store = create(out, plan, [*groups, *checks])
@@ -119,6 +122,9 @@ def run() -> None:
         "general, appeal, alignment, or NAME=TEXT of your own, separated by commas; all are asked each time.",
     )
     flags.DEFINE_bool("rank", False, "All images of a prompt are put in order, in place of two compared.")
+    flags.DEFINE_string(
+        "scores", None, "scores.parquet of evaluate: what its rewards disagree on most is shown first."
+    )
     flags.DEFINE_string("checks", None, "Folder whose pairs.jsonl has known answers: attention checks.")
     flags.DEFINE_float("check_share", 0.05, "Of what a person sees, the share of attention checks.")
     flags.DEFINE_float("repeat_share", 0.05, "Of what a person sees, the share that is shown a second time.")

@@ -247,7 +247,7 @@ def _list_votes(store: VoteStore, place: _Images) -> list[JsonObject]:
         rows.append(
             {
                 "person": people[vote.showing.person],
-                "time": datetime.fromtimestamp(vote.since, UTC).isoformat(timespec="seconds"),
+                "time": datetime.fromtimestamp(vote.time, UTC).isoformat(timespec="seconds"),
                 "caption": group.prompt,
                 "images": [place(group.images[i]) for i in vote.showing.places],
                 "question": vote.question,

@@ -56,12 +56,14 @@ class Group:
       images: in an order that is never shown.
       answer: of an attention check, which image is right; None where people's opinion is asked.
       init_image: the picture that all of them are edits of, shown beside them; None where they are none.
+      disagreement: of rewards on the images; groups with more are shown earlier.
     """
 
     prompt: str
     images: tuple[ImageFile, ...]
     answer: int | None = None
     init_image: ImageFile | None = None
+    disagreement: float = 0.0
 
 
 class _Drawn(NamedTuple):

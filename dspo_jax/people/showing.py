@@ -92,7 +92,7 @@ class Showings:
         """Returns how far a person is."""
         shown = self._of_person.get(person, [])
         done = sum(self._open_question(showing) is None for showing in shown)
-        recent = [vote.since for vote in self._votes_of(person)[-_RECENT:]]
+        recent = [vote.time for vote in self._votes_of(person)[-_RECENT:]]
         rate = None
         if len(recent) >= _FEWEST and recent[-1] > recent[0]:
             rate = 60 * (len(recent) - 1) / (recent[-1] - recent[0])
@@ -155,6 +155,7 @@ class Showings:
         if (person, checks) not in self._orders:
             numbers = [i for i, each in enumerate(self._store.groups) if (each.answer is not None) == checks]
             self._random("order", checks, name).shuffle(numbers)
+            numbers.sort(key=lambda number: -self._store.groups[number].disagreement)
             self._orders[person, checks] = numbers
         return self._orders[person, checks]
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dspo_jax.errors import UserError
-from dspo_jax.people.groups import Group, ImageFile
+from dspo_jax.people import stored_groups
+from dspo_jax.people.groups import Group
 
 TIE, SKIP = "tie", "skip"
 """Choices beside the images themselves."""
@@ -19,13 +20,8 @@ TIE, SKIP = "tie", "skip"
 Choice = str | int | tuple[int, ...]
 """`TIE`, `SKIP`, the number of the better image of a group, or the numbers of its images, best first."""
 
-_FORMAT = 2
-_OLDER = 1  # without the pictures that were edited, and all folders absolute
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE groups (
-  id INTEGER PRIMARY KEY, prompt TEXT NOT NULL, images TEXT NOT NULL, answer INTEGER, init_image TEXT
-);
 CREATE TABLE people (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE sessions (digest TEXT PRIMARY KEY, person INTEGER NOT NULL REFERENCES people(id));
 CREATE TABLE showings (
@@ -103,14 +99,14 @@ class Vote:
       showing: what was shown.
       question: name of the question.
       choice: what was chosen, by the numbers of the group's images.
-      since: when, in seconds since 1970.
+      time: in seconds since 1970.
     """
 
     number: int
     showing: Showing
     question: str
     choice: Choice
-    since: float
+    time: float
 
 
 class VoteStore:
@@ -124,19 +120,7 @@ class VoteStore:
         facts = self._facts()
         self.plan = Plan(**json.loads(facts["plan"]))
         self.secret, self.link_token = facts["secret"], facts["link_token"]
-        init_image = "NULL" if _version(connection) == _OLDER else "init_image"
-        root = path.resolve().parent
-        self.groups = [
-            Group(
-                prompt,
-                tuple(_unpack(image, root) for image in json.loads(images)),
-                answer,
-                None if init_image is None else _unpack(json.loads(init_image), root),
-            )
-            for prompt, images, answer, init_image in connection.execute(
-                f"SELECT prompt, images, answer, {init_image} FROM groups ORDER BY id"
-            )
-        ]
+        self.groups = stored_groups.read(connection, path)
 
     def _facts(self) -> dict[str, str]:
         return dict(self._connection.execute("SELECT name, value FROM facts"))
@@ -154,10 +138,7 @@ class VoteStore:
     def relocate(self, groups: Sequence[Group]) -> None:
         """Notes where the images are now; `groups` are those of the file otherwise."""
         with self._write() as write:
-            if _version(write) == _OLDER:
-                write.execute("ALTER TABLE groups ADD COLUMN init_image TEXT")
-                write.execute(f"PRAGMA user_version = {_FORMAT}")
-            _write_groups(write, groups, self.path.resolve().parent)
+            stored_groups.write(write, groups, self.path)
         self.groups = list(groups)
 
     def people(self) -> dict[int, str]:
@@ -271,10 +252,16 @@ def create(path: Path, plan: Plan, groups: Sequence[Group]) -> VoteStore:
     """
     if path.exists():
         store = open_votes(path)
-        if list(map(_content, store.groups)) != list(map(_content, groups)):
+        if not stored_groups.are_same(store.groups, groups):
             store.close()
             raise UserError(
                 f"--out={path}: holds votes on other images, or on these in another order; name another file"
+            )
+        if [each.disagreement for each in store.groups] != [each.disagreement for each in groups]:
+            store.close()
+            raise UserError(
+                f"--scores: the votes of {path} were begun with other scores, or with none; give the same "
+                "again, or name another --out"
             )
         if store.plan != plan:
             field = next(
@@ -294,14 +281,13 @@ def create(path: Path, plan: Plan, groups: Sequence[Group]) -> VoteStore:
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     connection = sqlite3.connect(partial, isolation_level=None)
-    connection.executescript(_SCHEMA)
+    connection.executescript(_SCHEMA + stored_groups.SCHEMA)
     with connection:
         connection.execute("BEGIN")
         facts = {"plan": json.dumps(dataclasses.asdict(plan))}
         facts |= {name: secrets.token_urlsafe(32) for name in ("secret", "link_token")}
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-        _write_groups(connection, groups, path.resolve().parent)
-        connection.execute(f"PRAGMA user_version = {_FORMAT}")
+        stored_groups.write(connection, groups, path)
     connection.close()
     partial.rename(path)
     return open_votes(path)
@@ -320,7 +306,7 @@ def open_votes(path: Path) -> VoteStore:
         raise UserError(f"{path}: is a folder or a device; name a file of votes")
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        if _version(connection) not in (_FORMAT, _OLDER):
+        if stored_groups.version_of(connection) not in stored_groups.VERSIONS:
             connection.close()
             raise UserError(f"{path}: not a file of votes that this version reads; name what collect wrote")
         # On the disk after each commit: neither a killed server nor a power failure loses a vote.
@@ -329,43 +315,3 @@ def open_votes(path: Path) -> VoteStore:
         return VoteStore(path, connection)
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path}: cannot be read as votes ({error}); name what collect wrote") from error
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    [version] = connection.execute("PRAGMA user_version").fetchone()
-    return int(version)
-
-
-def _content(group: Group) -> tuple[object, ...]:
-    """Returns what makes a group the same, wherever its images lie and whatever their models are called."""
-    init_image = None if group.init_image is None else group.init_image.sha256
-    return group.prompt, [image.sha256 for image in group.images], group.answer, init_image
-
-
-def _write_groups(connection: sqlite3.Connection, groups: Sequence[Group], root: Path) -> None:
-    connection.executemany(
-        "INSERT OR REPLACE INTO groups (id, prompt, images, answer, init_image) VALUES (?, ?, ?, ?, ?)",
-        [
-            (
-                number,
-                group.prompt,
-                json.dumps([_pack(image, root) for image in group.images]),
-                group.answer,
-                None if group.init_image is None else json.dumps(_pack(group.init_image, root)),
-            )
-            for number, group in enumerate(groups)
-        ],
-    )
-
-
-def _pack(image: ImageFile, root: Path) -> tuple[str, ...]:
-    """Returns the fields of an image; a folder beneath that of the votes is relative, to be moved with it."""
-    folder = Path(image.folder)
-    if folder.is_relative_to(root):
-        image = dataclasses.replace(image, folder=str(folder.relative_to(root)))
-    return dataclasses.astuple(image)
-
-
-def _unpack(fields: Sequence[str], root: Path) -> ImageFile:
-    image = ImageFile(*fields)
-    return dataclasses.replace(image, folder=str(root / image.folder))

@@ -239,7 +239,8 @@ def test_a_file_of_the_first_format_is_read_and_goes_on(tmp_path):
     judge(store, Showings(store), "anna", most=2)
     store.close()
     with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE groups DROP COLUMN init_image")
+        for column in ("init_image", "disagreement"):
+            connection.execute(f"ALTER TABLE groups DROP COLUMN {column}")
         connection.execute("PRAGMA user_version = 1")
     store = open_votes(path)
     assert (store.groups, len(store.votes())) == (groups, 2)

@@ -17,7 +17,7 @@ httpx = pytest.importorskip("httpx2")
 pytestmark = pytest.mark.slow
 
 MODEL = ROOT / "examples/emoji/model"
-PROMPTS, STEPS, JUDGED = 30, 50, 12
+PROMPTS, STEPS, JUDGED = 30, 10, 12
 DRAWING = ["--steps=4", "--guidance_scale=4", "--batch_size=15"]
 
 
@@ -49,7 +49,7 @@ def vote_for_the_brighter(folders, out, people):
 def test_votes_train_the_emoji_model_and_judge_what_came_of_it(tmp_path):
     def run(module, *flags):
         log = tmp_path / module
-        assert finish(start(f"dspo_jax.{module}", flags, log)) == [0], log_of(log, 0).read_text()
+        assert finish(start(f"dspo_jax.{module}", flags, log), 900) == [0], log_of(log, 0).read_text()
         return log_of(log, 0).read_text()
 
     prompts = tmp_path / "prompts.txt"
@@ -72,7 +72,8 @@ def test_votes_train_the_emoji_model_and_judge_what_came_of_it(tmp_path):
     changes = {
         "data.path": pairs,
         "steps": STEPS,
-        "batch_size": 8,
+        "batch_size": 4,
+        "optimizer.warmup_steps": 0,
         "samples.every": 0,
         "checkpoint.every": STEPS,
     }
