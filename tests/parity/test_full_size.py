@@ -2,7 +2,7 @@
 
     pytest -m slow -s tests/parity/test_full_size.py -k "sdxl and unet"
 
-One at a time: SDXL's UNet needs 16 GB of memory and 5 GB of disk, Stable Diffusion 3's transformers 14 GB and
+One at a time: SDXL's UNet needs 16 GB of memory and 5 GB of disk, Stable Diffusion 3's transformers 17 GB and
 5 GB; of the largest of them and of T5 a few layers stand for all. Every test prints its errors.
 """
 
