@@ -119,7 +119,8 @@ def run() -> None:
     flags.DEFINE_list(
         "questions",
         ["general"],
-        "general, appeal, alignment, or NAME=TEXT of your own, separated by commas; all are asked each time.",
+        "general, appeal, alignment, or NAME=TEXT of your own (in double quotes if it has a comma), "
+        "separated by commas; all are asked each time.",
     )
     flags.DEFINE_bool("rank", False, "All images of a prompt are put in order, in place of two compared.")
     flags.DEFINE_string(
@@ -129,7 +130,7 @@ def run() -> None:
     flags.DEFINE_float("check_share", 0.05, "Of what a person sees, the share of attention checks.")
     flags.DEFINE_float("repeat_share", 0.05, "Of what a person sees, the share that is shown a second time.")
     flags.DEFINE_integer("votes_per_group", 0, "People who judge each group of images; 0: everybody all.")
-    flags.DEFINE_integer("seed", 0, "Of order, sides, repetitions and checks.")
+    flags.DEFINE_integer("seed", 0, "Random seed of order, sides, repetitions and checks.")
     flags.DEFINE_string(
         "host", "127.0.0.1", "Address to listen to; others than this machine need the link's token."
     )
@@ -137,7 +138,7 @@ def run() -> None:
     flags.DEFINE_bool(
         "allow_outside", False, "Whether images may lie outside their folder, by a link or '..'."
     )
-    flags.DEFINE_string("question", None, "Of export: the question whose votes count; None is the first.")
+    flags.DEFINE_string("question", None, "Of export: the question whose votes count (default: the first).")
     flags.DEFINE_enum(
         "preference",
         "share",
