@@ -107,6 +107,8 @@ def get_config() -> ConfigDict:
     # the rank of each adapter, with which the factor is 1, or sqrt(rank).
     config.lora.alpha = config_dict.placeholder(float)
     config.lora.rank_stabilised = False
+    # DoRA: kernels also get a length of their own for each output, which is trained.
+    config.lora.dora = False
     # Probability with which each element of an adapter's input is dropped in training, in the policy alone.
     config.lora.dropout = 0.0
     # Compute dtype of the networks, "float32" or "bfloat16"; losses and the optimizer are float32.

@@ -233,6 +233,11 @@ def _adapter_tensors(
     leaves = {component: _saved_leaves(saved, component) for component in components}
     if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
         raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
+    if style == "kohya" and any(path.endswith("lora_magnitude_vector") for path in saved.arrays):
+        raise UserError(
+            f"{saved.path}: holds DoRA, for which kohya's names have no place that diffusers reads; take "
+            "--lora=diffusers, or leave out --lora for the whole model"
+        )
     named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, scale, style)
     return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
 
@@ -240,6 +245,7 @@ def _adapter_tensors(
 def _make_configs(saved: SavedParams, scale: lora.Scale) -> dict[str, str]:
     """Returns the entry of a header in which diffusers looks for PEFT's configs."""
     configs: dict[str, object] = {}
+    dora = any(path.endswith("lora_magnitude_vector") for path in saved.arrays)
     shapes = traverse_util.unflatten_dict(saved.arrays, sep=".")
     for component, tree in shapes.items():
         # Without the prefix, which transformers 5 leaves out: PEFT compares the ends of names.
@@ -250,7 +256,7 @@ def _make_configs(saved: SavedParams, scale: lora.Scale) -> dict[str, str]:
             **{"r": usual, "lora_alpha": scale.alpha_of(usual), "rank_pattern": others},
             "alpha_pattern": {layer: scale.alpha_of(rank) for layer, rank in others.items()},
             **{"target_modules": sorted(ranks), "bias": "none"},
-            **{"use_dora": False, "use_rslora": scale.rank_stabilised},
+            **{"use_dora": dora, "use_rslora": scale.rank_stabilised},
         }
         configs |= {f"{component}.{key}": value for key, value in config.items()}
     return {METADATA_KEY: json.dumps(configs, sort_keys=True)}
@@ -262,14 +268,14 @@ def _name_adapters(
     """Returns the tensors of an adapter file.
 
     Args:
-      components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in] and
-        `LAYER.lora_B.weight` [out, r].
+      components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in],
+        `LAYER.lora_B.weight` [out, r] and of DoRA `LAYER.lora_magnitude_vector` [out].
       scale: of what they add.
       style: one of `ADAPTER_FORMATS`. For kohya every layer also has `alpha`.
     """
     if style == "diffusers":
         return {
-            f"{component}.{name}": tensor
+            f"{component}.{_spell(name)}": _as_peft(name, tensor, tensors)
             for component, tensors in components.items()
             for name, tensor in tensors.items()
         }
@@ -288,6 +294,24 @@ def _name_adapters(
             if matrix == "lora_A":
                 named[f"{key}.alpha"] = _scalar(_kohya_alpha(scale, tensor.shape[0]))
     return named
+
+
+def _spell(name: str) -> str:
+    """Returns the name of an adapter's tensor with which diffusers finds it in text encoders, too.
+
+    PEFT's own `lora_magnitude_vector` is passed over by transformers 5, which adds the adapter's name alone.
+    """
+    return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
+
+
+def _as_peft(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns a tensor as PEFT stores it: DoRA's magnitudes of a convolution are [1, out, 1, 1]."""
+    layer, _, part = name.rpartition(".")
+    if part != "lora_magnitude_vector":
+        return tensor
+    window = tensors[f"{layer}.lora_A.weight"].shape[2:]
+    shape = (1, *tensor.shape, *(1 for _ in window)) if window else tensor.shape
+    return Tensor(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
 
 
 def _kohya_alpha(scale: lora.Scale, rank: int) -> float:

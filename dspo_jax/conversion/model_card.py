@@ -24,8 +24,8 @@ GRID = "samples.png"
 _SETTINGS = ("batch_size", "optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "seed")
 _OPTIONS = (
     *("reference.model", "optimizer.scale_lr", "optimizer.text_encoder_learning_rate"),
-    *("lora.rank", "lora.alpha", "lora.rank_stabilised", "lora.dropout", "lora.init"),
-    *("train_text_encoder", "ema_decay"),
+    *("lora.rank", "lora.alpha", "lora.rank_stabilised", "lora.dora", "lora.dropout"),
+    *("lora.init", "train_text_encoder", "ema_decay"),
     *("text.max_chunks", "text.clip_skip"),
 )
 _PROMPT = "a red fox in the snow"

@@ -198,5 +198,5 @@ class Upsample2D(nnx.Module):
             return self.conv(double(x)[:, :height, :width])
         out = convolve_doubled(x, self.conv.kernel[...]) + bias[...][None, None, None]
         if isinstance(self.conv, LoRAConv):
-            out = out + self.conv.adapt(double(x))
+            out = self.conv.adapt(out, double(x))
         return out

@@ -6,6 +6,10 @@ of what is added, alpha / rank, is no part of the layer: a run trains and keeps 
 multiplies B before the networks see it. A tree without adapters is the base model, and one whose `lora_B` is
 zero computes the same.
 
+Where `lora_magnitude_vector` lies beside them, too, the adapter is DoRA's (Liu et al. 2024, arXiv 2402.09353,
+Eq. 5): the layer's kernel is W + A B with each output's column brought to the length m of that output,
+m (W + A B) / ||W + A B||. No gradient flows through the length (section 4.3), as in PEFT.
+
 Where `lora_dropout` lies beside them, too, elements of the adapter's input are dropped (PEFT's lora_dropout):
 y + lora_B(lora_A(dropped(x))). It is there in the policy's forward pass in training alone (`with_dropout`).
 """
@@ -13,7 +17,7 @@ y + lora_B(lora_A(dropped(x))). It is there in the policy's forward pass in trai
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 from jaxtyping import Key, PyTree
 
 from dspo_jax.errors import UserError
@@ -30,6 +35,7 @@ from dspo_jax.errors import UserError
 Params = dict[str, Any]
 
 _A, _B = ".lora_A.kernel", ".lora_B.kernel"
+_MAGNITUDE = ".lora_magnitude_vector"
 _KEYS, _RATE = ".lora_dropout.keys", ".lora_dropout.rate"
 
 
@@ -62,10 +68,12 @@ class Adapter(NamedTuple):
     Attributes:
       rank: r.
       dropout: whether elements of its input are dropped.
+      magnitude: whether it is DoRA's.
     """
 
     rank: int
     dropout: bool = False
+    magnitude: bool = False
 
 
 class _Dropout(nnx.Module):
@@ -88,6 +96,36 @@ class _Dropout(nnx.Module):
         return jnp.where(kept, x * (1 / (1 - rate)).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
+def _lengths(kernel: jax.Array, lora_A: jax.Array, lora_B: jax.Array) -> jax.Array:
+    """Returns the Euclidean length of each output's column of W + A B, [out] float32."""
+    kernel, a, b = (matrix.astype(jnp.float32) for matrix in (kernel, lora_A, lora_B))
+    columns = kernel.reshape(-1, kernel.shape[-1]) + a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[-2:])
+    return jnp.sqrt(jnp.square(columns).sum(0))
+
+
+def _adapt(
+    layer: "_LoRALinear | LoRAConv", out: jax.Array, x: jax.Array, run: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Returns the output of a layer with its adapter; `out` is that of `run`, the layer without, for `x`."""
+    kept = layer.lora_dropout(x) if layer.lora_dropout else x
+    added = layer.lora_B(layer.lora_A(kept))
+    if layer.lora_magnitude_vector is None:
+        return out + added
+    kernels = (each.kernel[...] for each in (layer, layer.lora_A, layer.lora_B))
+    lengths = jax.lax.stop_gradient(_lengths(*kernels))
+    lengths = jnp.where(lengths == 0, 1.0, lengths)  # a column of zeros stays one
+    factor = jnp.expand_dims(layer.lora_magnitude_vector[...] / lengths, range(out.ndim - 1))
+    base = run(kept) if layer.lora_dropout else out
+    if layer.bias is not None:
+        base = base - jnp.expand_dims(layer.bias[...], range(out.ndim - 1))
+    # As in PEFT dropout is of all that the adapter changes, and `out` is whole.
+    return out + (factor - 1).astype(out.dtype) * base + factor.astype(out.dtype) * added
+
+
+def _magnitude(form: Adapter, outputs: int) -> nnx.Param | None:
+    return nnx.Param(jnp.ones(outputs)) if form.magnitude else None
+
+
 class _LoRALinear(nnx.Linear):
     def __init__(self, base: nnx.Linear, form: Adapter, rngs: nnx.Rngs):
         inputs, outputs = base.in_features, base.out_features
@@ -96,12 +134,12 @@ class _LoRALinear(nnx.Linear):
         self.lora_A = nnx.Linear(inputs, form.rank, use_bias=False, dot_general=dot, rngs=rngs)
         self.lora_B = nnx.Linear(form.rank, outputs, use_bias=False, dot_general=dot, rngs=rngs)
         self.lora_dropout = _Dropout() if form.dropout else None
+        self.lora_magnitude_vector = _magnitude(form, outputs)
 
     def __call__(
         self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
     ) -> jax.Array:
-        kept = self.lora_dropout(inputs) if self.lora_dropout else inputs
-        return super().__call__(inputs, out_sharding) + self.lora_B(self.lora_A(kept))
+        return _adapt(self, super().__call__(inputs, out_sharding), inputs, super().__call__)
 
 
 class LoRAConv(nnx.Conv):
@@ -115,15 +153,16 @@ class LoRAConv(nnx.Conv):
         self.lora_A = nnx.Conv(inputs, form.rank, use_bias=False, rngs=rngs, **window, **how)
         self.lora_B = nnx.Conv(form.rank, outputs, (1, 1), use_bias=False, rngs=rngs, **how)
         self.lora_dropout = _Dropout() if form.dropout else None
+        self.lora_magnitude_vector = _magnitude(form, outputs)
 
-    def adapt(self, inputs: jax.Array) -> jax.Array:
-        """Computes the output of the adapter, which is added to the layer's."""
-        return self.lora_B(self.lora_A(self.lora_dropout(inputs) if self.lora_dropout else inputs))
+    def adapt(self, out: jax.Array, inputs: jax.Array) -> jax.Array:
+        """Returns the output with the adapter; `out` is that of the convolution without it."""
+        return _adapt(self, out, inputs, super().__call__)
 
     def __call__(
         self, inputs: jax.Array, out_sharding: NamedSharding | PartitionSpec | None = None
     ) -> jax.Array:
-        return super().__call__(inputs, out_sharding) + self.adapt(inputs)
+        return self.adapt(super().__call__(inputs, out_sharding), inputs)
 
 
 def attach(module: nnx.Module, adapters: Mapping[str, Adapter], rngs: nnx.Rngs) -> None:
@@ -150,7 +189,10 @@ def find_ranks(params: Params) -> dict[str, int]:
 def find_adapters(params: Params) -> dict[str, Adapter]:
     """Returns path of each layer that has an adapter in `params` -> its form."""
     leaves = flatten_dict(params, sep=".")
-    return {path: Adapter(rank, path + _KEYS in leaves) for path, rank in find_ranks(params).items()}
+    return {
+        path: Adapter(rank, dropout=path + _KEYS in leaves, magnitude=path + _MAGNITUDE in leaves)
+        for path, rank in find_ranks(params).items()
+    }
 
 
 def with_dropout(params: Params, rate: float, keys: Key[jax.Array, " B"]) -> Params:
@@ -220,9 +262,50 @@ def scaled(params: Params, scale: Scale) -> Params:
     return unflatten_dict({path: multiply(path, leaf) for path, leaf in flatten_dict(params).items()})
 
 
+def is_magnitude(path: KeyPath) -> bool:
+    """Tells whether a leaf is DoRA's magnitudes, which are float32 whatever the other parameters are."""
+    return "." + jax.tree_util.keystr(path[-1:], simple=True) == _MAGNITUDE
+
+
+def find_magnitudes(params: Params, scale: Scale) -> Params:
+    """Computes the lengths of the columns of adapted kernels, which DoRA's magnitudes begin as.
+
+    Args:
+      params: kernels and adapters.
+      scale: of the adapters.
+
+    Returns:
+      A tree of `lora_magnitude_vector` alone.
+    """
+    leaves = flatten_dict(scaled(params, scale), sep=".")
+    return unflatten_dict(
+        {
+            path + _MAGNITUDE: _lengths(leaves[f"{path}.kernel"], leaves[path + _A], leaves[path + _B])
+            for path in find_ranks(params)
+        },
+        sep=".",
+    )
+
+
 def combine(base: Params, other: Params) -> Params:
     """Merges two trees; where both have a leaf, that of `other` is taken."""
     return unflatten_dict(flatten_dict(base) | flatten_dict(other))
+
+
+def fold(weight: np.ndarray, added: np.ndarray, magnitude: np.ndarray | None) -> np.ndarray:
+    """Returns weight + added, of DoRA with the weights of each output brought to the length of its magnitude.
+
+    Args:
+      weight, added: [out, ...] float32, as torch has them.
+      magnitude: [out], or None.
+    """
+    folded = weight + added
+    if magnitude is None:
+        return folded
+    lengths = np.sqrt(np.square(folded, dtype=np.float64).reshape(len(folded), -1).sum(1))
+    lengths[lengths == 0] = 1  # a column of zeros stays one
+    factor = (np.float64(magnitude) / lengths).astype(np.float32)
+    return folded * factor.reshape(-1, *(1 for _ in folded.shape[1:]))
 
 
 def product(lora_A: np.ndarray, lora_B: np.ndarray) -> np.ndarray:

@@ -57,7 +57,8 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     what = " and ".join(state.params)
     if task.adapters is not None:
         ranks = set(find_ranks(state.params).values())
-        what += f", LoRA of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}"
+        kind = "DoRA" if task.dora else "LoRA"
+        what += f", {kind} of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}"
         what += f" from {settings.lora.init}" if settings.lora.init else ""
     yield (
         f"{settings.method}: {count:,} trainable parameters ({what}), kept in "

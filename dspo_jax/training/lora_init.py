@@ -1,14 +1,20 @@
-"""The start of a run from a LoRA file: its products as the adapters that are trained."""
+"""The adapters of a run at its start: from a LoRA file, and the magnitudes of DoRA."""
 
 from collections.abc import Mapping
+from functools import partial
 
+import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
+from dspo_jax.parallel.mesh import replicated
+from dspo_jax.training.lora_settings import LoraSettings
+from dspo_jax.training.task import Task
 from dspo_jax.weights.layout import flatten, torch_layout, unflatten
 from dspo_jax.weights.lora_files import LoRA, Module, open_lora, parse_lora
 
@@ -16,30 +22,33 @@ KEY = "config.lora.init = "
 """What errors say before the value."""
 
 
-def read_adapters(
-    text: str, networks: Mapping[str, Model], fresh: Params | None, scale: lora.Scale
-) -> Params:
+def read_adapters(settings: LoraSettings, networks: Mapping[str, Model], fresh: Params | None) -> Params:
     """Reads a LoRA file as adapters by component, float32, which add in the run what the file adds.
 
     B is multiplied by the factor alpha / rank of the file and by the weight, and divided by the run's factor.
 
     Args:
-      text: `FILE` or `FILE:WEIGHT`, PEFT's or kohya's.
+      settings: of the run; `init` is `FILE` or `FILE:WEIGHT`, PEFT's or kohya's.
       networks: those whose adapters are trained.
       fresh: adapters of the layers and the rank that the config asks for; None takes those of the file.
-      scale: of the run.
 
     Raises:
       FileNotFoundError: no such file.
-      UserError: it is no LoRA of the networks, or has other layers or ranks than `fresh`.
+      UserError: it is no LoRA of the networks, has other layers or ranks than `fresh`, or is DoRA where the
+        run is not.
     """
-    opened = open_lora(text, networks, key=KEY)
+    assert settings.init is not None
+    opened = open_lora(settings.init, networks, key=KEY)
     for component in networks:
         if component not in opened.modules:
             raise UserError(
                 f"{opened.path}: holds nothing for {component}, which is trained; name another file in "
                 "config.lora.init, or set config.train_text_encoder=False for a LoRA of the UNet alone"
             )
+    if not settings.dora and any(
+        module.magnitude is not None for modules in opened.modules.values() for module in modules.values()
+    ):
+        raise UserError(f"{opened.path}: is DoRA; set config.lora.dora=True to train it as such")
     if fresh is not None:
         _check_fits(opened, fresh)
     for component, modules in opened.modules.items():
@@ -52,7 +61,8 @@ def read_adapters(
             " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
         )
     return {
-        component: _make_tree(modules, opened.weight, scale) for component, modules in opened.modules.items()
+        component: _make_tree(modules, opened.weight, settings.scale)
+        for component, modules in opened.modules.items()
     }
 
 
@@ -84,16 +94,38 @@ def _make_tree(modules: Mapping[str, Module], weight: float, scale: lora.Scale) 
         for matrix, value in (("lora_A", down), ("lora_B", factor * up)):
             path = f"{layer}.{matrix}.kernel"
             leaves[path] = value.transpose(np.argsort(torch_layout(path, value.ndim)[1]))
+        if module.magnitude is not None:
+            leaves[f"{layer}.lora_magnitude_vector"] = np.asarray(module.magnitude.read(), np.float32)
     return unflatten(leaves)
 
 
+def find_magnitudes(task: Task, whole: Params, mesh: Mesh, *, abstract: bool) -> Params:
+    """Computes DoRA's magnitudes at the start of a run, on the host: those that change nothing.
+
+    Args:
+      task: of the run.
+      whole: kernels and adapters by component, on the devices.
+      mesh: the devices.
+      abstract: return shapes, which then are those of `whole`.
+    """
+    assert task.adapters is not None
+    find = partial(lora.find_magnitudes, scale=task.adapters)
+    if abstract:
+        return jax.eval_shape(find, whole)
+    return jax.device_get(jax.jit(find, out_shardings=replicated(mesh))(whole))
+
+
 def without_products(adapters: Params) -> Params:
-    """Returns adapters that add nothing, B being zero, for a reference that is another model."""
+    """Returns adapters that add nothing, B being zero, for a reference that is another model.
+
+    Without magnitudes, which are then the reference's own.
+    """
     return {
         component: unflatten(
             {
                 path: np.zeros_like(leaf) if path.endswith("lora_B.kernel") else leaf
                 for path, leaf in flatten(tree).items()
+                if not path.endswith("lora_magnitude_vector")
             }
         )
         for component, tree in adapters.items()

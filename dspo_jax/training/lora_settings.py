@@ -20,11 +20,12 @@ class LoraSettings:
         Limit("must be above 0 and finite", lambda alpha: alpha is None or 0 < alpha < math.inf)
     )
     rank_stabilised: bool
+    dora: bool
     dropout: float = limited(DECAY)
 
     def __post_init__(self) -> None:
         """Refuses keys of adapters where there are none."""
-        for key, off in (("alpha", None), ("rank_stabilised", False), ("dropout", 0)):
+        for key, off in (("alpha", None), ("rank_stabilised", False), ("dora", False), ("dropout", 0)):
             if not self.on and getattr(self, key) != off:
                 raise UserError(
                     f"config.lora.{key} = {getattr(self, key)}: LoRA is off; set config.lora.rank, or leave "

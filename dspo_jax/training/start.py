@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
@@ -244,6 +245,7 @@ def make_task(
         train_text_encoder=settings.train_text_encoder,
         adapters=settings.lora.scale if settings.lora.on else None,
         reference=reference,
+        dora=settings.lora.dora,
     )
 
 
@@ -305,9 +307,9 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
         return {}
     trained = pipe.components if settings.train_text_encoder else (pipe.denoiser,)
     models = {name: pipe.networks[name] for name in trained}
-    init, scale = settings.lora.init, settings.lora.scale
+    init = settings.lora.init
     if init is not None and settings.lora.rank == 0:
-        return lora_init.read_adapters(init, models, None, scale)
+        return lora_init.read_adapters(settings.lora, models, None)
     key = jax.random.key(settings.seed)
     try:
         fresh = {
@@ -316,7 +318,7 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
         }
     except (UserError, re.error) as error:
         raise UserError(f"config.lora.targets = {settings.lora.targets}: {error}") from error
-    return fresh if init is None else lora_init.read_adapters(init, models, fresh, scale)
+    return fresh if init is None else lora_init.read_adapters(settings.lora, models, fresh)
 
 
 def make_state(
@@ -343,7 +345,11 @@ def make_state(
         formats = choose_formats(params, make_shardings(params, mesh), mesh)
         if abstract:
             return _abstract(params, formats, dtype)
-        return place(jax.tree.map(lambda leaf: np.asarray(leaf, DTYPES[dtype]), params), formats)
+
+        def cast(path: KeyPath, leaf: np.ndarray) -> np.ndarray:
+            return np.asarray(leaf, DTYPES["float32" if lora.is_magnitude(path) else dtype])
+
+        return place(jax.tree_util.tree_map_with_path(cast, params), formats)
 
     other = task.pipe if task.reference is None or abstract else task.reference.pipe
     if other is None:
@@ -368,6 +374,15 @@ def make_state(
     own = [name for name in task.reference.differing if name not in trained] if task.reference else []
     if own:
         reference[POLICY] = {name: read(name, precision.reference_dtype) for name in own}
+    if task.dora:
+
+        def add_magnitudes(whole: Params, params: Params) -> Params:
+            found = lora_init.find_magnitudes(task, whole, mesh, abstract=abstract)
+            return lora.combine(put(found, "float32"), params)  # those of a file stay
+
+        bases = reference | reference.get(POLICY, {})
+        params = add_magnitudes(lora.combine({name: bases[name] for name in params}, params), params)
+        reference = add_magnitudes({name: reference[name] for name in params}, reference)
     beside = task.loss.frozen_params(task.pipe, abstract=abstract)
     reference |= {name: put(part, "float32") for name, part in beside.items()}
     shapes = jax.eval_shape(partial(init_state, task), params)
@@ -378,7 +393,8 @@ def make_state(
 
 
 def _abstract(tree: PyTree, formats: PyTree, dtype: str | None = None) -> PyTree:
-    def leaf(array: jax.ShapeDtypeStruct, format_: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=format_)
+    def leaf(path: KeyPath, array: jax.ShapeDtypeStruct, format_: Any) -> jax.ShapeDtypeStruct:
+        kept = array.dtype if dtype is None or lora.is_magnitude(path) else dtype
+        return jax.ShapeDtypeStruct(array.shape, kept, sharding=format_)
 
-    return jax.tree.map(leaf, tree, formats)
+    return jax.tree_util.tree_map_with_path(leaf, tree, formats)

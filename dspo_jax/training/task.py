@@ -147,6 +147,7 @@ class Task:
       train_text_encoder: whether the text encoders are among the trained parameters.
       adapters: the scale of the adapters that alone are trained (models/lora.py); None where there are none.
       reference: the model that the policy is compared with; None for its own start.
+      dora: whether the adapters have magnitudes.
     """
 
     pipe: Pipeline
@@ -156,6 +157,7 @@ class Task:
     train_text_encoder: bool
     adapters: lora.Scale | None
     reference: Reference | None = None
+    dora: bool = False
 
 
 def predict(
@@ -202,4 +204,8 @@ def cast(task: Task, params: Params) -> Params:
     """Returns parameters as `predict` takes them: in the compute dtype, adapters times their scale."""
     if task.adapters is not None:
         params = lora.scaled(params, task.adapters)
-    return jax.tree.map(lambda leaf: leaf.astype(task.precision.compute_dtype), params)
+
+    def cast_leaf(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+        return leaf if lora.is_magnitude(path) else leaf.astype(task.precision.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast_leaf, params)

@@ -74,7 +74,7 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         fixed = {"stream.kind": "dataset", "stream.guidance_rescale": 0.0, "noise_offset": 0.0}
         fixed |= {"text.max_chunks": 1, "text.clip_skip": 1}
         fixed |= {"data.curriculum_groups": 1, "data.curriculum_every": 500}
-        fixed |= {"lora.alpha": None, "lora.rank_stabilised": False, "lora.dropout": 0.0}
+        fixed |= {"lora.alpha": None, "lora.rank_stabilised": False, "lora.dropout": 0.0, "lora.dora": False}
         fixed |= {"optimizer.text_encoder_learning_rate": None}
         fixed |= {"lora.init": None, "reference.model": None, "reference.every": 0, "reference.decay": 0.0}
         theirs = fixed | theirs

@@ -92,12 +92,15 @@ def fold_adapters(
       UserError: an adapter of a layer that the component has not, or has in another shape.
     """
 
-    def add(kernel: Tensor, lora_A: Tensor, lora_B: Tensor, axes: tuple[int, ...]) -> Tensor:
+    def add(kernel: Tensor, layer: str, axes: tuple[int, ...]) -> Tensor:
+        lora_A, lora_B = (leaves[f"{layer}.{matrix}.kernel"] for matrix in ("lora_A", "lora_B"))
+        magnitude = leaves.get(f"{layer}.lora_magnitude_vector")
         factor = np.float32(scale.of(lora_A.shape[-1]))
 
         def read() -> np.ndarray:
             added = lora.product(lora_A.read(), lora_B.read()).transpose(axes)
-            return kernel.read().astype(np.float32) + factor * added
+            lengths = None if magnitude is None else magnitude.read()
+            return lora.fold(kernel.read().astype(np.float32), factor * added, lengths)
 
         return Tensor(kernel.shape, np.dtype("float32"), read)
 
@@ -110,7 +113,7 @@ def fold_adapters(
         have = stored[name].shape if name in stored else None
         if have != want:
             raise UserError(f"an adapter for {name} {want}, which is {have or 'absent'}")
-        folded[name] = add(stored[name], lora_A, lora_B, axes)
+        folded[name] = add(stored[name], layer, axes)
     return folded
 
 

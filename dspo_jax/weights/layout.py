@@ -23,6 +23,7 @@ _LAYOUT: dict[tuple[str, int], tuple[str, tuple[int, ...]]] = {
     ("scale", 1): ("weight", (0,)),  # norm
     ("embedding", 2): ("weight", (0, 1)),
     ("bias", 1): ("bias", (0,)),
+    ("lora_magnitude_vector", 1): ("lora_magnitude_vector", (0,)),  # DoRA
     # BLIP's image encoder.
     ("cls_token", 3): ("cls_token", (0, 1, 2)),
     ("pos_embed", 3): ("pos_embed", (0, 1, 2)),

@@ -1,6 +1,7 @@
 """LoRA files as people share them: names of PEFT and diffusers, of kohya and of LyCORIS' LoCon.
 
 Each names some layers of a model, and adds scale * up @ down to the weight of each; scale is alpha / rank.
+PEFT's DoRA brings the weights of each output to a length of its own after that.
 Sources of the names: diffusers' `save_lora_weights` and `load_lora_weights`, in their old forms too; PEFT's
 `get_peft_model_state_dict`; networks/lora.py of kohya-ss/sd-scripts; lycoris/modules/locon.py of LyCORIS.
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
+from dspo_jax.models.lora import fold as fold_weight
 from dspo_jax.models.model import Model
 from dspo_jax.weights import tensors
 from dspo_jax.weights.layout import flatten, torch_shapes
@@ -32,6 +34,7 @@ _PARTS = re.compile(
     r"(?P<down>lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora(?:_linear_layer)?\.down\.weight)"
     r"|(?P<up>lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora(?:_linear_layer)?\.up\.weight)"
     r"|(?P<mid>lora_mid\.weight)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.\w+){0,2})"
     r"|(?P<alpha>alpha))"
 )
 # What diffusers called the layers of attention before it used PEFT.
@@ -42,7 +45,7 @@ _OLD_NAMES = (
 )
 # Adapters that are no LoRA, and the tensors that they are told by.
 _OTHERS = (
-    ("DoRA", r".*\.(dora_scale|lora_magnitude_vector(\..*)?)"),
+    ("DoRA under LyCORIS' names", r".*\.dora_scale"),
     ("LoKr", r".*\.lokr_\w+"),
     ("LoHa", r".*\.hada_\w+"),
     ("OFT", r".*\.b?oft_\w+(\..*)?"),
@@ -60,17 +63,19 @@ _KOHYA = {
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """What a file adds to one weight: scale * up @ down.
+    """What a file adds to one weight: scale * up @ down; of DoRA the sum has lengths of its own.
 
     Attributes:
       down: [r, in], of a convolution [r, in, k, k].
       up: [out, r], of a convolution [out, r, 1, 1].
       scale: alpha / r, or alpha / sqrt(r) where a file says that it is rank-stabilised.
+      magnitude: [out] of DoRA, else None.
     """
 
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     def product(self) -> np.ndarray:
         """Computes scale * up @ down, float32, in the shape of the weight.
@@ -157,8 +162,8 @@ def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
         for key in stored:
             if re.fullmatch(pattern, key):
                 raise UserError(
-                    f"{path}: holds {kind} (tensor {key}), but LoRA and LoCon alone are read; merge it into "
-                    "its model with the program that it was made for, and name the merged model"
+                    f"{path}: holds {kind} (tensor {key}), but LoRA, LoCon and PEFT's DoRA alone are read; "
+                    "merge it into its model with the program that it was made for, and name the merged model"
                 )
 
 
@@ -236,7 +241,20 @@ def _make_module(parts: Mapping[str, Tensor], shape: tuple[int, ...], scale: flo
     down = _compose(parts["down"], parts["mid"]) if "mid" in parts else parts["down"]
     rank = down.shape[0]
     up_shape = (shape[0], rank, *(1 for _ in shape[2:]))
-    return Module(_reshape(down, (rank, *shape[1:])), _reshape(parts["up"], up_shape), scale)
+    magnitude = parts.get("magnitude")
+    if magnitude is not None:
+        magnitude = _flatten(magnitude, shape[0])
+    return Module(_reshape(down, (rank, *shape[1:])), _reshape(parts["up"], up_shape), scale, magnitude)
+
+
+def _flatten(magnitude: Tensor, outputs: int) -> Tensor:
+    """Returns DoRA's magnitudes as [out]; those of a convolution are stored [1, out, 1, 1]."""
+    if math.prod(magnitude.shape) != outputs or outputs not in magnitude.shape:
+        raise UserError(
+            f"of magnitudes {magnitude.shape}, where the model asks for ({outputs},); is the LoRA of another "
+            "model?"
+        )
+    return Tensor((outputs,), magnitude.dtype, lambda: magnitude.read().reshape(outputs))
 
 
 def _compose(down: Tensor, mid: Tensor) -> Tensor:
@@ -277,7 +295,8 @@ def _checked(path: Path, key: str, module: Module) -> Module:
 
         return Tensor(half.shape, half.dtype, read)
 
-    return dataclasses.replace(module, down=check(module.down), up=check(module.up))
+    magnitude = None if module.magnitude is None else check(module.magnitude)
+    return dataclasses.replace(module, down=check(module.down), up=check(module.up), magnitude=magnitude)
 
 
 def _read_configs(path: Path) -> dict[str, Any]:
@@ -337,6 +356,8 @@ def _read_scale(parts: Mapping[str, Tensor], configs: Mapping[str, Any], compone
 def fold(stored: Mapping[str, Tensor], lora: LoRA, component: str) -> dict[str, Tensor]:
     """Adds what a LoRA has for a component to its weights, which become float32.
 
+    The weight of a LoRA counts for its products alone, of DoRA before the lengths are taken, as in PEFT.
+
     Args:
       stored: the component's tensors under torch's names.
       lora: opened for the model.
@@ -345,7 +366,9 @@ def fold(stored: Mapping[str, Tensor], lora: LoRA, component: str) -> dict[str, 
 
     def add(weight: Tensor, module: Module) -> Tensor:
         def read() -> np.ndarray:
-            return weight.read().astype(np.float32) + np.float32(lora.weight) * module.product()
+            added = np.float32(lora.weight) * module.product()
+            magnitude = None if module.magnitude is None else module.magnitude.read()
+            return fold_weight(weight.read().astype(np.float32), added, magnitude)
 
         return Tensor(weight.shape, np.dtype("float32"), read)
 

@@ -67,7 +67,9 @@ def find_dropped(keys, x):
 
 
 @each_row("kind", ["linear", "convolution"])
-def test_the_input_of_a_is_dropped_and_nothing_else(kind):
+@each_row("dora", [False, True])
+def test_the_input_of_a_is_dropped_and_nothing_else(kind, dora):
+    """Of DoRA, as in PEFT, the share that its lengths add to the layer's output is of the dropped input."""
     random, keys = np.random.default_rng(0), jax.random.split(jax.random.key(1), 2)
     kernel, a, b = (random.standard_normal(shape).astype(np.float32) for shape in shapes(kind))
     bias = random.standard_normal(5).astype(np.float32)
@@ -78,6 +80,11 @@ def test_the_input_of_a_is_dropped_and_nothing_else(kind):
     params = {"kernel": kernel, "bias": bias, "lora_A": {"kernel": a}, "lora_B": {"kernel": b}}
     added = convolve(dropped, a) @ np.float64(b.reshape(b.shape[-2:]))
     expected = convolve(x, kernel) + bias + added
+    if dora:
+        columns = np.float64(kernel).reshape(-1, 5) + np.float64(a).reshape(-1, 2) @ b.reshape(2, 5)
+        params["lora_magnitude_vector"] = np.float32([1, 2, 3, 4, 5])
+        factor = np.arange(1, 6) / np.linalg.norm(columns, axis=0)
+        expected = convolve(x, kernel) + bias + (factor - 1) * convolve(dropped, kernel) + factor * added
     np.testing.assert_allclose(run_layer(kind, params, keys, x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +120,7 @@ def test_a_step_drops_the_same_on_every_mesh_in_parts_and_rematerialised(shallow
         ("mesh", {"data": 2, "fsdp": 2, "tensor": 2}, {"accumulation": 2, "remat": "blocks"}),
     ):
         changes = {
-            **{"lora.rank": 2, "lora.dropout": 0.3, "train_text_encoder": True},
+            **{"lora.rank": 2, "lora.dropout": 0.3, "lora.dora": True, "train_text_encoder": True},
             **{"objective.name": "diffusion_dpo", "objective.beta": 2000.0, **changes},
         }
         settings, pipe = parse(make_config(shallow_model, tiny_pairs, changes)), load_pipeline(shallow_model)

@@ -12,6 +12,7 @@ from model_folders import contents, make_run, refused
 from safetensors.numpy import load_file, save_file
 from tables import each_row
 
+from dspo_jax.conversion.export_model import export
 from dspo_jax.conversion.import_model import import_model
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.pipelines.same_kind import have_same_weights
@@ -294,6 +295,24 @@ def test_an_import_writes_the_sum_in_the_dtype_of_the_base(published, out, tmp_p
     assert {name: after[name] for name in others} == {name: stored[name] for name in others}
 
 
+@pytest.mark.ci
+def test_an_import_of_a_single_file_adds_it_to_that_and_to_what_the_base_gives(tiny, out, tmp_path):
+    single = tmp_path / "single.safetensors"
+    export(make_run(tmp_path / "run", tiny.path, steps=(1,), change=0.25), single)
+    save_file({name: value for name, value in load_file(single).items() if "cond_stage" not in name}, single)
+    drawn = draw(tiny, list_layers("sd15"))
+    file = save_kohya(tmp_path / "lora.safetensors", drawn)
+    plain = tmp_path / "plain"
+    import_model(single, plain, base=tiny.path)
+    import_model(single, out, base=tiny.path, loras=[f"{file}:0.8"])
+    before = read_all(load_pipeline(plain))
+    np.testing.assert_allclose(
+        before["unet", "conv_in.bias"] - read_all(tiny)["unet", "conv_in.bias"], 0.25, atol=1e-6
+    )
+    assert_folded(load_pipeline(out), load_pipeline(plain), drawn, 0.8)
+    assert "`lora.safetensors` with weight 0.8" in (out / "README.md").read_text()
+
+
 def find_fault(tiny, tmp_path, values, **changes):
     file = tmp_path / "lora.safetensors"
     save_file(values, file, **changes)
@@ -317,9 +336,12 @@ GOOD = {f"{LAYER}.lora_A.weight": DOWN, f"{LAYER}.lora_B.weight": UP}
     [
         (
             {"lora_unet_x.dora_scale": UP},
-            r"holds DoRA \(tensor lora_unet_x.dora_scale\), but LoRA and LoCon alone are read; ",
+            r"holds DoRA under LyCORIS' names \(tensor lora_unet_x.dora_scale\), but LoRA, LoCon and PEFT's ",
         ),
-        ({f"{LAYER}.lora_magnitude_vector": UP}, "holds DoRA "),
+        (
+            {f"{LAYER}.lora_magnitude_vector": UP},
+            r"tensor .*: of magnitudes \(8, 2\), where the model asks for \(8,\)",
+        ),
         ({"lora_unet_x.lokr_w1": UP}, "holds LoKr "),
         ({"lora_unet_x.hada_w1_a": UP}, "holds LoHa "),
         ({"lora_unet_x.oft_blocks": UP}, "holds OFT "),
