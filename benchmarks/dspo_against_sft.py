@@ -39,7 +39,7 @@ def make_predictions(drift: float) -> Predictions:
     reference = target + residual
     policy = reference + drift * (along * residual + noise)
     e, r, y = (jnp.asarray(array, jnp.float32) for array in (policy, reference, target))
-    return Predictions(policy=e, reference=r, target=y, timesteps=jnp.full(PAIRS, 500))
+    return Predictions(policy=e, reference=r, target=y, levels=jnp.full(PAIRS, 500))
 
 
 def prediction_gradient(predictions: Predictions, name: str, **hyperparameters: float) -> np.ndarray:
@@ -47,7 +47,7 @@ def prediction_gradient(predictions: Predictions, name: str, **hyperparameters: 
     objective, schedule = get_objective(name, **hyperparameters), Schedule.scaled_linear()
 
     def mean_loss(policy: jax.Array) -> jax.Array:
-        moved = Predictions(policy, predictions.reference, predictions.target, predictions.timesteps)
+        moved = Predictions(policy, predictions.reference, predictions.target, predictions.levels)
         return objective(moved, schedule)[0].mean()
 
     return np.asarray(jax.grad(mean_loss)(predictions.policy), np.float64).ravel()

@@ -31,7 +31,7 @@ _OBJECTIVE_ARGUMENTS = {
     "anchor_weight": float,  # the same: of the squared distance to the reference's predictions, added
     "softmax_over": str,  # rwr: whose rewards are compared, of the "round" or of each "prompt"
     "reduction": str,  # "mean" or "sum" over an image
-    "time_weight": str,  # "none" or "paper"
+    "time_weight": str,  # "none", "epsilon" or "paper"
 }
 # Those of the methods that train on the model's own images (see docs/online.md), in the same way.
 _POLICY_GRADIENT_ARGUMENTS = {
@@ -120,10 +120,20 @@ def get_config() -> ConfigDict:
     # Activations that the backward pass recomputes: "none"; "dots", all but the outputs of linear layers and
     # convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward pass.
     config.remat = "none"
-    # Timesteps that are drawn, both ends included; None is the last of the model's schedule.
+    # Timesteps that are drawn, both ends included; None is the last of the model's schedule. Not of models of
+    # rectified flow.
     config.timesteps = ConfigDict()
     config.timesteps.first = 0
     config.timesteps.last = config_dict.placeholder(int)
+    # Noise levels sigma, 0 for the image and 1 for the noise, that a model of rectified flow is trained at
+    # (docs/flow.md); None is the default. `draw`: "logit_normal", the sigmoid of a normal number of `mean` 0
+    # and `std` 1; "mode", of a `scale` of 1.29; or "uniform". `shift` a, by default 1, adds ln a to logits.
+    config.levels = ConfigDict()
+    config.levels.draw = config_dict.placeholder(str)
+    config.levels.mean = config_dict.placeholder(float)
+    config.levels.std = config_dict.placeholder(float)
+    config.levels.scale = config_dict.placeholder(float)
+    config.levels.shift = config_dict.placeholder(float)
     # Decay of a moving average of the trained parameters, which is validated and exported in their place; 0
     # turns it off. (Of schedule_free the optimizer's own average is.)
     config.ema_decay = 0.0
@@ -168,7 +178,8 @@ def get_config() -> ConfigDict:
     # Images that are drawn, decoded and scored together in a round, over all devices; in "self_play" those of
     # a batch that are drawn together.
     config.stream.batch_size = 16
-    # How images are drawn: "ddim", with `eta`, "ddpm" or "euler_ancestral".
+    # How images are drawn: "ddim", with `eta`, "ddpm" or "euler_ancestral"; of models of rectified flow
+    # "flow_ancestral" or "flow_grpo", with `eta`, or "flow_euler".
     config.stream.sampler = "ddim"
     config.stream.eta = 1.0
     config.stream.num_inference_steps = 50
@@ -306,7 +317,7 @@ def get_config() -> ConfigDict:
     config.samples.prompts = ()
     # One column each, under either model.
     config.samples.seeds = (0,)
-    # DDIM steps of an image.
+    # Steps of an image, of DDIM, or of Euler's method for models of rectified flow.
     config.samples.num_inference_steps = 25
     # s in uncond + s (cond - uncond); at 1 or less there is no guidance.
     config.samples.guidance_scale = 7.5

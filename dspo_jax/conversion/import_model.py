@@ -11,7 +11,8 @@ from dspo_jax.files import appear, refuse_existing
 from dspo_jax.json_files import JsonObject
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
+from dspo_jax.schedules.process import SchedulerConfig
+from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.weights import file_kinds, lora_files, model_dir, tensors
 from dspo_jax.weights.component_files import find_weights, open_stored, weights_file
 from dspo_jax.weights.components import open_component

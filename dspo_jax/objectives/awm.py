@@ -9,7 +9,7 @@ from dspo_jax.objectives.hyperparameters import ABOVE_0_UP_TO_1, number
 from dspo_jax.objectives.implicit_reward import error_drift
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.objectives.worth import advantages, collect_any_metrics
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 # Where exp of the decrease of an error stops: far beyond any clip, far below float32's overflow. A disliked
 # image, which no clip stops on that side, has no gradient from there on.
@@ -37,7 +37,7 @@ class AWM(Objective):
       clip: of the ratio rho; 1 is the released value, which stops a liked image at rho = 2 and a disliked
         one never. For errors reduced by the mean.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) on the errors.
+      time_weight: "none", "epsilon", or "paper" for w(t) on the errors.
     """
 
     name = "awm"
@@ -48,9 +48,9 @@ class AWM(Objective):
 
     clip: float = number(1.0, ABOVE_0_UP_TO_1)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         gain = -error_drift(predictions, self.reduction)
-        gain *= self._reward_weight(predictions.timesteps, schedule)
+        gain *= self._reward_weight(predictions.levels, schedule)
         ratio = jnp.exp(jnp.minimum(gain, _LARGEST_EXPONENT))
         advantage = advantages(predictions)
         clipped = -advantage * jnp.clip(ratio, 1 - self.clip, 1 + self.clip)

@@ -13,7 +13,7 @@ from dspo_jax.objectives.implicit_reward import (
     squared_error,
 )
 from dspo_jax.objectives.objective import LossAndMetrics, MinSNRWeighted, Objective, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,16 @@ class Comparison(Objective):
     sft_weight: float = number(0.0)
     anchor_weight: float = number(0.0)
 
-    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def __call__(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         predictions = self._prepare(predictions)
         loss, metrics = self.loss_and_metrics(predictions, schedule)
         if self.sft_weight:
             error = squared_error(predictions, self.reduction)[:, 0]
-            loss += self.sft_weight * error * self._denoising_weight(predictions.timesteps[:, 0], schedule)
+            loss += self.sft_weight * error * self._denoising_weight(predictions.levels[:, 0], schedule)
         if self.anchor_weight:
             assert predictions.reference is not None
             step = jnp.square(predictions.policy - predictions.reference)
-            distance = reduce_image(step, self.reduction) * self._reward_weight(
-                predictions.timesteps, schedule
-            )
+            distance = reduce_image(step, self.reduction) * self._reward_weight(predictions.levels, schedule)
             loss += self.anchor_weight / 2 * distance.sum(1)
         return loss, metrics
 
@@ -64,17 +62,17 @@ class OfMargin(MinSNRWeighted, Comparison):
     beta: float = number(5000.0, ABOVE_ZERO)
 
     def _margin(
-        self, predictions: Predictions, schedule: Schedule, scale: float | None = None
+        self, predictions: Predictions, schedule: Process, scale: float | None = None
     ) -> Float32[Array, " b"]:
         """Returns the winner's reward less the loser's, [B], at the scale `beta` or a given one."""
         rewards = -0.5 * (self.beta if scale is None else scale) * error_drift(predictions, self.reduction)
         return self._difference(rewards, predictions, schedule)
 
     def _difference(
-        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Schedule
+        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Process
     ) -> Float32[Array, " b"]:
         """Returns the difference of two rewards with their time weights, [B]."""
-        rewards = rewards * self._reward_weight(predictions.timesteps, schedule)
+        rewards = rewards * self._reward_weight(predictions.levels, schedule)
         return rewards[:, 0] - rewards[:, 1]
 
     def notes(self, values_per_image: int) -> list[str]:
@@ -95,7 +93,7 @@ class OfScaledMargin(OfMargin):
 
     auto_beta: float | None = number(None, INSIDE_0_AND_1)
 
-    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def __call__(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         loss, metrics = super().__call__(predictions, schedule)
         if self.auto_beta is None:
             return loss, metrics
@@ -103,7 +101,7 @@ class OfScaledMargin(OfMargin):
         return loss, metrics | {"beta": beta, "margin_size": jnp.abs(metrics["margin"]) / beta}
 
     def _difference(
-        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Schedule
+        self, rewards: Float32[Array, "b p"], predictions: Predictions, schedule: Process
     ) -> Float32[Array, " b"]:
         margin = super()._difference(rewards, predictions, schedule)
         return margin if predictions.beta is None else margin * (predictions.beta / self.beta)

@@ -10,7 +10,7 @@ from dspo_jax.objectives.advantages import softmax_weights
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, choice, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, reduce_image, squared_error
 from dspo_jax.objectives.objective import LossAndMetrics, MinSNRWeighted, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class _Denoising(MinSNRWeighted):
     Attributes:
       min_snr_gamma: see `MinSNRWeighted`.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for lambda(t) = A(t) B(t)^2, DSPO's own weight at gamma = 0.
+      time_weight: "none", "epsilon", or "paper" for lambda(t) = A(t) B(t)^2, DSPO's own weight at gamma = 0.
     """
 
     needs_reference = False
@@ -36,9 +36,9 @@ class DDPM(_Denoising):
 
     name = "ddpm"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         losses = squared_error(predictions, self.reduction)
-        losses *= self._denoising_weight(predictions.timesteps, schedule)
+        losses *= self._denoising_weight(predictions.levels, schedule)
         return losses.mean(1), collect_metrics(predictions, reduction=self.reduction)
 
 
@@ -52,11 +52,11 @@ class SFT(_Denoising):
     name = "sft"
     images = "winner"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         # Reduced over the shape that `dspo` reduces over, so that the two agree to the last bit where e = r.
         residual = predictions.policy[:, 0] - predictions.target[:, 0]
         loss = reduce_image(jnp.square(residual), self.reduction)
-        loss *= self._denoising_weight(predictions.timesteps[:, 0], schedule)
+        loss *= self._denoising_weight(predictions.levels[:, 0], schedule)
         return loss, collect_metrics(predictions, reduction=self.reduction)
 
 
@@ -85,8 +85,8 @@ class RWR(_Denoising):
     def weigh(self, rewards: Float[np.ndarray, " n"], images: int) -> Float64[np.ndarray, " n"]:
         return softmax_weights(rewards, images if self.softmax_over == "prompt" else len(rewards), self.beta)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         assert predictions.weight is not None
         losses = squared_error(predictions, self.reduction)
-        losses *= predictions.weight * self._denoising_weight(predictions.timesteps, schedule)
+        losses *= predictions.weight * self._denoising_weight(predictions.levels, schedule)
         return losses.mean(1), collect_metrics(predictions, reduction=self.reduction)

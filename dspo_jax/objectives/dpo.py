@@ -16,7 +16,7 @@ from dspo_jax.objectives.comparison import OfMargin, OfScaledMargin
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, BETWEEN_0_AND_1, INSIDE_0_AND_1, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, describe_scale, reduce_image, soft_label
 from dspo_jax.objectives.objective import LossAndMetrics, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 def _negative_log_sigmoid(margin: Float32[Array, " b"]) -> Float32[Array, " b"]:
@@ -36,7 +36,7 @@ class DiffusionDPO(OfScaledMargin):
         whose scale a difference of 1 is odds of e; 10 in SmPO (arXiv 2506.02698, not its code), whose
         inversion is not done here. Scores that contradict the label turn z round. 0 is no such factor.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward (`Schedule.reward_weight`).
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward (`Process.reward_weight`).
     """
 
     name = "diffusion_dpo"
@@ -47,7 +47,7 @@ class DiffusionDPO(OfScaledMargin):
     def needs_scores(self) -> bool:
         return self.smpo_weight > 0
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
         if self.smpo_weight:
             assert predictions.scores is not None
@@ -82,7 +82,7 @@ class DiffusionDPOL2(OfScaledMargin):
 
     name = "diffusion_dpo_l2"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         assert predictions.reference is not None
         step = predictions.policy - predictions.reference
         rewards = 0.5 * self.beta * reduce_image(jnp.square(step), self.reduction)
@@ -109,14 +109,14 @@ class IPO(OfMargin):
     Attributes:
       beta: the target margin is 1 / (2 beta). In units of D, so that "sum" over N values wants beta / N.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside D.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside D.
     """
 
     name = "ipo"
 
     beta: float = number(2500.0, ABOVE_ZERO)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule, scale=2.0)
         loss = soft_label(lambda z: jnp.square(z - 1 / (2 * self.beta)), margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
@@ -142,7 +142,7 @@ class DMPO(OfScaledMargin):
       beta: as in `diffusion_dpo`; 2000 is the released value for SD1.5.
       alpha: probability of the loser in the target distribution.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "dmpo"
@@ -150,7 +150,7 @@ class DMPO(OfScaledMargin):
     beta: float = number(2000.0, ABOVE_ZERO)
     alpha: float = number(0.01, INSIDE_0_AND_1)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
 
         def divergence(z: Float32[Array, " b"]) -> Float32[Array, " b"]:
@@ -191,16 +191,16 @@ class SDPO(OfScaledMargin):
       beta: as in `diffusion_dpo`.
       mu: share of the winner's decrease that is kept; 0.9 is the released value.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward, and so in g.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward, and so in g.
     """
 
     name = "sdpo"
 
     mu: float = number(0.9, BETWEEN_0_AND_1)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         policy = predictions.policy
-        weights = jnp.broadcast_to(self._reward_weight(predictions.timesteps, schedule), policy.shape[:2])
+        weights = jnp.broadcast_to(self._reward_weight(predictions.levels, schedule), policy.shape[:2])
         # Up to a factor common to both images.
         gradients = (policy - predictions.target) * weights[..., None, None, None]
         winner, loser = gradients[:, 0], gradients[:, 1]
@@ -237,7 +237,7 @@ class AlphaDPO(OfScaledMargin):
       beta: as in `diffusion_dpo`; 4000 is the released value, for SDXL.
       alpha: 0.9999 is the released value.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "alpha_dpo"
@@ -249,7 +249,7 @@ class AlphaDPO(OfScaledMargin):
     def needs_whole_batch(self) -> bool:
         return True
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
         order = self.alpha * jax.lax.stop_gradient(jax.nn.sigmoid(margin).mean())
         order = jnp.maximum(order, jnp.finfo(jnp.float32).tiny)
@@ -278,14 +278,14 @@ class Hinge(OfScaledMargin):
     Attributes:
       beta: 2500 is diffusers' value, for reduction "mean".
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "hinge"
 
     beta: float = number(2500.0, ABOVE_ZERO)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule, scale=2 * self.beta)
         loss = soft_label(lambda z: jax.nn.relu(1 - z), margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
@@ -307,12 +307,12 @@ class LinearDPO(OfMargin):
       beta: scale of the loss; 5000 is Diffusion-DPO's. AdamW divides it out of its steps, except against
         `max_grad_norm` and `optimizer.eps`.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "linear_dpo"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
         loss = soft_label(jnp.negative, margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)
@@ -337,7 +337,7 @@ class NPO(OfScaledMargin):
     Attributes:
       beta: as in `diffusion_dpo`; 1000 is the released value for SD1.5, which is written there as 500.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "npo"
@@ -345,7 +345,7 @@ class NPO(OfScaledMargin):
 
     beta: float = number(1000.0, ABOVE_ZERO)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = self._margin(predictions, schedule)
         loss = soft_label(jax.nn.softplus, margin, predictions)
         return loss, collect_metrics(predictions, reduction=self.reduction, margin=margin)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from dspo_jax.errors import UserError
 from dspo_jax.objectives.comparison import Comparison
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import (
@@ -23,7 +24,7 @@ from dspo_jax.objectives.implicit_reward import (
     reward_margin,
 )
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 # With s * G below this, the gradient is that of SFT to within about half of it (G is 1/2 at the start).
 NEGLIGIBLE_SCORE_WEIGHT = 0.01
@@ -47,7 +48,7 @@ class _ScoreMatching(Objective):
       gamma: the paper's gamma, weight of the preference in the target score.
       score_weight: s; None is lam * gamma.
       reduction: "mean" (released code) or "sum" (paper) over an image.
-      time_weight: "none" (released code), or "paper" for A(t) and B(t) of Eq. 12.
+      time_weight: "none" (released code), "epsilon", or "paper" for A(t) and B(t) of Eq. 12.
     """
 
     needs_reference = True
@@ -64,7 +65,7 @@ class _ScoreMatching(Objective):
     def _match_score(
         self,
         predictions: Predictions,
-        schedule: Schedule,
+        schedule: Process,
         data: Float32[Array, "b h w c"],
         coefficient: Float32[Array, " b"],
     ) -> Float32[Array, " b"]:
@@ -74,13 +75,13 @@ class _ScoreMatching(Objective):
         it makes A(t) = w(t).
         """
         assert predictions.reference is not None
-        timesteps = predictions.timesteps[:, 0]
-        weight: Float32[Array, " b"] | float = 1.0
+        levels = predictions.levels[:, 0]
+        weight = self._reward_weight(levels, schedule)
         if self.time_weight == "paper":
             # B(t) is taken out of the square, so that here too e = r gives the loss of `sft` exactly.
-            ratio = jnp.maximum(schedule.score_ratio(timesteps), _LEAST_RATIO)
+            ratio = jnp.maximum(schedule.score_ratio(levels), _LEAST_RATIO)
             coefficient = coefficient / ratio
-            weight = schedule.reward_weight(timesteps) * jnp.square(ratio)
+            weight *= jnp.square(ratio)
         step = predictions.policy[:, 0] - predictions.reference[:, 0]
         matched = jnp.square(data - coefficient[:, None, None, None] * step)
         return reduce_image(matched, self.reduction) * weight
@@ -121,7 +122,7 @@ class DSPO(_ScoreMatching, Comparison):
       reward_scale: the lambda inside G; None is lam.
       detach: stop the gradient through G, and so all of the loser's. The released code does not.
       reduction: "mean" (released code) or "sum" (paper) over an image.
-      time_weight: "none" (released code), or "paper" for Eq. 12 with w(t) inside z.
+      time_weight: "none" (released code), "epsilon", or "paper" for Eq. 12 with w(t) inside z.
     """
 
     name = "dspo"
@@ -139,11 +140,11 @@ class DSPO(_ScoreMatching, Comparison):
         """The loser enters through G alone, but for an anchor."""
         return self.detach and not self.anchor_weight
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         return self._match_gated_score(predictions, schedule, predictions.target)
 
     def _match_gated_score(
-        self, predictions: Predictions, schedule: Schedule, data: Float32[Array, "b p h w c"]
+        self, predictions: Predictions, schedule: Process, data: Float32[Array, "b p h w c"]
     ) -> LossAndMetrics:
         """Computes loss and metrics with the coefficient s G; `data` [B, P, h, w, C] replaces the target."""
         margin = reward_margin(
@@ -184,7 +185,7 @@ class DSPORef(DSPO):
 
     name = "dspo_ref"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         assert predictions.reference is not None
         return self._match_gated_score(predictions, schedule, predictions.reference)
 
@@ -211,14 +212,14 @@ class DSPOEnergy(_ScoreMatching):
       gamma: the paper's gamma.
       score_weight: s; None is lam * gamma.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for A(t) and B(t) as in `dspo`.
+      time_weight: "none", "epsilon", or "paper" for A(t) and B(t) as in `dspo`.
     """
 
     name = "dspo_e"
     needs_loser = False
     images = "winner"
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         data = predictions.policy[:, 0] - predictions.target[:, 0]
         coefficient = jnp.full(len(data), self._weight)
         loss = self._match_score(predictions, schedule, data, coefficient)
@@ -243,7 +244,7 @@ class DSPOSDXL(Comparison):
         mean of (e_w - r_w)^2 over the batch is 0.1 or more. Of the batch: this process's there, the whole one
         here, or the part of it that is worked through at once.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "dspo_sdxl"
@@ -255,7 +256,15 @@ class DSPOSDXL(Comparison):
     def needs_whole_batch(self) -> bool:
         return self.released_switch
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def check_process(self, process: Process) -> None:
+        if self.released_switch and process.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"config.objective.released_switch = True: changes the loss at {RELEASED_SWITCH_AT} of the "
+                "released code's errors of the noise, and this model predicts the velocity of a flow; leave "
+                "it False"
+            )
+
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         margin = reward_margin(
             predictions,
             schedule,

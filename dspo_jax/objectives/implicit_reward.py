@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from dspo_jax.objectives.objective import Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.objectives.objective import Predictions, level_weight
+from dspo_jax.schedules.process import Process
 
 
 def reduce_image(values: Float32[Array, "*images h w c"], reduction: str) -> Float32[Array, "*images"]:
@@ -37,12 +37,11 @@ def error_drift(predictions: Predictions, reduction: str) -> Float32[Array, "b p
 
 
 def reward_margin(
-    predictions: Predictions, schedule: Schedule, *, scale: float, reduction: str, time_weight: str
+    predictions: Predictions, schedule: Process, *, scale: float, reduction: str, time_weight: str
 ) -> Float32[Array, " b"]:
     """Returns the implicit reward of the winner minus that of the loser, [B]."""
     rewards = -0.5 * scale * error_drift(predictions, reduction)
-    if time_weight == "paper":
-        rewards *= schedule.reward_weight(predictions.timesteps)
+    rewards *= level_weight(time_weight, predictions.levels, schedule)
     return rewards[:, 0] - rewards[:, 1]
 
 

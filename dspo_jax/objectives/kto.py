@@ -9,7 +9,7 @@ from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import describe_scale, error_drift
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.objectives.worth import collect_any_metrics, liked
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class KTO(Objective):
     Attributes:
       beta: 1000 is the released value, for reduction "mean".
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside g.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside g.
     """
 
     name = "kto"
@@ -45,10 +45,10 @@ class KTO(Objective):
     def needs_whole_batch(self) -> bool:
         return True
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         predictions = dataclasses.replace(predictions, scores=None)  # labels count
         gain = -error_drift(predictions, self.reduction)
-        gain *= self._reward_weight(predictions.timesteps, schedule)
+        gain *= self._reward_weight(predictions.levels, schedule)
         baseline = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
         logit = self.beta * (gain - baseline)
         likes = liked(predictions)

@@ -14,7 +14,7 @@ from dspo_jax.objectives.implicit_reward import (
 )
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
 from dspo_jax.objectives.worth import ADVANTAGE_LIMIT, advantages, collect_any_metrics, order
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,16 @@ class LPOList(_OfList):
     Attributes:
       beta: as in `diffusion_dpo`.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) inside the reward.
+      time_weight: "none", "epsilon", or "paper" for w(t) inside the reward.
     """
 
     name = "lpo_list"
 
     beta: float = number(5000.0, ABOVE_ZERO)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         rewards = -0.5 * self.beta * error_drift(predictions, self.reduction)
-        rewards *= self._reward_weight(predictions.timesteps, schedule)
+        rewards *= self._reward_weight(predictions.levels, schedule)
         ranking = jnp.argsort(-order(predictions), axis=1, stable=True)
         ranked = jnp.take_along_axis(rewards, ranking, axis=1)
         loss = _plackett_luce(ranked)
@@ -80,7 +80,7 @@ class DGPO(_OfList):
       beta: scale of the rewards, without 1/2; 100 is the released value, for the mean of a flow's errors.
       clip: of rho; 0.01 is the released value.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) on the errors.
+      time_weight: "none", "epsilon", or "paper" for w(t) on the errors.
     """
 
     name = "dgpo"
@@ -88,8 +88,8 @@ class DGPO(_OfList):
     beta: float = number(100.0, ABOVE_ZERO)
     clip: float = number(0.01, INSIDE_0_AND_1)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
-        weight = self._reward_weight(predictions.timesteps, schedule)
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
+        weight = self._reward_weight(predictions.levels, schedule)
         error = weight * squared_error(predictions, self.reduction)
         drift = weight * error_drift(predictions, self.reduction)
         advantage, held = advantages(predictions), jax.lax.stop_gradient(drift)
@@ -125,16 +125,16 @@ class CRD(_OfList):
         are divided by their size. The differences of a that are to be matched are tenths, those of R with
         the mean of the order of 1e-4.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for w(t) on the errors.
+      time_weight: "none", "epsilon", or "paper" for w(t) on the errors.
     """
 
     name = "crd"
 
     beta: float = number(1000.0, ABOVE_ZERO)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         rewards = -self.beta * error_drift(predictions, self.reduction)
-        rewards *= self._reward_weight(predictions.timesteps, schedule)
+        rewards *= self._reward_weight(predictions.levels, schedule)
         distance = rewards - advantages(predictions) / (2 * ADVANTAGE_LIMIT)
         distance -= distance.mean(1, keepdims=True)
         metrics = collect_any_metrics(predictions, reduction=self.reduction, rewards=rewards)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float32
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, number
 from dspo_jax.objectives.implicit_reward import collect_metrics, soft_label, squared_error
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 def _score(error: Float32[Array, "b p"], kappa: float) -> Float32[Array, "b p"]:
@@ -33,8 +33,8 @@ class MaPO(Objective):
       kappa: k (`snr_value` in the released code).
       scale: K.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for DSPO's weights: of `sft` on the first term and w(t) on the errors
-        inside f. MaPO itself has none.
+      time_weight: "none", "epsilon", or "paper" for DSPO's weights: of `sft` on the first term and w(t) on
+        the errors inside f. MaPO itself has none.
     """
 
     name = "mapo"
@@ -45,10 +45,10 @@ class MaPO(Objective):
     kappa: float = number(0.5, ABOVE_ZERO)
     scale: float = number(1000.0)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         error = squared_error(predictions, self.reduction)
-        denoising = error[:, 0] * self._denoising_weight(predictions.timesteps[:, 0], schedule)
-        inside = error * self._reward_weight(predictions.timesteps, schedule)
+        denoising = error[:, 0] * self._denoising_weight(predictions.levels[:, 0], schedule)
+        inside = error * self._reward_weight(predictions.levels, schedule)
         scores = _score(inside, self.kappa)
         margin = self.scale * (scores[:, 0] - scores[:, 1])
         preference = soft_label(lambda z: jax.nn.softplus(-z), margin, predictions)

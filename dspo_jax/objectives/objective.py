@@ -10,12 +10,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Integer
+from jaxtyping import Array, Float, Float32, Float64, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import hyperparameters
 from dspo_jax.objectives.hyperparameters import ABOVE_ZERO, choice, number
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 LossAndMetrics = tuple[Float32[Array, " b"], dict[str, Float32[Array, " b"]]]
 
@@ -29,8 +29,9 @@ class Predictions:
       policy: [B, P, h, w, C], the trained network's output. P = 1, or 2: the winner, the loser; or a list of
         more, best first or with scores.
       reference: the frozen network's output for the same inputs, or None for an objective that needs none.
-      target: [B, P, h, w, C], the output of a perfect network (`Schedule.target`).
-      timesteps: [B] or [B, P] int, when the images of a pair are noised to different levels.
+      target: [B, P, h, w, C], the output of a perfect network (`Process.target`).
+      levels: noise levels of the process (integer timesteps, or float32 sigma of rectified flow), [B], or
+        [B, P] where the images of a pair are noised to different ones.
       preference: [B], the probability in [0.5, 1] that the winner is the better image; None means 1. Where
         P = 1 it is the probability in [0, 1] that the image is liked, which `kto`, `nft` and `awm` read.
       scores: [B, P], what each image is worth, of which more is better; None means the order of the images.
@@ -41,16 +42,23 @@ class Predictions:
     policy: Float[Array, "..."]
     reference: Float[Array, "..."] | None
     target: Float[Array, "..."]
-    timesteps: Integer[Array, "..."]
+    levels: Num[Array, "..."]
     preference: Float[Array, "..."] | None = None
     scores: Float[Array, "..."] | None = None
     weight: Float[Array, "..."] | None = None
     beta: Float[Array, "..."] | None = None
 
 
+def level_weight(name: str, levels: Num[Array, "*t"], process: Process) -> Float32[Array, "*t"] | float:
+    """Returns the weight of a squared error inside the reward by the name of `Objective.time_weight`."""
+    if name == "none":
+        return 1.0
+    return process.epsilon_weight(levels) if name == "epsilon" else process.reward_weight(levels)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
-    """A loss with its hyperparameters: `(Predictions, Schedule) -> (loss [B], metrics {name: [B]})`.
+    """A loss with its hyperparameters: `(Predictions, Process) -> (loss [B], metrics {name: [B]})`.
 
     An objective is a frozen dataclass that derives from this one. Its fields are the keys `objective.FIELD`
     of a config; `loss_and_metrics` holds the mathematics; the class says what it must be given.
@@ -67,7 +75,8 @@ class Objective(abc.ABC):
       score_rises: whether held-out accuracy or reward rises as it learns, so that the best checkpoint can be
         chosen by it.
       reduction: "mean" (released code) or "sum" (papers) over an image.
-      time_weight: "none" (released code), or "paper" for the weights that the papers derive.
+      time_weight: "none" (released code), "paper" for the weights that the papers derive, or "epsilon", which
+        makes all errors those of the noise: 1 where that is predicted, abar of v, (1 - sigma)^2 of a flow.
     """
 
     name: ClassVar[str]
@@ -80,13 +89,13 @@ class Objective(abc.ABC):
     score_rises: ClassVar[bool] = True
 
     reduction: str = choice("mean", "sum")
-    time_weight: str = choice("none", "paper")
+    time_weight: str = choice("none", "epsilon", "paper")
 
     def __post_init__(self) -> None:
         """Refuses a value outside its field's limit, by the key of the config."""
         hyperparameters.check(dataclasses.fields(self), self.name, self.hyperparameters)
 
-    def __call__(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def __call__(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         """Evaluates the objective, in float32 whatever the dtype of the inputs, per example.
 
         No gradient flows into the reference or the target.
@@ -102,13 +111,21 @@ class Objective(abc.ABC):
         return self.loss_and_metrics(self._prepare(predictions), schedule)
 
     @abc.abstractmethod
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         """Returns the loss [B] and the metrics, each [B].
 
         Args:
-          predictions: checked, float32, with timesteps [B, P].
-          schedule: of the model; most objectives read it only where `time_weight` is "paper".
+          predictions: checked, float32, with levels [B, P].
+          schedule: the model's process; most objectives read it only where there is a `time_weight`.
         """
+
+    def check_process(self, process: Process) -> None:
+        """Refuses a process under which the objective is not what its name says; here none.
+
+        Raises:
+          UserError: by the key of the config.
+        """
+        del process
 
     def weigh(self, rewards: Float[np.ndarray, " n"], images: int) -> Float64[np.ndarray, " n"]:
         """Weighs images by their rewards, on the host: here all alike; 1 on average.
@@ -149,20 +166,18 @@ class Objective(abc.ABC):
         """Every field with its value, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _reward_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
+    def _reward_weight(self, levels: Num[Array, "*t"], schedule: Process) -> Float32[Array, "*t"] | float:
         """Returns the time weight of an error inside the reward."""
-        return schedule.reward_weight(timesteps) if self.time_weight == "paper" else 1.0
+        return level_weight(self.time_weight, levels, schedule)
 
-    def _denoising_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
+    def _denoising_weight(self, levels: Num[Array, "*t"], schedule: Process) -> Float32[Array, "*t"] | float:
         """Returns the time weight of a denoising error that is itself the loss."""
-        return schedule.denoising_weight(timesteps) if self.time_weight == "paper" else 1.0
+        if self.time_weight == "paper":
+            return schedule.denoising_weight(levels)
+        return level_weight(self.time_weight, levels, schedule)
 
     def _prepare(self, predictions: Predictions) -> Predictions:
-        """Checks the inputs; gives float32 arrays and timesteps [B, P]."""
+        """Checks the inputs; gives float32 arrays and levels [B, P]."""
         policy = predictions.policy
         if policy.ndim != 5 or policy.shape[1] == 0:
             raise ValueError(
@@ -191,11 +206,10 @@ class Objective(abc.ABC):
                 raise ValueError(
                     f"Predictions.{name} has shape {array.shape}, Predictions.policy {policy.shape}"
                 )
-        timesteps = jnp.asarray(predictions.timesteps)
-        if timesteps.shape not in ((batch,), (batch, images)):
+        levels = jnp.asarray(predictions.levels)
+        if levels.shape not in ((batch,), (batch, images)):
             raise ValueError(
-                f"Predictions.timesteps has shape {timesteps.shape}; "
-                f"it must be {(batch,)} or {(batch, images)}"
+                f"Predictions.levels has shape {levels.shape}; it must be {(batch,)} or {(batch, images)}"
             )
         preference = predictions.preference
         if preference is not None and preference.shape != (batch,):
@@ -221,8 +235,8 @@ class Objective(abc.ABC):
             (policy, predictions.reference, predictions.target, preference, scores, weight),
         )
         reference, target = jax.lax.stop_gradient((reference, target))
-        timesteps = jnp.broadcast_to(timesteps.reshape(batch, -1), (batch, images))
-        return Predictions(policy, reference, target, timesteps, preference, scores, weight, predictions.beta)
+        levels = jnp.broadcast_to(levels.reshape(batch, -1), (batch, images))
+        return Predictions(policy, reference, target, levels, preference, scores, weight, predictions.beta)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +244,7 @@ class MinSNRWeighted(Objective):
     """An objective whose squared errors may have the Min-SNR weight in the place of the papers'.
 
     Attributes:
-      min_snr_gamma: the gamma of `Schedule.min_snr_weight` on the errors; None is no such weight. Not with
+      min_snr_gamma: the gamma of `Process.min_snr_weight` on the errors; None is no such weight. Not with
         "paper".
     """
 
@@ -244,16 +258,12 @@ class MinSNRWeighted(Objective):
                 f"leave it out, or config.objective.time_weight = {self.time_weight!r}"
             )
 
-    def _reward_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
+    def _reward_weight(self, levels: Num[Array, "*t"], schedule: Process) -> Float32[Array, "*t"] | float:
         if self.min_snr_gamma is not None:
-            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return super()._reward_weight(timesteps, schedule)
+            return schedule.min_snr_weight(levels, self.min_snr_gamma)
+        return super()._reward_weight(levels, schedule)
 
-    def _denoising_weight(
-        self, timesteps: Integer[Array, "*t"], schedule: Schedule
-    ) -> Float32[Array, "*t"] | float:
+    def _denoising_weight(self, levels: Num[Array, "*t"], schedule: Process) -> Float32[Array, "*t"] | float:
         if self.min_snr_gamma is not None:
-            return schedule.min_snr_weight(timesteps, self.min_snr_gamma)
-        return super()._denoising_weight(timesteps, schedule)
+            return schedule.min_snr_weight(levels, self.min_snr_gamma)
+        return super()._denoising_weight(levels, schedule)

@@ -7,7 +7,7 @@ import jax
 from dspo_jax.objectives.hyperparameters import number
 from dspo_jax.objectives.implicit_reward import collect_metrics, soft_label, squared_error
 from dspo_jax.objectives.objective import LossAndMetrics, Objective, Predictions
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class ORPO(Objective):
     Attributes:
       beta: weight of the comparison; 0.1 is the released value.
       reduction: "mean" or "sum" over an image.
-      time_weight: "none", or "paper" for DSPO's weights: of `sft` on the first term and w(t) on the errors in
-        z. ORPO itself has none.
+      time_weight: "none", "epsilon", or "paper" for DSPO's weights: of `sft` on the first term and w(t) on
+        the errors in z. ORPO itself has none.
     """
 
     name = "orpo"
@@ -33,10 +33,10 @@ class ORPO(Objective):
 
     beta: float = number(0.1)
 
-    def loss_and_metrics(self, predictions: Predictions, schedule: Schedule) -> LossAndMetrics:
+    def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         error = squared_error(predictions, self.reduction)
-        denoising = error[:, 0] * self._denoising_weight(predictions.timesteps[:, 0], schedule)
-        compared = error * self._reward_weight(predictions.timesteps, schedule)
+        denoising = error[:, 0] * self._denoising_weight(predictions.levels[:, 0], schedule)
+        compared = error * self._reward_weight(predictions.levels, schedule)
         margin = compared[:, 1] - compared[:, 0]
         preference = soft_label(lambda z: jax.nn.softplus(-z), margin, predictions)
         metrics = collect_metrics(predictions, reduction=self.reduction, margin=margin)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dspo_jax.json_files import JsonObject
+from dspo_jax.schedules.process import Process
 from dspo_jax.schedules.variance_preserving import Schedule
 
 
@@ -27,7 +28,7 @@ class Family:
 
     denoiser: str
     classes: Mapping[str, tuple[str, ...]]
-    process: type[Schedule]
+    process: type[Process]
     sample_size: int
     micro_conditioning: bool
     shifts_latents: bool = False

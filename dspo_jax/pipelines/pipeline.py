@@ -20,7 +20,7 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.families import Family
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
-from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
+from dspo_jax.schedules.process import Process, SchedulerConfig
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
 from dspo_jax.weights.lora_files import LoRA
@@ -55,7 +55,7 @@ class Pipeline:
       networks: architectures by component: the denoiser, "vae", and the text encoders in order.
       tokenizers: one for each text encoder, all of one length; none where only shapes are known.
       empty_tokens: token ids [E, S] int32 of the empty caption.
-      schedule: the forward process and the prediction type.
+      schedule: the forward process and what is predicted.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
       zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
         dropped caption in training, and in sampling for a negative prompt that is not given.
@@ -74,7 +74,7 @@ class Pipeline:
     networks: Mapping[str, Model]
     tokenizers: tuple[CaptionTokenizer, ...]
     empty_tokens: np.ndarray
-    schedule: Schedule
+    schedule: Process
     scheduler_config: SchedulerConfig
     zero_empty_captions: bool
     trained: Mapping[str, Params]
@@ -303,12 +303,13 @@ class Pipeline:
         Args:
           params: by component.
           latents: [N, h, w, C] in UNet units.
-          timesteps: [N], integers, or floats between them (Euler's).
+          timesteps: [N], what the network is told (`Process.network_time`): integers, or floats of Euler's
+            levels between them and of rectified flow.
           conditioning: of N images.
           remat: a policy of models/remat.py for the backward pass.
 
         Returns:
-          [N, h, w, C] in the dtype of `latents`: eps or v, as `schedule.prediction_type` says.
+          [N, h, w, C] in the dtype of `latents`: eps, v or velocity, as `schedule.prediction_type` says.
 
         Raises:
           UserError: an unknown policy.
@@ -325,7 +326,7 @@ class Pipeline:
         self,
         params: Mapping[str, Params],
         noisy: Float[Array, "B P h w C"],
-        timesteps: Integer[Array, "B P"],
+        levels: Num[Array, "B P"],
         batch: Mapping[str, Array],
         *,
         remat: str = "none",
@@ -335,7 +336,7 @@ class Pipeline:
         Args:
           params: by component.
           noisy: [B, P, h, w, C] in UNet units.
-          timesteps: [B, P].
+          levels: [B, P], of the process: integer timesteps, or float32 sigma of rectified flow.
           batch: has `conditioning_inputs`, see `encode_conditioning`.
           remat: a policy of models/remat.py for the backward pass.
 
@@ -348,7 +349,8 @@ class Pipeline:
             return x.reshape(-1, *x.shape[2:])
 
         conditioning = self.encode_conditioning(params, batch, remat=remat)
-        output = self.predict(params, fold(noisy), fold(timesteps), conditioning, remat=remat)
+        times = self.schedule.network_time(fold(levels))
+        output = self.predict(params, fold(noisy), times, conditioning, remat=remat)
         return output.reshape(noisy.shape)
 
     def encode_moments(

@@ -14,7 +14,7 @@ from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import build_model
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import SchedulerConfig
+from dspo_jax.schedules.process import SchedulerConfig
 
 SD15_UNET: NetworkConfig = {
     "act_fn": "silu",

@@ -1,7 +1,5 @@
 """Whether two models can take each other's place: the same architectures, schedule, tokenizers and VAE."""
 
-import numpy as np
-
 from dspo_jax.files import sha256
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.stored import comparable
@@ -22,7 +20,7 @@ def find_fault(pipe: Pipeline, other: Pipeline, name: str) -> str | None:
     ours, theirs = pipe.schedule, other.schedule
     if ours.prediction_type != theirs.prediction_type:
         return f"predicts {theirs.prediction_type}, and {name} {ours.prediction_type}"
-    if not np.array_equal(ours.alphas_cumprod, theirs.alphas_cumprod):
+    if not ours.is_same(theirs):
         return f"its noise schedule is not {name}'s"
     made, needed = comparable(other.fingerprint(), pipe.fingerprint())
     for key in sorted((made.keys() | needed.keys()) - {"model"}):

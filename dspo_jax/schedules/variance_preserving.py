@@ -16,24 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Float, Integer, Key, Num
 
 from dspo_jax import schema, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
-from dspo_jax.schema import Key, flag, integer, number
-
-Array = jax.Array | np.ndarray
+from dspo_jax.schedules.process import Array, LevelDraw, Process, SchedulerConfig
+from dspo_jax.schema import flag, integer, number
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 
-_KEYS: dict[str, Key] = {
+_KEYS: dict[str, schema.Key] = {
     "num_train_timesteps": integer(high=100_000),
     "beta_start": number(),
     "beta_end": number(),
-    "beta_schedule": Key(schema.REQUIRED, str),
-    "prediction_type": Key("epsilon", str),
+    "beta_schedule": schema.Key(schema.REQUIRED, str),
+    "prediction_type": schema.Key("epsilon", str),
     "rescale_betas_zero_snr": flag(False, null=True),
 }
 # Defaults of diffusers' scheduler classes, which disagree: (beta_start, beta_end, beta_schedule).
@@ -59,17 +58,32 @@ _BETAS: dict[tuple[float, float, str], tuple[str, ...]] = {
 _CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 
 
-SchedulerConfig = Mapping[str, Any]
-"""A scheduler_config.json by key."""
+@dataclasses.dataclass(frozen=True)
+class UniformTimesteps:
+    """Whole timesteps, each as likely as the others.
+
+    Attributes:
+      first, last: the range, both included.
+    """
+
+    first: int
+    last: int
+
+    def __call__(self, key: Key[jax.Array, ""], shape: tuple[int, ...]) -> Integer[jax.Array, "..."]:
+        """Draws int32 timesteps of a shape."""
+        return jax.random.randint(key, shape, self.first, self.last + 1)
+
+    def notes(self) -> list[str]:
+        """Returns nothing: it is the default of all trainers."""
+        return []
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Process):
     """A discrete variance-preserving noise schedule and what the network predicts under it.
 
-    Every method takes integer `t` whose axes are the leading axes of the images (`[]`, `[B]` or `[B, P]`) and
-    broadcasts over the remaining ones. Results are float32; a `t` beyond the last timestep gives NaN.
+    Levels are integer timesteps. Results are float32; a `t` beyond the last timestep gives NaN.
 
     Attributes:
       betas: [T] float32, the variance added at each step.
@@ -77,6 +91,8 @@ class Schedule:
       prediction_type: "epsilon", or "v_prediction" for v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans &
         Ho 2022).
     """
+
+    level_dtype = jnp.int32
 
     betas: Float[Array, " steps"]
     alphas_cumprod: Float[Array, " steps"]
@@ -192,113 +208,113 @@ class Schedule:
         """Whether the last timestep is noise alone; of a schedule of concrete values."""
         return not self.alphas_cumprod[-1]
 
-    def add_noise(
-        self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
-    ) -> Float32[jax.Array, "*image"]:
-        """Returns x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, of the shape of `x0`."""
-        signal, sigma = self._scales(t, x0)
-        return signal * x0 + sigma * noise
+    def check_levels(self, t: ArrayLike) -> jax.Array:
+        """Returns timesteps as an array.
+
+        Raises:
+          UserError: they are not integers.
+        """
+        t = jnp.asarray(t)
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise UserError(
+                f"timesteps of dtype {t.dtype}: this model's are integers from 0 to "
+                f"{self.num_train_timesteps - 1}; levels between 0 and 1 are of rectified flow"
+            )
+        return t
+
+    def scales(self, t: Num[ArrayLike, "*t"]) -> tuple[Float[jax.Array, "*t"], Float[jax.Array, "*t"]]:
+        """Returns sqrt(abar_t) and sqrt(1 - abar_t), each of the shape of `t`."""
+        alpha_bar = self._alpha_bar(t)
+        return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
 
     def target(
-        self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
-    ) -> Float32[jax.Array, "*image"]:
+        self, x0: Float[Array, "*image"], noise: Float[Array, "*image"], t: Num[ArrayLike, "..."]
+    ) -> Float[jax.Array, "*image"]:
         """Returns the regression target of the network at `t`: the noise, or v; of the shape of `x0`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(noise, jnp.float32)
-        signal, sigma = self._scales(t, x0)
+        signal, sigma = self.scales_like(t, x0)
         return signal * noise - sigma * x0
 
     def to_x0(
-        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
-    ) -> Float32[jax.Array, "*image"]:
+        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Num[ArrayLike, "..."]
+    ) -> Float[jax.Array, "*image"]:
         """Returns the clean image that `prediction` implies for `x_t`."""
-        signal, sigma = self._scales(t, x_t)
+        signal, sigma = self.scales_like(t, x_t)
         if self.prediction_type == "epsilon":
             return jnp.subtract(x_t, sigma * prediction) / signal
         return signal * x_t - sigma * prediction
 
     def to_epsilon(
-        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Integer[ArrayLike, "..."]
-    ) -> Float32[jax.Array, "*image"]:
+        self, prediction: Float[Array, "*image"], x_t: Float[Array, "*image"], t: Num[ArrayLike, "..."]
+    ) -> Float[jax.Array, "*image"]:
         """Returns the noise that `prediction` implies for `x_t`."""
         if self.prediction_type == "epsilon":
             return jnp.asarray(prediction, jnp.float32)
-        signal, sigma = self._scales(t, x_t)
+        signal, sigma = self.scales_like(t, x_t)
         return signal * prediction + sigma * x_t
 
-    def snr(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
+    def snr(self, t: Num[ArrayLike, "*t"]) -> Float[jax.Array, "*t"]:
         """Returns the signal-to-noise ratio abar_t / (1 - abar_t), of the shape of `t`."""
-        alpha_bar = jnp.take(self.alphas_cumprod, t)
+        alpha_bar = self._alpha_bar(t)
         return alpha_bar / (1 - alpha_bar)
 
-    def min_snr_weight(self, t: Integer[ArrayLike, "*t"], gamma: float) -> Float32[jax.Array, "*t"]:
-        """Returns the Min-SNR-gamma weight of the prediction's squared error, of the shape of `t`.
+    def kappa(self, t: Num[ArrayLike, "*t"]) -> Float[jax.Array, "*t"]:
+        """Returns |d x_0 / d prediction|: sqrt((1 - abar) / abar) for eps, sqrt(1 - abar) for v."""
+        signal, sigma = self.scales(t)
+        return sigma / signal if self.prediction_type == "epsilon" else sigma
 
-        It is min(SNR, gamma) for the error of x_0 (Hang et al. 2023, arXiv 2303.09556): what a constant
-        weight of eps comes to, but no more than gamma. An error of x_0 is one of eps divided by sqrt(SNR),
-        and one of v times sqrt(1 - abar) = 1 / sqrt(SNR + 1), so this is min(SNR, gamma) / SNR for eps and
-        min(SNR, gamma) / (SNR + 1) for v, as in diffusers' training scripts (--snr_gamma). At zero SNR the
-        error of x_0 counts for nothing, and so does that of v.
+    def reverse_step(self, t: Num[ArrayLike, "*t"]) -> tuple[Num[jax.Array, "*t"], Num[jax.Array, "*t"]]:
+        """Returns t and t - 1; of t = 0, whose step ends at x_0, 1 and 0."""
+        t = jnp.maximum(self.check_levels(t), 1)
+        return t, t - 1
+
+    def snr_ratio(
+        self, begin: Num[ArrayLike, "*t"], end: Num[ArrayLike, "*t"]
+    ) -> tuple[Float[jax.Array, "*t"], Float[jax.Array, "*t"]]:
+        """Returns alpha_t (1 - abar_{t-1}) / (1 - abar_t) and beta_t / (1 - abar_t)."""
+        beta, noise = jnp.take(self.betas, begin), 1 - self._alpha_bar(begin)
+        return (1 - beta) * (1 - self._alpha_bar(end)) / noise, beta / noise
+
+    def network_time(self, t: Num[ArrayLike, "*t"]) -> Num[jax.Array, "*t"]:
+        """Returns the timestep itself."""
+        return self.check_levels(t)
+
+    def level_at(self, time: Num[ArrayLike, "*t"]) -> Num[jax.Array, "*t"]:
+        """Returns the timestep itself; a sampler that steps over others between them has no levels."""
+        return self.check_levels(time)
+
+    def level_between(self, part: ArrayLike, whole: float) -> np.ndarray:
+        """Returns the timestep, int32, at part / whole of all of them; rounded down."""
+        return np.asarray(np.asarray(part) * self.num_train_timesteps / whole).astype(np.int32)
+
+    def make_draw(self, first: int, last: int | None, keys: Mapping[str, Any]) -> LevelDraw:
+        """Returns the timesteps from `first` to `last`, by default the last of all.
+
+        Raises:
+          UserError: they are out of order or of range, or a key of `config.levels` is set.
         """
-        snr = self.snr(t)
-        return jnp.minimum(snr, gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
-
-    def reward_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """Returns the papers' time weight of the implicit reward, of the shape of `t`.
-
-        Under the posterior variance, log p(x_{t-1} | x_t) of the reverse step that leaves timestep t, taken
-        at the mean of q(x_{t-1} | x_t, x_0), is -1/2 w(t) ||eps_theta - eps||^2 + const with
-
-            w(t) = beta_t / ((1 - abar_{t-1}) alpha_t)
-
-        (DSPO Eq. 22-23, where the step is called t + 1 -> t. Eq. 11 prints another factor alpha_t: it comes
-        from a mean coefficient sqrt(alpha_t / alpha_{t+1}) in Eq. 2 where DDPM has 1 / sqrt(alpha_{t+1}).) An
-        error of v is an error of eps divided by sqrt(abar_t), so for v prediction the weight is abar_t w(t),
-        which is abar_{t-1} beta_t / (1 - abar_{t-1}) and finite where abar_t is 0.
-
-        The step into x_0 (t = 0) has no variance and its weight diverges; it takes the weight of t = 1, as
-        improved DDPM's released code does for the log-variance.
-        """
-        before, _, beta = self._step(t)
-        weight = beta / (1 - before)
-        return weight / (1 - beta) if self.prediction_type == "epsilon" else before * weight
-
-    def score_ratio(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """Returns DSPO's B(t), of the shape of `t`: weight of the data score against the preference score.
-
-        The policy-to-data score difference is -(e - y) / sqrt(1 - abar_{t-1}) (Eq. 27), the gradient of the
-        implicit reward -lam c (e - r) with c = beta_t / (sigma^2 sqrt(alpha_t (1 - abar_t))) (Eq. 26 with the
-        1 / sigma^2 of the Gaussian, printed there as 1 / (2 sigma^2)). Their ratio is
-
-            B(t) = 1 / (c sqrt(1 - abar_{t-1})) = sqrt(alpha_t (1 - abar_{t-1}) / (1 - abar_t)).
-
-        Eq. 28 prints its inverse times omega(t). t = 0, where B vanishes, takes the value of t = 1, as in
-        `reward_weight`. B vanishes where abar_t is 0, too: x_t tells nothing of x_0 there.
-        """
-        before, at, beta = self._step(t)
-        return jnp.sqrt((1 - beta) * (1 - before) / (1 - at))
-
-    def denoising_weight(self, t: Integer[ArrayLike, "*t"]) -> Float32[jax.Array, "*t"]:
-        """Returns DSPO's weight A(t) B(t)^2 of ||e - y||^2 without a preference, of the shape of `t`.
-
-        A(t) is `reward_weight` and B(t) `score_ratio`; for eps the product is beta_t / (1 - abar_t).
-        """
-        return self.reward_weight(t) * jnp.square(self.score_ratio(t))
-
-    def _scales(self, t: ArrayLike, like: Array) -> tuple[jax.Array, jax.Array]:
-        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped to broadcast against `like`."""
-        t = jnp.asarray(t)
-        if t.shape != like.shape[: t.ndim]:
+        for key, value in keys.items():
+            if value is not None:
+                raise UserError(
+                    f"config.levels.{key} = {value!r}: is of models of rectified flow; this one's timesteps "
+                    "are drawn evenly, from config.timesteps.first to config.timesteps.last"
+                )
+        end = self.num_train_timesteps - 1
+        last = end if last is None else last
+        if not 0 <= first <= last <= end:
             raise UserError(
-                f"timesteps of shape {t.shape} do not match the leading axes of images {like.shape}"
+                f"config.timesteps.first = {first} and config.timesteps.last = {last}: must be in order and "
+                f"between 0 and {end}"
             )
-        alpha_bar = jnp.take(self.alphas_cumprod, t).reshape(t.shape + (1,) * (like.ndim - t.ndim))
-        return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+        return UniformTimesteps(first, last)
 
-    def _step(self, t: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns abar before, abar at, and beta of the reverse step that leaves `t`; t = 0 is taken as 1."""
-        t = jnp.maximum(jnp.asarray(t), 1)
-        return jnp.take(self.alphas_cumprod, t - 1), jnp.take(self.alphas_cumprod, t), jnp.take(self.betas, t)
+    def is_same(self, other: Process) -> bool:
+        """Whether abar is the same."""
+        return isinstance(other, Schedule) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+
+    def _alpha_bar(self, t: ArrayLike) -> jax.Array:
+        return jnp.take(self.alphas_cumprod, self.check_levels(t))
 
 
 def _rescale_to_zero_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -105,7 +104,8 @@ def _abstract_call(
     conditioning = jax.eval_shape(pipe.encode_conditioning, params, batch)
     height, width = (side // pipe.vae_scale_factor for side in size)
     latents = jax.ShapeDtypeStruct((images, height, width, pipe.latent_channels), dtype)
-    return params, batch, latents, jax.ShapeDtypeStruct((images,), jnp.int32), conditioning
+    timesteps = jax.ShapeDtypeStruct((images,), pipe.schedule.level_dtype)
+    return params, batch, latents, timesteps, conditioning
 
 
 def least_activations(pipe: Pipeline, dtype: str, size: tuple[int, int]) -> int:

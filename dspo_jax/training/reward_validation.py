@@ -22,7 +22,7 @@ from dspo_jax.training.settings import Settings
 from dspo_jax.training.task import Task, cast, of_components, policy_params
 from dspo_jax.training.validation_scalars import binomial_interval
 
-# Noise levels, as shares of the timesteps, at which predictions are compared with the reference's.
+# Shares of the way from image to noise at which predictions are compared with the reference's.
 _LEVELS = (0.2, 0.5, 0.8)
 _SEED = 2_000_000  # no image of training, labelling or evaluation has these seeds by default
 
@@ -162,10 +162,13 @@ class RewardValidator:
         batch = pipe.prompt_batch(tokens, pixels)
         differences = []
         for level in _LEVELS:
-            t = jnp.full(len(latents), int(level * pipe.schedule.num_train_timesteps))
+            t = jnp.full(len(latents), pipe.schedule.level_between(level, 1))
             noisy = pipe.schedule.add_noise(latents, noise, t).astype(self._task.precision.compute_dtype)
+            times = pipe.schedule.network_time(t)
             predictions = [
-                pipe.predict(params, noisy, t, pipe.encode_conditioning(params, batch)).astype(jnp.float32)
+                pipe.predict(params, noisy, times, pipe.encode_conditioning(params, batch)).astype(
+                    jnp.float32
+                )
                 for params in (policy, reference)
             ]
             differences.append(jnp.square(predictions[0] - predictions[1]).mean())

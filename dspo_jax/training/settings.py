@@ -64,6 +64,17 @@ class TimestepSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LevelSettings:
+    """The keys of `config.levels`, which the model's process checks (`Process.make_draw`)."""
+
+    draw: str | None
+    mean: float | None
+    std: float | None
+    scale: float | None
+    shift: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SliceSettings:
     """The keys of `config.mesh.dcn`."""
 
@@ -246,6 +257,7 @@ class Settings:
     reference_dtype: str = choice(*COMPUTE_DTYPES, optional=True)
     remat: str = choice(*POLICIES)
     timesteps: TimestepSettings
+    levels: LevelSettings
     ema_decay: float = limited(DECAY)
     log_every: int = limited(AT_LEAST_1)
     wandb_project: str | None

@@ -31,6 +31,7 @@ from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.differentiable import DifferentiableReward, load_differentiable
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
+from dspo_jax.schedules.process import LevelDraw
 from dspo_jax.training import lora_init, schedule_free
 from dspo_jax.training.auto_beta import make_auto_beta
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
@@ -273,7 +274,7 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
     if stream.kind == "trajectories":
         return PolicyGradientLoss(settings.policy_gradient, stream.drawing, pipe.latent_size)
     draws = Draws(
-        timesteps=_timesteps(settings, pipe),
+        levels=_draw_levels(settings, pipe),
         caption_dropout=settings.caption_dropout,
         share_timesteps=settings.share_timesteps,
         share_noise=settings.share_noise,
@@ -281,18 +282,13 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         positive_ratio=settings.positive_ratio,
         adapter_dropout=settings.lora.dropout,
     )
+    settings.objective.check_process(pipe.schedule)
     return PreferenceLoss(settings.objective, draws)
 
 
-def _timesteps(settings: Settings, pipe: Pipeline) -> tuple[int, int]:
-    end, (first, last) = pipe.schedule.num_train_timesteps - 1, dataclasses.astuple(settings.timesteps)
-    last = end if last is None else last
-    if not 0 <= first <= last <= end:
-        raise UserError(
-            f"config.timesteps.first = {first} and config.timesteps.last = {last}: must be in order and "
-            f"between 0 and {end}"
-        )
-    return first, last
+def _draw_levels(settings: Settings, pipe: Pipeline) -> LevelDraw:
+    timesteps = settings.timesteps
+    return pipe.schedule.make_draw(timesteps.first, timesteps.last, dataclasses.asdict(settings.levels))
 
 
 def make_adapters(settings: Settings, pipe: Pipeline) -> Params:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
-from jaxtyping import Float, Integer, PyTree
+from jaxtyping import Float, Num, PyTree
 
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
@@ -164,7 +164,7 @@ def predict(
     task: Task,
     params: Params,
     noisy: Float[jax.Array, "B P h w C"],
-    timesteps: Integer[jax.Array, "B P"],
+    levels: Num[jax.Array, "B P"],
     batch: Batch,
     dropout: Dropout | None = None,
 ) -> Float[jax.Array, "B P h w C"]:
@@ -174,14 +174,14 @@ def predict(
       task: pipeline and precision are read.
       params: by component, in the compute dtype.
       noisy: [B, P, h, w, C] in UNet units.
-      timesteps: [B, P].
+      levels: [B, P], of the process.
       batch: has the pipeline's `conditioning_inputs`.
       dropout: of the adapters' inputs; None drops nothing.
     """
     params, noisy = gather(params), noisy.astype(task.precision.compute_dtype)
     if dropout is not None:
         params = lora.with_dropout(params, *dropout)
-    return task.pipe.predict_pairs(params, noisy, timesteps, batch, remat=task.precision.remat)
+    return task.pipe.predict_pairs(params, noisy, levels, batch, remat=task.precision.remat)
 
 
 def policy_params(task: Task, params: Params, reference: Params) -> Params:

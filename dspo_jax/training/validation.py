@@ -28,12 +28,12 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import batch_share, make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.process import Process
 from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.training.validation_scalars import summarise, summarise_labelled
 from dspo_jax.weights.saved_params import read_run_config, split_run
 
-# (parameters, noisy latents [B, P, h, w, C], timesteps [B, P], what the denoiser is conditioned on by name)
+# (parameters, noisy latents [B, P, h, w, C], levels [B, P], what the denoiser is conditioned on by name)
 # -> the denoiser's output [B, P, h, w, C].
 Predict = Callable[[Params, jax.Array, jax.Array, Mapping[str, jax.Array]], jax.Array]
 
@@ -88,7 +88,7 @@ class Validator:
     def __init__(
         self,
         predict: Predict,
-        schedule: Schedule,
+        schedule: Process,
         mesh: Mesh,
         datasets: Sequence[Dataset],
         settings: ValidationSettings,
@@ -102,8 +102,8 @@ class Validator:
           schedule: the forward process.
           mesh: the devices, which must split a batch evenly.
           datasets: from `read_datasets`.
-          settings: `split`, the held-out one; `batch_size`, examples in one call; `draws`, (timestep, noise)
-            draws for each example, with the midpoints of so many equal bins as timesteps.
+          settings: `split`, the held-out one; `batch_size`, examples in one call; `draws`, (level, noise)
+            draws for each example, with the midpoints of so many equal bins as noise levels.
           inputs: arrays of a batch that `predict` takes (`Pipeline.conditioning_inputs`).
 
         Raises:
@@ -112,11 +112,11 @@ class Validator:
         self.num_examples = sum(count_examples(datasets, settings.split).values())
         self._datasets, self._split, self._batch_size = datasets, settings.split, settings.batch_size
         self._mesh, self._inputs, draws = mesh, inputs, settings.draws
-        steps = schedule.num_train_timesteps
-        self._timesteps = ((np.arange(draws) + 0.5) * steps / draws).astype(np.int32)
+        self._levels = schedule.level_between(np.arange(draws) + 0.5, draws)
+        self._timesteps = np.asarray(schedule.network_time(self._levels)).astype(np.int32)
 
         def add_noise(
-            batch: dict[str, jax.Array], timestep: jax.Array
+            batch: dict[str, jax.Array], timestep: jax.Array, level: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             mean, _ = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
 
@@ -125,19 +125,19 @@ class Validator:
                 return jax.random.normal(key, (1, *mean.shape[2:]))
 
             noise = jnp.broadcast_to(jax.vmap(draw)(batch["index"]), mean.shape)
-            timesteps = jnp.full(mean.shape[:2], timestep)
+            levels = jnp.full(mean.shape[:2], level)
             return (
-                schedule.add_noise(mean, noise, timesteps),
-                schedule.target(mean, noise, timesteps),
-                timesteps,
+                schedule.add_noise(mean, noise, levels),
+                schedule.target(mean, noise, levels),
+                levels,
             )
 
         def score(
-            policy: jax.Array, frozen: jax.Array | None, target: jax.Array, timesteps: jax.Array
+            policy: jax.Array, frozen: jax.Array | None, target: jax.Array, levels: jax.Array
         ) -> dict[str, jax.Array]:
             predictions = jax.tree.map(
                 lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x,
-                Predictions(policy, frozen, target, timesteps),
+                Predictions(policy, frozen, target, levels),
             )
             judged = {"error": squared_error(predictions, "mean")}
             if frozen is not None:
@@ -178,7 +178,7 @@ class Validator:
         results, liked, scores = [], [], []
         judged = 0
         for examples in self._batches():
-            draws = [self._judge_examples(policy, reference, examples, t) for t in self._timesteps]
+            draws = [self._judge_examples(policy, reference, examples, i) for i in range(len(self._levels))]
             results.append(np.stack(draws, axis=1))
             liked.append(examples["preference"])
             if "scores" in examples:
@@ -200,9 +200,12 @@ class Validator:
         batches.close()
 
     def _judge_examples(
-        self, policy: Params, reference: Params | None, examples: HostBatch, timestep: int
+        self, policy: Params, reference: Params | None, examples: HostBatch, draw: int
     ) -> np.ndarray:
-        """Judges a batch, [2 or 1 (no reference), B, P]; a short batch is filled with its first example."""
+        """Judges a batch at the level of a draw, [2 or 1 (no reference), B, P].
+
+        A short batch is filled with its first example.
+        """
         count = len(examples["index"])
         take = np.where(np.arange(self._batch_size) < count, np.arange(self._batch_size), 0)
         share, shares = batch_share(self._mesh)
@@ -210,13 +213,13 @@ class Validator:
         batch = {name: examples[name][take] for name in ("moments", *self._inputs)}
         batch["index"] = examples["index"][take].astype(np.uint32)
         placed = shard_batch(batch, self._mesh)
-        noisy, target, timesteps = self._add_noise(placed, jnp.int32(timestep))
+        noisy, target, levels = self._add_noise(placed, self._timesteps[draw], self._levels[draw])
         conditioning = {name: placed[name] for name in self._inputs}
         outputs = [
-            None if params is None else self._predict(params, noisy, timesteps, conditioning)
+            None if params is None else self._predict(params, noisy, levels, conditioning)
             for params in (policy, reference)
         ]
-        judged = self._score(*outputs, target, timesteps)
+        judged = self._score(*outputs, target, levels)
         return np.stack([np.asarray(judged[name])[:count] for name in ("error", "drift") if name in judged])
 
 
@@ -275,9 +278,9 @@ def judge(
         return jax.device_put(params, replicated(mesh))
 
     def predict(
-        params: Params, noisy: jax.Array, timesteps: jax.Array, batch: Mapping[str, jax.Array]
+        params: Params, noisy: jax.Array, levels: jax.Array, batch: Mapping[str, jax.Array]
     ) -> jax.Array:
-        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), timesteps, batch)
+        return pipes[0].predict_pairs(params, noisy.astype(compute_dtype), levels, batch)
 
     validator = Validator(
         predict,

@@ -76,6 +76,7 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         fixed |= {"data.curriculum_groups": 1, "data.curriculum_every": 500}
         fixed |= {"lora.alpha": None, "lora.rank_stabilised": False, "lora.dropout": 0.0, "lora.dora": False}
         fixed |= {"optimizer.text_encoder_learning_rate": None}
+        fixed |= {f"levels.{key}": None for key in ("draw", "mean", "std", "scale", "shift")}
         fixed |= {"lora.init": None, "reference.model": None, "reference.every": 0, "reference.decay": 0.0}
         theirs = fixed | theirs
         if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds

@@ -92,7 +92,7 @@ def as_predictions(arrays, dtype=jnp.float32):
     floats = {key: jnp.asarray(arrays[key], dtype) for key in ("policy", "reference", "target")}
     preference, weight = (jnp.asarray(arrays[key], jnp.float32) for key in ("preference", "weight"))
     timesteps = jnp.asarray(arrays["timesteps"])
-    return Predictions(**floats, timesteps=timesteps, preference=preference, weight=weight)
+    return Predictions(**floats, levels=timesteps, preference=preference, weight=weight)
 
 
 def with_defaults(name, given, **options):

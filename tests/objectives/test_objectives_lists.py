@@ -58,7 +58,7 @@ def make_arrays(images, scored, count=4):
 
 def as_predictions(arrays):
     floats = {k: jnp.asarray(a, jnp.float32) for k, a in arrays.items() if a is not None and k != "timesteps"}
-    return Predictions(**floats, timesteps=jnp.asarray(arrays["timesteps"]))
+    return Predictions(**floats, levels=jnp.asarray(arrays["timesteps"]))
 
 
 @each_row(("name", "case", "reduction", "time_weight", "prediction_type"), VARIANTS)

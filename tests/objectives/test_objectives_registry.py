@@ -63,13 +63,13 @@ def test_missing_loser_is_one_clear_error(name, pairs):
         ("policy", (4, 0, 3, 2, 2), r"Predictions.policy has shape \(4, 0, 3, 2, 2\)"),
         ("reference", (4, 2, 2, 3, 2), r"Predictions.reference has shape \(4, 2, 2, 3, 2\)"),
         ("target", (1, 2, 3, 2, 2), r"Predictions.target has shape \(1, 2, 3, 2, 2\)"),
-        ("timesteps", (8,), r"Predictions.timesteps has shape \(8,\)"),
+        ("levels", (8,), r"Predictions.levels has shape \(8,\)"),
         ("preference", (4, 1), r"Predictions.preference has shape \(4, 1\)"),
         ("weight", (4,), r"Predictions.weight has shape \(4,\)"),
     ],
 )
 def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
-    wrong = jnp.zeros(shape, jnp.int32 if field == "timesteps" else jnp.float32)
+    wrong = jnp.zeros(shape, jnp.int32 if field == "levels" else jnp.float32)
     predictions = dataclasses.replace(pairs, **{field: wrong})
     with pytest.raises(ValueError, match=message):
         get_objective("dspo")(predictions, Schedule.scaled_linear())
@@ -303,7 +303,7 @@ def test_the_objective_in_the_contributing_guide_works(pairs, monkeypatch):
     loss, metrics = objective(soft, Schedule.scaled_linear())
     monkeypatch.setitem(objectives_numpy.MARGIN_LOSSES, "exponential", lambda z, h: np.exp(-z))
     arrays = {key: np.asarray(getattr(pairs, key), float) for key in ("policy", "reference", "target")}
-    arrays |= {"timesteps": np.tile(pairs.timesteps[:, None], 2), "preference": preference}
+    arrays |= {"timesteps": np.tile(pairs.levels[:, None], 2), "preference": preference}
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     expected, expected_metrics = objectives_numpy.evaluate(
         "exponential", arrays, betas, "epsilon", **objective.hyperparameters
@@ -325,8 +325,8 @@ def test_a_metric_that_is_not_per_example_is_found_by_the_tests(pairs):
 
     with pytest.raises(TypeCheckError, match="return value"):
         Reduced()(pairs, Schedule.scaled_linear())
-    with pytest.raises(TypeCheckError, match="Integer"):
-        Schedule.scaled_linear().snr(jnp.zeros(2))
+    with pytest.raises(TypeCheckError, match="Float"):
+        Schedule.scaled_linear().target(jnp.zeros(2, int), jnp.zeros(2), 0)
 
 
 def test_a_limit_holds_however_an_objective_is_made():

@@ -10,7 +10,7 @@ from promoting_optimizer import promote_dtypes
 
 from dspo_jax.objectives import get_objective
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.schedules.variance_preserving import Schedule
+from dspo_jax.schedules.variance_preserving import Schedule, UniformTimesteps
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.step import init_state
 from dspo_jax.training.task import Precision, Task, UpdateRule
@@ -21,8 +21,8 @@ PAIRS, SIDE, CHANNELS, WIDTH = 8, 4, 4, 64
 class DensePipeline(Pipeline):
     """Three dense layers on every pixel in place of a model's networks."""
 
-    def __init__(self):
-        fields = {"schedule": Schedule.scaled_linear(), "empty_tokens": np.zeros((1, 77), np.int32)}
+    def __init__(self, schedule):
+        fields = {"schedule": schedule, "empty_tokens": np.zeros((1, 77), np.int32)}
         for name, value in fields.items():
             object.__setattr__(self, name, value)  # a `Pipeline` is frozen
 
@@ -52,10 +52,11 @@ def make_params(seed):
     }
 
 
-def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameters):
+def make_task(objective, changes: dict[str, Any] | None = None, schedule=None, **hyperparameters):
     """A task with an objective; `changes` are of the fields of its parts."""
+    schedule = schedule or Schedule.scaled_linear()
     draws = Draws(
-        (0, 999),
+        UniformTimesteps(0, 999),
         caption_dropout=0.2,
         share_timesteps=True,
         share_noise=True,
@@ -67,7 +68,7 @@ def make_task(objective, changes: dict[str, Any] | None = None, **hyperparameter
     draws, rate, precision = (change(part, changes or {}) for part in (draws, rate, precision))
     rate = dataclasses.replace(rate, optimizer=promote_dtypes(rate.optimizer))
     loss = PreferenceLoss(get_objective(objective, **hyperparameters), draws)
-    return Task(DensePipeline(), loss, rate, precision, train_text_encoder=False, adapters=None)
+    return Task(DensePipeline(schedule), loss, rate, precision, train_text_encoder=False, adapters=None)
 
 
 def change(part, changes):

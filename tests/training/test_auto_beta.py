@@ -93,7 +93,7 @@ def test_a_given_beta_takes_the_place_of_the_objectives_own(name):
     arrays = {"policy": reference + 0.5 * noise, "reference": reference, "target": target}
     arrays |= {"timesteps": np.full((4, 2), 500), "preference": np.array([1.0, 0.9, 0.5, 0.7])}
     given = {key: jnp.asarray(value, jnp.float32) for key, value in arrays.items() if key != "timesteps"}
-    predictions = Predictions(**given, timesteps=jnp.full((4, 2), 500), beta=jnp.full(4, 1.7))
+    predictions = Predictions(**given, levels=jnp.full((4, 2), 500), beta=jnp.full(4, 1.7))
     objective = get_objective(name, beta=50.0, auto_beta=0.9)
     loss, metrics = objective(predictions, Schedule.scaled_linear())
     keys = objective.hyperparameters | {"beta": 1.7}

@@ -11,6 +11,7 @@ from dense_task import make_batch, make_params, make_reference, make_state, make
 
 from configs import common
 from dspo_jax.limits import parse
+from dspo_jax.schedules.variance_preserving import UniformTimesteps
 from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.optim import OPTIMIZERS, OptimizerSettings, make_optimizer
 from dspo_jax.training.stability import Health
@@ -163,7 +164,7 @@ def test_a_reference_kept_in_float32_is_computed_in_the_compute_dtype():
 
 @pytest.mark.parametrize(("first", "last"), [(0, 999), (100, 400), (7, 7)])
 def test_timesteps_are_drawn_from_the_range_with_both_ends(first, last):
-    task = make_task("sft", {"timesteps": (first, last)})
+    task = make_task("sft", {"levels": UniformTimesteps(first, last)})
     batch = make_batch(count=4000)
     _, _, timesteps, _ = draw_noise(task.loss.draws, batch, KEY)
     assert first <= timesteps.min() <= first + 5

@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Float32, Int32, Integer, Key, PyTree
+from jaxtyping import Bool, Float, Float32, Key, Num, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.schedules.process import LevelDraw
 from dspo_jax.training.task import (
     Batch,
     Dropout,
@@ -27,16 +28,16 @@ class Draws:
     """Distribution of everything random about a batch of pairs.
 
     Attributes:
-      timesteps: (first, last) that are drawn, both included.
+      levels: distribution of the noise levels.
       caption_dropout: probability of dropping the caption of a pair.
-      share_timesteps: whether the images of a pair share their timestep.
+      share_timesteps: whether the images of a pair share their noise level.
       share_noise: whether the images of a pair share their noise.
       noise_offset: deviation of what is added to all of an image's noise, a number for each channel.
       positive_ratio: probability that the image drawn of a pair is the winner, for an objective of one image.
       adapter_dropout: probability of dropping an element of an adapter's input in the policy.
     """
 
-    timesteps: tuple[int, int]
+    levels: LevelDraw
     caption_dropout: float
     share_timesteps: bool
     share_noise: bool
@@ -56,7 +57,7 @@ class PreferenceLoss:
 
     Attributes:
       objective: from `get_objective`.
-      draws: of timesteps, noise and dropped captions.
+      draws: of noise levels, noise and dropped captions.
     """
 
     objective: Objective
@@ -80,21 +81,21 @@ class PreferenceLoss:
           key: of the run; an example's randomness follows from (key, index).
         """
         schedule = task.pipe.schedule
-        latents, noise, timesteps, drop = draw_noise(self.draws, batch, key)
+        latents, noise, levels, drop = draw_noise(self.draws, batch, key)
         per_image = {name: batch[name] for name in task.pipe.image_inputs}
-        (latents, noise, timesteps, per_image, scores), preference = self.choose_images(
-            batch, key, (latents, noise, timesteps, per_image, batch.get("scores"))
+        (latents, noise, levels, per_image, scores), preference = self.choose_images(
+            batch, key, (latents, noise, levels, per_image, batch.get("scores"))
         )
         batch = task.pipe.drop_captions({**batch, **per_image}, drop)
-        noisy = schedule.add_noise(latents, noise, timesteps)
+        noisy = schedule.add_noise(latents, noise, levels)
         policy, frozen = self.forward(
-            task, params, reference, noisy, timesteps, batch, self._draw_dropout(batch, key)
+            task, params, reference, noisy, levels, batch, self._draw_dropout(batch, key)
         )
         predictions = Predictions(
             policy=policy,
             reference=frozen,
-            target=schedule.target(latents, noise, timesteps),
-            timesteps=timesteps,
+            target=schedule.target(latents, noise, levels),
+            levels=levels,
             preference=preference,
             scores=scores,
             weight=batch["weight"] if self.objective.needs_weight else None,
@@ -151,7 +152,7 @@ class PreferenceLoss:
         params: Params,
         reference: Params,
         noisy: Float[jax.Array, "B P h w C"],
-        timesteps: Integer[jax.Array, "B P"],
+        levels: Num[jax.Array, "B P"],
         batch: Batch,
         dropout: Dropout | None = None,
     ) -> tuple[Float[jax.Array, "B P h w C"], Float[jax.Array, "B P h w C"] | None]:
@@ -162,13 +163,13 @@ class PreferenceLoss:
 
         def run(params: Params, dropout: Dropout | None = None) -> jax.Array:
             if not self.objective.detaches_loser:
-                return predict(task, params, noisy, timesteps, batch, dropout)
+                return predict(task, params, noisy, levels, batch, dropout)
             # The loser apart and from constants, so that nothing is kept for its backward pass.
             outputs = []
             for i, of_image in enumerate((params, jax.lax.stop_gradient(params))):
                 image = slice(i, i + 1)
                 part = {**batch, **{name: batch[name][:, image] for name in task.pipe.image_inputs}}
-                outputs.append(predict(task, of_image, noisy[:, image], timesteps[:, image], part, dropout))
+                outputs.append(predict(task, of_image, noisy[:, image], levels[:, image], part, dropout))
             return jnp.concatenate(outputs, axis=1)
 
         policy = run(policy_params(task, params, reference), dropout)
@@ -229,8 +230,8 @@ class PreferenceLoss:
         )
 
     def notes(self, values_per_image: int) -> list[str]:
-        """Returns lines of the objective for the user before a run."""
-        return self.objective.notes(values_per_image)
+        """Returns lines of the noise levels and of the objective for the user before a run."""
+        return [*self.draws.levels.notes(), *self.objective.notes(values_per_image)]
 
 
 def draw_noise(
@@ -238,13 +239,14 @@ def draw_noise(
 ) -> tuple[
     Float32[jax.Array, "B P h w C"],
     Float32[jax.Array, "B P h w C"],
-    Int32[jax.Array, "B P"],
+    Num[jax.Array, "B P"],
     Bool[jax.Array, " B"],
 ]:
-    """Draws latents, noise, timesteps and dropped captions from (key, index of the example) alone.
+    """Draws latents, noise, noise levels and dropped captions from (key, index of the example) alone.
 
     So the draws depend neither on the devices nor on how a batch is split. Returns latents [B, P, h, w, C]
-    (UNet units), noise of the same shape, timesteps [B, P] int32, and whether to drop each caption [B] bool.
+    (UNet units), noise of the same shape, levels [B, P] of the process, and whether to drop each caption [B]
+    bool.
 
     With `noise_offset` o the noise is eps + o delta, eps [P, h, w, C] and delta [P, 1, 1, C] standard normal;
     it is what the latents are noised with and what the target is made of, as in the text-to-image trainer of
@@ -252,10 +254,7 @@ def draw_noise(
     """
     mean, deviation = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     images = mean.shape[1]
-    of_noise, of_timesteps = (
-        1 if shared else images for shared in (draws.share_noise, draws.share_timesteps)
-    )
-    first, last = draws.timesteps
+    of_noise, of_levels = (1 if shared else images for shared in (draws.share_noise, draws.share_timesteps))
 
     def draw(index: jax.Array) -> tuple[jax.Array, ...]:
         of_example = jax.random.fold_in(key, index)
@@ -265,9 +264,9 @@ def draw_noise(
         if draws.noise_offset:  # 4 is the number of the key that draws an image of a pair
             shape = (of_noise, 1, 1, mean.shape[-1])
             noise = noise + draws.noise_offset * jax.random.normal(jax.random.fold_in(of_example, 5), shape)
-        timesteps = jax.random.randint(keys[2], (of_timesteps,), first, last + 1)
-        return posterior, noise, timesteps, jax.random.bernoulli(keys[3], draws.caption_dropout)
+        levels = draws.levels(keys[2], (of_levels,))
+        return posterior, noise, levels, jax.random.bernoulli(keys[3], draws.caption_dropout)
 
-    posterior, noise, timesteps, drop = jax.vmap(draw)(batch["index"])
+    posterior, noise, levels, drop = jax.vmap(draw)(batch["index"])
     latents = mean + deviation * posterior
-    return latents, jnp.broadcast_to(noise, mean.shape), jnp.broadcast_to(timesteps, mean.shape[:2]), drop
+    return latents, jnp.broadcast_to(noise, mean.shape), jnp.broadcast_to(levels, mean.shape[:2]), drop

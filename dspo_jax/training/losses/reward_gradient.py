@@ -128,7 +128,7 @@ class RewardGradientLoss:
             def expect(theta: PyTree, x: jax.Array) -> tuple[jax.Array, jax.Array]:
                 prediction = predict(theta, x, t)
                 penalty = drift(x, t, prediction) if self.needs_reference else jnp.zeros(len(x), jnp.float32)
-                return pipe.schedule.to_x0(prediction, x, t), penalty
+                return pipe.schedule.to_x0(prediction, x, pipe.schedule.level_at(t)), penalty
 
             latents, penalty = checkpoint_images(expect, theta, jax.lax.stop_gradient(x))
         else:
@@ -141,7 +141,8 @@ class RewardGradientLoss:
 
         for number in range(self.method.renoised):
             eps = noise(2**30 + number)
-            noised = pipe.schedule.add_noise(jax.lax.stop_gradient(latents), eps, int(sampler.timesteps[-1]))
+            level = pipe.schedule.level_at(sampler.timesteps[-1])
+            noised = pipe.schedule.add_noise(jax.lax.stop_gradient(latents), eps, level)
             again, _ = checkpoint_images(take_last, theta, noised)
             more, usable_again, _ = self._judge(pipe, reference, again, batch["reward_tokens"])
             losses, usable = losses + more, usable & usable_again
