@@ -13,6 +13,7 @@ from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import absent_gpu
+from dspo_jax.samplers import samplers_of
 from dspo_jax.sampling.image_sampler import ImageSampler
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.costs import abstract_batch
@@ -76,18 +77,19 @@ def judge(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int,
         for name, leaf in pipe.conditioning_shapes(2).items()
     }
     noisy = jax.ShapeDtypeStruct((count, 2, *_latents(pipe, size)), jnp.float32, sharding=split)
-    timesteps = jax.ShapeDtypeStruct((count, 2), jnp.int32, sharding=split)
+    levels = jax.ShapeDtypeStruct((count, 2), pipe.schedule.level_dtype, sharding=split)
 
-    def predict(params: Any, noisy: Any, timesteps: Any, conditioning: Any) -> Any:
-        return pipe.predict_pairs(params, noisy.astype(dtype), timesteps, conditioning)
+    def predict(params: Any, noisy: Any, levels: Any, conditioning: Any) -> Any:
+        return pipe.predict_pairs(params, noisy.astype(dtype), levels, conditioning)
 
-    arguments = (params, noisy, timesteps, conditioning)
+    arguments = (params, noisy, levels, conditioning)
     return Program(jax.jit(on_mesh(predict, mesh)), arguments, bytes_per_device(params))
 
 
 def sample(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, mesh: Mesh) -> Program:
     """Returns the drawing of `count` latents, with the defaults of `dspo_jax.sample`; see `step`."""
-    sampler = ImageSampler(pipe, Drawing(), compute_dtype=settings.compute_dtype, mesh=mesh)
+    drawing = Drawing(sampler=samplers_of(pipe.schedule)[0])
+    sampler = ImageSampler(pipe, drawing, compute_dtype=settings.compute_dtype, mesh=mesh)
     params, split = (
         _abstract_params(pipe, pipe.components, mesh, settings.compute_dtype),
         batch_sharding(mesh),

@@ -5,7 +5,7 @@ sampler is a table of coefficients: `sampler.py` steps through any such table, t
 them in float64, `registry.py` lists them by name, and `transitions.py` has a step's probability.
 """
 
-from dspo_jax.samplers.registry import SAMPLERS, check_eta, make_sampler, own_sampler
+from dspo_jax.samplers.registry import SAMPLERS, check_eta, make_sampler, own_sampler, samplers_of
 from dspo_jax.samplers.sampler import Sampler, State
 from dspo_jax.samplers.spacing import TIMESTEP_SPACINGS, spaced_timesteps
 from dspo_jax.samplers.transitions import log_probability
@@ -19,5 +19,6 @@ __all__ = [
     "log_probability",
     "make_sampler",
     "own_sampler",
+    "samplers_of",
     "spaced_timesteps",
 ]

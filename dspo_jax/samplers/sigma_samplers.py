@@ -12,7 +12,8 @@ from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import choice, require, spaced_timesteps, spacing_of
 from dspo_jax.samplers.timestep_samplers import schedule_alphas, to_epsilon, to_x0
-from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
+from dspo_jax.schedules.process import SchedulerConfig
+from dspo_jax.schedules.variance_preserving import Schedule
 
 
 def euler(

@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from dspo_jax import schema, spelling
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
-from dspo_jax.schedules.variance_preserving import SchedulerConfig
+from dspo_jax.schedules.process import SchedulerConfig
 from dspo_jax.schema import Key, flag, integer, number
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")

@@ -12,7 +12,8 @@ from jaxtyping import Float64
 from dspo_jax.errors import UserError
 from dspo_jax.samplers.sampler import CoefficientTable
 from dspo_jax.samplers.spacing import require, spaced_timesteps, spacing_of
-from dspo_jax.schedules.variance_preserving import Schedule, SchedulerConfig
+from dspo_jax.schedules.process import SchedulerConfig
+from dspo_jax.schedules.variance_preserving import Schedule
 
 # PLMS: the weights of this output and of those before it, by the number of the call; the last row is for all
 # that follow. Call 1 repeats call 0's step with the mean of both and is not used again, hence the zeros.

@@ -11,11 +11,18 @@ def define_drawing_flags() -> None:
     flags.DEFINE_enum(
         "sampler",
         "ddim",
-        ("ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral", "pndm"),
-        "How noise becomes an image.",
+        (
+            *("ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral", "pndm"),
+            *("flow_ancestral", "flow_dpmpp_2m", "flow_euler", "flow_grpo", "flow_heun"),
+        ),
+        "How noise becomes an image; flow_...: of a model of rectified flow.",
     )
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
-    flags.DEFINE_float("eta", 0.0, "Of ddim: from 0, no noise in its steps, to 1, as much as ddpm adds.")
+    flags.DEFINE_float(
+        "eta",
+        0.0,
+        "Of ddim and flow_ancestral: from 0, no noise in steps, to 1, as much as ddpm adds; flow_grpo's a.",
+    )
     flags.DEFINE_float("guidance_scale", 7.5, "s in uncond + s (cond - uncond); at 1 or less, no guidance.")
     flags.DEFINE_list("guidance_interval", ["0", "1000"], "The smallest and largest timestep that is guided.")
     flags.DEFINE_float(

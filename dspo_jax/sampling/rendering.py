@@ -36,8 +36,8 @@ class Drawing:
       max_chunks: longest prompt, in chunks of 75 tokens. None is what a run was trained with, or 1, which
         cuts longer prompts, of a diffusers folder.
       clip_skip: see `Pipeline`; None in the same way.
-      eta: of sampler "ddim", from 0, where it is deterministic, to 1, where each step adds as much noise as
-        "ddpm".
+      eta: of samplers "ddim" and "flow_ancestral", from 0, where they are deterministic, to 1, where each
+        step adds as much noise as "ddpm"; of "flow_grpo" its a.
     """
 
     sampler: str = "ddim"

@@ -13,6 +13,7 @@ from dspo_jax.monitoring.devices import has_bfloat16, in_units, short
 from dspo_jax.objectives.advantages import rounds_to_fill
 from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.samplers import SAMPLERS
 from dspo_jax.training.costs import flops_per_drawing, flops_per_example
 from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.settings import Settings
@@ -220,7 +221,7 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
 def _describe_drawing(settings: Settings) -> str:
     """Says how the images of a run are drawn."""
     drawing = settings.stream.drawing
-    eta = f", eta {drawing.eta:g}" if drawing.sampler == "ddim" else ""
+    eta = f", eta {drawing.eta:g}" if SAMPLERS[drawing.sampler].eta else ""
     guidance = f"guidance {drawing.guidance_scale:g}"
     if drawing.guidance_rescale:
         guidance += f" rescaled by {drawing.guidance_rescale:g}"

@@ -6,6 +6,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.objectives.reward_gradient import ReFL
 from dspo_jax.parallel.mesh import check_batch_size
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.samplers import samplers_of
 from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.training.own_images import OwnImages
 from dspo_jax.training.pair_stream import check_pairs
@@ -51,11 +52,17 @@ def _refuse_timesteps(settings: Settings) -> None:
 
 
 def check_drawing(settings: Settings, pipe: Pipeline) -> None:
-    """Refuses more steps than the model's schedule has.
+    """Refuses a sampler of another process, and more steps than the model's schedule has.
 
     Raises:
       UserError: by key.
     """
+    allowed = samplers_of(pipe.schedule)
+    if settings.stream.sampler not in allowed:
+        raise UserError(
+            f"config.stream.sampler = {settings.stream.sampler!r}: does not reverse the process of this "
+            f"model; these do: {', '.join(allowed)}"
+        )
     try:
         check_steps(pipe.schedule.num_train_timesteps, settings.stream.num_inference_steps)
     except UserError as error:

@@ -30,6 +30,7 @@ from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.objectives.policy_gradient import get_policy_gradient
 from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradient
 from dspo_jax.objectives.steps import PolicyGradient
+from dspo_jax.samplers import SAMPLERS
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.lora_settings import LoraSettings
 from dspo_jax.training.optim import OptimizerSettings
@@ -155,7 +156,7 @@ class StreamSettings:
     images: int = limited(AT_LEAST_1)
     updates: int = limited(AT_LEAST_1)
     batch_size: int = limited(AT_LEAST_1)
-    sampler: str = choice("ddim", "ddpm", "euler_ancestral")
+    sampler: str = choice("ddim", "ddpm", "euler_ancestral", "flow_ancestral", "flow_euler", "flow_grpo")
     eta: float = limited(PROBABILITY)
     num_inference_steps: int = limited(AT_LEAST_1)
     guidance_scale: float = limited(FINITE)
@@ -179,7 +180,7 @@ class StreamSettings:
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.guidance_rescale,
-            eta=self.eta if self.sampler == "ddim" else 0.0,
+            eta=self.eta if SAMPLERS[self.sampler].eta else 0.0,
         )
 
 

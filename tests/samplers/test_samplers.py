@@ -22,11 +22,13 @@ from dspo_jax.samplers import (
     State,
     make_sampler,
     own_sampler,
+    samplers_of,
     spaced_timesteps,
 )
 from dspo_jax.schedules.variance_preserving import Schedule
 
 SCHEDULE = Schedule.scaled_linear()
+NAMES = samplers_of(SCHEDULE)
 SHAPE = (2, 4, 4, 3)
 LATENTS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 IMAGE = np.linspace(-2, 2, LATENTS.size, dtype=np.float32).reshape(SHAPE)
@@ -60,7 +62,7 @@ def test_as_many_distinct_timesteps_as_steps(timestep_spacing: str) -> None:
 @pytest.mark.ci
 @each_row("prediction_type", ["epsilon", "v_prediction"])
 @each_row("timestep_spacing", TIMESTEP_SPACINGS)
-@each_row("name", [name for name in SAMPLERS if name != "pndm"])
+@each_row("name", [name for name in NAMES if name != "pndm"])
 def test_a_perfect_network_recovers_the_image(name: str, timestep_spacing: str, prediction_type: str) -> None:
     schedule = Schedule.scaled_linear(prediction_type=prediction_type)
     config = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": True}
@@ -88,7 +90,7 @@ def run_perfect(sampler: Sampler, prediction_type: str) -> jax.Array:
     return sampler.run(predict, sampler.start(LATENTS, IMAGE), draw)
 
 
-@each_row("name", SAMPLERS)
+@each_row("name", NAMES)
 def test_the_network_is_traced_once_and_called_with_float32_latents(name: str) -> None:
     traces, noises, calls = [], [], []
 

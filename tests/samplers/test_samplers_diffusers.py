@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tables import each_row
 
-from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, State, make_sampler, own_sampler
+from dspo_jax.samplers import SAMPLERS, TIMESTEP_SPACINGS, State, make_sampler, own_sampler, samplers_of
 from dspo_jax.schedules.variance_preserving import Schedule
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 # diffusers hands torch tensors to NumPy in a way that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+NAMES = samplers_of(Schedule.scaled_linear())
 RNG = np.random.default_rng(0)
 SHAPE = (2, 4, 6, 4)
 NOISE, IMAGE = (RNG.normal(size=SHAPE).astype(np.float32) for _ in range(2))
@@ -118,7 +119,7 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, label: str, tolerance: flo
 @pytest.mark.ci
 @each_row("timestep_spacing", TIMESTEP_SPACINGS)
 @each_row("prediction_type", ["epsilon", "v_prediction"])
-@each_row("name", SAMPLERS)
+@each_row("name", NAMES)
 def test_latents_match_diffusers(name: str, prediction_type: str, timestep_spacing: str) -> None:
     settings = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
     for steps in STEPS:
@@ -186,7 +187,7 @@ ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 @each_row(
     ("name", "settings"),
     [
-        *((name, {}) for name in SAMPLERS if name != "pndm"),
+        *((name, {}) for name in NAMES if name != "pndm"),
         ("ddim", {"set_alpha_to_one": False}),
         ("euler", KARRAS),
         ("dpmpp_2m", KARRAS),
@@ -265,7 +266,7 @@ def test_mean_and_deviation_of_a_ddim_step_match_diffusers(set_alpha_to_one: boo
             assert (deviation == 0) == (eta == 0 or (i == 9 and set_alpha_to_one))
 
 
-@each_row("name", SAMPLERS)
+@each_row("name", NAMES)
 def test_default_spacing_and_final_step_are_the_schedulers(name: str) -> None:
     """A config without those keys, as older published ones are."""
     config = {**STABLE_DIFFUSION, "num_train_timesteps": 1000}
@@ -301,7 +302,7 @@ def pipeline(tiny_model: Path) -> Any:
 @pytest.mark.ci
 @each_row(
     ("name", "settings"),
-    [*((name, {}) for name in SAMPLERS), ("euler", KARRAS), ("dpmpp_2m", KARRAS)],
+    [*((name, {}) for name in NAMES), ("euler", KARRAS), ("dpmpp_2m", KARRAS)],
 )
 def test_image_to_image_matches_diffusers_pipeline(
     name: str, settings: dict[str, Any], pipeline: Any, monkeypatch: pytest.MonkeyPatch

@@ -12,12 +12,12 @@ import pytest
 from processes import ROOT
 
 from dspo_jax.samplers import (
-    SAMPLERS,
     TIMESTEP_SPACINGS,
     Sampler,
     State,
     log_probability,
     make_sampler,
+    samplers_of,
 )
 from dspo_jax.schedules.variance_preserving import Schedule
 
@@ -28,7 +28,7 @@ LATENTS, REACHED = (RNG.normal(size=SHAPE).astype(np.float32) for _ in range(2))
 MIX = RNG.normal(size=(4, 4)).astype(np.float32) * 0.4
 STEPS = 6
 # With and without noise of its own.
-ALL = [*((name, 0.0) for name in SAMPLERS), ("ddim", 0.7)]
+ALL = [*((name, 0.0) for name in samplers_of(SCHEDULE)), ("ddim", 0.7)]
 
 
 def network(weight: jax.Array | float, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def test_states_follow_from_one_another_by_the_transition(name: str, eta: float)
 
 
 def test_only_multistep_samplers_keep_outputs() -> None:
-    kept = {name: len(make(name, 0.0).start(LATENTS).outputs) for name in SAMPLERS}
+    kept = {name: len(make(name, 0.0).start(LATENTS).outputs) for name in samplers_of(SCHEDULE)}
     assert kept == {"ddim": 0, "ddpm": 0, "dpmpp_2m": 1, "euler": 0, "euler_ancestral": 0, "pndm": 4}
 
 
