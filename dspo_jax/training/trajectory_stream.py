@@ -24,6 +24,7 @@ from dspo_jax.objectives.advantages import (
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, replicated, shard_batch
 from dspo_jax.rewards.reward import Score
+from dspo_jax.samplers.registry import SAMPLERS
 from dspo_jax.samplers.sampler import Sampler
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.round_stream import RoundStream
@@ -269,18 +270,19 @@ def noisy_calls(sampler: Sampler, stream: StreamSettings) -> Int32[np.ndarray, "
     Raises:
       UserError: there are none.
     """
-    noise = np.zeros(0) if sampler.step_noise is None else np.asarray(sampler.step_noise)
-    calls: Bool[np.ndarray, " n"] = noise > 0
-    if not calls.any() and (stream.eta > 0 or stream.sampler != "ddim"):
+    if sampler.step_noise is None:
+        why = "the sampler's steps add no noise, so that they have no density, which a policy gradient needs"
+        if not SAMPLERS[stream.sampler].eta:
+            raise UserError(f"config.stream.sampler = {stream.sampler!r}: {why}; take 'flow_ancestral'")
+        raise UserError(
+            f"config.stream.eta = {stream.eta:g}: {why}; it must be above 0, and is 1 in every released code"
+        )
+    calls: Bool[np.ndarray, " n"] = np.asarray(sampler.step_noise) > 0
+    if not calls.any():
         raise UserError(
             f"config.stream.num_inference_steps = {stream.num_inference_steps}: the last step of "
             f"{stream.sampler} adds no noise, so that it has no density, which a policy gradient needs; "
             "there must be at least 2"
-        )
-    if not calls.any():
-        raise UserError(
-            f"config.stream.eta = {stream.eta:g}: the sampler's steps add no noise, so that they have no "
-            "density, which a policy gradient needs; it must be above 0, and is 1 in every released code"
         )
     return np.flatnonzero(calls).astype(np.int32)
 

@@ -1,6 +1,7 @@
 """A step on rectified flow: flow-DPO through the preference loss, against torch in float64."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from dspo_jax.errors import UserError
 from dspo_jax.objectives import get_objective
 from dspo_jax.schedules.rectified_flow import RectifiedFlow
 from dspo_jax.schedules.sigma_draws import LogitNormal
+from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.losses.preference import draw_noise
+from dspo_jax.training.online_checks import check_drawing
 from dspo_jax.training.step import train_step
 
 FLOW = RectifiedFlow(shift=3.0)
@@ -153,6 +156,16 @@ def test_the_released_switch_of_dspo_sdxl_is_refused_for_a_flow() -> None:
     with pytest.raises(UserError, match=r"config\.objective\.released_switch = True: .*velocity"):
         get_objective("dspo_sdxl", released_switch=True).check_process(FLOW)
     get_objective("dspo_sdxl").check_process(FLOW)
+
+
+def test_a_sampler_of_another_process_is_refused_by_key() -> None:
+    for process, sampler, named in (
+        (FLOW, "ddim", "flow_euler, flow_ancestral"),
+        (Schedule.scaled_linear(), "flow_grpo", "ddim"),
+    ):
+        stream = SimpleNamespace(sampler=sampler, num_inference_steps=10)
+        with pytest.raises(UserError, match=rf"config\.stream\.sampler = '{sampler}': .*these do: {named}, "):
+            check_drawing(SimpleNamespace(stream=stream), SimpleNamespace(schedule=process))
 
 
 def test_the_first_lines_of_a_run_say_which_levels_are_drawn() -> None:

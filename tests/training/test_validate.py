@@ -13,6 +13,7 @@ from dspo_jax.data.datasets import read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel.mesh import make_mesh
+from dspo_jax.schedules.rectified_flow import RectifiedFlow
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import ValidationSettings
@@ -39,10 +40,19 @@ def linear(params, noisy, timesteps, batch):
 
 @pytest.fixture
 def make_validator(tiny_pairs):
-    def make(predict=linear, *, path=tiny_pairs, devices=1, batch_size=6, draws=3, split="validation"):
+    def make(
+        predict=linear,
+        *,
+        path=tiny_pairs,
+        devices=1,
+        batch_size=6,
+        draws=3,
+        split="validation",
+        process=SCHEDULE,
+    ):
         mesh = make_mesh({"data": devices}, jax.devices()[:devices])
         settings = ValidationSettings(every=1, split=split, batch_size=batch_size, draws=draws, patience=0)
-        return Validator(predict, SCHEDULE, mesh, read_datasets(path), settings, inputs=INPUTS)
+        return Validator(predict, process, mesh, read_datasets(path), settings, inputs=INPUTS)
 
     return make
 
@@ -112,6 +122,20 @@ def test_without_a_reference_there_are_only_errors(make_validator):
     assert set(scores) == {
         f"{image}_error{bin_}" for image in ("winner", "loser") for bin_ in ("", "_t166", "_t500", "_t833")
     }
+
+
+def test_levels_of_rectified_flow_are_midpoints_between_image_and_noise(make_validator):
+    """x_sigma / sigma differs from eps - x_0 by x_0 / sigma, whatever the noise."""
+
+    def predict(params, noisy, levels, batch):
+        return params["w"] * noisy / levels[..., None, None, None]
+
+    scores = make_validator(predict, process=RectifiedFlow())({"w": jnp.float32(1)}, None)
+    for image in ("winner", "loser"):
+        errors = [scores[f"{image}_error_t{bin_}"] for bin_ in (166, 500, 833)]
+        squares = np.array(errors) * np.array([1 / 6, 1 / 2, 5 / 6]) ** 2
+        np.testing.assert_allclose(squares, squares[0], rtol=1e-4)
+        assert squares[0] > 0
 
 
 def test_summary_of_pairs_by_hand():
