@@ -10,14 +10,19 @@ import pytest
 from dense_task import make_batch, make_params, make_reference, make_state, make_task
 from tables import each_row
 
+from configs import common
 from dspo_jax.errors import UserError
+from dspo_jax.limits import parse
 from dspo_jax.objectives import get_objective
+from dspo_jax.samplers import make_sampler
 from dspo_jax.schedules.rectified_flow import RectifiedFlow
 from dspo_jax.schedules.sigma_draws import LogitNormal
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.online_checks import check_drawing
+from dspo_jax.training.settings import StreamSettings
 from dspo_jax.training.step import train_step
+from dspo_jax.training.trajectory_stream import noisy_calls
 
 FLOW = RectifiedFlow(shift=3.0)
 KEY = jax.random.key(0)
@@ -166,6 +171,20 @@ def test_a_sampler_of_another_process_is_refused_by_key() -> None:
         stream = SimpleNamespace(sampler=sampler, num_inference_steps=10)
         with pytest.raises(UserError, match=rf"config\.stream\.sampler = '{sampler}': .*these do: {named}, "):
             check_drawing(SimpleNamespace(stream=stream), SimpleNamespace(schedule=process))
+
+
+def test_policy_gradients_train_on_the_steps_that_have_a_density() -> None:
+    def calls(name, eta):
+        sampler = make_sampler(name, FLOW, {}, 5, eta=eta if name != "flow_euler" else 0.0)
+        keys = common.get_config().stream.to_dict() | {"sampler": name, "eta": eta}
+        return noisy_calls(sampler, parse(StreamSettings, keys, "config.stream")).tolist()
+
+    assert calls("flow_ancestral", 0.7) == [0, 1, 2, 3]
+    assert calls("flow_grpo", 0.7) == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"config\.stream\.eta = 0: .*must be above 0"):
+        calls("flow_grpo", 0.0)
+    with pytest.raises(UserError, match=r"config\.stream\.sampler = 'flow_euler': .*take 'flow_ancestral'"):
+        calls("flow_euler", 1.0)
 
 
 def test_the_first_lines_of_a_run_say_which_levels_are_drawn() -> None:
