@@ -15,6 +15,7 @@ from dspo_jax.models import lora
 from dspo_jax.models.blocks import conv2d, linear
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
+from dspo_jax.training.reference import open_reference
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_adapters, make_state, make_task
 from dspo_jax.weights.checkpoints import Checkpoints
@@ -112,8 +113,9 @@ def test_a_layer_and_its_gradients_are_those_of_peft(kind):
 
 def begin(model, pairs, changes=None, **options):
     settings, pipe = parse(make_config(model, pairs, CONFIG | (changes or {}))), load_pipeline(model)
-    adapters = make_adapters(settings, pipe)
-    return settings, make_state(make_task(settings, pipe), make_mesh({"data": -1}), adapters, **options)
+    name = settings.reference.model
+    task = make_task(settings, pipe, reference=open_reference(name, pipe) if name else None)
+    return settings, make_state(task, make_mesh({"data": -1}), make_adapters(settings, pipe), **options)
 
 
 def lengths(weight):
@@ -156,6 +158,17 @@ def test_magnitudes_begin_as_the_lengths_of_the_weights(shallow_model, tiny_pair
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes.params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state.params
     )
+
+
+def test_another_reference_has_magnitudes_of_its_own(run, shallow_model, tiny_pairs, tmp_path):
+    export(run, tmp_path / "other")
+    _, (state, reference) = begin(shallow_model, tiny_pairs, {"reference.model": str(tmp_path / "other")})
+    for folder, trees in ((shallow_model, state.params), (tmp_path / "other", reference)):
+        stored = read_all(load_pipeline(folder))
+        for component in ("unet", "text_encoder"):
+            for layer in lora.find_ranks(trees[component]):
+                found = flatten(trees[component])[f"{layer}.lora_magnitude_vector"]
+                np.testing.assert_allclose(found, lengths(stored[component, f"{layer}.weight"]), rtol=1e-5)
 
 
 def read_all(pipe):
