@@ -25,7 +25,8 @@ from dspo_jax import cli
 from dspo_jax.models.model import Params
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.monitoring.devices import count_flops, peak_bytes
-from dspo_jax.pipelines.pipeline import Conditioning, Pipeline
+from dspo_jax.pipelines.conditioning import Conditioning
+from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.step import train_step as one_step
 from dspo_jax.training.task import Batch

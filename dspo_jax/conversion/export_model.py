@@ -279,6 +279,8 @@ def _name_adapters(
             for component, tensors in components.items()
             for name, tensor in tensors.items()
         }
+    if "transformer" in components:
+        raise UserError("--lora=kohya: is not written for this family of models; take --lora=diffusers")
     several = "text_encoder_2" in components
     prefixes = {
         "unet": "lora_unet",

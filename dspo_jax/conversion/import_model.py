@@ -44,7 +44,7 @@ def import_model(
 
     Args:
       model: a diffusers folder; a hub id; or a `.safetensors` file in the original layout of Stable
-        Diffusion 1, 2 or XL.
+        Diffusion 1, 2, 3 or XL.
       out: must not exist.
       base: for a single file, which holds weights only: a diffusers folder or hub id of the same
         architecture. Its configs, tokenizers and schedule are taken, and the components that the file lacks.
@@ -149,6 +149,10 @@ def _import_single(
         for key in said.keys() & process.keys():
             if said[key] != process[key]:
                 raise UserError(f"says {key} = {said[key]}, not --{key}={process[key]}; leave the flag out")
+        if single_file.is_flow(pipe.scheduler_config):
+            if process:
+                raise UserError(f"--{next(iter(process))}: is not of rectified flow; leave the flag out")
+            said = {}
         changes = _change_process(pipe.scheduler_config, {**said, **process})
         layouts = make_layouts({name: model.complete_config() for name, model in networks.items()})
         shapes = {name: torch_shapes(model) for name, model in networks.items()}

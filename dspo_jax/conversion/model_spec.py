@@ -17,6 +17,7 @@ from dspo_jax.weights.model_dir import read_json
 _NAMES = {
     "1": ("stable-diffusion-v1", "stable-diffusion-v1", "sd_v1"),
     "2": ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v", "sd_v2"),
+    "3": ("stable-diffusion-3", "stable-diffusion-3", "sd3"),
     "XL": ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
 
@@ -50,7 +51,7 @@ def make_metadata(
         "modelspec.description": description,
         **process,
     }
-    size = models["unet"].settings["sample_size"]
+    size = models["transformer" if family == "3" else "unet"].settings["sample_size"]
     if size is not None:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         factor = models["vae"].settings["vae_scale_factor"]
@@ -72,7 +73,9 @@ def make_metadata(
 
 
 def _find_family(models: Mapping[str, Model]) -> str:
-    """Tells Stable Diffusion 1, 2 and XL apart by their text encoders: 2 has OpenCLIP's, with gelu."""
+    """Tells Stable Diffusion 1, 2, 3 and XL apart by their parts; the text encoder of 2 has gelu."""
+    if "transformer" in models:
+        return "3"
     if "text_encoder_2" in models:
         return "XL"
     return "2" if models["text_encoder"].settings["hidden_act"] == "gelu" else "1"

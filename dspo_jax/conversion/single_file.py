@@ -69,8 +69,19 @@ def read_process(names: Container[str], metadata: Mapping[str, str]) -> dict[str
     return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 
+def is_flow(scheduler: Mapping[str, object]) -> bool:
+    """Tells whether a scheduler_config.json is of rectified flow, which has one kind of prediction."""
+    named = str(scheduler.get("_class_name", ""))
+    return named.startswith("FlowMatch") or bool(scheduler.get("use_flow_sigmas"))
+
+
 def write_process(scheduler: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata by which a single file says what `read_process` reads."""
+    """Returns the tensors and the metadata by which a single file says what `read_process` reads.
+
+    Of rectified flow it says nothing: programs know it by the names of the weights.
+    """
+    if is_flow(scheduler):
+        return {}, {}
     velocity = scheduler.get("prediction_type") == "v_prediction"
     markers = {_V_PREDICTION: velocity, _ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr"))}
     empty = Tensor((0,), np.dtype("float32"), lambda: np.zeros(0, np.float32))

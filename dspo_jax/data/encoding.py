@@ -241,10 +241,10 @@ def _frame(settings: EncodeSettings, resolution: int, pipe: Pipeline) -> Framing
     sizes = bucket_sizes(resolution, settings.bucket_step, settings.max_aspect_ratio)
     units = {"resolution": resolution, "bucket_step": math.gcd(*sizes[-1])}
     for key, pixels in units.items():
-        if pixels % pipe.vae_scale_factor:
+        if pixels % pipe.side_multiple:
             raise UserError(
-                f"config.{key} = {getattr(settings, key)}: must be a multiple of {pipe.vae_scale_factor}, "
-                "the pixels per latent of this model's VAE"
+                f"config.{key} = {getattr(settings, key)}: must be a multiple of {pipe.side_multiple}, "
+                "the pixels per latent of this model's VAE, or per patch of its transformer"
             )
     return Framing(sizes, settings.flip, settings.seed)
 

@@ -44,10 +44,10 @@ def encode_pairs(
     if len({len(pair.images) for pair in pairs}) > 1:
         raise UserError("pairs: lists of different numbers of images; give as many in each")
     side = pipe.image_side if resolution is None else resolution
-    if side < 1 or side % pipe.vae_scale_factor:
+    if side < 1 or side % pipe.side_multiple:
         raise UserError(
-            f"resolution = {side}: must be a positive multiple of {pipe.vae_scale_factor}, the pixels per "
-            "latent of this model's VAE"
+            f"resolution = {side}: must be a positive multiple of {pipe.side_multiple}, the pixels per "
+            "latent of this model's VAE, or per patch of its transformer"
         )
 
     def refuse(pair: PreferencePair, problem: BadRow) -> None:

@@ -12,8 +12,11 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject, shown
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
+from dspo_jax.pipelines.conditioning import stack_tokens
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.stable_diffusion_3 import T5, T5_LENGTH
+from dspo_jax.pipelines.t5_tokenizer import T5Tokenizer, read_t5_tokenizer
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer, read_tokenizer
 from dspo_jax.samplers.spacing import check_sampler_config
 from dspo_jax.schema import flag
@@ -93,6 +96,8 @@ def load_pipeline(
     family = FAMILIES[class_name]
     models = read_models(path, family.classes)
     for name, classes in family.classes.items():
+        if name not in models and name in family.optional:
+            continue
         if name not in models or models[name].class_name not in classes:
             found = models[name].class_name if name in models else "absent"
             raise UserError(
@@ -106,21 +111,29 @@ def load_pipeline(
     except UserError as error:
         raise UserError(f"{scheduler_file}: {error}") from error
     tokenizers = tuple(
-        read_tokenizer(path / name.replace("text_encoder", "tokenizer"), models[name].settings)
+        read_tokenizer(_tokenizer_folder(path, name), models[name].settings)
         for name in family.text_encoders
+        if name != T5
     )
     _check_lengths(*tokenizers)
+    all_tokenizers: list[CaptionTokenizer | T5Tokenizer] = [*tokenizers]
+    t5_tokenizer = None
+    if T5 in models:
+        vocab_size = models[T5].settings["vocab_size"]
+        t5_tokenizer = read_t5_tokenizer(_tokenizer_folder(path, T5), vocab_size, T5_LENGTH)
+        all_tokenizers.append(t5_tokenizer)
     pipe = Pipeline(
         path=path,
         family=family,
         networks=models,
         tokenizers=tokenizers,
-        empty_tokens=np.concatenate([tokenizer([""]) for tokenizer in tokenizers]),
+        empty_tokens=stack_tokens([tokenizer([""]) for tokenizer in all_tokenizers])[0],
         schedule=schedule,
         scheduler_config=scheduler_config,
         zero_empty_captions=family.zero_empty_captions(index),
         trained=trained,
         step=step if trained else None,
+        t5_tokenizer=t5_tokenizer,
     )
     _check_sizes(pipe)
     return with_text(pipe, **{key: 1 if value is None else value for key, value in text.items()})
@@ -130,17 +143,21 @@ def with_text(pipe: Pipeline, max_chunks: int, clip_skip: int) -> Pipeline:
     """Returns a pipeline that reads captions in so many chunks, by another layer of its text encoder.
 
     Raises:
-      UserError: it has no such layer, or is an SDXL, whose encoders' layer is fixed.
+      UserError: it has no such layer, or reads a fixed one; or it reads captions in one chunk alone.
     """
     if max_chunks < 1:
         raise UserError(f"{pipe.path}: max_chunks = {max_chunks}: must be at least 1")
-    layers = min(network.settings["num_hidden_layers"] for network in pipe.text_encoders.values())
-    if clip_skip != 1 and pipe.family.micro_conditioning:
-        allowed = "must be 1, as SDXL always reads the layer before the last"
-    else:
-        allowed = f"must be from 1, the last layer, to {layers}, the first of this text encoder"
-    if not 1 <= clip_skip <= layers or (clip_skip != 1 and pipe.family.micro_conditioning):
+    conditioner = pipe.family.conditioner
+    if max_chunks > 1 and conditioner.longer:
+        raise UserError(f"{pipe.path}: max_chunks = {max_chunks}: must be 1: {conditioner.longer}")
+    if clip_skip != 1 and conditioner.fixed_layer:
+        allowed = f"must be 1, as {conditioner.name} always reads {conditioner.fixed_layer}"
         raise UserError(f"{pipe.path}: clip_skip = {clip_skip}: {allowed}")
+    if not conditioner.fixed_layer:
+        layers = min(network.settings["num_hidden_layers"] for network in pipe.text_encoders.values())
+        if not 1 <= clip_skip <= layers:
+            allowed = f"must be from 1, the last layer, to {layers}, the first of this text encoder"
+            raise UserError(f"{pipe.path}: clip_skip = {clip_skip}: {allowed}")
     return dataclasses.replace(
         pipe,
         max_chunks=max_chunks,
@@ -162,6 +179,10 @@ def _text_of_run(run: Path, config: JsonObject, asked: Mapping[str, int | None])
     return trained
 
 
+def _tokenizer_folder(path: Path, text_encoder: str) -> Path:
+    return path / text_encoder.replace("text_encoder", "tokenizer")
+
+
 def _check_sizes(pipe: Pipeline) -> None:
     """Refuses a folder whose denoiser takes something else than its VAE and text encoders give."""
     if pipe.shift_factor and not pipe.family.shifts_latents:
@@ -170,22 +191,15 @@ def _check_sizes(pipe: Pipeline) -> None:
             "pipelines does not read; use the VAE that the denoiser was made for"
         )
     settings = pipe.networks[pipe.denoiser].settings
-    encoders = [model.settings for model in pipe.text_encoders.values()]
-    given = {
-        "in_channels": pipe.latent_channels,
-        "out_channels": pipe.latent_channels,
-        "cross_attention_dim": sum(encoder["hidden_size"] for encoder in encoders),
-        "addition_embed_type": "text_time" if pipe.family.micro_conditioning else None,
-    }
-    if settings["addition_embed_type"] and pipe.family.micro_conditioning:
-        pooled, numbers = encoders[-1]["projection_dim"], 6 * settings["addition_time_embed_dim"]
-        given["projection_class_embeddings_input_dim"] = pooled + numbers
-    for key, value in given.items():
+    encoders = {name: model.settings for name, model in pipe.text_encoders.items()}
+    needed = pipe.family.conditioner.needed_settings(settings, encoders, pipe.latent_channels)
+    kind = "UNet" if pipe.denoiser == "unet" else pipe.denoiser
+    for key, value in needed.items():
         if settings[key] != value:
             file = pipe.path / pipe.denoiser / "config.json"
             raise UserError(
                 f"{file}: {key} = {settings[key]!r}, but text to image with the VAE and text encoders of "
-                f"this folder needs {value!r}; use a UNet that was made for them"
+                f"this folder needs {value!r}; use a {kind} that was made for them"
             )
 
 

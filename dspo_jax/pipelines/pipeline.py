@@ -5,44 +5,26 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Float32, Integer, Num, PyTree
+from jaxtyping import Bool, Float, Float32, Integer, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.images.resize import Crop
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
+from dspo_jax.pipelines.conditioning import NO_TOKEN, Array, Conditioning, Reading, stack_tokens
 from dspo_jax.pipelines.families import Family
+from dspo_jax.pipelines.t5_tokenizer import T5Tokenizer
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
 from dspo_jax.schedules.process import Process, SchedulerConfig
 from dspo_jax.weights import components
 from dspo_jax.weights.component_files import find_weights
 from dspo_jax.weights.lora_files import LoRA
-
-Array = jax.Array | np.ndarray
-
-
-class Conditioning(NamedTuple):
-    """Inputs of a denoiser besides latents and timesteps, for captions of B examples and N images.
-
-    N is a multiple of B; image n belongs to example n // (N / B).
-
-    Attributes:
-      states: [B, S, F], S tokens, 77 for each chunk but in rare models; read by cross-attention.
-      pooled: [B, D], part of SDXL's time embedding; None for Stable Diffusion 1 and 2.
-      sizes: [N, 6] pixels: original height and width, top and left of the crop, target height and width
-        (SDXL, section 2.2); None for Stable Diffusion 1 and 2.
-    """
-
-    states: Float[Array, "B S F"]
-    pooled: Float[Array, "B D"] | None
-    sizes: Integer[Array, "N 6"] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,8 +35,8 @@ class Pipeline:
       path: the diffusers folder.
       family: how the components work together.
       networks: architectures by component: the denoiser, "vae", and the text encoders in order.
-      tokenizers: one for each text encoder, all of one length; none where only shapes are known.
-      empty_tokens: token ids [E, S] int32 of the empty caption.
+      tokenizers: one for each CLIP text encoder, all of one length; none where only shapes are known.
+      empty_tokens: token ids [E, S] int32 of the empty caption, see `conditioning.stack_tokens`.
       schedule: the forward process and what is predicted.
       scheduler_config: the parsed scheduler_config.json, which samplers read.
       zero_empty_captions: `force_zeros_for_empty_prompt` of SDXL's model_index.json: zeros stand for a
@@ -67,6 +49,8 @@ class Pipeline:
       clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1; the final
         norm follows. (diffusers counts from 0.)
       loras: files that are added to the weights when they are read.
+      t5_tokenizer: of Stable Diffusion 3's T5.
+      made_buffers: stand in for what the denoiser's files hold beside parameters, where there are no files.
     """
 
     path: Path
@@ -82,6 +66,8 @@ class Pipeline:
     max_chunks: int = 1
     clip_skip: int = 1
     loras: tuple[LoRA, ...] = ()
+    t5_tokenizer: T5Tokenizer | None = None
+    made_buffers: Mapping[str, np.ndarray] | None = None
 
     @property
     def denoiser(self) -> str:
@@ -101,7 +87,7 @@ class Pipeline:
     @property
     def text_encoders(self) -> dict[str, Model]:
         """Architectures of the text encoders by component."""
-        return {name: self.networks[name] for name in self.family.text_encoders}
+        return {name: self.networks[name] for name in self.family.text_encoders if name in self.networks}
 
     @property
     def latent_channels(self) -> int:
@@ -112,6 +98,11 @@ class Pipeline:
     def vae_scale_factor(self) -> int:
         """Image pixels per latent position along a side."""
         return self.vae.settings["vae_scale_factor"]
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of images are a multiple of, in pixels: a latent position, or a patch of several."""
+        return self.vae_scale_factor * self.networks[self.denoiser].settings.get("patch_size", 1)
 
     @functools.cached_property
     def latent_size(self) -> tuple[int, int]:
@@ -179,16 +170,20 @@ class Pipeline:
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Tokenizes N captions to ids [N, E, S] int32; those that have no room are cut, with a warning."""
-        # The other tokenizers differ in the padding token alone.
-        too_long = self.tokenizers[0].find_long(captions)
+        # The other tokenizers differ in the padding token alone, but for T5's, which reads the most.
+        longest = self.t5_tokenizer or self.tokenizers[0]
+        too_long = longest.find_long(captions)
         if too_long:
             logging.warning(
                 "%d caption(s) longer than %d tokens were cut, first %.200r",
                 len(too_long),
-                self.tokenizers[0].places + 2,
+                longest.max_tokens,
                 too_long[0],
             )
-        return np.stack([tokenizer(captions) for tokenizer in self.tokenizers], axis=1)
+        tokenizers: list[CaptionTokenizer | T5Tokenizer] = [*self.tokenizers]
+        if self.t5_tokenizer:
+            tokenizers.append(self.t5_tokenizer)
+        return stack_tokens([tokenizer(captions) for tokenizer in tokenizers])
 
     @property
     def conditioning_inputs(self) -> tuple[str, ...]:
@@ -242,9 +237,6 @@ class Pipeline:
     ) -> Conditioning:
         """Encodes captions for the denoiser. Pure.
 
-        Each chunk of a caption is read by itself, and their states lie side by side; SDXL's pooled state is
-        that of the first, as in the released code of AUTOMATIC1111, ComfyUI and kohya-ss.
-
         Args:
           params: the text encoders by component.
           batch: has `conditioning_inputs`: `tokens` [B, E, S], ids of each text encoder's tokenizer, and
@@ -259,23 +251,10 @@ class Pipeline:
           UserError: an unknown policy.
         """
         tokens = batch["tokens"]
-        count = len(tokens)
-        encoded = [
-            model.apply(
-                params[name],
-                tokens[:, i].reshape(count * self.max_chunks, -1),
-                clip_skip=self.clip_skip,
-                remat=remat,
-            )
-            for i, (name, model) in enumerate(self.text_encoders.items())
-        ]
-        if not self.family.micro_conditioning:
-            return Conditioning(encoded[0].last.reshape(count, -1, encoded[0].last.shape[-1]), None, None)
-        states = jnp.concatenate([each.penultimate for each in encoded], axis=-1)
-        states = states.reshape(count, -1, states.shape[-1])
-        sizes = batch["micro_conditioning"]
-        pooled = encoded[-1].pooled[:: self.max_chunks]
-        conditioning = Conditioning(states, pooled, sizes.reshape(-1, sizes.shape[-1]))
+        lengths = tuple(int(count) for count in (self.empty_tokens != NO_TOKEN).sum(axis=1))
+        reading = Reading(lengths, self.max_chunks, self.clip_skip)
+        networks = {name: self.networks[name] for name in self.components}
+        conditioning = self.family.conditioner.encode(networks, params, batch, reading, remat=remat)
         if not (zero_empty and self.zero_empty_captions):
             return conditioning
         return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
@@ -314,13 +293,18 @@ class Pipeline:
         Raises:
           UserError: an unknown policy.
         """
-        states, pooled, sizes = conditioning
-        more: dict[str, PyTree] = {}
-        if pooled is not None:
-            repeats = len(latents) // len(pooled)
-            more = {"text_embeds": jnp.repeat(pooled, repeats, axis=0), "time_ids": sizes}
         denoiser = self.networks[self.denoiser]
-        return denoiser.apply(params[self.denoiser], latents, timesteps, states, **more, remat=remat)
+        more = self.family.conditioner.make_inputs(conditioning, latents.shape, denoiser, self._buffers)
+        return denoiser.apply(
+            params[self.denoiser], latents, timesteps, conditioning.states, **more, remat=remat
+        )
+
+    @functools.cached_property
+    def _buffers(self) -> Mapping[str, np.ndarray]:
+        """What the denoiser's files hold beside parameters; on the host, as it may take a gigabyte."""
+        if self.made_buffers is not None:
+            return self.made_buffers
+        return components.read_buffers(self.path / self.denoiser, self.networks[self.denoiser])
 
     def predict_pairs(
         self,
@@ -379,6 +363,7 @@ class Pipeline:
 
     def fingerprint(self) -> dict[str, object]:
         """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
+        t5 = self.t5_tokenizer
         return {
             "model": self.path.name,
             "vae_sha256": sha256(*find_weights(self.path / "vae", self.vae.class_name)),
@@ -393,6 +378,7 @@ class Pipeline:
             "tokenizer_sha256": [tokenizer.digest_files() for tokenizer in self.tokenizers],
             # Stable Diffusion 2 and SDXL's second encoder have another padding token.
             "pad_token_id": [tokenizer.tokenizer.pad_token_id for tokenizer in self.tokenizers],
+            **({"t5_length": t5.length, "t5_tokens_sha256": t5.digest()} if t5 else {}),
         }
 
     def weights_digest(self) -> str:

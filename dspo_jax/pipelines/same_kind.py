@@ -25,7 +25,7 @@ def find_fault(pipe: Pipeline, other: Pipeline, name: str) -> str | None:
     made, needed = comparable(other.fingerprint(), pipe.fingerprint())
     for key in sorted((made.keys() | needed.keys()) - {"model"}):
         if made.get(key) != needed.get(key):
-            part = "tokenizers are" if key.startswith(("caption", "token", "pad")) else "VAE is"
+            part = "tokenizers are" if key.startswith(("caption", "token", "pad", "t5")) else "VAE is"
             return f"its {part} not {name}'s ({key} = {made.get(key)!r}, not {needed.get(key)!r})"
     return None
 

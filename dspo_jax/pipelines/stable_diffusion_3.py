@@ -1,12 +1,22 @@
 """What Stable Diffusion 3's transformer reads of a caption, from the states of its three text encoders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, PyTree
 
 from dspo_jax.models.clip import TextStates
+from dspo_jax.models.config import NetworkConfig
+from dspo_jax.models.mmdit import POSITIONS, crop_positions
+from dspo_jax.models.model import Model, Params
+from dspo_jax.pipelines.conditioning import Array, Conditioner, Conditioning, Reading
+
+T5 = "text_encoder_3"
+"""The component that a model may be without."""
+T5_LENGTH = 256
+"""Tokens that T5 reads of a caption, as in diffusers' pipelines; without T5, rows of zeros in their place."""
 
 
 def join_text(
@@ -28,3 +38,65 @@ def join_text(
     states = jnp.pad(states, ((0, 0), (0, 0), (0, missing)))
     pooled = jnp.concatenate([clip.pooled for clip in clips], axis=-1)
     return jnp.concatenate([states, t5_states.astype(states.dtype)], axis=1), pooled
+
+
+class StableDiffusion3(Conditioner):
+    """Attention of image and text to each other; the pooled text of both CLIPs with the time.
+
+    T5 runs in the step, like the CLIPs.
+    """
+
+    name = "Stable Diffusion 3"
+    longer = "T5 reads longer captions"
+    fixed_layer = "the layer before the last"
+
+    def encode(
+        self,
+        networks: Mapping[str, Model],
+        params: Mapping[str, Params],
+        batch: Mapping[str, Array],
+        reading: Reading,
+        *,
+        remat: str,
+    ) -> Conditioning:
+        """Encodes captions with both CLIPs and T5."""
+        denoiser, *encoders = networks
+        ids = {
+            name: batch["tokens"][:, i, :length]
+            for i, (name, length) in enumerate(zip(encoders, reading.lengths, strict=True))
+        }
+        clips = [
+            networks[name].apply(params[name], ids[name], remat=remat) for name in encoders if name != T5
+        ]
+        if T5 in networks:
+            long_states = networks[T5].apply(params[T5], ids[T5])
+        else:
+            width = networks[denoiser].settings["joint_attention_dim"]
+            long_states = jnp.zeros((len(batch["tokens"]), T5_LENGTH, width))
+        return Conditioning(*join_text(clips, long_states), None)
+
+    def make_inputs(
+        self,
+        conditioning: Conditioning,
+        shape: tuple[int, ...],
+        denoiser: Model,
+        buffers: Mapping[str, np.ndarray],
+    ) -> dict[str, PyTree]:
+        """Returns the pooled text, and the positions of the patches of an image of this size."""
+        patch = denoiser.settings["patch_size"]
+        positions = crop_positions(buffers[POSITIONS], shape[1] // patch, shape[2] // patch)
+        return {"pooled_projections": conditioning.pooled, "positions": positions}
+
+    def needed_settings(
+        self, denoiser: NetworkConfig, encoders: Mapping[str, NetworkConfig], channels: int
+    ) -> dict[str, object]:
+        """Returns channels and the widths of the text."""
+        clips = [encoder for name, encoder in encoders.items() if name != T5]
+        states = sum(clip["hidden_size"] for clip in clips)
+        width = encoders[T5]["d_model"] if T5 in encoders else denoiser["joint_attention_dim"]
+        return {
+            "in_channels": channels,
+            "out_channels": channels,
+            "joint_attention_dim": max(width, states),
+            "pooled_projection_dim": sum(clip["projection_dim"] for clip in clips),
+        }

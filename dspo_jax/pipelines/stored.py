@@ -43,7 +43,8 @@ def count_tokens(example: JsonObject, chunks: int = 1) -> tuple[int, int]:
 
     Of several chunks one start and one end are counted.
     """
-    first = example["tokens"][0].reshape(chunks, -1)
+    first = example["tokens"][0]
+    first = first[first >= 0].reshape(chunks, -1)  # a longer row of another text encoder may be below
     # In CLIP's vocabulary the end token follows the start token, with which each chunk begins; only tokens
     # that were added to it have higher ids. Padding comes after the first end token.
     ends = (first == first[0, 0] + 1).argmax(axis=1)

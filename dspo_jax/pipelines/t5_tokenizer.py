@@ -33,6 +33,11 @@ class T5Tokenizer:
     tokenizer: "Tokenizer"
     length: int
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest caption that is not cut, with its end."""
+        return self.length
+
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """Returns token ids [N, length] int32 of N captions; longer ones are cut before their end token."""
         ids = np.full((len(captions), self.length), _PADDING, np.int32)

@@ -50,6 +50,11 @@ class CaptionTokenizer:
         """Tokens of the longest caption that is not cut, without starts and ends."""
         return self.max_chunks * (self.length - 2)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest caption that is not cut, with one start and one end."""
+        return self.places + 2
+
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """Returns token ids [N, max_chunks * length] int32 of N captions; longer ones are cut.
 

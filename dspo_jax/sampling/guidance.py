@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Integer, Num, PyTree
 
 from dspo_jax.models.model import Params
-from dspo_jax.pipelines.pipeline import Conditioning, Pipeline
+from dspo_jax.pipelines.conditioning import Conditioning
+from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.rendering import Drawing
 
 NEGATIVE = "negative"

@@ -182,11 +182,11 @@ class Rendering:
         """
         if self.size is None:
             return *pipe.latent_size, pipe.latent_channels
-        multiple = pipe.vae_scale_factor
+        multiple = pipe.side_multiple
         for name, pixels in zip(("height", "width"), self.size, strict=True):
             if pixels < multiple or pixels % multiple:
                 raise UserError(
                     f"--{name}={pixels}: must be a positive multiple of {multiple} for this model"
                 )
-        height, width = (pixels // multiple for pixels in self.size)
+        height, width = (pixels // pipe.vae_scale_factor for pixels in self.size)
         return height, width, pipe.latent_channels

@@ -38,15 +38,14 @@ _KINDS = [
             "a T2I-Adapter, which steers another model by a picture",
         ),
         (r"emb_params|string_to_(param|token).*|<[^>]*>", "a textual inversion: words for another model"),
-        (r"(model\.diffusion_model\.|transformer\.)?joint_blocks\..*", "Stable Diffusion 3, not 1, 2 or XL"),
         (
             r"(model\.diffusion_model\.|transformer\.)?(double_blocks|single_transformer_blocks)\..*",
-            "Flux or one of its relatives, not Stable Diffusion 1, 2 or XL",
+            "Flux or one of its relatives, not Stable Diffusion 1, 2, 3 or XL",
         ),
-        (r".*clip_txt(_pooled)?_mapper\..*", "Stable Cascade, not Stable Diffusion 1, 2 or XL"),
+        (r".*clip_txt(_pooled)?_mapper\..*", "Stable Cascade, not Stable Diffusion 1, 2, 3 or XL"),
         (
             r"(model\.diffusion_model\.|transformer\.)?(transformer_blocks|blocks|layers)\.\d+\.\w+\..*",
-            "a diffusion transformer, not Stable Diffusion 1, 2 or XL",
+            "a diffusion transformer, not Stable Diffusion 1, 2, 3 or XL",
         ),
         (r"encoder\.block\.\d+\.layer\..*", "a T5 text encoder alone"),
     )

@@ -133,7 +133,7 @@ def open_lora(text: str, models: Mapping[str, Model], key: str = "--lora=") -> L
 
     Args:
       text: as `parse_lora` takes it.
-      models: architectures of the components that may be adapted: "unet" and the text encoders.
+      models: architectures of the components that may be adapted: the denoiser and the text encoders.
       key: what an error has before the text.
 
     Raises:
@@ -183,7 +183,9 @@ def _name_layers(models: Mapping[str, Model]) -> dict[str, tuple[str, str]]:
                 there = original.place(f"{layer}.weight").name
                 names = {layer, there.removeprefix(original.root).removesuffix(".weight")}
             spellings = {f"{component}.{name}" for name in names}
-            spellings |= {f"{root}{name.replace('.', '_')}" for name in names for root in _KOHYA[component]}
+            spellings |= {
+                f"{root}{name.replace('.', '_')}" for name in names for root in _KOHYA.get(component, ())
+            }
             if original is not None or len(encoders) == 1:
                 spellings |= names
             found |= dict.fromkeys(spellings, (component, layer))

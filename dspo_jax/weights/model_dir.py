@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOTICES = re.compile(r"(readme|license|licence|notice)", re.IGNORECASE)
 _INDICES = re.compile(r"\.index(\.\w+)?\.json$")
 # Components without which no picture is drawn, by diffusers' rule; for the others it takes null.
-_NEEDED = re.compile(r"unet|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
+_NEEDED = re.compile(r"unet|transformer|vae|scheduler|(text_encoder|tokenizer)(_\d)?")
 _LINK = (
     "{0}: a link to a file outside the model's folder, which is not copied; put the file itself there "
     "(cp -rL copies a folder so)"

@@ -13,27 +13,15 @@ from dspo_jax.pipelines.t5_tokenizer import read_t5_tokenizer
 from dspo_jax.pipelines.tokenizers import read_tokenizer
 
 transformers = pytest.importorskip("transformers")
-import tokenizers  # noqa: E402
+from tiny_sd3 import write_t5_tokenizer  # noqa: E402
 
-WORDS = ["a", "red", "fox", "on", "snow"]
 CAPTIONS = ["a red fox", "", "snow on a red fox on snow on a fox", "fox \u2581 unheard"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tokenizer of T5's kind: unigrams with a space before each word, its end token added."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [(f"\u2581{word}", -2.0) for word in WORDS] + [("\u2581", -4.0)]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([*special, *pieces], unk_id=2))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
     folder = tmp_path_factory.mktemp("t5_tokenizer")
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
+    write_t5_tokenizer(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ class StubPipeline:
     """Has the interface of `Pipeline` that encoding uses; a latent is the mean of 4x4 pixels, its std is
     1."""
 
-    vae_scale_factor = 4
+    vae_scale_factor = side_multiple = 4
     latent_channels = 3
     image_side = 32
 

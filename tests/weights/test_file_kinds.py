@@ -28,7 +28,6 @@ KINDS = {
     "T2I-Adapter": (["adapter.body.0.resnets.0.block1.weight"], "a T2I-Adapter"),
     "inversion": (["emb_params"], "a textual inversion"),
     "inversion of SDXL": (["<cat-toy>"], "a textual inversion"),
-    "SD3": ([f"{UNET}joint_blocks.0.context_block.x", "first_stage_model.x"], "Stable Diffusion 3"),
     "Flux": (["double_blocks.0.img_attn.qkv.weight"], "Flux or one of its relatives"),
     "Flux, whole": ([f"{UNET}double_blocks.0.img_attn.qkv.weight"], "Flux or one of its relatives"),
     "Flux, diffusers": (["single_transformer_blocks.0.attn.to_q.weight"], "Flux or one of its relatives"),

@@ -1,0 +1,121 @@
+"""What a denoiser reads besides latents and times, and how a family of models makes it of captions."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Integer, PyTree
+
+from dspo_jax.models.config import NetworkConfig
+from dspo_jax.models.model import Model, Params
+
+Array = jax.Array | np.ndarray
+
+NO_TOKEN = -1
+"""Fills the rows of token ids of text encoders that read fewer tokens than another one of their model."""
+
+
+class Conditioning(NamedTuple):
+    """Inputs of a denoiser besides latents and timesteps, for captions of B examples and N images.
+
+    N is a multiple of B; image n belongs to example n // (N / B).
+
+    Attributes:
+      states: [B, S, F], S tokens, 77 for each chunk but in rare models, and in Stable Diffusion 3 those of T5
+        behind them; read by attention.
+      pooled: [B, D], part of the time embedding of SDXL and Stable Diffusion 3; else None.
+      sizes: [N, 6] pixels: original height and width, top and left of the crop, target height and width
+        (SDXL, section 2.2); else None.
+    """
+
+    states: Float[Array, "B S F"]
+    pooled: Float[Array, "B D"] | None
+    sizes: Integer[Array, "N 6"] | None
+
+
+class Reading(NamedTuple):
+    """How captions are read.
+
+    Attributes:
+      lengths: tokens that each text encoder reads of a caption, of all chunks together.
+      max_chunks: chunks that captions are tokenized in, each of which the text encoders read by itself.
+      clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1.
+    """
+
+    lengths: tuple[int, ...]
+    max_chunks: int
+    clip_skip: int
+
+
+class Conditioner(abc.ABC):
+    """How the text encoders and the denoiser of a family of models go together.
+
+    Attributes:
+      name: of the models, for messages.
+      longer: how captions beyond a chunk are read in one chunk, where they cannot be in several; else "".
+      fixed_layer: the layer of the text encoders that is read, where it cannot be chosen; else "".
+    """
+
+    name: ClassVar[str]
+    longer: ClassVar[str] = ""
+    fixed_layer: ClassVar[str] = ""
+
+    @abc.abstractmethod
+    def encode(
+        self,
+        networks: Mapping[str, Model],
+        params: Mapping[str, Params],
+        batch: Mapping[str, Array],
+        reading: Reading,
+        *,
+        remat: str,
+    ) -> Conditioning:
+        """Encodes the captions of a batch. Pure.
+
+        Args:
+          networks: the denoiser and the text encoders, in order, by component.
+          params: the text encoders by component.
+          batch: `tokens` [B, E, S] and `micro_conditioning` [B, P, 6].
+          reading: of captions.
+          remat: a policy of models/remat.py for the backward pass.
+        """
+
+    @abc.abstractmethod
+    def make_inputs(
+        self,
+        conditioning: Conditioning,
+        shape: tuple[int, ...],
+        denoiser: Model,
+        buffers: Mapping[str, np.ndarray],
+    ) -> dict[str, PyTree]:
+        """Returns what the denoiser takes by keyword beside latents, times and states.
+
+        Args:
+          conditioning: of B captions.
+          shape: of the latents [N, h, w, C].
+          denoiser: its architecture.
+          buffers: what its files hold beside parameters (`Model.buffer_shapes`).
+        """
+
+    @abc.abstractmethod
+    def needed_settings(
+        self, denoiser: NetworkConfig, encoders: Mapping[str, NetworkConfig], channels: int
+    ) -> dict[str, object]:
+        """Returns the settings that a denoiser must have to fit text encoders and a VAE.
+
+        Args:
+          denoiser: its own settings.
+          encoders: the settings of the text encoders by component, in order.
+          channels: of the VAE's latents.
+        """
+
+
+def stack_tokens(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacks token ids [N, S_e] of E text encoders to [N, E, S], shorter ones with `NO_TOKEN` behind."""
+    longest = max(part.shape[1] for part in parts)
+    filled = [
+        np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=NO_TOKEN) for part in parts
+    ]
+    return np.stack(filled, axis=1)

@@ -1,0 +1,77 @@
+"""Stable Diffusion 3 from pictures to an exported folder: encoded, trained by flow-DPO, read by diffusers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import make_config
+
+from configs.encode import common as encode_common
+from dspo_jax.conversion.export_model import export
+from dspo_jax.data.encoding import encode
+from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.run import train
+from dspo_jax.training.settings import parse
+
+diffusers = pytest.importorskip("diffusers")
+torch = pytest.importorskip("torch")
+from tiny_sd3 import write_sd3  # noqa: E402
+from torch_modules import assert_close, to_nchw, to_nhwc  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_sd3(tmp_path_factory.mktemp("sd3") / "model")
+
+
+@pytest.fixture(scope="module")
+def pairs(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = []
+    for i in range(8):
+        for kind, darker in (("winner", 1), ("loser", 2)):
+            pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8) // darker
+            Image.fromarray(pixels).save(folder / f"{kind}{i}.png")
+        row = {"caption": f"a fox {i}", "winner": f"winner{i}.png", "loser": f"loser{i}.png"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    config = encode_common.get_config()
+    encode_common.set_source(config, "folder")
+    config.model, config.num_workers = str(model), 0
+    config.source.path, config.source.validation_share = str(folder), 0.0
+    out = folder / "encoded"
+    assert encode(config, out)
+    return out
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_flow_dpo_moves_the_transformer_and_diffusers_loads_it(rank, model, pairs, tmp_path):
+    """The exported transformer, in diffusers, predicts what the trained one does here; its table is kept."""
+    run, out = tmp_path / "run", tmp_path / "exported"
+    changes = {"steps": 2, "objective.name": "diffusion_dpo", "lora.rank": rank, "checkpoint.every": 2}
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        train(parse(make_config(model, pairs, changes)), run)
+    assert export(run, out) == 2
+    pipe = load_pipeline(run)
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(out, local_files_only=True).transformer
+    before = diffusers.SD3Transformer2DModel.from_pretrained(model / "transformer")
+    assert torch.equal(theirs.pos_embed.pos_embed, before.pos_embed.pos_embed)
+    moved = theirs.transformer_blocks[0].attn.to_q.weight - before.transformer_blocks[0].attn.to_q.weight
+    assert moved.abs().max() > 0
+
+    draw = np.random.default_rng(0)
+    latents = draw.standard_normal((1, 4, 4, 4), np.float32)
+    batch = pipe.prompt_batch(pipe.tokenize(["a red fox"]), (16, 16))
+    params = {name: pipe.read_params(name) for name in pipe.components}
+    conditioning = pipe.encode_conditioning(params, batch)
+    ours = pipe.predict(params, latents, np.float32([700.0]), conditioning)
+    with torch.no_grad():
+        expected = theirs(
+            to_nchw(latents),
+            timestep=torch.tensor([700.0]),
+            encoder_hidden_states=torch.from_numpy(np.array(conditioning.states)),
+            pooled_projections=torch.from_numpy(np.array(conditioning.pooled)),
+        ).sample
+    assert_close(ours, to_nhwc(expected), 1e-4)
