@@ -60,11 +60,11 @@ KINDS = {
         "reference.decay": 0.5,
     },
 }
-# Images are scored in parts of 4, while the next part is drawn: a round of "trajectories" has 2 parts, one of
-# "own_pairs" 4, and 2 updates follow each. The process is killed in the second round, while a part is drawn;
-# then between the last part of the third round and its updates, as soon as the checkpoint of step 4 is there;
-# and, gone on with from there, in the fourth round.
-KILLED = {"trajectories": [(3, 0), (6, 4), (3, 4)], "own_pairs": [(6, 0), (12, 4), (5, 4)]}
+# A run first tries the reward once. Images are scored in parts of 4, while the next part is drawn: a round of
+# "trajectories" has 2 parts, one of "own_pairs" 4, and 2 updates follow each. The process is killed in the
+# second round, while a part is drawn; then between the last part of the third round and its updates, as soon
+# as the checkpoint of step 4 is there; and, gone on with from there, in the fourth round.
+KILLED = {"trajectories": [(4, 0), (7, 4), (4, 4)], "own_pairs": [(7, 0), (13, 4), (6, 4)]}
 
 
 def run_command(workdir, changes, kill_at=0, wait_for=0):
@@ -162,6 +162,6 @@ def test_killed_between_a_rollout_and_its_update(shallow_model, tmp_path):
     changes = SETTINGS | KINDS["trajectories"] | {"model": str(shallow_model)}
     workdir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     assert run_command(undisturbed, changes) == 0, log_of(undisturbed, 0).read_text()
-    assert run_command(workdir, changes, 6, 4) == -signal.SIGKILL
+    assert run_command(workdir, changes, 7, 4) == -signal.SIGKILL
     assert run_command(workdir, changes) == 0, log_of(workdir, 0).read_text()
     assert_same_run(workdir, undisturbed)
