@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     values, config = flags.FLAGS, flags.FLAGS.config
     if not (values.published or config.model):
         raise UserError(
-            "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=sd15, "
-            "sd21 or sdxl"
+            "config.model is not set: give --config.model=DIR, a diffusers folder, or --published=NAME, "
+            "such as sd15, sdxl or sd35-medium (dspo_jax.list --only=published)"
         )
     facts = None
     # A GPU's compiler is done as soon.
@@ -80,7 +80,10 @@ def run() -> None:
         "(default: the devices that are here).",
     )
     flags.DEFINE_enum(
-        "published", None, ("sd15", "sd21", "sdxl"), "A published model's shapes, in place of config.model's."
+        "published",
+        None,
+        ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large"),
+        "A published model's shapes, in place of config.model's.",
     )
     flags.DEFINE_integer(
         "pairs_per_device", None, "In a step (default: by config.batch_size).", lower_bound=1

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         elif settings.model:
             pipe = load_pipeline(settings.model, **dataclasses.asdict(settings.text))
         else:
-            raise UserError("--dry_run: needs a model: --published=sd15, sd21 or sdxl, or --config.model=DIR")
+            raise UserError("--dry_run: needs a model: --config.model=DIR, or --published=NAME, such as sd15")
         for line in estimate(settings, pipe, values.pairs, values.gpu):
             print(line, flush=True)
         return 0
@@ -107,7 +107,12 @@ def run() -> None:
     flags.DEFINE_bool(
         "dry_run", False, "Say what the run would take (memory, FLOPs, batches), check the data, and stop."
     )
-    flags.DEFINE_enum("published", None, ("sd15", "sd21", "sdxl"), "For --dry_run before a model is at hand.")
+    flags.DEFINE_enum(
+        "published",
+        None,
+        ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large"),
+        "For --dry_run before a model is at hand.",
+    )
     flags.DEFINE_integer("pairs", None, "For --dry_run before data are at hand: how many.", lower_bound=1)
     flags.DEFINE_string("gpu", None, "For --dry_run before a GPU is at hand, e.g. rtx4090 or h100.")
     define_process_flags()

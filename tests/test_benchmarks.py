@@ -145,16 +145,25 @@ def test_an_objective_without_a_torch_step_is_refused(trainer):
 
 @each_row(
     ("name", "parameters", "paddings"),
-    [("sd15", 859_520_964, [49407]), ("sd21", 865_910_724, [0]), ("sdxl", 2_567_463_684, [49407, 0])],
+    [
+        ("sd15", 859_520_964, [49407]),
+        ("sd21", 865_910_724, [0]),
+        ("sdxl", 2_567_463_684, [49407, 0]),
+        ("sd3-medium", 2_028_328_000, [49407, 0]),
+    ],
 )
 def test_a_published_architecture_has_no_weights(name, parameters, paddings):
     pipe = published.architecture(name)
-    assert sum(leaf.size for leaf in jax.tree.leaves(pipe.networks["unet"].abstract_params())) == parameters
+    shapes = jax.tree.leaves(pipe.networks[pipe.denoiser].abstract_params())
+    assert sum(leaf.size for leaf in shapes) == parameters
     tokens = [[49406, 49407, *[padding] * 75] for padding in paddings]
+    if name == "sd3-medium":  # T5's, and nothing behind those of CLIP
+        tokens = [[*row, *[-1] * 179] for row in tokens] + [[1, *[0] * 255]]
     np.testing.assert_array_equal(pipe.empty_tokens, np.array(tokens, np.int32))
-    assert pipe.schedule.prediction_type == ("v_prediction" if name == "sd21" else "epsilon")
-    with pytest.raises(FileNotFoundError, match=f"^{name}/unet/.*: no such file"):
-        pipe.read_params("unet", "float32")
+    types = {"sd21": "v_prediction", "sd3-medium": "flow_prediction"}
+    assert pipe.schedule.prediction_type == types.get(name, "epsilon")
+    with pytest.raises(FileNotFoundError, match=f"^{name}/{pipe.denoiser}/.*: no such file"):
+        pipe.read_params(pipe.denoiser, "float32")
     with pytest.raises(ValueError, match=r"'sd1\.5': unknown; did you mean 'sd15'"):
         published.architecture("sd1.5")
 

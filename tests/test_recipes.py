@@ -31,7 +31,9 @@ PUBLISHED = [
 DIFFERENTLY_NAMED = (
     *("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora"),
     *("sd15_spin", "sdxl_emu"),
+    *("sd3_medium_flow_dpo", "sd35_medium_flow_dpo"),
 )
+FLOW = ("sd3_medium_flow_dpo", "sd35_medium_flow_dpo")
 # The papers print no settings for these.
 ONE_VARIANT = ("sd15_kto", "sd15_mapo", "sd15_sft", "sdxl_mapo", "sdxl_sft")
 
@@ -46,6 +48,9 @@ def load(name):
 def variants():
     for name in RECIPES:
         yield name, None
+        if name in FLOW:
+            yield name, "lora"
+            yield name, "full"
         if name in PUBLISHED:
             yield name, "released"
             if name not in ONE_VARIANT:

@@ -167,8 +167,9 @@ def test_lists_have_a_line_for_everything():
     listed = run("list", "--only=published")
     assert listed.stdout == (
         "published architectures, for --published:\n"
-        "  sd15  StableDiffusionPipeline\n  sd21  StableDiffusionPipeline\n"
-        "  sdxl  StableDiffusionXLPipeline\n\n"
+        "  sd15         StableDiffusionPipeline\n  sd21         StableDiffusionPipeline\n"
+        "  sdxl         StableDiffusionXLPipeline\n  sd3-medium   StableDiffusion3Pipeline\n"
+        "  sd35-medium  StableDiffusion3Pipeline\n  sd35-large   StableDiffusion3Pipeline\n\n"
     )
 
 

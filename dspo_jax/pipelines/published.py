@@ -1,7 +1,8 @@
 """Published models as architectures without weights, for plans and benchmarks at full size.
 
-The config.json of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and
-stabilityai/stable-diffusion-xl-base-1.0, without the keys that repeat the classes' defaults.
+The config.json of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1,
+stabilityai/stable-diffusion-xl-base-1.0, stable-diffusion-3-medium, 3.5-medium and 3.5-large, without the
+keys that repeat the classes' defaults; that of T5 has all keys of its file.
 """
 
 from pathlib import Path
@@ -12,8 +13,10 @@ from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import build_model
+from dspo_jax.pipelines.conditioning import stack_tokens
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.stable_diffusion_3 import T5, T5_LENGTH
 from dspo_jax.schedules.process import SchedulerConfig
 
 SD15_UNET: NetworkConfig = {
@@ -135,6 +138,64 @@ SDXL_TEXT_ENCODER_2 = SD15_TEXT_ENCODER | {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
+SD3_MEDIUM: NetworkConfig = {
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "sample_size": 128,
+}
+SD35_MEDIUM = SD3_MEDIUM | {
+    "dual_attention_layers": list(range(13)),
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+}
+SD35_LARGE = SD3_MEDIUM | {
+    "caption_projection_dim": 2432,
+    "num_attention_heads": 38,
+    "num_layers": 38,
+    "qk_norm": "rms_norm",
+}
+SD3_VAE = SDXL_VAE | {
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+T5_XXL: NetworkConfig = {
+    "architectures": ["T5EncoderModel"],
+    "classifier_dropout": 0.0,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new",
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "num_layers": 24,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 32128,
+}
 
 _SCHEDULER: SchedulerConfig = {
     "_class_name": "PNDMScheduler",
@@ -142,6 +203,18 @@ _SCHEDULER: SchedulerConfig = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "num_train_timesteps": 1000,
+}
+_FLOW_SCHEDULER: SchedulerConfig = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
+# Of all models of Stable Diffusion 3, which differ in the transformer alone.
+_OTHERS_OF_3: dict[str, tuple[str, NetworkConfig]] = {
+    "vae": ("AutoencoderKL", SD3_VAE),
+    "text_encoder": ("CLIPTextModelWithProjection", SDXL_TEXT_ENCODER),
+    "text_encoder_2": ("CLIPTextModelWithProjection", SDXL_TEXT_ENCODER_2),
+    "text_encoder_3": ("T5EncoderModel", T5_XXL),
 }
 NETWORKS: dict[str, dict[str, tuple[str, NetworkConfig]]] = {
     "sd15": {
@@ -160,18 +233,25 @@ NETWORKS: dict[str, dict[str, tuple[str, NetworkConfig]]] = {
         "text_encoder": ("CLIPTextModel", SDXL_TEXT_ENCODER),
         "text_encoder_2": ("CLIPTextModelWithProjection", SDXL_TEXT_ENCODER_2),
     },
+    "sd3-medium": {"transformer": ("SD3Transformer2DModel", SD3_MEDIUM), **_OTHERS_OF_3},
+    "sd35-medium": {"transformer": ("SD3Transformer2DModel", SD35_MEDIUM), **_OTHERS_OF_3},
+    "sd35-large": {"transformer": ("SD3Transformer2DModel", SD35_LARGE), **_OTHERS_OF_3},
 }
 MODELS = tuple(NETWORKS)
 CLASSES = {
     "sd15": "StableDiffusionPipeline",
     "sd21": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
+    "sd3-medium": "StableDiffusion3Pipeline",
+    "sd35-medium": "StableDiffusion3Pipeline",
+    "sd35-large": "StableDiffusion3Pipeline",
 }
 
-# Tokens of the empty caption: start, end, and padding, which is 0 in SD 2.1's and SDXL's second tokenizer.
+# Tokens of the empty caption: start, end, and padding, which is 0 in SD 2.1's and SDXL's second tokenizer; of
+# T5 the end and padding.
 _START, _END, _LENGTH = 49406, 49407, 77
 _PREDICTION = {"sd15": "epsilon", "sd21": "v_prediction", "sdxl": "epsilon"}
-_PADDING = {"sd15": (_END,), "sd21": (0,), "sdxl": (_END, 0)}
+_PADDING = {"sd15": (_END,), "sd21": (0,)}  # of all others both
 
 
 def architecture(name: str) -> Pipeline:
@@ -184,15 +264,22 @@ def architecture(name: str) -> Pipeline:
         raise UserError(spelling.unknown("published model", name, MODELS))
     networks = {part: build_model(*network) for part, network in NETWORKS[name].items()}
     family = FAMILIES[CLASSES[name]]
-    scheduler: SchedulerConfig = {**_SCHEDULER, "prediction_type": _PREDICTION[name]}
+    scheduler = _FLOW_SCHEDULER
+    if name in _PREDICTION:
+        scheduler = {**_SCHEDULER, "prediction_type": _PREDICTION[name]}
+    empty = [[_START, _END] + [pad] * (_LENGTH - 2) for pad in _PADDING.get(name, (_END, 0))]
+    if T5 in networks:
+        empty.append([1] + [0] * (T5_LENGTH - 1))
+    denoiser = networks[family.denoiser]
     return Pipeline(
         path=Path(name),
         family=family,
         networks=networks,
         tokenizers=(),
-        empty_tokens=np.array([[_START, _END] + [pad] * (_LENGTH - 2) for pad in _PADDING[name]], np.int32),
+        empty_tokens=stack_tokens([np.array([row], np.int32) for row in empty])[0],
         schedule=family.process.from_config(scheduler),
         scheduler_config=scheduler,
         zero_empty_captions=family.zero_empty_captions({}),
         trained={},
+        made_buffers={key: np.zeros(shape, np.float32) for key, shape in denoiser.buffer_shapes().items()},
     )

@@ -1,31 +1,40 @@
 """The config.json of published models, at full size, without the keys that the classes' defaults repeat.
 
-Beside those of pipelines/published.py: of timbrooks/instruct-pix2pix and madebyollin/taesd, and of Stable
-Diffusion 3 medium, 3.5 medium and 3.5 large, whose T5 has all keys of its file. Those of CLIP are in the form
-in which transformers 4 wrote them, with everything that such a file repeats.
+Beside those of pipelines/published.py: of timbrooks/instruct-pix2pix and madebyollin/taesd. Those of CLIP are
+in the form in which transformers 4 wrote them, with everything that such a file repeats.
 """
 
 from typing import Any
 
 from dspo_jax.pipelines.published import (
+    SD3_MEDIUM,
+    SD3_VAE,
     SD15_TEXT_ENCODER,
     SD15_UNET,
     SD21_TEXT_ENCODER,
     SD21_UNET,
+    SD35_LARGE,
+    SD35_MEDIUM,
     SDXL_TEXT_ENCODER,
     SDXL_TEXT_ENCODER_2,
     SDXL_UNET,
     SDXL_VAE,
+    T5_XXL,
 )
 
 __all__ = [
+    "SD3_MEDIUM",
+    "SD3_VAE",
     "SD15_TEXT_ENCODER",
     "SD21_TEXT_ENCODER",
     "SD21_UNET",
+    "SD35_LARGE",
+    "SD35_MEDIUM",
     "SDXL_TEXT_ENCODER",
     "SDXL_TEXT_ENCODER_2",
     "SDXL_UNET",
     "SDXL_VAE",
+    "T5_XXL",
 ]
 
 PIX2PIX_UNET = SD15_UNET | {"in_channels": 8}
@@ -43,65 +52,6 @@ TAESD: dict[str, Any] = {
     "out_channels": 3,
     "scaling_factor": 1.0,
     "upsampling_scaling_factor": 2,
-}
-
-SD3_MEDIUM: dict[str, Any] = {
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "in_channels": 16,
-    "joint_attention_dim": 4096,
-    "num_attention_heads": 24,
-    "num_layers": 24,
-    "out_channels": 16,
-    "patch_size": 2,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-    "sample_size": 128,
-}
-SD35_MEDIUM = SD3_MEDIUM | {
-    "dual_attention_layers": list(range(13)),
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-}
-SD35_LARGE = SD3_MEDIUM | {
-    "caption_projection_dim": 2432,
-    "num_attention_heads": 38,
-    "num_layers": 38,
-    "qk_norm": "rms_norm",
-}
-SD3_VAE = SDXL_VAE | {
-    "latent_channels": 16,
-    "scaling_factor": 1.5305,
-    "shift_factor": 0.0609,
-    "use_post_quant_conv": False,
-    "use_quant_conv": False,
-}
-T5_XXL: dict[str, Any] = {
-    "architectures": ["T5EncoderModel"],
-    "classifier_dropout": 0.0,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "d_model": 4096,
-    "decoder_start_token_id": 0,
-    "dense_act_fn": "gelu_new",
-    "dropout_rate": 0.1,
-    "eos_token_id": 1,
-    "feed_forward_proj": "gated-gelu",
-    "initializer_factor": 1.0,
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
-    "layer_norm_epsilon": 1e-06,
-    "model_type": "t5",
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "num_layers": 24,
-    "output_past": True,
-    "pad_token_id": 0,
-    "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vocab_size": 32128,
 }
 
 # What transformers 4 added to the config of any network.
