@@ -3,11 +3,16 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_folders import contents, make_run
 from tables import each_row
 
 from dspo_jax.conversion import single_file
+from dspo_jax.conversion.export_model import export
+from dspo_jax.conversion.import_model import import_model
+from dspo_jax.errors import UserError
 from dspo_jax.models.model import build_model
 from dspo_jax.weights.components import read_buffers, read_model, read_params, write_params
+from dspo_jax.weights.file_kinds import explain
 from dspo_jax.weights.layout import torch_shapes
 from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.tensors import Tensor, open_file
@@ -259,3 +264,20 @@ def test_a_folder_of_torch_is_written_again_bit_by_bit(tmp_path):
     assert {name for name, tensor in wide.items() if tensor.dtype != np.float32} == set(buffers)
     with pytest.raises(ValueError, match=r"buffers \[\], not \['pos_embed\.pos_embed'\]"):
         write_params(tmp_path / "without", model, params)
+
+
+def test_the_single_file_of_a_model_and_back_changes_no_tensor(out, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_sd3 import write_sd3
+
+    model = write_sd3(tmp_path / "source" / "model")
+    run = make_run(tmp_path / "source" / "run", model, trained=("transformer",))
+    single = out.with_name("single.safetensors")
+    assert export(run, single) == 3
+    assert explain(single).startswith("; it is a single file: python -m dspo_jax.convert import")
+    import_model(single, out, base=model)
+    imported = contents(out)
+    assert imported.pop("README.md").startswith(b"# single\n")
+    assert imported == contents(model)
+    with pytest.raises(UserError, match="safetensors: --prediction_type: is not of rectified flow"):
+        import_model(single, tmp_path / "other", base=model, process={"prediction_type": "epsilon"})

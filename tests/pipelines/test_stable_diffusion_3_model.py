@@ -107,7 +107,7 @@ def test_what_identifies_the_tokens_of_t5(models):
     [
         ("transformer", {"in_channels": 8}, "in_channels = 8, but .* needs 4; use a transformer"),
         ("transformer", {"joint_attention_dim": 28}, "joint_attention_dim = 28, but .* needs 24"),
-        ("transformer", {"pooled_projection_dim": 20}, "pooled_projection_dim = 20, but .* needs 16"),
+        ("transformer", {"pooled_projection_dim": 20}, "pooled_projection_dim = 20, but .* needs 18"),
     ],
 )
 def test_parts_of_different_models_are_refused(component, changes, message, models, tmp_path):

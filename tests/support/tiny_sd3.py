@@ -26,13 +26,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "out_channels": 4,
         "patch_size": 2,
-        "pooled_projection_dim": 16,
+        "pooled_projection_dim": 18,
         "pos_embed_max_size": 6,
         "qk_norm": "rms_norm",
         "sample_size": 4,
     },
     "vae": {**VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609},
-    "text_encoder": {**TEXT_ENCODER, **_CLIP, "projection_dim": 10},
+    "text_encoder": {**TEXT_ENCODER, **_CLIP, "projection_dim": 12},
     "text_encoder_2": {**OPEN_CLIP, **_CLIP, "hidden_size": 8, "projection_dim": 6},
     "text_encoder_3": {
         "architectures": ["T5EncoderModel"],
@@ -78,7 +78,10 @@ def write_sd3(folder: Path, *, has_t5: bool = True) -> Path:
             continue
         class_name = config.get("_class_name") or config["architectures"][0]
         model = build_model(class_name, config)
-        write_params(folder / name, model, random_params(model, draw), buffers=model.make_buffers())
+        params = random_params(model, draw)
+        if name == "text_encoder":  # as in the published models, whose single files leave it out
+            params["text_projection"]["kernel"] = np.eye(12, dtype=np.float32)
+        write_params(folder / name, model, params, buffers=model.make_buffers())
         index[name] = ["transformers" if name.startswith("text") else "diffusers", class_name]
     for name, pad_token in (("tokenizer", END), ("tokenizer_2", EXCLAMATION_MARK)):
         write_tokenizer(folder / name, pad_token)
