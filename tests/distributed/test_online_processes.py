@@ -89,7 +89,7 @@ def test_two_processes_draw_the_losers_of_one(settings, tiny_pairs, tmp_path):
     given = {"model": changes["model"], "pairs": str(tiny_pairs), "changes": changes}
     (tmp_path / "given.json").write_text(json.dumps(given))
     flags = [f"--given={tmp_path}/given.json", f"--out={tmp_path}"]
-    started = start("tests.support.draw_losers", flags, tmp_path / "two", processes=2, devices=2)
+    started = start("draw_losers", flags, tmp_path / "two", processes=2, devices=2)
     assert finish(started) == [0, 0], log_of(tmp_path / "two", 0).read_text()
     experiment = prepare(make_config(**given))
     _, reference = make_state(experiment.task, experiment.mesh)

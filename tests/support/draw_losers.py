@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
+from tiny_run import make_config
 
 
 def main() -> None:
@@ -20,8 +18,6 @@ def main() -> None:
         parser.add_argument(f"--{flag}", type=int, required=True)
     values = parser.parse_args()
     jax.distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-
-    from tiny_run import make_config
 
     from dspo_jax.parallel.mesh import read_share
     from dspo_jax.training.start import make_state, prepare

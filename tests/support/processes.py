@@ -24,13 +24,15 @@ def free_port() -> int:
 def start(
     module: str, flags: Sequence[str], logs: Path, *, processes: int = 1, devices: int = 1
 ) -> list[subprocess.Popen]:
-    """Starts `python -m module`; several processes find one another over loopback.
+    """Starts `python -m module`, of the project or beside this file; several find one another over loopback.
 
     Each has `devices` fake devices, and writes what it says into `logs`-process-N.log.
     """
     address = f"localhost:{free_port()}"
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), *inherited]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
     started = []
