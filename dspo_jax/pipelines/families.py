@@ -19,7 +19,7 @@ class Family:
     The scale and the shift of the latents are the VAE's, in the config.json of each model.
 
     Attributes:
-      denoiser: component that predicts noise.
+      denoiser: component that predicts the noise, or the velocity.
       classes: component -> names of the model classes that may take its part; the denoiser, the VAE and the
         text encoders in order.
       process: forward process, read from scheduler_config.json.

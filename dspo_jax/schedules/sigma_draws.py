@@ -56,7 +56,7 @@ class SigmaDraw(abc.ABC):
         return self.of_uniform(jax.random.uniform(key, shape) + _HALF_STEP)
 
     def of_uniform(self, u: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
-        """Returns sigma of u, inside 0 and 1."""
+        """Returns sigma of u, above 0 and at most 1."""
         sigma = jnp.clip(self.unshifted(u), _HALF_STEP, 1.0)
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 

@@ -105,7 +105,7 @@ class PreferenceLoss:
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
 
     def _draw_dropout(self, batch: Batch, key: Key[jax.Array, ""]) -> Dropout | None:
-        """Returns dropout by (key, index) like the noise, whose keys are numbers 0 to 3, and 5."""
+        """Draws dropout from (key, index) like the noise; numbers 0 to 5 of its keys are of other draws."""
         if not self.draws.adapter_dropout:
             return None
         keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, index), 6))(batch["index"])
