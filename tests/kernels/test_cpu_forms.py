@@ -145,7 +145,7 @@ def test_an_adapter_beside_the_convolution_is_not_lost(trace_for):
     layer = blocks.Upsample2D(6, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6))
     trace_for(CPU)
-    lora.attach(layer, {"conv": 2}, nnx.Rngs(1))
+    lora.attach(layer, {"conv": lora.Adapter(2)}, nnx.Rngs(1))
     kernel = layer.conv.lora_B.kernel
     kernel[...] = jnp.zeros(kernel.shape)
     base = layer(x)

@@ -113,7 +113,7 @@ def make_block(kind, adapters):
         block = transformer_blocks.BasicTransformerBlock(8, 2, 4, 6, rngs=rngs)
         shapes, adapted = [(BATCH, 16, 8), (BATCH, 7, 6)], ["attn1.to_q", "attn2.to_out.0"]
     if adapters:
-        lora.attach(block, dict.fromkeys(adapted, 2), rngs)
+        lora.attach(block, dict.fromkeys(adapted, lora.Adapter(2)), rngs)
     return block, [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
 
 
