@@ -99,7 +99,10 @@ def get_config() -> ConfigDict:
     # layers. Also, for example, r"ff\.net\.0\.proj", r"conv\d", r"proj_(in|out)".
     config.lora = ConfigDict()
     config.lora.rank = 0
-    config.lora.targets = (r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj")
+    config.lora.targets = (
+        *(r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj"),
+        *(r"add_[qkv]_proj", r"to_add_out", r"SelfAttention\.[qkvo]"),  # of Stable Diffusion 3's text, and T5
+    )
     # A LoRA file, PEFT's or kohya's, that the adapters start from, FILE or FILE:WEIGHT; None starts from ones
     # that add nothing. With rank = 0 layers and ranks are the file's, else both must be as asked for above.
     config.lora.init = config_dict.placeholder(str)

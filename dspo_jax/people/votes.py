@@ -6,6 +6,7 @@ import secrets
 import sqlite3
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,11 +154,17 @@ class VoteStore:
     def join(self, name: str, digest: str) -> int:
         """Notes a session of a person, who may be new; returns the person's number.
 
-        Upper and lower case are one name: a phone writes the first letter large by itself.
+        Upper and lower case are one name, as a phone writes the first letter large by itself, but for people
+        whom an earlier version told apart by it.
         """
         with self._write() as write:
-            known = {each.casefold(): number for number, each in self._read_people(write)}
-            person = known.get(name.casefold())
+            people = [
+                (number, unicodedata.normalize("NFC", each)) for number, each in self._read_people(write)
+            ]
+            person = next((number for number, each in people if each == name), None)
+            if person is None:
+                alike = (number for number, each in people if each.casefold() == name.casefold())
+                person = next(alike, None)
             if person is None:
                 person = write.execute("INSERT INTO people (name) VALUES (?)", (name,)).lastrowid
             write.execute("INSERT INTO sessions VALUES (?, ?)", (digest, person))

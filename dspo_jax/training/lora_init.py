@@ -43,7 +43,7 @@ def read_adapters(settings: LoraSettings, networks: Mapping[str, Model], fresh: 
         if component not in opened.modules:
             raise UserError(
                 f"{opened.path}: holds nothing for {component}, which is trained; name another file in "
-                "config.lora.init, or set config.train_text_encoder=False for a LoRA of the UNet alone"
+                "config.lora.init, or set config.train_text_encoder=False for a LoRA of the denoiser alone"
             )
     if not settings.dora and any(
         module.magnitude is not None for modules in opened.modules.values() for module in modules.values()

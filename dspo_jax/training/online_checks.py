@@ -1,5 +1,7 @@
 """Refusals of a run on the model's own images, before any weights are read."""
 
+import dataclasses
+
 from jax.sharding import Mesh
 
 from dspo_jax.errors import UserError
@@ -41,9 +43,17 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
 
 
 def _refuse_timesteps(settings: Settings) -> None:
-    """Refuses timesteps of noised examples where the steps of a sampler are trained on."""
+    """Refuses timesteps and levels of noised examples where the steps of a sampler are trained on."""
+    if settings.method_key == "objective":
+        return
+    for key, value in dataclasses.asdict(settings.levels).items():
+        if value is not None:
+            raise UserError(
+                f"config.levels.{key} = {value!r}: is of noised examples, and config.stream.kind = "
+                f"{settings.stream.kind!r} trains on the steps of a sampler; leave it out"
+            )
     drawn = settings.timesteps
-    if settings.method_key != "objective" and (drawn.first or drawn.last is not None):
+    if drawn.first or drawn.last is not None:
         raise UserError(
             f"config.timesteps.first = {drawn.first} and config.timesteps.last = {drawn.last}: are of noised "
             f"examples, and config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; "

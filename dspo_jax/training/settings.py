@@ -351,6 +351,11 @@ def parse(config: ConfigDict) -> Settings:
             f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
             f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
+    if settings.data.curriculum_groups > 1 and settings.stream.kind != "dataset":
+        raise UserError(
+            f"config.data.curriculum_groups = {settings.data.curriculum_groups}: orders pairs of a dataset, "
+            f"and config.stream.kind = {settings.stream.kind!r} draws images of its own; leave it 1"
+        )
     if settings.lora.dropout and not noises_examples:
         raise UserError(
             f"config.lora.dropout = {settings.lora.dropout:g}: is for noised examples, and "

@@ -132,6 +132,11 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count = sum(count_examples(datasets, settings.data.split).values())
     else:
         settings = _turn_watching_off(settings)
+        if settings.data.curriculum_groups > 1:
+            raise UserError(
+                f"config.data.curriculum_groups = {settings.data.curriculum_groups}: orders pairs of shards, "
+                "and these are in memory; leave it 1"
+            )
         count, images = examples["moments"].shape[:2]
         labelled = bool((np.asarray(examples["preference"]) < 1).any())
         check_images(settings.objective, images, "the batch in memory", labelled=labelled)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Float, Num, PyTree
 
@@ -205,7 +206,7 @@ def cast(task: Task, params: Params) -> Params:
     if task.adapters is not None:
         params = lora.scaled(params, task.adapters)
 
-    def cast_leaf(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+    def cast_leaf(path: jax.tree_util.KeyPath, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         return leaf if lora.is_magnitude(path) else leaf.astype(task.precision.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(cast_leaf, params)

@@ -30,6 +30,8 @@ MAY_DIFFER = (
     "validation",
     "wandb_project",
 )
+# The default of `lora.targets` before Stable Diffusion 3, of whose layers the models of then have none.
+_EARLIER_TARGETS = [r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj"]
 _ONLINE = ("stream.", "rewards.", "policy_gradient.", "advantages.", "reward_gradient.")
 
 
@@ -79,6 +81,16 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         fixed |= {f"levels.{key}": None for key in ("draw", "mean", "std", "scale", "shift")}
         fixed |= {"lora.init": None, "reference.model": None, "reference.every": 0, "reference.decay": 0.0}
         theirs = fixed | theirs
+        # Keys that were not read then, and are refused where they would not be read now.
+        if not theirs["reference.every"]:
+            theirs["reference.decay"] = 0.0
+        if theirs["stream.kind"] in ("prompts", "trajectories"):
+            theirs |= {"timesteps.first": 0, "timesteps.last": None}
+        if (
+            theirs.get("lora.targets") == _EARLIER_TARGETS
+            and mine.get("lora.targets", [])[:3] == _EARLIER_TARGETS
+        ):
+            theirs["lora.targets"] = mine["lora.targets"]
         if theirs["stream.kind"] == "dataset":  # which reads none of the keys of the other kinds
             theirs |= {key: value for key, value in mine.items() if key.startswith(_ONLINE)} | {
                 "stream.kind": "dataset"

@@ -214,8 +214,8 @@ def _group(
         place = layers.get(match["layer"])
         if place is None:
             raise UserError(
-                f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind "
-                f"(Stable Diffusion 1, 2 or XL)?{_name_base(path)}"
+                f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind? "
+                f"(Of Stable Diffusion 3 kohya's names are not read.){_name_base(path)}"
             )
         parts = groups.setdefault(place, (key, {}))[1]
         part = str(match.lastgroup)

@@ -57,6 +57,18 @@ def judge(store, showings, name, choose=lambda showing: 0, most=10**6):
     return seen
 
 
+def test_a_name_is_one_person_whatever_its_case_unless_it_was_two_before(collect):
+    store, _ = collect(make_groups(1))
+    anna = store.join("Anna", "a")
+    assert store.join("ANNA", "b") == anna
+    with sqlite3.connect(store.path) as earlier:
+        other = earlier.execute("INSERT INTO people (name) VALUES ('anna')").lastrowid
+    earlier.close()
+    assert store.join("anna", "c") == other
+    assert store.join("Anna", "d") == store.join("ANNA", "e") == anna
+    assert store.join("Zo\u00eb", "f") == store.join("ZO\u00cb", "g")
+
+
 def test_everybody_judges_every_pair_once_in_an_order_and_on_sides_of_their_own(collect):
     store, showings = collect(make_groups(40))
     seen = {name: judge(store, showings, name) for name in ("anna", "ben")}

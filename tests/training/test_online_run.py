@@ -234,6 +234,12 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
         ),
         ("ddpo", {"timesteps.last": 300}, "config.timesteps.first = 0 and .*last = 300: .*'trajectories'"),
         ("draft", {"timesteps.first": 300}, "config.timesteps.first = 300 and .*'prompts'"),
+        ("ddpo", {"levels.shift": 3.0}, "config.levels.shift = 3.0: is of noised examples, .*'trajectories'"),
+        (
+            "dpo",
+            {"data.curriculum_groups": 2},
+            "config.data.curriculum_groups = 2: .*'own_pairs' draws images",
+        ),
         ("dpo", {"reference.decay": 0.9}, "config.reference.decay = 0.9: .*config.reference.every = 0"),
         ("draft", {"reference.decay": 0.9}, "config.reference.decay = 0.9: .*config.reference.every = 0"),
         ("draft", {"rewards.train": "colourfulness,"}, "config.rewards.train = 'colourfulness,': .*unknown"),

@@ -324,6 +324,22 @@ def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
 
 
+def test_keys_that_an_earlier_version_did_not_read_do_not_keep_its_runs_from_going_on(config, tmp_path):
+    begin(tmp_path, config)
+    path = tmp_path / "config.json"
+    earlier = json.loads(path.read_text())
+    earlier["reference"]["decay"] = 0.9
+    earlier["lora"]["targets"] = [r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj"]
+    path.write_text(json.dumps(earlier))
+    claim_workdir(tmp_path, parse(config).given)
+    earlier["stream"]["kind"] = config.stream.kind = "prompts"
+    path.write_text(json.dumps(earlier | {"timesteps": {"first": 3, "last": 9}}))
+    claim_workdir(tmp_path, parse(config).given)
+    path.write_text(json.dumps(earlier | {"lora": {**earlier["lora"], "targets": ["to_q"]}}))
+    with pytest.raises(ValueError, match=r"started with config\.lora\.targets = \['to_q'\]"):
+        claim_workdir(tmp_path, parse(config).given)
+
+
 def test_a_run_from_before_weights_has_none(config, tmp_path):
     begin(tmp_path, config)
     path = tmp_path / "config.json"
