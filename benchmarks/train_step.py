@@ -29,8 +29,9 @@ from dspo_jax.pipelines import published
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.costs import abstract_batch, flops_per_example
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of
+from dspo_jax.training.start import make_adapters, make_state, mesh_of
 from dspo_jax.training.step import TrainState, compile_step, init_state
 from dspo_jax.training.task import Task
 

@@ -31,8 +31,9 @@ from dspo_jax.monitoring.devices import peak_bytes  # noqa: E402
 from dspo_jax.parallel.mesh import make_mesh  # noqa: E402
 from dspo_jax.pipelines import published  # noqa: E402
 from dspo_jax.pipelines.loading import load_pipeline  # noqa: E402
+from dspo_jax.training.make_task import make_task  # noqa: E402
 from dspo_jax.training.settings import parse  # noqa: E402
-from dspo_jax.training.start import make_state, make_task  # noqa: E402
+from dspo_jax.training.start import make_state  # noqa: E402
 
 pytestmark = pytest.mark.ci
 

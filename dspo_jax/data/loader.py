@@ -170,7 +170,8 @@ def train_batches(
         ]
         if curriculum is not None:
             share_of_bucket = buckets[bucket] / sum(buckets.values())
-            early = _early_stages(records, curriculum, batch_size * share_of_bucket, seeds)
+            gaps = np.abs(records.read_gaps(quiet=process_index > 0))
+            early = _early_stages(gaps, curriculum, batch_size * share_of_bucket, seeds)
             streams = [grain.MapDataset.concatenate([*early, *streams])]
         mixed = grain.MapDataset.mix(streams, [drawn for drawn in row if drawn])
         # Process p of n reads the p-th of the n shares that each batch is cut into.
@@ -193,10 +194,9 @@ def train_batches(
 
 
 def _early_stages(
-    records: Records, curriculum: Curriculum, examples_per_batch: float, seeds: Iterator[int]
+    gaps: np.ndarray, curriculum: Curriculum, examples_per_batch: float, seeds: Iterator[int]
 ) -> list[grain.MapDataset]:
     """Makes a stream of numbers of examples for each stage of a curriculum but the last, that of all."""
-    gaps = np.abs(records.read_gaps())
     if len(gaps) < curriculum.groups:
         raise UserError(
             f"config.data.curriculum_groups = {curriculum.groups}: more than the {len(gaps)} examples of an "

@@ -81,17 +81,17 @@ class Records:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read_gaps(self) -> np.ndarray:
+    def read_gaps(self, *, quiet: bool = False) -> np.ndarray:
         """Returns by how much the first image of each example scores more than the last: [n] float32.
 
-        It reads through all files, with a progress bar.
+        It reads through all files, with a progress bar unless `quiet`.
 
         Raises:
           KeyError: the datasets do not all have scores.
           OSError, RuntimeError, ValueError: a file cannot be read, or not understood.
         """
         scores = np.empty((len(self), *self._arrays[shards.SCORES].shape), np.float32)
-        with Progress("read scores", len(self)) as progress:
+        with Progress("read scores", len(self), active=not quiet) as progress:
             for start in range(0, len(self), _READ_AT_ONCE):
                 numbers = range(start, min(start + _READ_AT_ONCE, len(self)))
                 for number, record in zip(numbers, self._source.__getitems__(numbers), strict=True):

@@ -17,6 +17,7 @@ from dspo_jax.kernels.attention import attention
 from dspo_jax.models.blocks import linear
 from dspo_jax.models.config import NetworkConfig, read_config
 from dspo_jax.models.norms import RMSNorm
+from dspo_jax.models.remat import run_block
 from dspo_jax.schema import REQUIRED, Key, fixed, integer, number
 
 _NAME = "T5EncoderModel"
@@ -157,8 +158,12 @@ class T5Encoder(nnx.Module):
         self.shared = nnx.Embed(cfg["vocab_size"], cfg["d_model"], rngs=rngs)
         self.encoder = _Stack(cfg, rngs=rngs)
 
-    def __call__(self, input_ids: Integer[jax.Array, "B S"]) -> Float32[jax.Array, "B S F"]:
+    def __call__(
+        self, input_ids: Integer[jax.Array, "B S"], *, remat: str = "none"
+    ) -> Float32[jax.Array, "B S F"]:
         """Returns the states [B, S, d_model] float32 of token ids [B, S], behind the final norm.
+
+        `remat` is a policy of models/remat.py for the backward pass.
 
         Padding is attended to like any token, as in Stable Diffusion 3: another length gives other states.
         """
@@ -168,5 +173,5 @@ class T5Encoder(nnx.Module):
         bias_HTS = table.astype(jnp.float32)[buckets_TS].transpose(2, 0, 1)
         x = self.shared.embedding[...][input_ids].astype(jnp.float32)
         for block in self.encoder.block:
-            x = block(x, bias_HTS)
+            x = run_block(block, remat, x, bias_HTS)
         return self.encoder.final_layer_norm(x)

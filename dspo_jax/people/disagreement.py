@@ -1,4 +1,4 @@
-"""How far rewards disagree on images that people are to judge, so that these can come first."""
+"""Disagreement of rewards on the images of a group, so that people can judge the most disputed first."""
 
 import dataclasses
 import itertools

@@ -147,7 +147,8 @@ class _Images:
                     f"--images={','.join(map(str, self._moved_to))}: no file there is {image.file} as people "
                     "saw it; name all folders that hold the images now"
                 )
-            return self._moved[image.sha256]
+            paths, file = self._moved[image.sha256]
+            return paths.find(file)
         path = ImagePaths(Path(image.folder), "--allow_outside", self._allow_outside).find(image.file)
         if not path.is_file():
             raise FileNotFoundError(
@@ -158,16 +159,16 @@ class _Images:
         return path
 
 
-def _find_by_content(folders: Sequence[Path], allow_outside: bool) -> dict[str, Path]:
-    """Returns the files anywhere in folders by their SHA-256."""
-    found: dict[str, Path] = {}
+def _find_by_content(folders: Sequence[Path], allow_outside: bool) -> dict[str, tuple[ImagePaths, str]]:
+    """Returns the files anywhere in folders by their SHA-256: the folder of each and its name there."""
+    found: dict[str, tuple[ImagePaths, str]] = {}
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"--images={folder}: no such folder")
         paths = ImagePaths(folder, "--allow_outside", allow_outside)
         for file in sorted(folder.rglob("*")):
             if file.is_file():
-                found[sha256(file)] = paths.find(str(file.relative_to(folder)))
+                found[sha256(file)] = paths, str(file.relative_to(folder))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a denoiser reads besides latents and times, and how a family of models makes it of captions."""
+"""Conditioning of a denoiser: captions, and sizes of images, turned into what the network reads."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Conditioning(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How captions are read.
+    """Settings of reading captions.
 
     Attributes:
       lengths: tokens that each text encoder reads of a caption, of all chunks together.
@@ -50,7 +50,7 @@ class Reading(NamedTuple):
 
 
 class Conditioner(abc.ABC):
-    """How the text encoders and the denoiser of a family of models go together.
+    """Interface of a family of models: from token ids through its text encoders to its denoiser.
 
     Attributes:
       name: of the models, for messages.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -101,7 +100,7 @@ class Pipeline:
 
     @property
     def side_multiple(self) -> int:
-        """What the sides of images are a multiple of, in pixels: a latent position, or a patch of several."""
+        """Pixels that an image's sides must be multiples of: those of a latent position, or of a patch."""
         return self.vae_scale_factor * self.networks[self.denoiser].settings.get("patch_size", 1)
 
     @functools.cached_property
@@ -152,7 +151,7 @@ class Pipeline:
 
     @property
     def shift_factor(self) -> float:
-        """What is taken off a latent in VAE units before it is scaled: 0 but in Stable Diffusion 3."""
+        """Mean of the latents in VAE units, subtracted before scaling: 0 but in Stable Diffusion 3."""
         return self.vae.settings["shift_factor"] or 0.0
 
     def read_params(self, component: str, dtype: str | None = None) -> Params:
@@ -344,10 +343,9 @@ class Pipeline:
 
         Pure; `params` holds "vae". Computed in the dtype of the images and parameters.
         """
-        mean, deviation = self.vae.apply(params["vae"], images, method="encode")
-        if self.shift_factor:
-            mean -= self.shift_factor
-        return self.scaling_factor * jnp.concatenate([mean, deviation], axis=-1).astype(jnp.float32)
+        encoded = self.vae.apply(params["vae"], images, method="encode")
+        mean, deviation = (each.astype(jnp.float32) for each in encoded)
+        return self.scaling_factor * jnp.concatenate([mean - self.shift_factor, deviation], axis=-1)
 
     def decode(
         self, params: Mapping[str, Params], latents: Float[Array, "N h w C"]
@@ -356,10 +354,8 @@ class Pipeline:
 
         Pure; `params` holds "vae". `sampling.decoding.Decoder` compiles it and makes pixels of its images.
         """
-        latents = latents / self.scaling_factor
-        if self.shift_factor:
-            latents += self.shift_factor
-        return self.vae.apply(params["vae"], latents, method="decode")
+        of_vae = latents / self.scaling_factor + self.shift_factor
+        return self.vae.apply(params["vae"], of_vae, method="decode")
 
     def fingerprint(self) -> dict[str, object]:
         """Identifies VAE and tokenizers, as shards that fit this model have them in their manifest."""
@@ -380,24 +376,3 @@ class Pipeline:
             "pad_token_id": [tokenizer.tokenizer.pad_token_id for tokenizer in self.tokenizers],
             **({"t5_length": t5.length, "t5_tokens_sha256": t5.digest()} if t5 else {}),
         }
-
-    def weights_digest(self) -> str:
-        """Returns a digest that changes when the weights of any network do.
-
-        It covers the start of each trained array, and of each file the size and 4 KiB at 256 places, as files
-        of gigabytes would take too long to read.
-        """
-        digest = hashlib.sha256()
-        for component, model in self.networks.items():
-            for file in find_weights(self.path / component, model.class_name):
-                size = file.stat().st_size
-                digest.update(f"{component} {size}".encode())
-                with file.open("rb") as content:
-                    for place in range(256):
-                        content.seek(size * place // 256)
-                        digest.update(content.read(4096))
-        for leaf in jax.tree.leaves(self.trained):
-            digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
-        for added in self.loras:
-            digest.update(f"{sha256(added.path)} {added.weight}".encode())
-        return digest.hexdigest()

@@ -1,4 +1,9 @@
-"""Whether two models can take each other's place: the same architectures, schedule, tokenizers and VAE."""
+"""Whether two models can take each other's place, and whether they have the same weights."""
+
+import hashlib
+
+import jax
+import numpy as np
 
 from dspo_jax.files import sha256
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -40,3 +45,25 @@ def have_same_weights(pipe: Pipeline, other: Pipeline, name: str) -> bool:
     return [file.resolve() for file in ours] == [file.resolve() for file in theirs] or (
         sha256(*ours) == sha256(*theirs)
     )
+
+
+def weights_digest(pipe: Pipeline) -> str:
+    """Returns a digest that changes when the weights of any network of a model do.
+
+    It covers the start of each trained array, and of each file the size and 4 KiB at 256 places, as files
+    of gigabytes would take too long to read.
+    """
+    digest = hashlib.sha256()
+    for component, model in pipe.networks.items():
+        for file in find_weights(pipe.path / component, model.class_name):
+            size = file.stat().st_size
+            digest.update(f"{component} {size}".encode())
+            with file.open("rb") as content:
+                for place in range(256):
+                    content.seek(size * place // 256)
+                    digest.update(content.read(4096))
+    for leaf in jax.tree.leaves(pipe.trained):
+        digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
+    for added in pipe.loras:
+        digest.update(f"{sha256(added.path)} {added.weight}".encode())
+    return digest.hexdigest()

@@ -69,7 +69,7 @@ class StableDiffusion3(Conditioner):
             networks[name].apply(params[name], ids[name], remat=remat) for name in encoders if name != T5
         ]
         if T5 in networks:
-            long_states = networks[T5].apply(params[T5], ids[T5])
+            long_states = networks[T5].apply(params[T5], ids[T5], remat=remat)
         else:
             width = networks[denoiser].settings["joint_attention_dim"]
             long_states = jnp.zeros((len(batch["tokens"]), T5_LENGTH, width))

@@ -18,8 +18,9 @@ from dspo_jax.sampling.image_sampler import ImageSampler
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.costs import abstract_batch
 from dspo_jax.training.describe import held
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import Settings
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 from dspo_jax.training.step import abstract_key, compile_step
 
 # What a call of each works on.

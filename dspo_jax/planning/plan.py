@@ -21,8 +21,9 @@ from dspo_jax.planning import absent_gpu, compilation, roofline
 from dspo_jax.planning.parts import PARTS, UNITS
 from dspo_jax.planning.works import COMMUNICATION, Work
 from dspo_jax.training.costs import flops_per_example
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import DataSettings, Settings
-from dspo_jax.training.start import make_task, mesh_of
+from dspo_jax.training.start import mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5

@@ -24,6 +24,7 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import Adapted
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.same_kind import weights_digest
 from dspo_jax.sampling.decoding import Decoder, refuse_non_finite
 from dspo_jax.sampling.folder import (
     claim_output,
@@ -85,7 +86,7 @@ def sample(
         settings = _settings(models, pipes, prompts, rendering, init_latents)
         negative = negatives[0] if negatives else None
         settings["negative_model"] = negative and {"path": rendering.negative_model, "step": negative.step}
-        settings["negative_sha256"] = negative and negative.weights_digest()
+        settings["negative_sha256"] = negative and weights_digest(negative)
         claim_output(out, settings, overwrite=overwrite)
     processes.wait_for_all("output folder claimed")
     requests = [ImageRequest(prompt.text, i, seed) for i, prompt in enumerate(prompts) for seed in seeds]
@@ -164,7 +165,7 @@ def _settings(
             {"path": str(path), "step": pipes[label].step, **_text(pipes[label])}
             for label, path in models.items()
         ],
-        "weights_sha256": [pipe.weights_digest() for pipe in pipes.values()],
+        "weights_sha256": [weights_digest(pipe) for pipe in pipes.values()],
         "prompts_sha256": _digest(prompts),
         "init_latents_sha256": None
         if init_latents is None

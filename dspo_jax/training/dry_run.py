@@ -23,11 +23,12 @@ from dspo_jax.training.costs import (
     mean_flops_per_example,
 )
 from dspo_jax.training.describe import describe_run, held, kept_state_bytes, warnings
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.moving_reference import moving_part
 from dspo_jax.training.rollouts import Rollout
 from dspo_jax.training.rounds import check_round_sizes
 from dspo_jax.training.settings import Settings
-from dspo_jax.training.start import Experiment, make_adapters, make_state, make_task, mesh_of, prepare
+from dspo_jax.training.start import Experiment, make_adapters, make_state, mesh_of, prepare
 from dspo_jax.training.step import TrainState, abstract_key, lower_step
 
 # Share of a device's peak that a run is taken to reach: a guess, as none was timed on these devices.

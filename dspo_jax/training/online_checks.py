@@ -1,7 +1,5 @@
 """Refusals of a run on the model's own images, before any weights are read."""
 
-import dataclasses
-
 from jax.sharding import Mesh
 
 from dspo_jax.errors import UserError
@@ -28,7 +26,6 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
         raise UserError(
             "config.epochs: counts the examples of a dataset; set config.steps, the updates of the run"
         )
-    _refuse_timesteps(settings)
     check_drawing(settings, pipe)
     check_batch_size(stream.batch_size, mesh, "config.stream.batch_size")
     if stream.kind == "prompts":
@@ -40,25 +37,6 @@ def check_own_images(settings: Settings, pipe: Pipeline, mesh: Mesh, own_images:
         check_pairs(settings, mesh)
     check_rounds(settings)
     check_round_sizes(settings, mesh, settings.round_images)
-
-
-def _refuse_timesteps(settings: Settings) -> None:
-    """Refuses timesteps and levels of noised examples where the steps of a sampler are trained on."""
-    if settings.method_key == "objective":
-        return
-    for key, value in dataclasses.asdict(settings.levels).items():
-        if value is not None:
-            raise UserError(
-                f"config.levels.{key} = {value!r}: is of noised examples, and config.stream.kind = "
-                f"{settings.stream.kind!r} trains on the steps of a sampler; leave it out"
-            )
-    drawn = settings.timesteps
-    if drawn.first or drawn.last is not None:
-        raise UserError(
-            f"config.timesteps.first = {drawn.first} and config.timesteps.last = {drawn.last}: are of noised "
-            f"examples, and config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; "
-            "leave them 0 and None"
-        )
 
 
 def check_drawing(settings: Settings, pipe: Pipeline) -> None:

@@ -14,7 +14,8 @@ from dspo_jax.rewards.differentiable import DIVISORS, DifferentiableReward, load
 from dspo_jax.rewards.registry import load_reward
 from dspo_jax.rewards.reward import Reward, describe_error
 from dspo_jax.sampling.prompts import read_prompts
-from dspo_jax.training.settings import RewardSettings, Settings
+from dspo_jax.training.settings import Settings
+from dspo_jax.training.stream_settings import RewardSettings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import dataclasses
 from dspo_jax.errors import UserError
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.pipelines.same_kind import find_fault, have_same_weights
+from dspo_jax.pipelines.same_kind import find_fault, have_same_weights, weights_digest
 from dspo_jax.training.settings import Settings
 
 
@@ -24,7 +24,7 @@ class Reference:
     def pins(self) -> dict[str, str]:
         """Tells the weights apart that a run is compared with, by the key that names them."""
         assert self.pipe is not None
-        return {"reference.model": f"weights of the digest {self.pipe.weights_digest()}"}
+        return {"reference.model": f"weights of the digest {weights_digest(self.pipe)}"}
 
 
 def open_reference(name: str, pipe: Pipeline) -> Reference:

@@ -5,6 +5,7 @@ A field is a key, with its limit beside it; configs/common.py says what the keys
 
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -30,10 +31,14 @@ from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.objectives.policy_gradient import get_policy_gradient
 from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradient
 from dspo_jax.objectives.steps import PolicyGradient
-from dspo_jax.samplers import SAMPLERS
-from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.lora_settings import LoraSettings
 from dspo_jax.training.optim import OptimizerSettings
+from dspo_jax.training.stream_settings import (
+    AdvantageSettings,
+    ReferenceSettings,
+    RewardSettings,
+    StreamSettings,
+)
 from dspo_jax.weights.saved_params import name_step, split_run
 
 
@@ -145,73 +150,6 @@ class ProfileSettings:
 
     start: int = limited(NOT_NEGATIVE)
     steps: int = limited(NOT_NEGATIVE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """The keys of `config.stream`."""
-
-    kind: str = choice("dataset", "prompts", "trajectories", "own_pairs", "self_play")
-    prompts: Sequence[str]
-    images: int = limited(AT_LEAST_1)
-    updates: int = limited(AT_LEAST_1)
-    batch_size: int = limited(AT_LEAST_1)
-    sampler: str = choice("ddim", "ddpm", "euler_ancestral", "flow_ancestral", "flow_euler", "flow_grpo")
-    eta: float = limited(PROBABILITY)
-    num_inference_steps: int = limited(AT_LEAST_1)
-    guidance_scale: float = limited(FINITE)
-    guidance_rescale: float = limited(PROBABILITY)
-
-    @property
-    def needs_prompts(self) -> bool:
-        """Whether batches are made of prompts and rewards, and not of `config.data`."""
-        return self.kind not in ("dataset", "self_play")
-
-    @property
-    def unit(self) -> str:
-        """Name of the examples of a batch: "images" or "pairs"."""
-        return "images" if self.kind in ("prompts", "trajectories") else "pairs"
-
-    @property
-    def drawing(self) -> Drawing:
-        """The sampler's settings in training."""
-        return Drawing(
-            sampler=self.sampler,
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            guidance_rescale=self.guidance_rescale,
-            eta=self.eta if SAMPLERS[self.sampler].eta else 0.0,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """The keys of `config.rewards`."""
-
-    train: str
-    validation: Sequence[str]
-    folder: str
-    prompts: Sequence[str]
-    images: int = limited(AT_LEAST_1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferenceSettings:
-    """The keys of `config.reference`."""
-
-    model: str | None
-    every: int = limited(NOT_NEGATIVE)
-    decay: float = limited(DECAY)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdvantageSettings:
-    """The keys of `config.advantages`."""
-
-    of: str = choice("prompt", "group", "round")
-    deviation: str = choice("group", "global")
-    buffer_size: int = limited(AT_LEAST_1)
-    min_count: int = limited(AT_LEAST_1)
 
 
 Method = TypeVar("Method")
@@ -345,21 +283,12 @@ def parse(config: ConfigDict) -> Settings:
             f"config.accumulation = {settings.accumulation}: must divide "
             f"config.batch_size = {settings.batch_size}"
         )
-    noises_examples = settings.method_key == "objective"
-    if settings.noise_offset and not noises_examples:
-        raise UserError(
-            f"config.noise_offset = {settings.noise_offset:g}: is of noised examples, and "
-            f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
-        )
+    if settings.method_key != "objective":
+        _refuse_keys_of_noised_examples(settings)
     if settings.data.curriculum_groups > 1 and settings.stream.kind != "dataset":
         raise UserError(
             f"config.data.curriculum_groups = {settings.data.curriculum_groups}: orders pairs of a dataset, "
             f"and config.stream.kind = {settings.stream.kind!r} draws images of its own; leave it 1"
-        )
-    if settings.lora.dropout and not noises_examples:
-        raise UserError(
-            f"config.lora.dropout = {settings.lora.dropout:g}: is for noised examples, and "
-            f"config.stream.kind = {settings.stream.kind!r} trains on the steps of a sampler; leave it 0"
         )
     if settings.optimizer.text_encoder_learning_rate is not None and not settings.train_text_encoder:
         raise UserError(
@@ -367,7 +296,8 @@ def parse(config: ConfigDict) -> Settings:
             f"{settings.optimizer.text_encoder_learning_rate:g}: the text encoders are not trained; set "
             "config.train_text_encoder=True, or leave this key out"
         )
-    if noises_examples and settings.objective.needs_weight and settings.stream.kind != "own_pairs":
+    weighs = settings.method_key == "objective" and settings.objective.needs_weight
+    if weighs and settings.stream.kind != "own_pairs":
         raise UserError(
             f"config.objective.name = {settings.objective.name!r}: weighs the model's own images by their "
             f"rewards, which config.stream.kind = {settings.stream.kind!r} has not; set "
@@ -420,3 +350,21 @@ def parse(config: ConfigDict) -> Settings:
             f"{settings.compute_dtype!r}; leave reference_dtype unset, or set it to {settings.param_dtype!r}"
         )
     return settings
+
+
+def _refuse_keys_of_noised_examples(settings: Settings) -> None:
+    """Refuses keys that a run does not read which trains on the steps of a sampler."""
+    keys: dict[str, object] = {
+        "noise_offset": 0,
+        "lora.dropout": 0,
+        "timesteps.first": 0,
+        "timesteps.last": None,
+        **{f"levels.{field.name}": None for field in dataclasses.fields(LevelSettings)},
+    }
+    for key, unset in keys.items():
+        value = operator.attrgetter(key)(settings)
+        if value != unset:
+            raise UserError(
+                f"config.{key} = {value!r}: is of noised examples, and config.stream.kind = "
+                f"{settings.stream.kind!r} trains on the steps of a sampler; leave it {unset}"
+            )

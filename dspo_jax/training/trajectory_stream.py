@@ -29,8 +29,9 @@ from dspo_jax.samplers.sampler import Sampler
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.round_stream import RoundStream
 from dspo_jax.training.rounds import Round, Rounds
-from dspo_jax.training.settings import Settings, StreamSettings
+from dspo_jax.training.settings import Settings
 from dspo_jax.training.step import split_batch
+from dspo_jax.training.stream_settings import StreamSettings
 from dspo_jax.training.task import Batch, Task
 
 

@@ -7,15 +7,12 @@ checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import itertools
 import math
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
 
 import jax
@@ -29,6 +26,7 @@ from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.parallel import processes
+from dspo_jax.weights import orbax_log
 
 STATE = "state"
 _EXTRA = "extra"
@@ -63,7 +61,7 @@ class Checkpoints:
           UserError: `directory` holds other files than checkpoints.
           NotADirectoryError: `directory` is a file.
         """
-        hush_orbax()
+        orbax_log.hush()
         self.directory = Path(directory).absolute()
         refuse_foreign_folder(self.directory)
         self._saving: int | None = None
@@ -361,43 +359,3 @@ def _reason(error: BaseException) -> str:
         return "no space left on the disk"
     lines = text.strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-class _OrbaxFilter:
-    """Drops Orbax's log lines except warnings: its errors arrive as exceptions, the rest is internal."""
-
-    def filter(self, record: LogRecord) -> bool:
-        return (
-            logging.level_debug() or record.levelno == WARNING or "/orbax/checkpoint/" not in record.pathname
-        )
-
-
-_ORBAX_FILTER = _OrbaxFilter()
-
-
-def _is_no_lost_write(record: LogRecord) -> bool:
-    """Returns False for asyncio's reports of further failed writes of one save."""
-    return not ("never retrieved" in record.getMessage() and "/orbax/checkpoint/" in record.getMessage())
-
-
-@dataclasses.dataclass(frozen=True)
-class _LateWrites:
-    """Hook for lost exceptions that drops what a failed save leaves: a traceback for each array, of no news.
-
-    tensorstore's threads report the writes that end later to the save's event loop, which is closed by then;
-    the error of the save itself arrives as an exception.
-    """
-
-    shown: Callable[..., object]  # of one sys.UnraisableHookArgs, a name that only type checkers know
-
-    def __call__(self, lost: sys.UnraisableHookArgs) -> None:
-        if not (lost.exc_type is RuntimeError and str(lost.exc_value) == "Event loop is closed"):
-            self.shown(lost)
-
-
-def hush_orbax() -> None:
-    """Silences Orbax and tensorstore, except for warnings."""
-    logging.get_absl_logger().addFilter(_ORBAX_FILTER)
-    getLogger("asyncio").addFilter(_is_no_lost_write)
-    if not isinstance(sys.unraisablehook, _LateWrites):
-        sys.unraisablehook = _LateWrites(sys.unraisablehook)

@@ -170,7 +170,7 @@ def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
 def _name_layers(models: Mapping[str, Model]) -> dict[str, tuple[str, str]]:
     """Returns every name that files have for a linear layer or a convolution -> (component, layer)."""
     found: dict[str, tuple[str, str]] = {}
-    encoders = [component for component in models if component != "unet"]
+    encoders = [component for component in models if component.startswith("text_encoder")]
     for component, model in models.items():
         original = unet_layout(model.complete_config()) if component == "unet" else None
         for path in flatten(model.abstract_params()):
@@ -186,7 +186,7 @@ def _name_layers(models: Mapping[str, Model]) -> dict[str, tuple[str, str]]:
             spellings |= {
                 f"{root}{name.replace('.', '_')}" for name in names for root in _KOHYA.get(component, ())
             }
-            if original is not None or len(encoders) == 1:
+            if component not in encoders or len(encoders) == 1:
                 spellings |= names
             found |= dict.fromkeys(spellings, (component, layer))
     return found

@@ -11,7 +11,7 @@ from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
 from dspo_jax.models.lora import Params, Scale
-from dspo_jax.weights import checkpoints
+from dspo_jax.weights import checkpoints, orbax_log
 
 # Every call of Orbax costs, however small the array: `SavedParams.read` reads this much at once.
 _READ_AHEAD_BYTES = 64 * 2**20
@@ -28,7 +28,7 @@ class SavedParams:
 
     def __init__(self, directory: str | Path, step: int | None = None, subtree: str | None = None):
         """Opens a checkpoint; arguments and errors as `restore_params`."""
-        checkpoints.hush_orbax()
+        orbax_log.hush()
         directory = Path(directory).absolute()
         if not directory.exists():
             raise FileNotFoundError(f"{directory}: no such checkpoint directory")

@@ -8,8 +8,9 @@ from tiny_run import make_config, read_batches
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 from dspo_jax.training.step import compile_step
 
 pytestmark = pytest.mark.ci

@@ -12,8 +12,9 @@ from configs import emoji_dspo
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import ValidationSettings, parse
-from dspo_jax.training.start import make_state, make_task
+from dspo_jax.training.start import make_state
 from dspo_jax.training.task import policy_params, predict
 from dspo_jax.training.validation import Validator
 

@@ -15,9 +15,10 @@ from dspo_jax.models import lora
 from dspo_jax.models.blocks import conv2d, linear
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.reference import open_reference
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 from dspo_jax.weights.checkpoints import Checkpoints
 from dspo_jax.weights.layout import flatten, leaf_tensors, to_torch, unflatten
 

@@ -22,9 +22,10 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 from dspo_jax.weights.layout import flatten, unflatten
 from dspo_jax.weights.saved_params import SavedParams, restore_params
 

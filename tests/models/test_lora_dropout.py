@@ -13,8 +13,9 @@ from dspo_jax.models import lora
 from dspo_jax.models.blocks import conv2d, linear
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 from dspo_jax.training.step import mean_gradient
 from dspo_jax.weights.layout import flatten
 

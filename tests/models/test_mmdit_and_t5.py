@@ -81,6 +81,22 @@ def test_an_absent_key_takes_the_default_of_its_class():
     assert published.T5_XXL.keys() <= {*t5._KEYS, *t5._UNREAD, "architectures", "model_type"}
 
 
+def test_a_t5_that_is_recomputed_has_the_same_gradients():
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 16}
+    model = build_model(T5, published.T5_XXL | sizes)
+    params = model.init(jax.random.key(0))
+    tokens = jnp.arange(6).reshape(2, 3)
+
+    def gradients(remat):
+        return jax.grad(lambda params: jnp.square(model.apply(params, tokens, remat=remat)).sum())(params)
+
+    kept, again = gradients("none"), gradients("blocks")
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(kept)) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), kept, again)
+    program = str(jax.make_jaxpr(lambda params: model.apply(params, tokens, remat="blocks"))(params))
+    assert program.count("checkpoint") + program.count("remat") >= 2
+
+
 # Sums of the published tensors' sizes, without the tables of positions.
 @pytest.mark.ci
 @each_row(

@@ -16,8 +16,8 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.losses.preference import draw_noise
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_task
 from dspo_jax.weights.components import write_params
 
 torch = pytest.importorskip("torch")

@@ -142,6 +142,7 @@ def test_images_that_were_moved_are_found_by_their_content(pairs, collected, tmp
     for folder in moved:
         folder.parent.mkdir(exist_ok=True)
         (tmp_path / folder.name / f"0-{folder.name}").rename(folder)
+    (moved[0] / "notes.txt").symlink_to(__file__)  # leads outside, and is no image that is looked for
     with pytest.raises(FileNotFoundError, match=r"no such image any more; name the folder .* with --images"):
         export(store, tmp_path / "out", Aggregation("general"))
     with pytest.raises(FileNotFoundError, match=r"no file there is 0-b/00000_0\.png as people saw it"):

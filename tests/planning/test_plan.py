@@ -38,8 +38,9 @@ from dspo_jax.planning.plan import (
 from dspo_jax.planning.program_text import collectives, read_instructions
 from dspo_jax.planning.works import read_works
 from dspo_jax.training.costs import abstract_batch, flops_per_example
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_state, make_task
+from dspo_jax.training.start import make_state
 from dspo_jax.training.step import lower_step
 
 V5P = SimpleNamespace(device_kind="TPU v5", platform="tpu")

@@ -10,8 +10,9 @@ from tiny_run import make_config
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task
+from dspo_jax.training.start import make_adapters, make_state
 
 PROMPTS = ("a red circle", "a blue square", "two cats")
 STEPS = 3

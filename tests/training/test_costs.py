@@ -12,8 +12,8 @@ from dspo_jax.samplers.sampler import State
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.costs import flops_per_drawing, flops_per_example
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_task
 
 
 def shapes(tree):

@@ -20,8 +20,8 @@ from dspo_jax.schedules.sigma_draws import LogitNormal
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.online_checks import check_drawing
-from dspo_jax.training.settings import StreamSettings
 from dspo_jax.training.step import train_step
+from dspo_jax.training.stream_settings import StreamSettings
 from dspo_jax.training.trajectory_stream import noisy_calls
 
 FLOW = RectifiedFlow(shift=3.0)

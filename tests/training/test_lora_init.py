@@ -16,10 +16,11 @@ from dspo_jax.models.lora import find_ranks
 from dspo_jax.parallel.mesh import replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.describe import describe_run
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.reference import open_reference
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
+from dspo_jax.training.start import make_adapters, make_state, mesh_of, prepare
 from dspo_jax.training.step import compile_step
 from dspo_jax.training.workdir import claim_workdir
 from dspo_jax.weights.layout import flatten

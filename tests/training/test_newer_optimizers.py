@@ -15,9 +15,9 @@ from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.parallel.rules import make_shardings
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training import schedule_free, settings
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.optim import OptimizerSettings, make_optimizer
 from dspo_jax.training.run import train
-from dspo_jax.training.start import make_task
 from dspo_jax.weights.saved_params import restore_params
 
 NEW = ("ademamix", "muon", "prodigy", "schedule_free")

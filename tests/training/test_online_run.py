@@ -232,8 +232,16 @@ def test_a_dry_run_tells_what_is_drawn_and_how_much_memory_a_step_takes(kind, sh
             {"stream.sampler": "ddpm", "stream.num_inference_steps": 1},
             "config.stream.num_inference_steps = 1: the last step of ddpm .*at least 2",
         ),
-        ("ddpo", {"timesteps.last": 300}, "config.timesteps.first = 0 and .*last = 300: .*'trajectories'"),
-        ("draft", {"timesteps.first": 300}, "config.timesteps.first = 300 and .*'prompts'"),
+        (
+            "ddpo",
+            {"timesteps.last": 300},
+            "config.timesteps.last = 300: is of noised examples, .*'trajectories'",
+        ),
+        (
+            "draft",
+            {"timesteps.first": 300},
+            "config.timesteps.first = 300: is of noised examples, .*'prompts'",
+        ),
         ("ddpo", {"levels.shift": 3.0}, "config.levels.shift = 3.0: is of noised examples, .*'trajectories'"),
         (
             "dpo",

@@ -19,11 +19,12 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.describe import describe_run, held
 from dspo_jax.training.dry_run import estimate
 from dspo_jax.training.losses.preference import draw_noise
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.moving_reference import MoveReference
 from dspo_jax.training.reference import open_reference
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_adapters, make_state, make_task, mesh_of, prepare
+from dspo_jax.training.start import make_adapters, make_state, mesh_of, prepare
 from dspo_jax.training.step import compile_step
 from dspo_jax.training.task import of_components, policy_params
 from dspo_jax.training.validation import judge

@@ -17,8 +17,9 @@ from dspo_jax.objectives import get_objective
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.losses.preference import PreferenceLoss, draw_noise
+from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
-from dspo_jax.training.start import make_state, make_task
+from dspo_jax.training.start import make_state
 from dspo_jax.training.step import TrainState, compile_step
 from dspo_jax.training.task import Metrics, policy_params, predict
 
