@@ -130,7 +130,7 @@ def test_patterns_match_whole_ends_of_paths():
         ),
         (
             {"lora.dropout": 0.1, "stream.kind": "prompts"},
-            "config.lora.dropout = 0.1: is for noised examples, and config.stream.kind = 'prompts'",
+            "config.lora.dropout = 0.1: is of noised examples, and config.stream.kind = 'prompts'",
         ),
         (
             {"optimizer.text_encoder_learning_rate": 1e-4},
