@@ -89,9 +89,12 @@ def get_config() -> ConfigDict:
     # How captions are read, in training and by whatever draws with the run. `max_chunks`: captions longer
     # than 75 tokens in up to so many chunks, as the data were encoded. `clip_skip`, of Stable Diffusion 1 and
     # 2: 1 reads the text encoder's last layer, 2 the layer before it, as many community models want.
+    # `max_sequence_length`, of Stable Diffusion 3: tokens of T5, as the data were encoded, or without T5 rows
+    # of zeros; None is 256.
     config.text = ConfigDict()
     config.text.max_chunks = 1
     config.text.clip_skip = 1
+    config.text.max_sequence_length = config_dict.placeholder(int)
     # Whether the text encoders are trained with the UNet.
     config.train_text_encoder = False
     # Adapters are trained in place of whole networks if the rank is above 0. They go beside the layers whose

@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     # data needs the same `text.max_chunks`.
     config.text = ConfigDict()
     config.text.max_chunks = 1
+    # Tokens that Stable Diffusion 3's T5 reads of a caption; None is 256. Training needs the same.
+    config.text.max_sequence_length = config_dict.placeholder(int)
     # Mirrors images left to right: "none"; "random", half of the pairs, both images or neither;
     # "independent", half of the images, each by itself, as the released trainers do; "both", each row is
     # stored as it is and with both images mirrored. The same in every epoch, and in all splits.

@@ -28,6 +28,7 @@ _OPTIONS = (
     *("lora.init", "train_text_encoder", "ema_decay"),
     *("text.max_chunks", "text.clip_skip"),
 )
+_LENGTH = "text.max_sequence_length"
 _PROMPT = "a red fox in the snow"
 # The group of keys that names what trains, by `stream.kind`, and what it offers.
 _GROUPS = {"prompts": "reward_gradient", "trajectories": "policy_gradient"}
@@ -149,6 +150,8 @@ def _usage(values: JsonObject, loading: str) -> str:
     steps, scale = values.get("samples.num_inference_steps", 25), values.get("samples.guidance_scale", 7.5)
     skip = values.get("text.clip_skip", 1)  # diffusers counts from 0
     more = f", clip_skip={skip - 1}" if skip > 1 else ""
+    length = values.get(_LENGTH)
+    more += f", max_sequence_length={length}" if length is not None else ""
     return f"""```python
 {loading}
 prompt = {json.dumps(prompt, ensure_ascii=False)}
@@ -175,6 +178,7 @@ def _describe_training(values: JsonObject, group: str, step: int) -> JsonObject:
         for key in _OPTIONS
         if values.get(key) and not (key.startswith("text.") and values[key] == 1)
     }
+    rows[_LENGTH] = values.get(_LENGTH)  # which may be 0
     return {key: value for key, value in rows.items() if value is not None}
 
 

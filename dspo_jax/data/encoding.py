@@ -84,7 +84,7 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     names = [description["reward"] for description in made_by]
     if len(set(names)) < len(names):
         raise UserError(f"config.score = {settings.score!r}: two are called {max(names, key=names.count)!r}")
-    pipe = load_pipeline(settings.model, max_chunks=settings.text.max_chunks)
+    pipe = load_pipeline(settings.model, **dataclasses.asdict(settings.text))
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
     manifest = {

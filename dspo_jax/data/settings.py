@@ -32,6 +32,7 @@ class TextSettings:
     """The keys of `config.text`."""
 
     max_chunks: int = limited(AT_LEAST_1)
+    max_sequence_length: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

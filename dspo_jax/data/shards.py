@@ -213,6 +213,11 @@ def check_manifest(
                 f"{path}: captions are in {theirs} chunk(s), but {ours} are asked for; set "
                 f"--config.text.max_chunks={theirs}, or encode the data again with {ours}"
             )
+        if theirs != ours and key == "t5_length" and theirs and ours:
+            raise UserError(
+                f"{path}: T5 has {theirs} tokens of a caption, but {ours} are asked for; set "
+                f"--config.text.max_sequence_length={theirs}, or encode the data again with {ours}"
+            )
         if theirs != ours:
             raise UserError(
                 f"{path}: model.{key} = {theirs!r}, but this model has {ours!r}: the shards were encoded "

@@ -148,7 +148,10 @@ def draw_examples(model: str, directory: Path, chosen: Sequence[tuple[str, Examp
       FileNotFoundError: no such model.
     """
     manifest = shards.read_manifest(directory)
-    pipe = load_pipeline(model, max_chunks=count_chunks(manifest["model"]))
+    made_with = manifest["model"]
+    pipe = load_pipeline(
+        model, max_chunks=count_chunks(made_with), max_sequence_length=made_with.get("t5_length")
+    )
     shards.check_manifest(manifest, pipe.fingerprint(), path=directory / shards.MANIFEST)
     images = decode_examples(pipe, [example for _, example in chosen])
     return draw_sheet(

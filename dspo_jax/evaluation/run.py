@@ -121,7 +121,7 @@ def evaluate(
         files = place_images(folder, [label], requests, rendering.image_format)[label]
         by_prompt = np.array([files[each] for each in requests]).reshape(len(prompts.prompts), -1).tolist()
         how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": pipe.step}
-        how |= {"max_chunks": pipe.max_chunks, "clip_skip": pipe.clip_skip}
+        how |= pipe.text
         images[label] = Images(str(model), how, by_prompt)
     images = {label: images[label] for label in origins}
     scores: dict[str, dict[str, np.ndarray]] = {label: {} for label in images}

@@ -99,6 +99,8 @@ def _describe_drawing(how: JsonObject) -> str:
         parts.append(f"prompts of up to {how['max_chunks']} chunks")
     if how.get("clip_skip", 1) > 1:
         parts.append(f"clip skip {how['clip_skip']}")
+    if how.get("max_sequence_length") is not None:
+        parts.append(f"T5 tokens {how['max_sequence_length']}")
     if how["strength"] != 1:
         parts.append(f"strength {how['strength']:g}")
     if how["size"]:

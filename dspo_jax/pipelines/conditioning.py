@@ -42,11 +42,13 @@ class Reading(NamedTuple):
       lengths: tokens that each text encoder reads of a caption, of all chunks together.
       max_chunks: chunks that captions are tokenized in, each of which the text encoders read by itself.
       clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1.
+      max_sequence_length: see `Pipeline`.
     """
 
     lengths: tuple[int, ...]
     max_chunks: int
     clip_skip: int
+    max_sequence_length: int | None
 
 
 class Conditioner(abc.ABC):
@@ -56,11 +58,14 @@ class Conditioner(abc.ABC):
       name: of the models, for messages.
       longer: how captions beyond a chunk are read in one chunk, where they cannot be in several; else "".
       fixed_layer: the layer of the text encoders that is read, where it cannot be chosen; else "".
+      default_length: tokens that are read of a caption by default, where their number can be chosen
+        (`Pipeline.max_sequence_length`); else None.
     """
 
     name: ClassVar[str]
     longer: ClassVar[str] = ""
     fixed_layer: ClassVar[str] = ""
+    default_length: ClassVar[int | None] = None
 
     @abc.abstractmethod
     def encode(

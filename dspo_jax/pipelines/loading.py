@@ -12,7 +12,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject, shown
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
-from dspo_jax.pipelines.conditioning import stack_tokens
+from dspo_jax.pipelines.conditioning import NO_TOKEN, stack_tokens
 from dspo_jax.pipelines.families import FAMILIES
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.stable_diffusion_3 import T5, T5_LENGTH
@@ -26,6 +26,8 @@ from dspo_jax.weights.lora_files import open_lora
 from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.saved_params import read_run_config
 
+LONGEST_SEQUENCE = 512
+"""Tokens of a caption that diffusers' `StableDiffusion3Pipeline` takes at most."""
 _INDEX_KEYS = {"force_zeros_for_empty_prompt": flag(True, null=True)}
 
 
@@ -47,7 +49,11 @@ class Adapted:
 
 
 def load_pipeline(
-    path: str | Path | Adapted, *, max_chunks: int | None = None, clip_skip: int | None = None
+    path: str | Path | Adapted,
+    *,
+    max_chunks: int | None = None,
+    clip_skip: int | None = None,
+    max_sequence_length: int | None = None,
 ) -> Pipeline:
     """Reads a model directory: a diffusers folder, or a training workdir (its base with trained weights).
 
@@ -57,17 +63,22 @@ def load_pipeline(
         with LoRA files.
       max_chunks: see `Pipeline`; None is what the run was trained with, or 1 of a plain folder.
       clip_skip: in the same way.
+      max_sequence_length: in the same way; of a plain folder of Stable Diffusion 3 256, as in diffusers.
 
     Raises:
       FileNotFoundError: no such folder, or a file of it is missing.
       UserError: a pipeline, component or config value that is not supported; a run that was trained with
-        another `max_chunks` or `clip_skip`; a LoRA of another model.
+        another `max_chunks`, `clip_skip` or `max_sequence_length`; a LoRA of another model.
     """
+    text: Mapping[str, int | None] = {
+        "max_chunks": max_chunks,
+        "clip_skip": clip_skip,
+        "max_sequence_length": max_sequence_length,
+    }
     if isinstance(path, Adapted):
-        pipe = load_pipeline(path.model, max_chunks=max_chunks, clip_skip=clip_skip)
+        pipe = load_pipeline(path.model, **text)
         networks = {name: pipe.networks[name] for name in pipe.components}
         return dataclasses.replace(pipe, loras=tuple(open_lora(text, networks) for text in path.loras))
-    text: Mapping[str, int | None] = {"max_chunks": max_chunks, "clip_skip": clip_skip}
     trained: Mapping[str, Params] = {}
     step, run = None, saved_params.split_run(path)
     if run is None:
@@ -136,15 +147,22 @@ def load_pipeline(
         t5_tokenizer=t5_tokenizer,
     )
     _check_sizes(pipe)
-    return with_text(pipe, **{key: 1 if value is None else value for key, value in text.items()})
+    return with_text(pipe, **text)
 
 
-def with_text(pipe: Pipeline, max_chunks: int, clip_skip: int) -> Pipeline:
-    """Returns a pipeline that reads captions in so many chunks, by another layer of its text encoder.
+def with_text(
+    pipe: Pipeline,
+    max_chunks: int | None = None,
+    clip_skip: int | None = None,
+    max_sequence_length: int | None = None,
+) -> Pipeline:
+    """Returns a pipeline that reads captions in another way; see `Pipeline`. None is the default.
 
     Raises:
-      UserError: it has no such layer, or reads a fixed one; or it reads captions in one chunk alone.
+      UserError: it has no such layer, or reads a fixed one; it reads captions in one chunk alone, or a fixed
+        number of tokens, or not so many.
     """
+    max_chunks, clip_skip = (1 if value is None else value for value in (max_chunks, clip_skip))
     if max_chunks < 1:
         raise UserError(f"{pipe.path}: max_chunks = {max_chunks}: must be at least 1")
     conditioner = pipe.family.conditioner
@@ -158,19 +176,49 @@ def with_text(pipe: Pipeline, max_chunks: int, clip_skip: int) -> Pipeline:
         if not 1 <= clip_skip <= layers:
             allowed = f"must be from 1, the last layer, to {layers}, the first of this text encoder"
             raise UserError(f"{pipe.path}: clip_skip = {clip_skip}: {allowed}")
-    return dataclasses.replace(
+    pipe = dataclasses.replace(
         pipe,
         max_chunks=max_chunks,
         clip_skip=clip_skip,
         tokenizers=tuple(dataclasses.replace(each, max_chunks=max_chunks) for each in pipe.tokenizers),
         empty_tokens=np.tile(np.split(pipe.empty_tokens, pipe.max_chunks, axis=1)[0], max_chunks),
     )
+    return _with_length(pipe, max_sequence_length)
 
 
-def _text_of_run(run: Path, config: JsonObject, asked: Mapping[str, int | None]) -> dict[str, int]:
+def _with_length(pipe: Pipeline, length: int | None) -> Pipeline:
+    """Returns a pipeline whose T5 reads so many tokens of a caption."""
+    conditioner = pipe.family.conditioner
+    if conditioner.default_length is None:
+        if length is not None:
+            allowed = f"must be left out, as {conditioner.name} has no T5"
+            raise UserError(f"{pipe.path}: max_sequence_length = {length}: {allowed}")
+        return pipe
+    length = conditioner.default_length if length is None else length
+    lowest = 1 if T5 in pipe.networks else 0
+    if not lowest <= length <= LONGEST_SEQUENCE:
+        allowed = f"must be from {lowest} to {LONGEST_SEQUENCE}, the most that diffusers' pipeline takes"
+        raise UserError(f"{pipe.path}: max_sequence_length = {length}: {allowed}")
+    pipe = dataclasses.replace(pipe, max_sequence_length=length)
+    if T5 not in pipe.networks:
+        return pipe
+    *clips, of_t5 = (row[row != NO_TOKEN] for row in pipe.empty_tokens)
+    of_t5 = np.trim_zeros(of_t5, "b")[:length]  # 0 is T5's padding
+    of_t5 = np.pad(of_t5, (0, length - len(of_t5)))
+    return dataclasses.replace(
+        pipe,
+        t5_tokenizer=pipe.t5_tokenizer and dataclasses.replace(pipe.t5_tokenizer, length=length),
+        empty_tokens=stack_tokens([row[None] for row in (*clips, of_t5)])[0],
+    )
+
+
+def _text_of_run(run: Path, config: JsonObject, asked: Mapping[str, int | None]) -> dict[str, int | None]:
     """Returns how a run reads captions, which earlier versions could not change; refuses another wish."""
-    trained = {key: config.get("text", {}).get(key, 1) for key in asked}
+    trained = {"max_chunks": 1, "clip_skip": 1, "max_sequence_length": None}
+    trained |= {key: value for key, value in config.get("text", {}).items() if key in asked}
     for key, value in asked.items():
+        if trained[key] is None:  # `with_text` knows whether the model reads it
+            trained[key] = value
         if value not in (None, trained[key]):
             raise UserError(
                 f"{run}: was trained with {key} = {trained[key]}, but {key} = {value} is asked for; leave it "

@@ -48,6 +48,9 @@ class Pipeline:
       clip_skip: whose state Stable Diffusion 1 and 2 read, counted from the last layer, which is 1; the final
         norm follows. (diffusers counts from 0.)
       loras: files that are added to the weights when they are read.
+      max_sequence_length: tokens that Stable Diffusion 3's T5 reads of a caption; without T5, rows of zeros
+        in place of its states. The denoiser attends to padding and zeros like all else, so that another
+        number is another input. None of other models.
       t5_tokenizer: of Stable Diffusion 3's T5.
       made_buffers: stand in for what the denoiser's files hold beside parameters, where there are no files.
     """
@@ -65,6 +68,7 @@ class Pipeline:
     max_chunks: int = 1
     clip_skip: int = 1
     loras: tuple[LoRA, ...] = ()
+    max_sequence_length: int | None = None
     t5_tokenizer: T5Tokenizer | None = None
     made_buffers: Mapping[str, np.ndarray] | None = None
 
@@ -163,6 +167,15 @@ class Pipeline:
         return components.read_params(self.path / component, network, dtype, trained, self.loras)
 
     @property
+    def text(self) -> dict[str, int | None]:
+        """How captions are read, as `load_pipeline` takes it."""
+        return {
+            "max_chunks": self.max_chunks,
+            "clip_skip": self.clip_skip,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    @property
     def caption_length(self) -> int:
         """Tokens of a chunk of a caption with its start, end and padding: 77 but in rare models."""
         return self.tokenizers[0].length
@@ -251,7 +264,7 @@ class Pipeline:
         """
         tokens = batch["tokens"]
         lengths = tuple(int(count) for count in (self.empty_tokens != NO_TOKEN).sum(axis=1))
-        reading = Reading(lengths, self.max_chunks, self.clip_skip)
+        reading = Reading(lengths, self.max_chunks, self.clip_skip, self.max_sequence_length)
         networks = {name: self.networks[name] for name in self.components}
         conditioning = self.family.conditioner.encode(networks, params, batch, reading, remat=remat)
         if not (zero_empty and self.zero_empty_captions):

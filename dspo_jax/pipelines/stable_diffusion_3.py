@@ -16,7 +16,7 @@ from dspo_jax.pipelines.conditioning import Array, Conditioner, Conditioning, Re
 T5 = "text_encoder_3"
 """The component that a model may be without."""
 T5_LENGTH = 256
-"""Tokens that T5 reads of a caption, as in diffusers' pipelines; without T5, rows of zeros in their place."""
+"""Tokens that T5 reads of a caption unless another number is chosen, as in diffusers' pipeline."""
 
 
 def join_text(
@@ -26,8 +26,7 @@ def join_text(
 
     Args:
       clips: of both CLIPs, for [B, 77] tokens.
-      t5_states: [B, L, F] of T5's L tokens, padding among them; zeros for a model without T5, for which
-        diffusers' pipeline takes 256 rows.
+      t5_states: [B, L, F] of T5's L tokens, padding among them; L rows of zeros for a model without T5.
 
     Returns:
       The states [B, 77 + L, F]: those of both CLIPs before their last layers side by side, filled up with
@@ -49,6 +48,7 @@ class StableDiffusion3(Conditioner):
     name = "Stable Diffusion 3"
     longer = "T5 reads longer captions"
     fixed_layer = "the layer before the last"
+    default_length = T5_LENGTH
 
     def encode(
         self,
@@ -72,7 +72,7 @@ class StableDiffusion3(Conditioner):
             long_states = networks[T5].apply(params[T5], ids[T5], remat=remat)
         else:
             width = networks[denoiser].settings["joint_attention_dim"]
-            long_states = jnp.zeros((len(batch["tokens"]), T5_LENGTH, width))
+            long_states = jnp.zeros((len(batch["tokens"]), reading.max_sequence_length or 0, width))
         return Conditioning(*join_text(clips, long_states), None)
 
     def make_inputs(

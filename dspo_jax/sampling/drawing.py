@@ -39,7 +39,8 @@ from dspo_jax.sampling.noise_optimizer import NoiseOptimizer
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
 
-_TEXT = ("max_chunks", "clip_skip")  # noted by model, as each run has its own
+# How models read prompts, which is noted by model, as each run has its own, where it is not this.
+_TEXT = {"max_chunks": 1, "clip_skip": 1, "max_sequence_length": None}
 
 
 def sample(
@@ -181,9 +182,9 @@ def _settings(
     }
 
 
-def _text(pipe: Pipeline) -> dict[str, int]:
+def _text(pipe: Pipeline) -> dict[str, int | None]:
     """Returns how a model reads prompts where that is not the default, which older folders do not name."""
-    return {key: value for key in _TEXT if (value := getattr(pipe, key)) != 1}
+    return {key: value for key, value in pipe.text.items() if value != _TEXT[key]}
 
 
 def draw(pipe: Pipeline, prompt: str, rendering: Rendering | None = None, *, seed: int = 0) -> Image.Image:

@@ -44,6 +44,14 @@ def define_drawing_flags() -> None:
         "that (default: as a run was trained; of a folder 1, the last layer).",
         lower_bound=1,
     )
+    flags.DEFINE_integer(
+        "max_sequence_length",
+        None,
+        "Of Stable Diffusion 3: tokens of T5, or without T5 rows of zeros in their place (default: as a run "
+        "was trained; of a folder 256, as in diffusers).",
+        lower_bound=0,
+        upper_bound=512,
+    )
     flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
     flags.DEFINE_bool(
         "allow_outside", False, "Read images that lie outside the folder of the file that names them."

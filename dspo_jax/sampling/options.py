@@ -85,6 +85,7 @@ def read_drawing_flags(
         eta=settings.eta,
         max_chunks=settings.max_chunks,
         clip_skip=settings.clip_skip,
+        max_sequence_length=settings.max_sequence_length,
     )
     rendering = Rendering(
         drawing=drawing,

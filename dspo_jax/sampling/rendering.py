@@ -36,6 +36,7 @@ class Drawing:
       max_chunks: longest prompt, in chunks of 75 tokens. None is what a run was trained with, or 1, which
         cuts longer prompts, of a diffusers folder.
       clip_skip: see `Pipeline`; None in the same way.
+      max_sequence_length: see `Pipeline`; None in the same way, of a folder of Stable Diffusion 3 256.
       eta: of samplers "ddim" and "flow_ancestral", from 0, where they are deterministic, to 1, where each
         step adds as much noise as "ddpm"; of "flow_grpo" its a.
     """
@@ -50,6 +51,7 @@ class Drawing:
     eta: float = 0.0
     max_chunks: int | None = None
     clip_skip: int | None = None
+    max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no model can draw with.
@@ -70,7 +72,12 @@ class Drawing:
 
     def load(self, model: str | Path | Adapted) -> Pipeline:
         """Reads a model whose prompts are encoded so; arguments and errors as `load_pipeline`."""
-        return load_pipeline(model, max_chunks=self.max_chunks, clip_skip=self.clip_skip)
+        return load_pipeline(
+            model,
+            max_chunks=self.max_chunks,
+            clip_skip=self.clip_skip,
+            max_sequence_length=self.max_sequence_length,
+        )
 
     def make_sampler(self, pipe: Pipeline) -> samplers.Sampler:
         """Makes the sampler for a model.

@@ -39,7 +39,7 @@ def open_reference(name: str, pipe: Pipeline) -> Reference:
         else, or has another schedule, VAE or tokenizer.
     """
     try:
-        other = load_pipeline(name, max_chunks=pipe.max_chunks, clip_skip=pipe.clip_skip)
+        other = load_pipeline(name, **pipe.text)
     except (UserError, FileNotFoundError) as error:
         raise type(error)(f"config.reference.model = {name!r}: {error}") from error
     if fault := find_fault(pipe, other, "config.model"):

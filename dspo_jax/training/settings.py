@@ -59,6 +59,7 @@ class TextSettings:
 
     max_chunks: int = limited(AT_LEAST_1)
     clip_skip: int = limited(AT_LEAST_1)
+    max_sequence_length: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -254,6 +255,11 @@ class Settings:
         """Name of the objective, the policy gradient or the reward gradient that trains."""
         name: str = getattr(self, self.method_key).name
         return name
+
+    def with_sequence_length(self, length: int | None) -> "Settings":
+        """Returns the settings with the model's `max_sequence_length` in place of its default."""
+        text = dataclasses.replace(self.text, max_sequence_length=length)
+        return dataclasses.replace(self, text=text, given={**self.given, "text": dataclasses.asdict(text)})
 
     def for_examples(self, count: int) -> "Settings":
         """Returns the settings with `epochs`, if there are any, turned into the steps of so many examples."""

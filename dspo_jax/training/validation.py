@@ -257,8 +257,7 @@ def judge(
         config = read_run_config(run[0], "model")
         reference = config.get("reference", {}).get("model") or config["model"]
     policy = load_pipeline(model)
-    text = {"max_chunks": policy.max_chunks, "clip_skip": policy.clip_skip}
-    pipes = policy, load_pipeline(reference, **text)
+    pipes = policy, load_pipeline(reference, **policy.text)
     datasets = read_datasets(data)
     count_examples(datasets, split, "--split", "choose another with --split=NAME")
     for dataset in datasets:

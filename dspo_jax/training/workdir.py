@@ -11,6 +11,7 @@ from dspo_jax.files import write_json
 from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.parallel import processes
+from dspo_jax.pipelines.stable_diffusion_3 import T5_LENGTH
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
 # Keys that may differ when a run is resumed, beside `steps` and `epochs` where the learning rate does not end
@@ -75,6 +76,8 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
         fixed = {"stream.kind": "dataset", "stream.guidance_rescale": 0.0, "noise_offset": 0.0}
         fixed |= {"text.max_chunks": 1, "text.clip_skip": 1}
+        length = mine.get("text.max_sequence_length")
+        fixed["text.max_sequence_length"] = None if length is None else T5_LENGTH
         fixed |= {"data.curriculum_groups": 1, "data.curriculum_every": 500}
         fixed |= {"lora.alpha": None, "lora.rank_stabilised": False, "lora.dropout": 0.0, "lora.dora": False}
         fixed |= {"optimizer.text_encoder_learning_rate": None}

@@ -64,7 +64,7 @@ class Greys:
 def pipe(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
     """Makes the command load the stub, whatever folder it is given."""
     stub = StubPipeline()
-    monkeypatch.setattr(encoding, "load_pipeline", lambda path, max_chunks: stub)
+    monkeypatch.setattr(encoding, "load_pipeline", lambda path, **text: stub)
     return stub
 
 

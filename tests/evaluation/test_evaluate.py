@@ -242,6 +242,7 @@ FLAGS = {
     **{"width": None, "format": "png", "compute_dtype": None, "vae_tile": 1024, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
     "lora": [],
+    "max_sequence_length": None,
     "people": None,
     "min_checks": 0.0,
 }

@@ -29,6 +29,7 @@ START, END, EXCLAMATION_MARK = 512, 513, 0
 # Without merges a letter is a token, and the last of a word another one.
 CAPTIONS = ["ab " * 60, "", "c" * 75, "d" * 76]
 LENGTHS = [120, 0, 75, 76]
+TEXT = ("max_chunks", "clip_skip", "max_sequence_length")
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +120,13 @@ def test_a_caption_that_fills_its_chunks_is_not_cut(tiny_model, caplog):
         ("sd15", (1, 3), "clip_skip = 3: must be from 1, the last layer, to 2, the first of this text"),
         ("sd15", (0, 1), "max_chunks = 0: must be at least 1"),
         ("sdxl", (1, 2), "clip_skip = 2: must be 1, as SDXL always reads the layer before the last"),
+        ("sdxl", (1, 1, 77), "max_sequence_length = 77: must be left out, as SDXL has no T5"),
     ],
 )
 def test_what_a_model_cannot_read_is_refused(family, text, message, tiny_model, sdxl_model):
     model = {"sd15": tiny_model, "sdxl": sdxl_model}[family]
     with pytest.raises(ValueError, match=f"^{re.escape(f'{model}: {message}')}[^\n]*$"):
-        load_pipeline(model, max_chunks=text[0], clip_skip=text[1])
+        load_pipeline(model, **dict(zip(TEXT, text, strict=False)))
 
 
 def test_shapes_of_a_published_model_grow_by_chunks():
@@ -137,7 +139,7 @@ def test_a_run_is_read_with_its_own_text_and_no_other(tiny_model, tmp_path):
     run = make_run(tmp_path / "run", tiny_model, trained=("unet",))
     config = json.loads((run / "config.json").read_text())
     before = config.pop("text")
-    assert before == {"max_chunks": 1, "clip_skip": 1}
+    assert before == {"max_chunks": 1, "clip_skip": 1, "max_sequence_length": None}
     (run / "config.json").write_text(json.dumps(config))  # as runs of earlier versions have it
     assert load_pipeline(run, clip_skip=1).clip_skip == 1
     (run / "config.json").write_text(json.dumps(config | {"text": {"max_chunks": 2, "clip_skip": 2}}))

@@ -91,6 +91,23 @@ def test_an_image_is_diffusers(models):
     assert_close(np.clip(image / 2 + 0.5, 0, 1), expected, 1e-4)
 
 
+@pytest.mark.ci
+@each_row(("has_t5", "length"), [(True, 20), (False, 5), (False, 0)])
+def test_another_number_of_tokens_is_read_as_in_diffusers(has_t5, length, models):
+    pipe = load_pipeline(models[has_t5], max_sequence_length=length)
+    theirs = load_theirs(models[has_t5], has_t5)
+    with torch.no_grad():
+        states, _, pooled, _ = theirs.encode_prompt(
+            CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+    batch = pipe.prompt_batch(pipe.tokenize(CAPTIONS), (16, 16))
+    conditioning = compile_fast(pipe.encode_conditioning)(read_all(pipe), batch)
+    assert conditioning.states.shape == (2, 77 + length, 24)
+    assert_close(conditioning.states, states.numpy(), 1e-5, "states")
+    assert_close(conditioning.pooled, pooled.numpy(), 1e-5, "pooled")
+    np.testing.assert_array_equal(pipe.empty_tokens, pipe.tokenize([""])[0])
+
+
 def test_what_identifies_the_tokens_of_t5(models):
     with_t5, without = (load_pipeline(models[has_t5]) for has_t5 in (True, False))
     assert with_t5.empty_tokens.shape == (3, 256)
@@ -123,6 +140,8 @@ def test_parts_of_different_models_are_refused(component, changes, message, mode
     [
         ({"max_chunks": 2}, "max_chunks = 2: must be 1: T5 reads longer captions"),
         ({"clip_skip": 2}, "clip_skip = 2: must be 1, as Stable Diffusion 3 always reads the layer before"),
+        ({"max_sequence_length": 0}, "max_sequence_length = 0: must be from 1 to 512, the most that"),
+        ({"max_sequence_length": 513}, "max_sequence_length = 513: must be from 1 to 512, the most that"),
     ],
 )
 def test_what_the_text_encoders_cannot_do_is_refused(text, message, models):

@@ -332,6 +332,7 @@ OPTIONS = {
     **{"optimize_noise": None, "optimize_steps": 50, "reward_dir": "rewards"},
     **{"format": "png", "compute_dtype": None, "vae_tile": 0, "preview_vae": None, "overwrite": False},
     **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
+    "max_sequence_length": None,
     "negative_model": None,
 }
 

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 from pictures to an exported folder: encoded, trained by flow-DPO, read by diffusers."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -11,14 +12,18 @@ from tiny_run import make_config
 from configs.encode import common as encode_common
 from dspo_jax.conversion.export_model import export
 from dspo_jax.data.encoding import encode
+from dspo_jax.errors import UserError
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
+from dspo_jax.training.start import prepare
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
 from tiny_sd3 import write_sd3  # noqa: E402
 from torch_modules import assert_close, to_nchw, to_nhwc  # noqa: E402
+
+LENGTH = 20
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def pairs(model, tmp_path_factory):
     (folder / "pairs.jsonl").write_text("".join(lines))
     config = encode_common.get_config()
     encode_common.set_source(config, "folder")
-    config.model, config.num_workers = str(model), 0
+    config.model, config.num_workers, config.text.max_sequence_length = str(model), 0, LENGTH
     config.source.path, config.source.validation_share = str(folder), 0.0
     out = folder / "encoded"
     assert encode(config, out)
@@ -51,10 +56,15 @@ def test_flow_dpo_moves_the_transformer_and_diffusers_loads_it(rank, model, pair
     """The exported transformer, in diffusers, predicts what the trained one does here; its table is kept."""
     run, out = tmp_path / "run", tmp_path / "exported"
     changes = {"steps": 2, "objective.name": "diffusion_dpo", "lora.rank": rank, "checkpoint.every": 2}
+    changes["text.max_sequence_length"] = LENGTH
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         train(parse(make_config(model, pairs, changes)), run)
     assert export(run, out) == 2
+    card = (out / "README.md").read_text()
+    assert f"| text.max_sequence_length | {LENGTH} |" in card
+    assert f", max_sequence_length={LENGTH}).images[0]" in card
     pipe = load_pipeline(run)
+    assert pipe.max_sequence_length == LENGTH
     theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(out, local_files_only=True).transformer
     before = diffusers.SD3Transformer2DModel.from_pretrained(model / "transformer")
     assert torch.equal(theirs.pos_embed.pos_embed, before.pos_embed.pos_embed)
@@ -75,3 +85,11 @@ def test_flow_dpo_moves_the_transformer_and_diffusers_loads_it(rank, model, pair
             pooled_projections=torch.from_numpy(np.array(conditioning.pooled)),
         ).sample
     assert_close(ours, to_nhwc(expected), 1e-4)
+
+
+def test_a_run_says_how_many_tokens_t5_reads_and_data_of_another_number_are_refused(model, pairs):
+    said = prepare(make_config(model, pairs, {"text.max_sequence_length": LENGTH})).settings
+    assert said.given["text"]["max_sequence_length"] == said.text.max_sequence_length == LENGTH
+    message = f"{pairs}: T5 has {LENGTH} tokens of a caption, but 256 are asked for; set --config.text.max_"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
+        prepare(make_config(model, pairs))
