@@ -27,6 +27,7 @@ _OBJECTIVE_ARGUMENTS = {
     # diffusion_dpo and its relatives, but for ipo and linear_dpo: decay of the moving mean of the margins'
     # sizes, 0.99 for example; beta falls as that grows, and never exceeds the one that is set.
     "auto_beta": float,
+    "temperature": float,  # diffusion_rpo: of the weights of other prompts' losers
     "sft_weight": float,  # comparisons with a reference: weight of the winner's denoising error, added
     "anchor_weight": float,  # the same: of the squared distance to the reference's predictions, added
     "softmax_over": str,  # rwr: whose rewards are compared, of the "round" or of each "prompt"
@@ -69,8 +70,8 @@ def get_config() -> ConfigDict:
     # twice as many.
     config.batch_size = 2048
     # Parts of a batch, computed one after the other to save memory. The result does not change, except for
-    # `kto`, `alpha_dpo` and `dspo_sdxl`'s released switch: their mean over examples is then over those of a
-    # part. With "trajectories" the parts are of the batch's denoising steps, batch_size x
+    # `kto`, `alpha_dpo`, `diffusion_rpo` and `dspo_sdxl`'s released switch: their mean over examples is then
+    # over those of a part. With "trajectories" the parts are of the batch's denoising steps, batch_size x
     # num_inference_steps.
     config.accumulation = 1
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.

@@ -37,6 +37,7 @@ class Predictions:
       scores: [B, P], what each image is worth, of which more is better; None means the order of the images.
       weight: [B, P], of each image by its reward, or None for an objective that needs none.
       beta: [B], in the place of the objective's own, where that follows the margins; None means its own.
+      captions: [B, D], embeddings of the captions, or None for an objective that needs none.
     """
 
     policy: Float[Array, "..."]
@@ -47,6 +48,7 @@ class Predictions:
     scores: Float[Array, "..."] | None = None
     weight: Float[Array, "..."] | None = None
     beta: Float[Array, "..."] | None = None
+    captions: Float[Array, "..."] | None = None
 
 
 def level_weight(name: str, levels: Num[Array, "*t"], process: Process) -> Float32[Array, "*t"] | float:
@@ -72,6 +74,7 @@ class Objective(abc.ABC):
       images: images of a pair that are trained on, and so that the step runs: "all", the "winner" alone, or
         "one" image that the step draws. Given more, it computes metrics from them.
       needs_weight: whether `Predictions.weight` must be given, which is `weigh` of a round's rewards.
+      needs_captions: whether `Predictions.captions` must be given.
       score_rises: whether held-out accuracy or reward rises as it learns, so that the best checkpoint can be
         chosen by it.
       reduction: "mean" (released code) or "sum" (papers) over an image.
@@ -86,6 +89,7 @@ class Objective(abc.ABC):
     takes_lists: ClassVar[bool] = False
     images: ClassVar[str] = "all"
     needs_weight: ClassVar[bool] = False
+    needs_captions: ClassVar[bool] = False
     score_rises: ClassVar[bool] = True
 
     reduction: str = choice("mean", "sum")
@@ -230,13 +234,21 @@ class Objective(abc.ABC):
             )
         if weight is not None and weight.shape != (batch, images):
             raise ValueError(f"Predictions.weight has shape {weight.shape}; it must be {(batch, images)}")
-        policy, reference, target, preference, scores, weight = jax.tree.map(
-            lambda array: jnp.asarray(array, jnp.float32),
-            (policy, predictions.reference, predictions.target, preference, scores, weight),
-        )
-        reference, target = jax.lax.stop_gradient((reference, target))
+        captions = predictions.captions
+        if self.needs_captions and captions is None:
+            raise UserError(
+                f"objective {self.name!r} weighs pairs by the similarity of their captions: "
+                "Predictions.captions is None, pass an embedding of each caption [B, D]"
+            )
+        if captions is not None and (captions.ndim != 2 or len(captions) != batch):
+            raise ValueError(f"Predictions.captions has shape {captions.shape}; it must be ({batch}, D)")
+        given = (policy, predictions.reference, predictions.target, preference, scores, weight, captions)
+        given = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), given)
+        policy, reference, target, preference, scores, weight, captions = given
+        reference, target, captions = jax.lax.stop_gradient((reference, target, captions))
         levels = jnp.broadcast_to(levels.reshape(batch, -1), (batch, images))
-        return Predictions(policy, reference, target, levels, preference, scores, weight, predictions.beta)
+        beta = predictions.beta
+        return Predictions(policy, reference, target, levels, preference, scores, weight, beta, captions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

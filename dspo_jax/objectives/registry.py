@@ -25,6 +25,7 @@ from dspo_jax.objectives.mapo import MaPO
 from dspo_jax.objectives.nft import NFT
 from dspo_jax.objectives.objective import Objective
 from dspo_jax.objectives.orpo import ORPO
+from dspo_jax.objectives.rpo import DiffusionRPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         AlphaDPO,
         Hinge,
         LinearDPO,
+        DiffusionRPO,
         NPO,
         KTO,
         NFT,

@@ -25,13 +25,13 @@ class Conditioning(NamedTuple):
     Attributes:
       states: [B, S, F], S tokens, 77 for each chunk but in rare models, and in Stable Diffusion 3 those of T5
         behind them; read by attention.
-      pooled: [B, D], part of the time embedding of SDXL and Stable Diffusion 3; else None.
+      pooled: [B, D], the text as one vector; SDXL and Stable Diffusion 3 read it with the time.
       sizes: [N, 6] pixels: original height and width, top and left of the crop, target height and width
         (SDXL, section 2.2); else None.
     """
 
     states: Float[Array, "B S F"]
-    pooled: Float[Array, "B D"] | None
+    pooled: Float[Array, "B D"]
     sizes: Integer[Array, "N 6"] | None
 
 

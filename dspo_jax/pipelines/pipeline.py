@@ -271,6 +271,20 @@ class Pipeline:
             return conditioning
         return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
 
+    def embed_captions(
+        self, params: Mapping[str, Params], batch: Mapping[str, Array]
+    ) -> Float[jax.Array, "B D"]:
+        """Returns each caption as one vector, the pooled state of the CLIP text encoders. Pure.
+
+        Of Stable Diffusion 1 and 2 the state at the end token behind the last norm, of SDXL the projection of
+        its second encoder, of Stable Diffusion 3 those of both CLIPs side by side.
+
+        Args:
+          params: the text encoders by component.
+          batch: has `conditioning_inputs`.
+        """
+        return jnp.asarray(self.encode_conditioning(params, batch, zero_empty=False).pooled)
+
     def without_captions(self, conditioning: Conditioning, where: Bool[Array, " B"]) -> Conditioning:
         """Zeroes the conditioning by the captions of the examples where `where` [B] is true."""
 

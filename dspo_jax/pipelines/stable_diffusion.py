@@ -47,9 +47,10 @@ class StableDiffusion(Conditioner):
         *,
         remat: str,
     ) -> Conditioning:
-        """Encodes captions, whose chunks lie side by side."""
-        last = _run_encoders(networks, params, batch, reading, remat)[0].last
-        return Conditioning(last.reshape(len(batch["tokens"]), -1, last.shape[-1]), None, None)
+        """Encodes captions, whose chunks lie side by side; the pooled state is that of the first."""
+        encoded = _run_encoders(networks, params, batch, reading, remat)[0]
+        states = encoded.last.reshape(len(batch["tokens"]), -1, encoded.last.shape[-1])
+        return Conditioning(states, encoded.pooled[:: reading.max_chunks], None)
 
     def make_inputs(
         self,

@@ -121,8 +121,9 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     if in_parts and settings.objective.needs_whole_batch:
         yield (
             f"warning: config.accumulation = {settings.accumulation}: the loss of {settings.method} has in "
-            f"it a mean over examples, now over the {settings.batch_size // settings.accumulation} of a "
-            "part: another loss than that of the whole batch at once; keep the parts large"
+            "it a mean or a comparison over examples, now over the "
+            f"{settings.batch_size // settings.accumulation} of a part: another loss than that of the whole "
+            "batch at once; keep the parts large"
         )
     yield from task.loss.notes(height * width * task.pipe.latent_channels)
 

@@ -18,7 +18,7 @@ SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
 LN2 = np.float32(np.log(2))
 WITH_REWARD = (
     *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "mapo", "kto"),
-    *("alpha_dpo", "hinge", "linear_dpo", "npo", "orpo"),
+    *("alpha_dpo", "hinge", "linear_dpo", "diffusion_rpo", "npo", "orpo"),
     *("dspo", "dspo_ref", "dspo_sdxl"),
 )
 OBJECTIVES = ("ddpm", "sft", "rwr", "dspo_e", *WITH_REWARD)
@@ -48,6 +48,9 @@ CASES = {
     "alpha_dpo-low": ("alpha_dpo", {"beta": 3.0, "alpha": 0.3}),
     "hinge": ("hinge", {"beta": 1.2}),
     "linear_dpo": ("linear_dpo", {"beta": 3.0}),
+    "diffusion_rpo": ("diffusion_rpo", {"beta": 9.0, "temperature": 0.4}),
+    "diffusion_rpo-mixture": ("diffusion_rpo", {"beta": 9.0, "sft_weight": 0.3, "anchor_weight": 0.7}),
+    "diffusion_rpo-min_snr": ("diffusion_rpo", {"beta": 9.0, "min_snr_gamma": 5.0}),
     "npo": ("npo", {"beta": 3.0}),
     "orpo": ("orpo", {"beta": 0.7}),
     "kto": ("kto", {"beta": 1.5}),
@@ -85,14 +88,15 @@ def arrays():
         "timesteps": np.array([[1, 900], [40, 60], [500, 500], [999, 0]]),
         "preference": np.array([1.0, 0.9, 0.5, 0.7]),
         "weight": np.array([[3.0, 0.0], [1.5, 0.4], [0.2, 2.0], [0.7, 0.2]]),
+        "captions": rng.normal(size=(4, 5)),
     }
 
 
 def as_predictions(arrays, dtype=jnp.float32):
     floats = {key: jnp.asarray(arrays[key], dtype) for key in ("policy", "reference", "target")}
     preference, weight = (jnp.asarray(arrays[key], jnp.float32) for key in ("preference", "weight"))
-    timesteps = jnp.asarray(arrays["timesteps"])
-    return Predictions(**floats, levels=timesteps, preference=preference, weight=weight)
+    timesteps, captions = jnp.asarray(arrays["timesteps"]), jnp.asarray(arrays["captions"], jnp.float32)
+    return Predictions(**floats, levels=timesteps, preference=preference, weight=weight, captions=captions)
 
 
 def with_defaults(name, given, **options):
@@ -151,6 +155,8 @@ def test_gradient_matches_finite_differences(case, reduction, time_weight, predi
         ahead, behind = (loss_float64(arrays["policy"] + sign * 1e-5 * direction) for sign in (1, -1))
         expected = cotangent * (ahead - behind) / 2e-5
         actual = (gradient * direction).sum((1, 2, 3, 4))
+        if name == "diffusion_rpo":  # an example has a part in the losses of the others
+            expected, actual = expected.sum(keepdims=True), actual.sum(keepdims=True)
         np.testing.assert_allclose(actual / scale, expected / scale, rtol=2e-3, atol=1e-3)
 
 
@@ -160,7 +166,8 @@ def at_the_reference(request):
     rng = np.random.default_rng(3)
     policy, target = (jnp.asarray(rng.normal(size=(3, 2, 16, 16, 4)), request.param) for _ in range(2))
     timesteps = jnp.array([[0, 0], [500, 20], [999, 999]])
-    return Predictions(policy, policy, target, timesteps, jnp.array([1.0, 0.8, 0.5]))
+    captions = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    return Predictions(policy, policy, target, timesteps, jnp.array([1.0, 0.8, 0.5]), captions=captions)
 
 
 @pytest.mark.parametrize("time_weight", ["none", "paper"])
@@ -207,6 +214,7 @@ class TestStep0:
         ("dspo_sdxl", {}, [0.25, 0.3**2, 0.0]),
         ("hinge", {}, [1.0, 1.0, 1.0]),
         ("linear_dpo", {}, [0.0, 0.0, 0.0]),
+        ("diffusion_rpo", {}, [LN2, LN2, LN2]),
         ("npo", {}, [LN2, LN2, LN2]),
         # p = 1/2, and so a = 1/2.
         ("alpha_dpo", {"alpha": 1 - 1e-7}, [(0.75 - 0.5**0.5) / 0.25] * 3),
@@ -336,11 +344,29 @@ def test_metrics_are_those_that_the_data_allow(arrays):
         assert keys(winners) == {"winner_error", "winner_drift", "deviation"}
         assert keys(dataclasses.replace(winners, reference=None)) == {"winner_error"}
     own = {"kto": {"baseline"}, "sdpo": {"loser_scale"}, "alpha_dpo": {"order"}}
+    own |= {"diffusion_rpo": {"own_weight"}}
     for name in WITH_REWARD:
         assert set(get_objective(name)(pairs, schedule)[1]) == pair_metrics | drifts | own.get(name, set())
     alone = dataclasses.replace(pairs, reference=None)
     for name in ("mapo", "orpo"):
         assert set(get_objective(name)(alone, schedule)[1]) == pair_metrics | {"margin", "implicit_accuracy"}
+
+
+def test_diffusion_rpo_between_diffusion_dpo_and_equal_weights(arrays):
+    """Alone, or where no other prompt is near, a pair is compared with itself only."""
+    schedule, given = Schedule.scaled_linear(), {"beta": 3.0}
+    pairs = as_predictions(arrays)
+    dpo, _ = get_objective("diffusion_dpo", **given)(pairs, schedule)
+    alone = jax.tree.map(lambda array: array[1:2], pairs)
+    loss, _ = get_objective("diffusion_rpo", **given)(alone, schedule)
+    np.testing.assert_allclose(loss, dpo[1:2], rtol=1e-6)
+    far, metrics = get_objective("diffusion_rpo", temperature=1e-3, **given)(pairs, schedule)
+    np.testing.assert_allclose(far, (dpo + 3 * LN2) / 4, rtol=1e-5)
+    np.testing.assert_allclose(metrics["own_weight"], np.ones(4), rtol=1e-6)
+    # As long as one another or not: it is the direction that counts.
+    alike = dataclasses.replace(pairs, captions=jnp.arange(1.0, 5.0)[:, None] * jnp.ones((4, 5)))
+    _, metrics = get_objective("diffusion_rpo", **given)(alike, schedule)
+    np.testing.assert_allclose(metrics["own_weight"], np.full(4, 0.25), rtol=1e-6)
 
 
 def test_single_images(arrays):

@@ -16,7 +16,7 @@ from dspo_jax.schedules.variance_preserving import Schedule
 
 OF_THE_MARGIN = (
     *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "dspo_sdxl", "kto"),
-    *("alpha_dpo", "hinge", "linear_dpo", "npo"),
+    *("alpha_dpo", "hinge", "linear_dpo", "diffusion_rpo", "npo"),
 )
 OBJECTIVES = (*OF_THE_MARGIN, "ddpm", "sft", "dspo", "dspo_ref", "dspo_e", "mapo", "orpo")
 WITHOUT_BOUND = ("linear_dpo",)
@@ -31,7 +31,9 @@ def compiled(name):
 
     def evaluate(policy, reference, target, timesteps, preference):
         def total(policy):
-            loss, metrics = objective(Predictions(policy, reference, target, timesteps, preference), schedule)
+            captions = jnp.ones((len(policy), 3))
+            predictions = Predictions(policy, reference, target, timesteps, preference, captions=captions)
+            loss, metrics = objective(predictions, schedule)
             return loss.sum(), (loss, metrics)
 
         (_, (loss, metrics)), gradient = jax.value_and_grad(total, has_aux=True)(policy)
@@ -89,6 +91,8 @@ EXTREMES = [
     ("alpha_dpo", {"alpha": 0.5}, [1 / 0.25, 0.0]),
     ("hinge", {}, [2.5e7, 0.0]),
     ("linear_dpo", {}, [2.5e7, -2.5e7]),
+    # Each weight is 1/2; a winner is as good as the other pair's loser.
+    ("diffusion_rpo", {}, [6.25e6, np.log(2) / 2]),
     ("npo", {}, [0.0, 5e6]),
     ("orpo", {}, [1e4 + 1e3, 0.0]),
     ("kto", {}, [0.75, 0.25]),
@@ -112,7 +116,8 @@ def test_known_values_at_extreme_differences(name, hyperparameters, expected):
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def evaluate(policy, preference):
-        predictions = Predictions(policy, target, target, jnp.array([500, 500]), preference)
+        levels, captions = jnp.array([500, 500]), jnp.ones((2, 3))
+        predictions = Predictions(policy, target, target, levels, preference, captions=captions)
         loss, metrics = objective(predictions, schedule)
         return loss.sum(), (loss, metrics)
 
@@ -141,7 +146,8 @@ def test_finite_where_the_noised_image_is_noise_alone(name, time_weight):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def evaluate(policy, timesteps):
         predictions = Predictions(
-            policy, reference, target, timesteps, ones[:, 0], scores=ones.at[:, 1].set(0.0), weight=ones
+            *(policy, reference, target, timesteps, ones[:, 0]),
+            **{"scores": ones.at[:, 1].set(0.0), "weight": ones, "captions": ones},
         )
         loss, metrics = objective(predictions, schedule)
         return loss.sum(), (loss, metrics)

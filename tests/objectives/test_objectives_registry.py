@@ -20,7 +20,8 @@ from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.spelling import OBJECTIVE_ALIASES
 
 OF_PAIRS = (
-    *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "alpha_dpo", "hinge", "linear_dpo", "npo"),
+    *("diffusion_dpo", "diffusion_dpo_l2", "sdpo", "ipo", "dmpo", "alpha_dpo", "hinge", "linear_dpo"),
+    *("diffusion_rpo", "npo"),
     *("dspo", "dspo_ref", "dspo_sdxl"),
 )
 OF_LISTS = ("lpo_list", "dgpo", "crd")
@@ -48,6 +49,13 @@ def test_missing_weights_are_one_clear_error(pairs):
         get_objective("rwr")(pairs, Schedule.scaled_linear())
 
 
+def test_missing_captions_are_one_clear_error(pairs):
+    with pytest.raises(
+        ValueError, match=r"'diffusion_rpo' weighs .* captions: Predictions\.captions is None"
+    ):
+        get_objective("diffusion_rpo")(pairs, Schedule.scaled_linear())
+
+
 @each_row("name", PAIRWISE)
 def test_missing_loser_is_one_clear_error(name, pairs):
     objective, schedule = get_objective(name), Schedule.scaled_linear()
@@ -66,6 +74,7 @@ def test_missing_loser_is_one_clear_error(name, pairs):
         ("levels", (8,), r"Predictions.levels has shape \(8,\)"),
         ("preference", (4, 1), r"Predictions.preference has shape \(4, 1\)"),
         ("weight", (4,), r"Predictions.weight has shape \(4,\)"),
+        ("captions", (3, 5), r"Predictions.captions has shape \(3, 5\)"),
     ],
 )
 def test_wrong_shape_is_refused_by_field(field, shape, message, pairs):
@@ -158,7 +167,8 @@ def test_an_objective_says_what_it_is():
     images = {name: get_objective(name).images for name in OBJECTIVES}
     assert images == dict.fromkeys(OBJECTIVES, "all") | {"sft": "winner", "dspo_e": "winner", "kto": "one"}
     detached = {"dspo": True, "dspo_ref": True}
-    assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == {"alpha_dpo", "kto"}
+    of_the_batch = {"alpha_dpo", "diffusion_rpo", "kto"}
+    assert {name for name in OBJECTIVES if get_objective(name).needs_whole_batch} == of_the_batch
     assert get_objective("dspo_sdxl", released_switch=True).needs_whole_batch
     assert {name for name in OBJECTIVES if get_objective(name).needs_labels} == set(OF_LABELS)
     assert {name for name in OBJECTIVES if get_objective(name).takes_lists} == {*OF_LISTS, "nft", "awm"}
@@ -252,6 +262,7 @@ def test_dspo_warns_when_it_is_numerically_sft(given, warned):
         ("alpha_dpo", {}, None),
         ("hinge", {}, None),
         ("linear_dpo", {}, None),
+        ("diffusion_rpo", {}, None),
         ("npo", {}, "what people dislike, so implicit_accuracy falls"),
         ("orpo", {}, None),
         ("orpo", {"beta": 0.0}, "this run is SFT"),

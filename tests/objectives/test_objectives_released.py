@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 SHAPE = (4, 2, 3, 2, 2)  # B, P, h, w, C
 SEP = [1, 2, 3]
+CAPTIONS = np.random.default_rng(1).normal(size=(SHAPE[0], 5))
 
 
 def errors(predictions, target):
@@ -117,6 +118,20 @@ def hinge(policy, reference, target, beta):
     return torch.relu(1 - beta * ((ref_w - ref_l) - (model_w - model_l))).mean()
 
 
+def diffusion_rpo(policy, reference, target, beta, temperature):
+    """yinyueqin/relative-preference-optimization, commit 7486a05, RPOTrainer, of language models.
+
+    With Diffusion-DPO's implicit reward in the place of the log-probabilities.
+    """
+    (model_w, model_l), (ref_w, ref_l) = errors(policy, target), errors(reference, target)
+    chosen, rejected = -0.5 * (model_w - ref_w), -0.5 * (model_l - ref_l)
+    directions = torch.nn.functional.normalize(torch.from_numpy(CAPTIONS), dim=1)
+    distance = 1 - directions @ directions.T
+    weights = torch.softmax(-distance / temperature, dim=1)
+    logits = beta * weights * (chosen[:, None] - rejected[None])
+    return -torch.nn.functional.logsigmoid(logits).mean()
+
+
 def orpo(policy, reference, target, beta):
     """diffusers' ORPO trainer, but for the sign of the difference, which is turned."""
     error_w, error_l = errors(policy, target)
@@ -139,6 +154,8 @@ CASES = [
     (alpha_dpo, {"beta": 3.0, "alpha": 0.9999}),
     (alpha_dpo, {"beta": 40.0, "alpha": 0.9999}),
     (hinge, {"beta": 0.8}),
+    (diffusion_rpo, {"beta": 8.0, "temperature": 0.5}),
+    (diffusion_rpo, {"beta": 5000.0, "temperature": 0.25}),
     (orpo, {"beta": 0.7}),
     (kto, {"beta": 2.0}),
     (mapo, {"margin_weight": 0.1, "kappa": 0.5, "scale": 1000.0}),
@@ -158,7 +175,8 @@ def test_matches_torch_autograd_of_the_released_formula(released, given, distanc
         )
     expected, expected_gradient = torch_loss(released, given, policy, reference, target)
     arrays = [jnp.asarray(array, jnp.float32) for array in (policy, reference, target)]
-    predictions = Predictions(*arrays, jnp.full(SHAPE[0], 500))
+    captions = jnp.asarray(CAPTIONS, jnp.float32)
+    predictions = Predictions(*arrays, jnp.full(SHAPE[0], 500), captions=captions)
 
     def mean_loss(policy):
         return objective(dataclasses.replace(predictions, policy=policy), schedule)[0].mean()

@@ -83,7 +83,24 @@ def test_chunks_and_clip_skip_match_transformers(clip_skip, tiny_model):
     np.testing.assert_array_equal(pipe.tokenize(CAPTIONS), tokens.reshape(4, 1, 154))
     np.testing.assert_array_equal(pipe.empty_tokens, tokens[1].reshape(1, 154))
     _, normed, _ = read_torch(tiny_model, "text_encoder", tokens)
-    assert_close(encode_captions(pipe).states, normed[-clip_skip], 1e-4)
+    text = encode_captions(pipe)
+    assert_close(text.states, normed[-clip_skip], 1e-4)
+    ends = (tokens[:, 0] == END).argmax(1)
+    assert_close(text.pooled, normed[-clip_skip][range(len(ends)), ends], 1e-4)
+
+
+def test_embeddings_of_captions_are_the_pooled_states_even_of_an_empty_one(tiny_model, sdxl_model):
+    from torch_modules import assert_close
+
+    for model, encoder, tokenizer in (
+        (tiny_model, "text_encoder", "tokenizer"),
+        (sdxl_model, "text_encoder_2", "tokenizer_2"),
+    ):
+        pipe = load_pipeline(model, max_chunks=2)
+        params = {name: pipe.read_params(name) for name in pipe.text_encoders}
+        embedded = pipe.embed_captions(params, pipe.prompt_batch(pipe.tokenize(CAPTIONS), (16, 16)))
+        _, _, pooled = read_torch(model, encoder, in_chunks(model / tokenizer, 2))
+        assert_close(embedded, pooled[:, 0], 1e-4)
 
 
 def test_sdxl_pools_the_first_chunk(sdxl_model):

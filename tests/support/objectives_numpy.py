@@ -65,7 +65,8 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
 
     Args:
       name: of the objective.
-      arrays: dict of policy, reference, target [B, P, h, w, C], timesteps and weight [B, P], preference [B].
+      arrays: dict of policy, reference, target [B, P, h, w, C], timesteps and weight [B, P], preference [B],
+        captions [B, D].
       betas: [T] of the schedule.
       prediction_type: "epsilon" or "v_prediction".
       held: the policy's predictions again, as what no gradient flows through: DSPO's detached G, KTO's
@@ -85,7 +86,9 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
     )
 
     min_snr = h.get("min_snr_gamma")
-    if name in MARGIN_LOSSES and min_snr is not None:  # in the place of w(t) and of A(t) B(t)^2
+    if (
+        name in (*MARGIN_LOSSES, "diffusion_rpo") and min_snr is not None
+    ):  # in the place of w(t) and of A(t) B(t)^2
         for row, times in zip(weights, arrays["timesteps"], strict=True):
             row[:, 0] = row[:, 1] = [min_snr_weight(betas, t, prediction_type, min_snr) for t in times]
 
@@ -145,6 +148,18 @@ def evaluate(name, arrays, betas, prediction_type, *, held=None, **h):
             m["margin"] = z = w[1] * errors[i, 1] - w[0] * errors[i, 0]
             ranked = p * log_sigmoid(z) + (1 - p) * log_sigmoid(-z)
             loss = a[0] * b[0] ** 2 * errors[i, 0] - h["beta"] * ranked
+        elif name == "diffusion_rpo":
+            directions = [caption / np.sqrt(caption @ caption) for caption in arrays["captions"]]
+            near = np.array([np.exp(-(1 - directions[i] @ other) / h["temperature"]) for other in directions])
+            omega = near / near.sum()
+            loss = 0.0
+            for j, q in enumerate(arrays["preference"]):
+                for wrong, other_wrong in ((0, 0), (0, 1), (1, 0), (1, 1)):  # labels of i and of j
+                    chance = (p, 1 - p)[wrong] * ((q, 1 - q)[other_wrong] if j != i else wrong == other_wrong)
+                    z = h["beta"] / 2 * (gain[i, wrong] - gain[j, 1 - other_wrong])
+                    loss -= chance * log_sigmoid(omega[j] * z) / len(policies)
+            m["margin"] = h["beta"] / 2 * (gain[i, 0] - gain[i, 1])
+            m["own_weight"] = omega[i]
         elif name in MARGIN_LOSSES:
             if name == "diffusion_dpo_l2":
                 reward = h["beta"] / 2 * w * [reduce(x) for x in (policy - reference) ** 2]

@@ -85,7 +85,8 @@ def test_a_run_of_few_updates_is_warned_of_where_its_length_follows_from_the_dat
 
 def test_a_loss_that_parts_of_a_batch_change_is_warned_of(shallow_model, tiny_pairs):
     switched = {"objective.name": "dspo_sdxl", "objective.released_switch": True}
-    for changes in ({"objective.name": "kto"}, {"objective.name": "alpha_dpo"}, switched):
+    named = [{"objective.name": name} for name in ("kto", "alpha_dpo", "diffusion_rpo")]
+    for changes in (*named, switched):
         name, changes = changes["objective.name"], {"batch_size": 16} | changes
         said = "\n".join(dry_run_lines(shallow_model, tiny_pairs, changes | {"accumulation": 2}))
         assert f"warning: config.accumulation = 2: the loss of {name} " in said

@@ -35,9 +35,9 @@ def config(shallow_model, tiny_pairs):
         (
             {"objective.name": "dpso"},
             "config.objective.name = 'dpso': unknown; did you mean 'dspo'? "
-            "(allowed: alpha_dpo, awm, crd, ddpm, dgpo, diffusion_dpo, diffusion_dpo_l2, dmpo, dspo, dspo_e, "
-            "dspo_ref, dspo_sdxl, hinge, ipo, kto, linear_dpo, lpo_list, mapo, nft, npo, orpo, rwr, sdpo, "
-            "sft)",
+            "(allowed: alpha_dpo, awm, crd, ddpm, dgpo, diffusion_dpo, diffusion_dpo_l2, diffusion_rpo, "
+            "dmpo, dspo, dspo_e, dspo_ref, dspo_sdxl, hinge, ipo, kto, linear_dpo, lpo_list, mapo, nft, npo, "
+            "orpo, rwr, sdpo, sft)",
         ),
         (
             {"objective.name": "sft", "objective.beta": 1.0},

@@ -27,6 +27,7 @@ OBJECTIVES = {
     "alpha_dpo": {"beta": 10.0},
     "hinge": {"beta": 10.0},
     "linear_dpo": {"beta": 10.0},
+    "diffusion_rpo": {"beta": 50.0},
     "npo": {"beta": 10.0},
     "orpo": {},
     "kto": {"beta": 5.0},

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float32, Key, Num, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
+from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.process import LevelDraw
 from dspo_jax.training.task import (
@@ -86,6 +87,10 @@ class PreferenceLoss:
         (latents, noise, levels, per_image, scores), preference = self.choose_images(
             batch, key, (latents, noise, levels, per_image, batch.get("scores"))
         )
+        captions = None
+        if self.objective.needs_captions:
+            frozen_params = gather(cast(task, of_components(task, reference)))
+            captions = task.pipe.embed_captions(frozen_params, batch)
         batch = task.pipe.drop_captions({**batch, **per_image}, drop)
         noisy = schedule.add_noise(latents, noise, levels)
         policy, frozen = self.forward(
@@ -100,6 +105,7 @@ class PreferenceLoss:
             scores=scores,
             weight=batch["weight"] if self.objective.needs_weight else None,
             beta=batch.get("beta"),
+            captions=captions,
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
@@ -225,7 +231,7 @@ class PreferenceLoss:
             policy=run,
             backward=1 if self.objective.detaches_loser else run,
             reference=run if self.needs_reference else 0,
-            encoded=encoded * (2 if self.needs_reference else 1),
+            encoded=encoded * (2 if self.needs_reference else 1) + self.objective.needs_captions,
             encoded_backward=1,
         )
 
