@@ -1,7 +1,7 @@
 """Exports a training run: as a diffusers folder, a single file, or adapters alone.
 
-Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most are shared. Sources: diffusers'
-`save_lora_weights`; networks/lora.py of kohya-ss/sd-scripts, in the form with diffusers' names for layers.
+Adapter files have PEFT's names, as diffusers writes them, or kohya's, as most are shared. Source: diffusers'
+`save_lora_weights`.
 """
 
 import json
@@ -27,12 +27,12 @@ from dspo_jax.weights.component_files import weights_file
 from dspo_jax.weights.components import fold_adapters, open_component, read_models
 from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
 from dspo_jax.weights.lora_files import METADATA_KEY
+from dspo_jax.weights.lora_names import name_as_kohya
 from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
 from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.saved_params import SavedParams, read_base, read_run_config, read_scale
+from dspo_jax.weights.stable_diffusion_3_layout import transformer_layout
 from dspo_jax.weights.tensors import Tensor, write_tensors
-
-_KOHYA_MATRICES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def export(
@@ -57,7 +57,7 @@ def export(
       dtype: of the trained components; None means as the base has them.
       base: the model that the run started from (folder or hub id), if it is no longer where the run found it.
       adapters: of a run with LoRA: write no model but its adapters, "diffusers" or "kohya", into one file,
-        which the base need not be here for.
+        which the base need not be here for, but for kohya's names of a transformer.
 
     Returns:
       The exported step.
@@ -81,14 +81,15 @@ def export(
         scale = read_scale(read_run_config(run))
         if adapters:
             folder = _cached(name)
-            card = make_card(run, name, folder, saved.step, file=out.name, adapters=True)
-            values = _adapter_tensors(saved, components, scale, adapters, dtype, out)
+            card = make_card(run, name, folder, saved.step, file=out.name, adapters=adapters)
             metadata: dict[str, str] = {}
+            models = {}
             if (folder / "model_index.json").is_file():
                 ranks = {leaf.shape[-1] for path, leaf in saved.arrays.items() if ".lora_A." in path}
-                alphas = {rank: _kohya_alpha(scale, rank) for rank in ranks}
+                alphas = {rank: scale.of(rank) * rank for rank in ranks}  # kohya's
                 models = read_models(folder, NETWORKS)
                 metadata = make_metadata(models, folder, title, _describe(name), alphas)
+            values = _adapter_tensors(saved, components, scale, adapters, models, dtype, out)
             if adapters == "diffusers":
                 metadata |= _make_configs(saved, scale)
             _write_file(out, values, card, metadata)
@@ -226,10 +227,14 @@ def _adapter_tensors(
     components: Sequence[str],
     scale: lora.Scale,
     style: str,
+    models: Mapping[str, Model],
     dtype: str | None,
     file: Path,
 ) -> dict[str, Tensor]:
-    """Returns the adapters of a checkpoint as `style` names them; `file` is for messages."""
+    """Returns the adapters of a checkpoint as `style` names them; `file` is for messages.
+
+    `models` are the base's networks by component; empty where the base is not here.
+    """
     leaves = {component: _saved_leaves(saved, component) for component in components}
     if not all(lora.find_ranks(dict(each)) for each in leaves.values()):
         raise UserError(f"{saved.path}: holds no adapters, as the run was without LoRA; leave out --lora")
@@ -238,7 +243,19 @@ def _adapter_tensors(
             f"{saved.path}: holds DoRA, for which kohya's names have no place that diffusers reads; take "
             "--lora=diffusers, or leave out --lora for the whole model"
         )
-    named = _name_adapters({component: to_torch(each) for component, each in leaves.items()}, scale, style)
+    tensors = {component: to_torch(each) for component, each in leaves.items()}
+    if style == "diffusers":
+        named = _name_as_diffusers(tensors)
+    else:
+        layouts = {}
+        if "transformer" in tensors:
+            if not models:
+                raise UserError(
+                    f"--out={file}: kohya's names follow from the config of the model that the run started "
+                    "from, which is not here; name it with --base"
+                )
+            layouts["transformer"] = transformer_layout(models["transformer"].complete_config())
+        named = name_as_kohya(tensors, scale, layouts)
     return {name: cast(name, tensor, _dtype(dtype, tensor), file) for name, tensor in named.items()}
 
 
@@ -262,40 +279,18 @@ def _make_configs(saved: SavedParams, scale: lora.Scale) -> dict[str, str]:
     return {METADATA_KEY: json.dumps(configs, sort_keys=True)}
 
 
-def _name_adapters(
-    components: Mapping[str, Mapping[str, Tensor]], scale: lora.Scale, style: str
-) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter file.
+def _name_as_diffusers(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter file as diffusers names them.
 
     Args:
       components: component -> its adapters' tensors under torch's names, `LAYER.lora_A.weight` [r, in],
         `LAYER.lora_B.weight` [out, r] and of DoRA `LAYER.lora_magnitude_vector` [out].
-      scale: of what they add.
-      style: one of `ADAPTER_FORMATS`. For kohya every layer also has `alpha`.
     """
-    if style == "diffusers":
-        return {
-            f"{component}.{_spell(name)}": _as_peft(name, tensor, tensors)
-            for component, tensors in components.items()
-            for name, tensor in tensors.items()
-        }
-    if "transformer" in components:
-        raise UserError("--lora=kohya: is not written for this family of models; take --lora=diffusers")
-    several = "text_encoder_2" in components
-    prefixes = {
-        "unet": "lora_unet",
-        "text_encoder": "lora_te1" if several else "lora_te",
-        "text_encoder_2": "lora_te2",
+    return {
+        f"{component}.{_spell(name)}": _as_peft(name, tensor, tensors)
+        for component, tensors in components.items()
+        for name, tensor in tensors.items()
     }
-    named = {}
-    for component, tensors in components.items():
-        for name, tensor in tensors.items():
-            layer, matrix, _ = name.rsplit(".", 2)
-            key = f"{prefixes[component]}_{layer.replace('.', '_')}"
-            named[f"{key}.{_KOHYA_MATRICES[matrix]}.weight"] = tensor
-            if matrix == "lora_A":
-                named[f"{key}.alpha"] = _scalar(_kohya_alpha(scale, tensor.shape[0]))
-    return named
 
 
 def _spell(name: str) -> str:
@@ -314,15 +309,6 @@ def _as_peft(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Tensor
     window = tensors[f"{layer}.lora_A.weight"].shape[2:]
     shape = (1, *tensor.shape, *(1 for _ in window)) if window else tensor.shape
     return Tensor(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
-
-
-def _kohya_alpha(scale: lora.Scale, rank: int) -> float:
-    """Returns alpha of an adapter where alpha / rank is its factor: kohya knows no other."""
-    return scale.of(rank) * rank
-
-
-def _scalar(value: float) -> Tensor:
-    return Tensor((), np.dtype("float32"), lambda: np.asarray(value, np.float32))
 
 
 ADAPTER_FORMATS = ("diffusers", "kohya")

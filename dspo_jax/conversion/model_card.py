@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +47,7 @@ _OF_DATA = ("dataset", "self_play")
 
 
 def make_card(
-    run: Path, base: str, folder: Path, step: int, *, file: str = "", adapters: bool = False
+    run: Path, base: str, folder: Path, step: int, *, file: str = "", adapters: str | None = None
 ) -> str:
     """Returns the card of a run as a Markdown text that the model hub understands.
 
@@ -57,7 +58,7 @@ def make_card(
       folder: where that model is; without a model there the card names no licence.
       step: of the exported checkpoint.
       file: name of what is exported, where it is one file; by default it is a folder, with the picture in it.
-      adapters: whether the file holds adapters alone.
+      adapters: whose names the file has, "diffusers" or "kohya", where it holds adapters alone.
     """
     config = read_run_config(run, "objective.name")
     values = flatten_dict(config, sep=".")
@@ -111,12 +112,19 @@ def _step(grid: Path) -> int:
     return int(grid.stem.removeprefix("step_"))
 
 
-def _loading(base: str, folder: Path, file: str, adapters: bool) -> str:
+def _loading(base: str, folder: Path, file: str, adapters: str | None) -> str:
     """Returns the lines that load in diffusers what is exported."""
     if not file:
         return """from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the model hub"""
+    if adapters == "kohya" and (folder / "transformer").is_dir():
+        command = f"python -m dspo_jax.convert import --model={shlex.quote(base)} --lora={shlex.quote(file)}"
+        return f"""from diffusers import DiffusionPipeline
+
+# diffusers does not read kohya's names of this family, as ComfyUI does. This adds the file to the base:
+# {command} --out=model
+pipe = DiffusionPipeline.from_pretrained("model")"""
     if adapters:
         return f"""from diffusers import DiffusionPipeline
 

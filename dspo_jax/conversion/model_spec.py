@@ -65,7 +65,7 @@ def make_metadata(
     return spec | {
         "ss_base_model_version": kohya,
         "ss_v2": str(family == "2"),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_sd3" if family == "3" else "networks.lora",
         "ss_network_dim": only(set(alphas)),
         "ss_network_alpha": only(set(alphas.values())),
         "ss_output_name": title,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Container, Mapping
 import numpy as np
 
 from dspo_jax.errors import UserError
-from dspo_jax.weights.places import Layout, Place
+from dspo_jax.weights.places import Layout, Place, swap_halves
 from dspo_jax.weights.tensors import Tensor
 
 # Tensors of such files besides the weights: running averages, the noise schedule, the discriminator that the
@@ -225,7 +225,7 @@ def _take(stored: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], 
         if place.kind == "transposed":
             return value.T
         if place.kind == "swapped":
-            return _swap(value)
+            return swap_halves(value)
         if place.kind == "third":
             return value[place.part * shape[0] : (place.part + 1) * shape[0]]
         return value.reshape(shape)
@@ -263,14 +263,9 @@ def _give(tensor: Tensor, place: Place, shape: tuple[int, ...]) -> Callable[[], 
         value = tensor.read()
         if place.kind == "transposed":
             return value.T
-        return _swap(value) if place.kind == "swapped" else value.reshape(shape)
+        return swap_halves(value) if place.kind == "swapped" else value.reshape(shape)
 
     return read
-
-
-def _swap(value: np.ndarray) -> np.ndarray:
-    first, second = np.split(value, 2)
-    return np.concatenate([second, first])
 
 
 def _identity(shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:

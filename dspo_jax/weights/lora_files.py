@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from dspo_jax.errors import UserError
 from dspo_jax.models.lora import fold as fold_weight
 from dspo_jax.models.model import Model
 from dspo_jax.weights import tensors
-from dspo_jax.weights.layout import flatten, torch_shapes
-from dspo_jax.weights.original_layout import unet_layout
+from dspo_jax.weights.layout import torch_shapes
+from dspo_jax.weights.lora_names import Target, name_layers
 from dspo_jax.weights.tensors import Tensor
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -54,11 +54,6 @@ _OTHERS = (
     ("trained norms", r".*\.[wb]_norm"),
     ("trained biases or whole weights", r".*\.(diff|diff_b|set_weight|bias)"),
 )
-_KOHYA = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +141,7 @@ def open_lora(text: str, models: Mapping[str, Model], key: str = "--lora=") -> L
     configs = _read_configs(path)
     shapes = {component: torch_shapes(model) for component, model in models.items()}
     modules: dict[str, dict[str, Module]] = {}
-    for (component, layer), (tensor_name, parts) in _group(path, stored, _name_layers(models)).items():
+    for (component, layer), (tensor_name, parts) in _group(path, stored, name_layers(models)).items():
         name = f"{layer}.weight"
         try:
             scale = _read_scale(parts, configs, component, layer)
@@ -167,33 +162,8 @@ def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _name_layers(models: Mapping[str, Model]) -> dict[str, tuple[str, str]]:
-    """Returns every name that files have for a linear layer or a convolution -> (component, layer)."""
-    found: dict[str, tuple[str, str]] = {}
-    encoders = [component for component in models if component.startswith("text_encoder")]
-    for component, model in models.items():
-        original = unet_layout(model.complete_config()) if component == "unet" else None
-        for path in flatten(model.abstract_params()):
-            if not path.endswith(".kernel"):
-                continue
-            layer = path.removesuffix(".kernel")
-            if original is None:
-                names = {layer, layer.removeprefix("text_model.")}
-            else:
-                there = original.place(f"{layer}.weight").name
-                names = {layer, there.removeprefix(original.root).removesuffix(".weight")}
-            spellings = {f"{component}.{name}" for name in names}
-            spellings |= {
-                f"{root}{name.replace('.', '_')}" for name in names for root in _KOHYA.get(component, ())
-            }
-            if component not in encoders or len(encoders) == 1:
-                spellings |= names
-            found |= dict.fromkeys(spellings, (component, layer))
-    return found
-
-
 def _group(
-    path: Path, stored: Mapping[str, Tensor], layers: Mapping[str, tuple[str, str]]
+    path: Path, stored: Mapping[str, Tensor], layers: Mapping[str, Sequence[Target]]
 ) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
     """Returns (component, layer) -> (a tensor's name for messages, its "down", "up", "mid" and "alpha").
 
@@ -211,17 +181,17 @@ def _group(
                 f"{path}: tensor {key}: not of a LoRA as it is known here, which has lora_A and lora_B, "
                 "lora_down, lora_up, lora_mid and alpha"
             )
-        place = layers.get(match["layer"])
-        if place is None:
+        if match["layer"] not in layers:
             raise UserError(
-                f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind? "
-                f"(Of Stable Diffusion 3 kohya's names are not read.){_name_base(path)}"
+                f"{path}: tensor {key}: the model has no such layer; is the LoRA for a model of this kind?"
+                f"{_name_base(path)}"
             )
-        parts = groups.setdefault(place, (key, {}))[1]
         part = str(match.lastgroup)
-        if part in parts:
-            raise UserError(f"{path}: tensor {key}: of a layer that is adapted under another name, too")
-        parts[part] = tensor
+        for target in layers[match["layer"]]:
+            parts = groups.setdefault((target.component, target.layer), (key, {}))[1]
+            if part in parts:
+                raise UserError(f"{path}: tensor {key}: of a layer that is adapted under another name, too")
+            parts[part] = target.cut(tensor) if part in ("up", "magnitude") else tensor
     if not groups:
         raise UserError(f"{path}: holds no tensors; fetch the file again")
     return groups

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from dspo_jax.errors import UserError
 
 
@@ -54,3 +56,9 @@ class Layout:
             if module is not None:
                 return Place(".".join([self.root + module, *parts[cut:]]))
         raise UserError(f"tensor {name} has no place in a single-file checkpoint")
+
+
+def swap_halves(value: np.ndarray) -> np.ndarray:
+    """Returns an array whose halves along the first axis have changed places."""
+    first, second = np.split(value, 2)
+    return np.concatenate([second, first])

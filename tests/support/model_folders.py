@@ -80,14 +80,28 @@ def publish(model):
     return model
 
 
-def make_run(workdir, model, steps=(3,), trained=("unet", "text_encoder"), change=0.0, scores=None):
-    """A workdir whose checkpoints hold the model's own weights in float32, plus `change` times the step."""
+def make_run(
+    workdir,
+    model,
+    steps=(3,),
+    trained=("unet", "text_encoder"),
+    change=0.0,
+    scores=None,
+    params=None,
+    lora=(),
+):
+    """A workdir whose checkpoints hold the model's own weights in float32, plus `change` times the step.
+
+    Or `params`, such as adapters of the settings `lora`.
+    """
     config = common.get_config()
     config.model, config.data.path = str(model), str(workdir / "pairs")
     config.objective.name, config.objective.beta = "diffusion_dpo", 5000.0
+    config.lora.update(dict(lora))
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config.to_json())
-    params = {name: load_pipeline(model).read_params(name, "float32") for name in trained}
+    if params is None:
+        params = {name: load_pipeline(model).read_params(name, "float32") for name in trained}
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         for step in steps:
             moved = {
