@@ -77,6 +77,11 @@ def get_config() -> ConfigDict:
     # Share of the pairs that are trained without their caption, which guidance needs; one draw for a pair.
     # A dropped caption is the empty one, or for SDXL zeros, as its model_index.json asks.
     config.caption_dropout = 0.2
+    # Of Stable Diffusion 3: probability with which each text encoder is without the caption of a pair, drawn
+    # for each by itself, beside `caption_dropout`. And what a dropped caption is: "empty", the empty one,
+    # which encoders read; or "zeros" in place of what they say, as in kohya-ss. None is "empty".
+    config.encoder_dropout = 0.0
+    config.dropped_captions = config_dict.placeholder(str)
     # Whether winner and loser share their timestep, as in every released code base and in the papers' prints,
     # and their noise, as in every released code base; the prints (DSPO's Eq. 14) draw noise for each image.
     config.share_timesteps = True

@@ -17,6 +17,10 @@ NO_TOKEN = -1
 """Fills the rows of token ids of text encoders that read fewer tokens than another one of their model."""
 
 
+DROPPED = "dropped"
+"""Name in a batch of [B, E] bool: text encoders in place of whose states and pooled text zeros are read."""
+
+
 class Conditioning(NamedTuple):
     """Inputs of a denoiser besides latents and timesteps, for captions of B examples and N images.
 
@@ -60,12 +64,14 @@ class Conditioner(abc.ABC):
       fixed_layer: the layer of the text encoders that is read, where it cannot be chosen; else "".
       default_length: tokens that are read of a caption by default, where their number can be chosen
         (`Pipeline.max_sequence_length`); else None.
+      drops_by_encoder: whether `encode` takes `DROPPED`.
     """
 
     name: ClassVar[str]
     longer: ClassVar[str] = ""
     fixed_layer: ClassVar[str] = ""
     default_length: ClassVar[int | None] = None
+    drops_by_encoder: ClassVar[bool] = False
 
     @abc.abstractmethod
     def encode(

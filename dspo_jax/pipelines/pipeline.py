@@ -16,7 +16,7 @@ from dspo_jax.files import sha256
 from dspo_jax.images.resize import Crop
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
-from dspo_jax.pipelines.conditioning import NO_TOKEN, Array, Conditioning, Reading, stack_tokens
+from dspo_jax.pipelines.conditioning import DROPPED, NO_TOKEN, Array, Conditioning, Reading, stack_tokens
 from dspo_jax.pipelines.families import Family
 from dspo_jax.pipelines.t5_tokenizer import T5Tokenizer
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
@@ -224,10 +224,21 @@ class Pipeline:
         """
         return {"tokens": self.tokenize(captions), "micro_conditioning": np.asarray(crops, np.int32)}
 
-    def drop_captions(self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B"]) -> dict[str, jax.Array]:
-        """Returns the batch with the empty caption in the examples where `drop` [B] is true."""
-        empty = self.empty_tokens[None]
-        return {**batch, "tokens": jnp.where(drop[:, None, None], empty, batch["tokens"])}
+    def drop_captions(
+        self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B *E"], *, zeros: bool = False
+    ) -> dict[str, jax.Array]:
+        """Returns the batch without the captions where `drop` is true.
+
+        Args:
+          batch: has `conditioning_inputs`.
+          drop: [B], or [B, E] for each text encoder by itself.
+          zeros: whether zeros are read in place of what those text encoders say (`DROPPED`); else they read
+            the empty caption.
+        """
+        each = jnp.broadcast_to(drop.reshape(len(drop), -1), (len(drop), len(self.empty_tokens)))
+        if zeros:
+            return {**batch, DROPPED: each}
+        return {**batch, "tokens": jnp.where(each[..., None], self.empty_tokens[None], batch["tokens"])}
 
     def prompt_batch(self, tokens: Integer[Array, "B E S"], size: tuple[int, int]) -> dict[str, jax.Array]:
         """Returns the `conditioning_inputs` of one image for each prompt.

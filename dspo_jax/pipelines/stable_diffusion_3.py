@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Bool, Float, PyTree
 
 from dspo_jax.models.clip import TextStates
 from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.mmdit import POSITIONS, crop_positions
 from dspo_jax.models.model import Model, Params
-from dspo_jax.pipelines.conditioning import Array, Conditioner, Conditioning, Reading
+from dspo_jax.pipelines.conditioning import DROPPED, Array, Conditioner, Conditioning, Reading
 
 T5 = "text_encoder_3"
 """The component that a model may be without."""
@@ -39,6 +39,11 @@ def join_text(
     return jnp.concatenate([states, t5_states.astype(states.dtype)], axis=1), pooled
 
 
+def _zero_where(dropped: Bool[Array, " B"], states: PyTree) -> PyTree:
+    """Returns arrays [B, ...] with zeros in the examples where `dropped` is true."""
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(dropped, range(1, x.ndim)), 0, x), states)
+
+
 class StableDiffusion3(Conditioner):
     """Attention of image and text to each other; the pooled text of both CLIPs with the time.
 
@@ -49,6 +54,7 @@ class StableDiffusion3(Conditioner):
     longer = "T5 reads longer captions"
     fixed_layer = "the layer before the last"
     default_length = T5_LENGTH
+    drops_by_encoder = True
 
     def encode(
         self,
@@ -59,7 +65,7 @@ class StableDiffusion3(Conditioner):
         *,
         remat: str,
     ) -> Conditioning:
-        """Encodes captions with both CLIPs and T5."""
+        """Encodes captions with both CLIPs and T5; what `DROPPED` names is zeros, as in kohya-ss."""
         denoiser, *encoders = networks
         ids = {
             name: batch["tokens"][:, i, :length]
@@ -73,6 +79,12 @@ class StableDiffusion3(Conditioner):
         else:
             width = networks[denoiser].settings["joint_attention_dim"]
             long_states = jnp.zeros((len(batch["tokens"]), reading.max_sequence_length or 0, width))
+        if DROPPED in batch:
+            # Without T5 there are zeros anyway.
+            *clips, long_states = (
+                states if i >= batch[DROPPED].shape[1] else _zero_where(batch[DROPPED][:, i], states)
+                for i, states in enumerate((*clips, long_states))
+            )
         return Conditioning(*join_text(clips, long_states), None)
 
     def make_inputs(

@@ -100,9 +100,23 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
         noise_offset=settings.noise_offset,
         positive_ratio=settings.positive_ratio,
         adapter_dropout=settings.lora.dropout,
+        encoder_dropout=settings.encoder_dropout,
+        drops_to_zeros=settings.dropped_captions == "zeros",
     )
+    _check_dropout(settings, pipe)
     settings.objective.check_process(pipe.schedule)
     return PreferenceLoss(settings.objective, draws)
+
+
+def _check_dropout(settings: Settings, pipe: Pipeline) -> None:
+    """Refuses to drop the caption of a single text encoder in a model that reads all of them as one."""
+    keys = {"encoder_dropout": settings.encoder_dropout, "dropped_captions": settings.dropped_captions}
+    for key, value in keys.items():
+        if value and not pipe.family.conditioner.drops_by_encoder:
+            raise UserError(
+                f"config.{key} = {value!r}: is of Stable Diffusion 3, and {pipe.path} is "
+                f"{pipe.family.conditioner.name}; leave it out: config.caption_dropout drops whole captions"
+            )
 
 
 def _draw_levels(settings: Settings, pipe: Pipeline) -> LevelDraw:

@@ -185,6 +185,8 @@ class Settings:
     batch_size: int = limited(AT_LEAST_1)
     accumulation: int = limited(AT_LEAST_1)
     caption_dropout: float = limited(PROBABILITY)
+    encoder_dropout: float = limited(PROBABILITY)
+    dropped_captions: str | None = choice("empty", "zeros", optional=True)
     share_timesteps: bool
     share_noise: bool
     noise_offset: float = limited(FINITE_NOT_NEGATIVE)
@@ -361,6 +363,8 @@ def parse(config: ConfigDict) -> Settings:
 def _refuse_keys_of_noised_examples(settings: Settings) -> None:
     """Refuses keys that a run does not read which trains on the steps of a sampler."""
     keys: dict[str, object] = {
+        "encoder_dropout": 0,
+        "dropped_captions": None,
         "noise_offset": 0,
         "lora.dropout": 0,
         "timesteps.first": 0,

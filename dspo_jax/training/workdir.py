@@ -75,6 +75,7 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         theirs.setdefault("data.weights", [])
         theirs.setdefault("share_timesteps", theirs.get("share_noise"))
         fixed = {"stream.kind": "dataset", "stream.guidance_rescale": 0.0, "noise_offset": 0.0}
+        fixed |= {"encoder_dropout": 0.0, "dropped_captions": None}
         fixed |= {"text.max_chunks": 1, "text.clip_skip": 1}
         length = mine.get("text.max_sequence_length")
         fixed["text.max_sequence_length"] = None if length is None else T5_LENGTH

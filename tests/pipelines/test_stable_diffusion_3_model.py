@@ -1,5 +1,6 @@
 """A folder of Stable Diffusion 3: text, predictions and images against diffusers' pipeline, and refusals."""
 
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from tiny_sd3 import write_sd3  # noqa: E402
 from torch_modules import assert_close, compile_fast, to_nchw, to_nhwc  # noqa: E402
 
 CAPTIONS = ["a red fox", "snow on a fox " * 30]
+WIDTHS, PROJECTIONS = [(0, 12), (12, 20)], [(0, 12), (12, 18)]  # of both CLIPs, side by side
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,37 @@ def test_another_number_of_tokens_is_read_as_in_diffusers(has_t5, length, models
     assert_close(conditioning.states, states.numpy(), 1e-5, "states")
     assert_close(conditioning.pooled, pooled.numpy(), 1e-5, "pooled")
     np.testing.assert_array_equal(pipe.empty_tokens, pipe.tokenize([""])[0])
+
+
+@pytest.mark.ci
+@each_row(("has_t5", "zeros"), [(True, False), (True, True), (False, True)])
+def test_each_encoder_is_dropped_by_itself(has_t5, zeros, models):
+    """Every choice of encoders, against the text with and without a caption, put together by hand."""
+    pipe = load_pipeline(models[has_t5], max_sequence_length=5)
+    encoders = 3 if has_t5 else 2
+    drop = np.array(list(itertools.product([False, True], repeat=encoders)))
+    params = read_all(pipe)
+    encode = compile_fast(pipe.encode_conditioning)
+
+    def run(batch):
+        found = encode(params, {**pipe.prompt_batch(batch.pop("tokens"), (16, 16)), **batch})
+        return np.array(found.states), np.array(found.pooled)
+
+    tokens = np.repeat(pipe.tokenize(["a red fox"]), len(drop), axis=0)
+    expected, without = run({"tokens": tokens}), run({"tokens": np.zeros_like(tokens) + pipe.empty_tokens})
+    if zeros:
+        without = [np.zeros_like(each) for each in without]
+    for row, dropped in enumerate(drop):
+        for i in np.flatnonzero(dropped[:2]):
+            columns = slice(*WIDTHS[i])
+            expected[0][row, :77, columns] = without[0][row, :77, columns]
+            columns = slice(*PROJECTIONS[i])
+            expected[1][row, columns] = without[1][row, columns]
+        if dropped[2:].any():
+            expected[0][row, 77:] = without[0][row, 77:]
+    batch = pipe.drop_captions({"tokens": jax.numpy.asarray(tokens)}, drop, zeros=zeros)
+    for ours, theirs in zip(run(batch), expected, strict=True):
+        assert_close(ours, theirs, 1e-5)
 
 
 def test_what_identifies_the_tokens_of_t5(models):

@@ -157,6 +157,16 @@ def config(shallow_model, tiny_pairs):
         ({"caption_dropout": 1.5}, "config.caption_dropout = 1.5: must be between 0 and 1"),
         ({"positive_ratio": -0.1}, "config.positive_ratio = -0.1: must be between 0 and 1"),
         (
+            {"encoder_dropout": 0.464},
+            "config.encoder_dropout = 0.464: is of Stable Diffusion 3, and {model} is Stable Diffusion "
+            "1 and 2; leave it out: config.caption_dropout drops whole captions",
+        ),
+        (
+            {"dropped_captions": "zeros"},
+            "config.dropped_captions = 'zeros': is of Stable Diffusion 3, and {model} is Stable "
+            "Diffusion 1 and 2; leave it out: config.caption_dropout drops whole captions",
+        ),
+        (
             {"compute_dtype": "float16"},
             "config.compute_dtype = 'float16': unknown; did you mean 'bfloat16'? "
             "(allowed: bfloat16, float32)",
@@ -169,7 +179,7 @@ def config(shallow_model, tiny_pairs):
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(config, tmp_path, changes, message):
-    message = message.replace("{data}", str(config.data.path))
+    message = message.replace("{data}", str(config.data.path)).replace("{model}", str(config.model))
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=r"config|split|objective") as caught:
         train(config, tmp_path / "run")

@@ -31,6 +31,8 @@ class Draws:
     Attributes:
       levels: distribution of the noise levels.
       caption_dropout: probability of dropping the caption of a pair.
+      encoder_dropout: probability with which each text encoder by itself is without the caption of a pair.
+      drops_to_zeros: whether zeros stand for what is dropped, and not the empty caption.
       share_timesteps: whether the images of a pair share their noise level.
       share_noise: whether the images of a pair share their noise.
       noise_offset: deviation of what is added to all of an image's noise, a number for each channel.
@@ -45,6 +47,8 @@ class Draws:
     noise_offset: float
     positive_ratio: float
     adapter_dropout: float = 0.0
+    encoder_dropout: float = 0.0
+    drops_to_zeros: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,8 @@ class PreferenceLoss:
         if self.objective.needs_captions:
             frozen_params = gather(cast(task, of_components(task, reference)))
             captions = task.pipe.embed_captions(frozen_params, batch)
-        batch = task.pipe.drop_captions({**batch, **per_image}, drop)
+        drop = drop[:, None] | self._draw_encoders(batch, key, len(task.pipe.empty_tokens))
+        batch = task.pipe.drop_captions({**batch, **per_image}, drop, zeros=self.draws.drops_to_zeros)
         noisy = schedule.add_noise(latents, noise, levels)
         policy, frozen = self.forward(
             task, params, reference, noisy, levels, batch, self._draw_dropout(batch, key)
@@ -109,6 +114,17 @@ class PreferenceLoss:
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+    def _draw_encoders(self, batch: Batch, key: Key[jax.Array, ""], count: int) -> Bool[jax.Array, "B E"]:
+        """Draws which of `count` text encoders are without the caption, from (key, index) like the noise."""
+        if not self.draws.encoder_dropout:
+            return jnp.zeros((len(batch["index"]), count), bool)
+
+        def draw(index: jax.Array) -> jax.Array:  # numbers 0 to 6 are of other draws
+            of_example = jax.random.fold_in(jax.random.fold_in(key, index), 7)
+            return jax.random.bernoulli(of_example, self.draws.encoder_dropout, (count,))
+
+        return jax.vmap(draw)(batch["index"])
 
     def _draw_dropout(self, batch: Batch, key: Key[jax.Array, ""]) -> Dropout | None:
         """Draws dropout from (key, index) like the noise; numbers 0 to 5 of its keys are of other draws."""
