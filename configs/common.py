@@ -191,8 +191,9 @@ def get_config() -> ConfigDict:
     # a batch that are drawn together.
     config.stream.batch_size = 16
     # How images are drawn: "ddim", with `eta`, "ddpm" or "euler_ancestral"; of models of rectified flow
-    # "flow_ancestral" or "flow_grpo", with `eta`, or "flow_euler".
-    config.stream.sampler = "ddim"
+    # "flow_ancestral" or "flow_grpo", with `eta`, or "flow_euler". None is "ddim"; of a flow "flow_euler", in
+    # "trajectories" "flow_ancestral".
+    config.stream.sampler = config_dict.placeholder(str)
     config.stream.eta = 1.0
     config.stream.num_inference_steps = 50
     # s in uncond + s (cond - uncond), in drawing and in training; at 1 or less there is no guidance.

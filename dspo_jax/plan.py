@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     config.batch_size = len(devices) * (values.pairs_per_device or max(1, config.batch_size // len(devices)))
     settings = parse(config)
     pipe = with_text(pipe, **dataclasses.asdict(settings.text))
+    settings = settings.with_sampler(pipe.schedule)
     size = image_size(settings.data, pipe, values.resolution)
     if facts is None:
         what = settings.method if values.part == "step" else values.part

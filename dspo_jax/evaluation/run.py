@@ -120,7 +120,8 @@ def evaluate(
         requests = [ImageRequest(p.text, i, seed) for i, p in enumerate(prompts.prompts) for seed in seeds]
         files = place_images(folder, [label], requests, rendering.image_format)[label]
         by_prompt = np.array([files[each] for each in requests]).reshape(len(prompts.prompts), -1).tolist()
-        how = {**dataclasses.asdict(rendering.drawing), "size": rendering.size, "step": pipe.step}
+        drawing = rendering.drawing.suited_to(pipe)
+        how = {**dataclasses.asdict(drawing), "size": rendering.size, "step": pipe.step}
         how |= pipe.text
         images[label] = Images(str(model), how, by_prompt)
     images = {label: images[label] for label in origins}

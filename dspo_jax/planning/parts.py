@@ -13,7 +13,6 @@ from dspo_jax.parallel.mesh import batch_sharding, replicated
 from dspo_jax.parallel.rules import bytes_per_device
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.planning import absent_gpu
-from dspo_jax.samplers import samplers_of
 from dspo_jax.sampling.image_sampler import ImageSampler
 from dspo_jax.sampling.rendering import Drawing
 from dspo_jax.training.costs import abstract_batch
@@ -89,8 +88,7 @@ def judge(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int,
 
 def sample(settings: Settings, pipe: Pipeline, size: tuple[int, int], count: int, mesh: Mesh) -> Program:
     """Returns the drawing of `count` latents, with the defaults of `dspo_jax.sample`; see `step`."""
-    drawing = Drawing(sampler=samplers_of(pipe.schedule)[0])
-    sampler = ImageSampler(pipe, drawing, compute_dtype=settings.compute_dtype, mesh=mesh)
+    sampler = ImageSampler(pipe, Drawing(), compute_dtype=settings.compute_dtype, mesh=mesh)
     params, split = (
         _abstract_params(pipe, pipe.components, mesh, settings.compute_dtype),
         batch_sharding(mesh),

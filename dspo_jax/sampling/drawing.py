@@ -79,6 +79,12 @@ def sample(
     if init_latents is not None and len(seeds) > 1:
         raise UserError(f"--seeds: {len(seeds)} of them, but --init_latents are those of one; give one seed")
     pipes = {label: rendering.drawing.load(path) for label, path in models.items()}
+    for label, pipe in pipes.items():
+        rendering = dataclasses.replace(rendering, drawing=rendering.drawing.suited_to(pipe))
+        try:
+            rendering.drawing.make_sampler(pipe)
+        except UserError as error:
+            raise UserError(f"{label}: {error}") from error
     shapes = {label: (len(prompts), *rendering.latent_shape(pipe)) for label, pipe in pipes.items()}
     negatives = [rendering.load_negative(pipe) for pipe in pipes.values()]
     if init_latents is not None:

@@ -10,12 +10,12 @@ def define_drawing_flags() -> None:
     """Defines the drawing flags; a command calls this once."""
     flags.DEFINE_enum(
         "sampler",
-        "ddim",
+        None,
         (
             *("ddim", "ddpm", "dpmpp_2m", "euler", "euler_ancestral", "pndm"),
             *("flow_ancestral", "flow_dpmpp_2m", "flow_euler", "flow_grpo", "flow_heun"),
         ),
-        "How noise becomes an image; flow_...: of a model of rectified flow.",
+        "How noise becomes an image (default: ddim; of a model of rectified flow flow_euler).",
     )
     flags.DEFINE_integer("steps", 50, "Steps of the sampler.")
     flags.DEFINE_float(

@@ -49,13 +49,13 @@ class NoiseOptimizer:
         """
         self._reward = load_differentiable(rendering.optimize_noise, rendering.rewards_folder)
         self._steps, self.rewards = rendering.optimize_steps, dict[ImageRequest, tuple[float, float]]()
-        drawing, compute_dtype = rendering.drawing, rendering.choose_dtype()
+        drawing, compute_dtype = rendering.drawing.suited_to(pipe), rendering.choose_dtype()
         self._pipe, self._split = pipe, batch_sharding(mesh)
         sampler, denoiser = drawing.make_sampler(pipe), GuidedDenoiser(pipe, drawing, compute_dtype)
         if sampler.step_noise is not None or sampler.step_outputs.shape[1] > 1:
             raise UserError(
                 f"--optimize_noise: sampler {drawing.sampler!r} with eta {drawing.eta:g} draws noise in its "
-                "steps or remembers earlier ones; take --sampler=ddim --eta=0, or euler"
+                "steps or remembers earlier ones; take --sampler=ddim --eta=0, euler, or of a flow flow_euler"
             )
         names = (*pipe.components, "vae")
         dtypes = {name: "float32" if name == "vae" else compute_dtype for name in names}

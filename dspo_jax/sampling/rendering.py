@@ -21,7 +21,8 @@ class Drawing:
     """Settings of sampling, from noise to latents.
 
     Attributes:
-      sampler: one of `samplers.SAMPLERS`.
+      sampler: one of `samplers.SAMPLERS`; None is the one that suits most uses of the model's process, "ddim"
+        or, of rectified flow, "flow_euler".
       steps: of the sampler, each one pass of the UNet over the batch, or with guidance over twice the batch.
       guidance_scale: s in uncond + s (cond - uncond). At 1 or less there is no guidance, and the prompt alone
         is run, as in diffusers' pipelines.
@@ -41,7 +42,7 @@ class Drawing:
         step adds as much noise as "ddpm"; of "flow_grpo" its a.
     """
 
-    sampler: str = "ddim"
+    sampler: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     guidance_interval: tuple[int, int] = (0, 1000)
@@ -59,9 +60,10 @@ class Drawing:
         Raises:
           UserError: by the flag of the commands.
         """
-        if self.sampler not in samplers.SAMPLERS:
-            raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
-        samplers.check_eta(self.sampler, self.eta)
+        if self.sampler is not None:
+            if self.sampler not in samplers.SAMPLERS:
+                raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
+            samplers.check_eta(self.sampler, self.eta)
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance_scale={self.guidance_scale}: must be a finite number")
         if not 0 <= self.guidance_rescale <= 1:
@@ -79,14 +81,18 @@ class Drawing:
             max_sequence_length=self.max_sequence_length,
         )
 
+    def suited_to(self, pipe: Pipeline) -> "Drawing":
+        """Returns the settings with the sampler that they mean for a model, by name."""
+        return dataclasses.replace(self, sampler=self.sampler or samplers.samplers_of(pipe.schedule)[0])
+
     def make_sampler(self, pipe: Pipeline) -> samplers.Sampler:
         """Makes the sampler for a model.
 
         Raises:
-          UserError: it does not do what the model's scheduler config asks for.
+          UserError: it reverses another process, or does not do what the model's scheduler config asks for.
         """
         return samplers.make_sampler(
-            self.sampler,
+            self.sampler or samplers.samplers_of(pipe.schedule)[0],
             pipe.schedule,
             pipe.scheduler_config,
             self.steps,

@@ -222,7 +222,7 @@ def _describe_own_images(experiment: Experiment) -> Iterator[str]:
 def _describe_drawing(settings: Settings) -> str:
     """Says how the images of a run are drawn."""
     drawing = settings.stream.drawing
-    eta = f", eta {drawing.eta:g}" if SAMPLERS[drawing.sampler].eta else ""
+    eta = f", eta {drawing.eta:g}" if drawing.sampler and SAMPLERS[drawing.sampler].eta else ""
     guidance = f"guidance {drawing.guidance_scale:g}"
     if drawing.guidance_rescale:
         guidance += f" rescaled by {drawing.guidance_rescale:g}"

@@ -18,7 +18,6 @@ from dspo_jax.images.contact_sheet import contact_sheet, enlargement
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards.reward import Reward, describe_error
-from dspo_jax.samplers import samplers_of
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
@@ -89,11 +88,7 @@ class SampleGrids:
         requests += [requests[-1]] * (-len(requests) % self._batch_size)
         self._requests = requests
         self._noise = np.asarray(initial_noise(requests, (*pipe.latent_size, pipe.latent_channels)))
-        drawing = Drawing(
-            sampler=samplers_of(pipe.schedule)[0],
-            steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-        )
+        drawing = Drawing(steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale)
         self._sampler = ImageSampler(pipe, drawing, compute_dtype=compute_dtype, mesh=mesh)
         self._rewards = rewards
         self._base = self._draw(params, "the base")

@@ -31,6 +31,7 @@ from dspo_jax.objectives import Objective, get_objective
 from dspo_jax.objectives.policy_gradient import get_policy_gradient
 from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradient
 from dspo_jax.objectives.steps import PolicyGradient
+from dspo_jax.schedules.process import Process
 from dspo_jax.training.lora_settings import LoraSettings
 from dspo_jax.training.optim import OptimizerSettings
 from dspo_jax.training.stream_settings import (
@@ -262,6 +263,12 @@ class Settings:
         """Returns the settings with the model's `max_sequence_length` in place of its default."""
         text = dataclasses.replace(self.text, max_sequence_length=length)
         return dataclasses.replace(self, text=text, given={**self.given, "text": dataclasses.asdict(text)})
+
+    def with_sampler(self, process: Process) -> "Settings":
+        """Returns the settings with the stream's sampler for a model's process in place of its default."""
+        stream = self.stream.with_sampler(process)
+        given = {**self.given, "stream": {**self.given["stream"], "sampler": stream.sampler}}
+        return dataclasses.replace(self, stream=stream, given=given)
 
     def for_examples(self, count: int) -> "Settings":
         """Returns the settings with `epochs`, if there are any, turned into the steps of so many examples."""

@@ -112,7 +112,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     if not settings.model:
         raise UserError("config.model is not set: give --config.model=DIR, a diffusers folder")
     pipe = load_pipeline(settings.model, **dataclasses.asdict(settings.text))
-    settings = settings.with_sequence_length(pipe.max_sequence_length)
+    settings = settings.with_sequence_length(pipe.max_sequence_length).with_sampler(pipe.schedule)
     for line in model_dir.foresee_export(pipe.path):
         logging.warning("config.model = %s: %s", settings.model, line)
     adapters = make_adapters(settings, pipe)

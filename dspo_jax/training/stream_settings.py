@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from dspo_jax.limits import AT_LEAST_1, DECAY, FINITE, NOT_NEGATIVE, PROBABILITY, choice, limited
-from dspo_jax.samplers import SAMPLERS
+from dspo_jax.samplers import SAMPLERS, samplers_of
 from dspo_jax.sampling.rendering import Drawing
+from dspo_jax.schedules.process import Process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,9 @@ class StreamSettings:
     images: int = limited(AT_LEAST_1)
     updates: int = limited(AT_LEAST_1)
     batch_size: int = limited(AT_LEAST_1)
-    sampler: str = choice("ddim", "ddpm", "euler_ancestral", "flow_ancestral", "flow_euler", "flow_grpo")
+    sampler: str | None = choice(
+        *("ddim", "ddpm", "euler_ancestral", "flow_ancestral", "flow_euler", "flow_grpo"), optional=True
+    )
     eta: float = limited(PROBABILITY)
     num_inference_steps: int = limited(AT_LEAST_1)
     guidance_scale: float = limited(FINITE)
@@ -44,8 +47,18 @@ class StreamSettings:
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance_rescale=self.guidance_rescale,
-            eta=self.eta if SAMPLERS[self.sampler].eta else 0.0,
+            eta=self.eta if self.sampler is None or SAMPLERS[self.sampler].eta else 0.0,
         )
+
+    def with_sampler(self, process: Process) -> "StreamSettings":
+        """Returns the settings with the sampler that is meant where they name none: of a model's process.
+
+        "ddim"; of rectified flow "flow_euler", or "flow_ancestral" where a policy gradient needs a density.
+        """
+        names = samplers_of(process)
+        if self.kind == "trajectories":
+            names = [name for name in names if SAMPLERS[name].eta]
+        return dataclasses.replace(self, sampler=self.sampler or names[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -273,7 +273,7 @@ def noisy_calls(sampler: Sampler, stream: StreamSettings) -> Int32[np.ndarray, "
     """
     if sampler.step_noise is None:
         why = "the sampler's steps add no noise, so that they have no density, which a policy gradient needs"
-        if not SAMPLERS[stream.sampler].eta:
+        if stream.sampler and not SAMPLERS[stream.sampler].eta:
             raise UserError(f"config.stream.sampler = {stream.sampler!r}: {why}; take 'flow_ancestral'")
         raise UserError(
             f"config.stream.eta = {stream.eta:g}: {why}; it must be above 0, and is 1 in every released code"

@@ -76,7 +76,7 @@ def test_an_image_is_diffusers(models):
     noise = np.random.default_rng(0).standard_normal((1, 4, 4, 4), np.float32)
     options = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 5.0}
     expected = theirs(CAPTIONS[0], latents=to_nchw(noise), output_type="np", **options).images
-    drawing = Drawing(sampler="flow_euler", steps=4, guidance_scale=5.0)
+    drawing = Drawing(steps=4, guidance_scale=5.0)
     sampler, denoiser = drawing.make_sampler(pipe), GuidedDenoiser(pipe, drawing)
 
     def draw(params, tokens, noise):

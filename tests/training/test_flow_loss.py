@@ -20,6 +20,7 @@ from dspo_jax.schedules.sigma_draws import LogitNormal
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.losses.preference import draw_noise
 from dspo_jax.training.online_checks import check_drawing
+from dspo_jax.training.settings import parse as parse_settings
 from dspo_jax.training.step import train_step
 from dspo_jax.training.stream_settings import StreamSettings
 from dspo_jax.training.trajectory_stream import noisy_calls
@@ -171,6 +172,26 @@ def test_a_sampler_of_another_process_is_refused_by_key() -> None:
         stream = SimpleNamespace(sampler=sampler, num_inference_steps=10)
         with pytest.raises(UserError, match=rf"config\.stream\.sampler = '{sampler}': .*these do: {named}, "):
             check_drawing(SimpleNamespace(stream=stream), SimpleNamespace(schedule=process))
+
+
+@each_row(
+    ("process", "kind", "sampler"),
+    [
+        (FLOW, "own_pairs", "flow_euler"),
+        (FLOW, "trajectories", "flow_ancestral"),
+        (Schedule.scaled_linear(), "prompts", "ddim"),
+        (Schedule.scaled_linear(), "trajectories", "ddim"),
+    ],
+)
+def test_a_stream_draws_with_a_sampler_of_the_models_process(process, kind, sampler) -> None:
+    config = common.get_config()
+    config.objective.name, config.objective.beta = "diffusion_dpo", 1500.0
+    config.stream.kind = kind
+    if kind != "own_pairs":
+        config.rewards.train = "compressibility"
+    settings = parse_settings(config).with_sampler(process)
+    assert settings.stream.drawing.sampler == settings.given["stream"]["sampler"] == sampler
+    assert settings.with_sampler(FLOW).stream.sampler == sampler  # one that is named stays
 
 
 def test_policy_gradients_train_on_the_steps_that_have_a_density() -> None:
