@@ -91,6 +91,10 @@ def _describe_drawing(how: JsonObject) -> str:
         parts.append("guided at timesteps {} to {}".format(*how["guidance_interval"]))
     if how.get("guidance_rescale"):
         parts.append(f"guidance rescale {how['guidance_rescale']:g}")
+    if skipped := how.get("skip_layer_guidance"):
+        layers = ", ".join(map(str, skipped["layers"]))
+        within = f"{skipped['start']:g} to {skipped['stop']:g}"
+        parts.append(f"guided by {skipped['scale']:g} from without blocks {layers} at shares {within}")
     if how["negative_prompt"] is not None:
         parts.append(f"negative prompt {how['negative_prompt']!r}")
     if how.get("eta"):

@@ -309,6 +309,7 @@ class SD3Transformer2D(nnx.Module):
         pooled_projections: Float[jax.Array, "captions P"],
         positions: Float[jax.Array, "h w D"],
         remat: str = "none",
+        skip_layers: tuple[int, ...] = (),
     ) -> Float[jax.Array, "B H W out_channels"]:
         """Predicts v = noise - latents of noisy latents.
 
@@ -320,6 +321,7 @@ class SD3Transformer2D(nnx.Module):
           pooled_projections: [B, pooled_projection_dim] or [B / n, ...].
           positions: of the patches, from `crop_positions`.
           remat: a policy of models/remat.py, by which each transformer block is a block.
+          skip_layers: numbers of blocks that are left out, for skip-layer guidance.
 
         Returns:
           [B, H, W, out_channels] in the dtype of `sample`.
@@ -347,8 +349,9 @@ class SD3Transformer2D(nnx.Module):
 
         x = self.pos_embed.proj(sample).astype(jnp.float32) + positions[None].astype(jnp.float32)
         x = x.astype(dtype).reshape(batch, rows * columns, -1)
-        for block in self.transformer_blocks:
-            x, text = run_block(block, remat, x, text, condition)
+        for number, block in enumerate(self.transformer_blocks):
+            if number not in skip_layers:
+                x, text = run_block(block, remat, x, text, condition)
         scale, shift = self.norm_out(condition)  # in this order
         x = self.proj_out(_modulate(_normalize(x), shift, scale))
         x = x.reshape(batch, rows, columns, size, size, self.out_channels).swapaxes(2, 3)

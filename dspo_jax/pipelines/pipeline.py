@@ -313,6 +313,7 @@ class Pipeline:
         conditioning: Conditioning,
         *,
         remat: str = "none",
+        skip_layers: tuple[int, ...] = (),
     ) -> Float[jax.Array, "N h w C"]:
         """Returns the denoiser's output for noisy latents. Pure.
 
@@ -323,6 +324,7 @@ class Pipeline:
             levels between them and of rectified flow.
           conditioning: of N images.
           remat: a policy of models/remat.py for the backward pass.
+          skip_layers: blocks of the denoiser that are left out, numbers below `num_blocks`.
 
         Returns:
           [N, h, w, C] in the dtype of `latents`: eps, v or velocity, as `schedule.prediction_type` says.
@@ -332,9 +334,16 @@ class Pipeline:
         """
         denoiser = self.networks[self.denoiser]
         more = self.family.conditioner.make_inputs(conditioning, latents.shape, denoiser, self._buffers)
+        if skip_layers:
+            more["skip_layers"] = skip_layers
         return denoiser.apply(
             params[self.denoiser], latents, timesteps, conditioning.states, **more, remat=remat
         )
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of the denoiser's blocks that drawing may skip; 0 of a UNet."""
+        return int(self.networks[self.denoiser].settings.get("num_layers", 0))
 
     @functools.cached_property
     def _buffers(self) -> Mapping[str, np.ndarray]:

@@ -28,6 +28,14 @@ def define_drawing_flags() -> None:
     flags.DEFINE_float(
         "guidance_rescale", 0.0, "From 0 to 1: how far guidance keeps the prediction's standard deviation."
     )
+    flags.DEFINE_list(
+        "skip_layers",
+        None,
+        "Blocks that skip-layer guidance leaves out; of Stable Diffusion 3.5 medium 7,8,9.",
+    )
+    flags.DEFINE_float("skip_layer_scale", None, "How much of the difference is added (default: 2.8).")
+    flags.DEFINE_float("skip_layer_start", None, "Share of the steps before it (default: 0.01).")
+    flags.DEFINE_float("skip_layer_stop", None, "Share of the steps after which it ends (default: 0.2).")
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", None, "What to steer away from.")
     flags.DEFINE_integer(

@@ -1,5 +1,6 @@
 """The folder that `sample` writes: settings, images, a manifest, contact sheets."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -43,7 +44,7 @@ def claim_output(out: Path, settings: Mapping[str, object], *, overwrite: bool) 
         fix = f"delete {out}, or choose another folder: how its images were drawn is lost"
         # Folders of earlier versions were all drawn so.
         earlier = {"eta": 0.0, "guidance_rescale": 0.0, "optimize_noise": "", "optimize_steps": 0}
-        earlier |= {"negative_model": None, "negative_sha256": None}
+        earlier |= {"negative_model": None, "negative_sha256": None, "skip_layer_guidance": None}
         theirs = {**earlier, **read_object(path, fix)}
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         if not differing:
@@ -103,6 +104,8 @@ def write_manifest(
     keys = ("sampler", "steps", "eta", "guidance_scale", "guidance_rescale", "strength")
     how = {key: getattr(rendering.drawing, key) for key in keys}
     how["negative_model"] = rendering.negative_model
+    if rendering.drawing.skip_layer_guidance is not None:
+        how["skip_layer_guidance"] = dataclasses.asdict(rendering.drawing.skip_layer_guidance)
     init_images = [prompt.image and _copy_init_image(prompt.image, out) for prompt in prompts]
     with whole(out / MANIFEST) as partial, partial.open("w", encoding="utf-8") as manifest:
         for label, path in models.items():

@@ -11,7 +11,7 @@ from absl import flags
 from dspo_jax.errors import UserError
 from dspo_jax.sampling.init_latents import map_latents
 from dspo_jax.sampling.prompts import Prompt, check_text, read_prompts
-from dspo_jax.sampling.rendering import Drawing, Rendering
+from dspo_jax.sampling.rendering import Drawing, Rendering, SkipLayers
 
 
 class Options(NamedTuple):
@@ -80,6 +80,7 @@ def read_drawing_flags(
         guidance_scale=settings.guidance_scale,
         guidance_interval=_parse_interval(settings.guidance_interval),
         guidance_rescale=settings.guidance_rescale,
+        skip_layer_guidance=_parse_skipping(settings),
         negative_prompt=negative,
         strength=strength,
         eta=settings.eta,
@@ -112,6 +113,22 @@ def _with_images(prompts: Sequence[Prompt], init_image: str | None, strength: fl
     if not with_image and strength != 1:
         raise UserError(f"--strength={strength:g}: is of editing an image; give --init_image")
     return list(prompts)
+
+
+def _parse_skipping(settings: flags.FlagValues) -> SkipLayers | None:
+    given = {key: getattr(settings, f"skip_layer_{key}") for key in ("scale", "start", "stop")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not settings.skip_layers:
+        for key, value in given.items():
+            raise UserError(f"--skip_layer_{key}={value:g}: no layers are skipped; give --skip_layers=7,8,9")
+        return None
+    try:
+        layers = tuple(map(int, settings.skip_layers))
+    except ValueError as error:
+        raise UserError(
+            f"--skip_layers={','.join(settings.skip_layers)}: must be numbers of blocks, as 7,8,9"
+        ) from error
+    return SkipLayers(layers, **given)
 
 
 def _parse_interval(texts: Sequence[str]) -> tuple[int, int]:

@@ -17,6 +17,50 @@ FORMATS = ("png", "webp")
 
 
 @dataclasses.dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance of Stability's Stable Diffusion 3.5 medium, as diffusers computes it.
+
+    At calls i of the network with start * n < i < stop * n, of n, scale * (v(prompt) - v(prompt, without the
+    layers)) is added to what guidance gives.
+
+    Attributes:
+      layers: numbers of the denoiser's blocks, from 0; Stability names 7, 8 and 9.
+      scale, start, stop: the defaults are diffusers'.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuses what is no such guidance.
+
+        Raises:
+          UserError: by the flag of the commands.
+        """
+        if not math.isfinite(self.scale):
+            raise UserError(f"--skip_layer_scale={self.scale}: must be a finite number")
+        if not 0 <= self.start <= self.stop <= 1:
+            raise UserError(
+                f"--skip_layer_start={self.start:g} --skip_layer_stop={self.stop:g}: must be shares of the "
+                "calls between 0 and 1, the first not above the second"
+            )
+
+    def check(self, pipe: Pipeline) -> None:
+        """Refuses a model without the layers.
+
+        Raises:
+          UserError: by the flag of the commands.
+        """
+        flag = f"--skip_layers={','.join(map(str, self.layers))}"
+        if not pipe.num_blocks:
+            raise UserError(f"{flag}: {pipe.path} has no blocks that could be skipped; leave it out")
+        if not all(0 <= layer < pipe.num_blocks for layer in self.layers):
+            raise UserError(f"{flag}: {pipe.path} has blocks 0 to {pipe.num_blocks - 1}; name some of these")
+
+
+@dataclasses.dataclass(frozen=True)
 class Drawing:
     """Settings of sampling, from noise to latents.
 
@@ -30,6 +74,7 @@ class Drawing:
         arXiv:2404.07724, whose interval is of noise levels); at the others the scale is 1.
       guidance_rescale: from 0 to 1, how far the guided prediction takes the standard deviation of the one
         under the prompt (Lin et al. 2023, arXiv 2305.08891, Eq. 15-16); 0 leaves it as guided.
+      skip_layer_guidance: see `SkipLayers`; None is none.
       negative_prompt: what the unconditional half is given. None is the empty text, but zeros in place of its
         states for an SDXL whose model_index.json says `force_zeros_for_empty_prompt`, as in diffusers.
       strength: of editing an image, in (0, 1]: the share of the steps that is taken, from the image with the
@@ -47,6 +92,7 @@ class Drawing:
     guidance_scale: float = 7.5
     guidance_interval: tuple[int, int] = (0, 1000)
     guidance_rescale: float = 0.0
+    skip_layer_guidance: SkipLayers | None = None
     negative_prompt: str | None = None
     strength: float = 1.0
     eta: float = 0.0
@@ -71,6 +117,11 @@ class Drawing:
         first, last = self.guidance_interval
         if first > last:
             raise UserError(f"--guidance_interval={first},{last}: the first must not be above the last")
+        if self.skip_layer_guidance is not None and self.guidance_scale <= 1:
+            raise UserError(
+                "--skip_layers: is a part of guidance, of which there is none at --guidance_scale="
+                f"{self.guidance_scale:g}; give a scale above 1"
+            )
 
     def load(self, model: str | Path | Adapted) -> Pipeline:
         """Reads a model whose prompts are encoded so; arguments and errors as `load_pipeline`."""
@@ -89,8 +140,11 @@ class Drawing:
         """Makes the sampler for a model.
 
         Raises:
-          UserError: it reverses another process, or does not do what the model's scheduler config asks for.
+          UserError: it reverses another process, or does not do what the model's scheduler config asks for;
+            or the model has no such layers as are skipped.
         """
+        if self.skip_layer_guidance is not None:
+            self.skip_layer_guidance.check(pipe)
         return samplers.make_sampler(
             self.sampler or samplers.samplers_of(pipe.schedule)[0],
             pipe.schedule,

@@ -12,7 +12,7 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.drawing import sample
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.prompts import Prompt
-from dspo_jax.sampling.rendering import Drawing, Rendering
+from dspo_jax.sampling.rendering import Drawing, Rendering, SkipLayers
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
@@ -60,7 +60,9 @@ def test_a_flow_is_drawn_with_its_own_sampler_unless_another_is_named(pipe, shal
 
     draw([pipe.path], "flow")
     for file in ("settings.json", "manifest.jsonl"):
-        assert json.loads((tmp_path / "flow" / file).read_text())["sampler"] == "flow_euler"
+        recorded = json.loads((tmp_path / "flow" / file).read_text())
+        assert recorded["sampler"] == "flow_euler"
+        assert recorded.get("skip_layer_guidance") is None
     assert Drawing().suited_to(load_pipeline(shallow_model)).sampler == "ddim"
     draw([pipe.path], "flow", sampler="flow_euler")  # the same images, which are there
     for models, sampler in (
@@ -103,3 +105,48 @@ def test_an_image_from_an_image_is_diffusers(steps, strength, pipe, draw_latents
     before = compile_fast(lambda pixels: pipe.encode_moments(vae, pixels))(pixels)[..., :4]
     drawing = Drawing(steps=steps, guidance_scale=5.0, strength=strength)
     assert_close(draw_latents(drawing, noise, before), to_nhwc(expected), 1e-4)
+
+
+@pytest.mark.ci
+def test_skip_layer_guidance_is_diffusers(pipe, draw_latents, theirs):
+    """Of six calls the second and third have it: .01 * 6 < i < .5 * 6."""
+    noise = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    options = {"height": 16, "width": 16, "num_inference_steps": 6, "guidance_scale": 5.0}
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.5}
+    expected, without = (
+        to_nhwc(theirs(CAPTION, latents=to_nchw(noise), output_type="latent", **options, **more).images)
+        for more in (skipping, {})
+    )
+    drawing = Drawing(steps=6, guidance_scale=5.0, skip_layer_guidance=SkipLayers((1,), stop=0.5))
+    assert_close(draw_latents(drawing, noise), expected, 1e-4)
+    assert np.abs(expected - without).max() > 0.01
+
+
+@each_row(
+    ("flow", "guidance_scale", "options", "message"),
+    [
+        (True, 5.0, {"layers": (1, 2)}, "--skip_layers=1,2: [^\n]* has blocks 0 to 1; name some of these"),
+        (
+            False,
+            5.0,
+            {"layers": (1,)},
+            "--skip_layers=1: [^\n]* has no blocks that could be skipped; leave it",
+        ),
+        (True, 1.0, {"layers": (1,)}, "--skip_layers: is a part of guidance, of which there is none at "),
+        (True, 5.0, {"layers": (1,), "scale": float("nan")}, "--skip_layer_scale=nan: must be a finite"),
+        (True, 5.0, {"layers": (1,), "start": 0.3}, "--skip_layer_start=0.3 --skip_layer_stop=0.2: must be"),
+    ],
+)
+def test_what_cannot_be_skipped_is_refused(flow, guidance_scale, options, message, pipe, shallow_model):
+    model = pipe if flow else load_pipeline(shallow_model)
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
+        Drawing(guidance_scale=guidance_scale, skip_layer_guidance=SkipLayers(**options)).make_sampler(model)
+
+
+def test_skipped_layers_are_recorded(pipe, tmp_path):
+    """Where there are none, the other test of the command finds none."""
+    drawing = Drawing(steps=2, guidance_scale=2.0, skip_layer_guidance=SkipLayers((1,)))
+    sample({"flow": pipe.path}, [Prompt(CAPTION)], tmp_path, Rendering(drawing, batch_size=1), seeds=[0])
+    for file in ("settings.json", "manifest.jsonl"):
+        recorded = json.loads((tmp_path / file).read_text())["skip_layer_guidance"]
+        assert recorded == {"layers": [1], "scale": 2.8, "start": 0.01, "stop": 0.2}

@@ -326,7 +326,7 @@ def test_a_negative_model_of_another_kind_is_refused(model, tmp_path, spoil, mes
 
 
 OPTIONS = {
-    **{"model": ["m"], "prompts": "a", "out": "out", "sampler": "ddim", "steps": 50, "guidance_scale": 7.5},
+    **{"model": ["m"], "prompts": "a", "out": "out", "sampler": None, "steps": 50, "guidance_scale": 7.5},
     **{"guidance_interval": ["0", "1000"], "seeds": ["0"], "batch_size": 16, "negative_prompt": None},
     **{"init_image": None, "strength": None, "init_latents": None, "height": None, "width": None},
     **{"optimize_noise": None, "optimize_steps": 50, "reward_dir": "rewards"},
@@ -334,6 +334,7 @@ OPTIONS = {
     **{"allow_outside": False, "eta": 0.0, "guidance_rescale": 0.0, "max_chunks": None, "clip_skip": None},
     "max_sequence_length": None,
     "negative_model": None,
+    **dict.fromkeys(("skip_layers", "skip_layer_scale", "skip_layer_start", "skip_layer_stop")),
 }
 
 
@@ -352,6 +353,8 @@ OPTIONS = {
         ({"guidance_interval": ["9", "3"]}, "--guidance_interval=9,3: the first must not be above"),
         ({"guidance_scale": math.nan}, "--guidance_scale=nan: must be a finite number"),
         ({"guidance_rescale": 1.5}, "--guidance_rescale=1.5: must be between 0 and 1"),
+        ({"skip_layers": ["7", "x"]}, "--skip_layers=7,x: must be numbers of blocks, as 7,8,9"),
+        ({"skip_layer_stop": 0.5}, "--skip_layer_stop=0.5: no layers are skipped; give --skip_layers=7,8,9"),
         ({"guidance_interval": ["9"]}, "--guidance_interval=9: must be two timesteps"),
         (
             {"init_latents": "pyproject.toml"},
