@@ -130,6 +130,17 @@ def test_a_whole_step_is_lowered(shallow_model, card):
     assert count_in_step(load_pipeline(shallow_model), shallow_model, 16) == (4, 2)
 
 
+@pytest.mark.ci
+def test_image_and_text_of_an_odd_length_are_trained_by_cudnn(card, tmp_path):
+    """4 patches and 85 tokens: three layers of Stable Diffusion 3, in the policy and in the reference."""
+    pytest.importorskip("transformers")
+    from tiny_sd3 import write_sd3
+
+    model = write_sd3(tmp_path / "model")
+    pipe = load_pipeline(model, max_sequence_length=8)
+    assert count_in_step(pipe, model, 16) == (6, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_of_each_family_is_lowered(family, card, tmp_path):

@@ -59,6 +59,9 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
 _BUFFERS: dict[str, dict[str, tuple[_Shape, _Make]]] = {
     "SD3Transformer2DModel": {POSITIONS: (position_shape, make_positions)},
 }
+# Class -> key of the number of its blocks, or of the heads of each.
+_BLOCKS = {"SD3Transformer2DModel": "num_layers"}
+_HEADS = {"SD3Transformer2DModel": "num_attention_heads", "T5EncoderModel": "num_heads"}
 
 
 class _SameKey(nnx.Rngs):
@@ -118,6 +121,18 @@ class Model:
     def abstract_params(self) -> Params:
         """Returns the parameter tree as `jax.ShapeDtypeStruct` leaves; its paths are the state-dict names."""
         return _string_keys(nnx.to_pure_dict(self._variant({})[1]))
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks of a transformer that denoises, any of which a pass may skip; 0 of others."""
+        key = _BLOCKS.get(self.class_name)
+        return 0 if key is None else int(self.settings[key])
+
+    @property
+    def split_heads(self) -> int | None:
+        """Attention heads of each layer, between which alone a mesh may split a transformer or T5."""
+        key = _HEADS.get(self.class_name)
+        return None if key is None else int(self.settings[key])
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Lists name and shape of the arrays that a model's files hold beside its parameters.

@@ -324,7 +324,7 @@ class Pipeline:
             levels between them and of rectified flow.
           conditioning: of N images.
           remat: a policy of models/remat.py for the backward pass.
-          skip_layers: blocks of the denoiser that are left out, numbers below `num_blocks`.
+          skip_layers: blocks of the denoiser that are left out, numbers below its `num_blocks`.
 
         Returns:
           [N, h, w, C] in the dtype of `latents`: eps, v or velocity, as `schedule.prediction_type` says.
@@ -339,11 +339,6 @@ class Pipeline:
         return denoiser.apply(
             params[self.denoiser], latents, timesteps, conditioning.states, **more, remat=remat
         )
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of the denoiser's blocks that drawing may skip; 0 of a UNet."""
-        return int(self.networks[self.denoiser].settings.get("num_layers", 0))
 
     @functools.cached_property
     def _buffers(self) -> Mapping[str, np.ndarray]:

@@ -23,7 +23,7 @@ from dspo_jax.planning.works import COMMUNICATION, Work
 from dspo_jax.training.costs import flops_per_example
 from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import DataSettings, Settings
-from dspo_jax.training.start import mesh_of
+from dspo_jax.training.start import check_heads, mesh_of
 
 # Share of a chip's peak that an attention kernel is taken to reach, on its padded products.
 KERNEL_EFFICIENCY = 0.5
@@ -174,6 +174,7 @@ def plan(
       UserError: settings that do not fit the model, or a batch that the mesh cannot split.
     """
     mesh, device = mesh_of(settings, devices), devices[0]
+    check_heads(pipe, mesh)
     pairs, accumulation = settings.batch_size // len(devices), settings.accumulation if part == "step" else 1
     task = make_task(settings, pipe)
     rows = settings.batch_size * (task.loss.rows if part == "step" else 1)

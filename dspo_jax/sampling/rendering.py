@@ -54,10 +54,11 @@ class SkipLayers:
           UserError: by the flag of the commands.
         """
         flag = f"--skip_layers={','.join(map(str, self.layers))}"
-        if not pipe.num_blocks:
+        blocks = pipe.networks[pipe.denoiser].num_blocks
+        if not blocks:
             raise UserError(f"{flag}: {pipe.path} has no blocks that could be skipped; leave it out")
-        if not all(0 <= layer < pipe.num_blocks for layer in self.layers):
-            raise UserError(f"{flag}: {pipe.path} has blocks 0 to {pipe.num_blocks - 1}; name some of these")
+        if not all(0 <= layer < blocks for layer in self.layers):
+            raise UserError(f"{flag}: {pipe.path} has blocks 0 to {blocks - 1}; name some of these")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Every refusal that needs no step is made here.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -148,6 +149,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     reference = open_reference(name, pipe) if name else None
     task = make_task(settings, pipe, own_images.trained if own_images else None, reference)
     mesh = mesh_of(settings)
+    check_heads(pipe, mesh)
     if datasets and settings.stream.kind == "self_play":
         check_self_play(settings, pipe, mesh)
     check_reference(settings, needed=task.loss.needs_reference)
@@ -197,6 +199,24 @@ def mesh_of(settings: Settings, devices: Sequence[jax.Device] | None = None) -> 
     sizes = dataclasses.asdict(settings.mesh)
     dcn_sizes = sizes.pop("dcn")
     return make_mesh(sizes, devices, dcn_sizes)
+
+
+def check_heads(pipe: Pipeline, mesh: Mesh) -> None:
+    """Refuses a mesh that would cut through the heads of a transformer or of T5.
+
+    Raises:
+      UserError: by key.
+    """
+    tensor, networks = mesh.shape["tensor"], pipe.networks
+    counts = {name: heads for name in pipe.components if (heads := networks[name].split_heads)}
+    for name, heads in counts.items():
+        if heads % tensor:
+            common = math.gcd(*counts.values())
+            allowed = ", ".join(str(ways) for ways in range(1, common + 1) if common % ways == 0)
+            raise UserError(
+                f"config.mesh.tensor = {tensor}: does not divide the {heads} attention heads of {name}; for "
+                f"this model it can be {allowed}"
+            )
 
 
 def make_adapters(settings: Settings, pipe: Pipeline) -> Params:

@@ -75,8 +75,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(flash, "_KEYS_BACKWARD", 128 * 128)
 
 
-# 77 keys are padded, 150 queries too; several blocks of everything; a head of more than 128.
-@each_row(("queries", "keys", "head"), [(150, 77, 40), (256, 512, 160)])
+# 77 keys are padded, 150 queries too; several blocks of everything; a head of more than 128; image and text
+# in an odd sequence, and the queries of the image alone.
+@each_row(("queries", "keys", "head"), [(150, 77, 40), (256, 512, 160), (157, 157, 64), (80, 157, 64)])
 def test_the_tpu_kernel_is_the_plain_backend(queries, keys, head, small_blocks):
     inputs = make_inputs(queries, keys, 1, head, batch=1)
     actual = value_and_gradients(interpreted)(*inputs)
@@ -121,6 +122,7 @@ def test_each_device_of_a_mesh_computes_its_examples_and_heads(heads, spec, smal
         ("SD1.5, 64x64", V5P, (8, 4096, 8, 40), 4096, "bfloat16", "flash"),
         ("SD1.5, 32x32", V5P, (8, 1024, 8, 80), 1024, "bfloat16", "flash"),
         ("SD1.5, 16x16", V5P, (8, 256, 8, 160), 256, "bfloat16", "plain"),
+        ("text and image", V5P, (8, 1357, 24, 64), 1357, "bfloat16", "flash"),
         ("text", V5P, (8, 4096, 8, 40), 77, "bfloat16", "plain"),
         ("a reward", V5P, (8, 4096, 8, 64), 4096, "float32", "plain"),
         ("TPUs have no float16", V5P, (8, 4096, 8, 64), 4096, "float16", "plain"),
@@ -332,6 +334,8 @@ def test_on_a_gpu_cudnn_is_the_plain_backend(queries, keys, head):
         (256, 77, 160, (256, 128, 128, 128)),
         (3600, 3600, 64, (3840, 3840, 3840, 1920)),
         (9216, 9216, 64, (9216, 9216, 3072, 1536)),
+        (1357, 1357, 64, (1536, 1536, 1536, 1536)),  # Stable Diffusion 3 at 512 and 1024 pixels
+        (4429, 4429, 64, (4608, 4608, 1536, 1536)),
     ],
 )
 def test_lengths_are_padded_little_and_loaded_in_large_parts(queries, keys, head, expected):
