@@ -26,6 +26,10 @@ def get_config() -> ConfigDict:
     config.text.max_chunks = 1
     # Tokens that Stable Diffusion 3's T5 reads of a caption; None is 256. Training needs the same.
     config.text.max_sequence_length = config_dict.placeholder(int)
+    # Whether T5 reads every caption now and its states are stored, in float16, so that training does without
+    # T5; else it runs in every step. And what it computes in: "float32" or "bfloat16".
+    config.text.store_t5 = True
+    config.text.t5_dtype = "float32"
     # Mirrors images left to right: "none"; "random", half of the pairs, both images or neither;
     # "independent", half of the images, each by itself, as the released trainers do; "both", each row is
     # stored as it is and with both images mirrored. The same in every epoch, and in all splits.

@@ -1,15 +1,17 @@
 """Encoded datasets of a run: one or several, with images of one size or of several (buckets)."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.data.caption_states import CaptionTable
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import JsonObject
-from dspo_jax.pipelines.stored import comparable
+from dspo_jax.pipelines.stored import T5_KEY, comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Dataset:
             for of_bucket, shard in self._shards(split)
             if of_bucket == bucket
         ]
+
+    @functools.cached_property
+    def caption_table(self) -> CaptionTable | None:
+        """T5's states of the captions, if they are stored."""
+        made_of = self.manifest.get(T5_KEY)
+        return CaptionTable(self.folder, made_of["length"]) if made_of else None
+
+    def without_states(self) -> "Dataset":
+        """Returns the dataset as if T5's states were not stored."""
+        kept = {key: value for key, value in self.manifest.items() if key not in (T5_KEY, "captions")}
+        return Dataset(self.folder, kept)
 
     def verify(self) -> None:
         """Refuses shards that have vanished or were cut short (`shards.verify_shards`)."""
@@ -90,6 +103,7 @@ def read_datasets(path: str | Path, *, verify: bool = True) -> list[Dataset]:
 def _shared(manifest: JsonObject, model: JsonObject) -> JsonObject:
     """Facts that all datasets of a run must share: image size, images of an example, model."""
     made_with = {f"model.{key}": value for key, value in model.items() if key != "model"}
+    made_with |= {f"{T5_KEY}.{key}": value for key, value in (manifest.get(T5_KEY) or {}).items()}
     return {key: manifest[key] for key in ("resolution", "images_per_example")} | made_with
 
 

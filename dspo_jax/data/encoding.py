@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from dspo_jax import spelling
 from dspo_jax.data import shards
+from dspo_jax.data.caption_encoder import store_captions
+from dspo_jax.data.caption_states import CaptionFiles
 from dspo_jax.data.chosen_rows import ChosenRows, check_selection
 from dspo_jax.data.encoder import BadRowLog, PairEncoder
 from dspo_jax.data.prepare import Framing, bucket_sizes, worker_pool
@@ -27,6 +29,9 @@ from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.same_kind import component_digest
+from dspo_jax.pipelines.stable_diffusion_3 import T5
+from dspo_jax.pipelines.stored import T5_KEY
 from dspo_jax.rewards import Reward, load_reward
 
 COLUMN = "column"
@@ -84,9 +89,13 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     names = [description["reward"] for description in made_by]
     if len(set(names)) < len(names):
         raise UserError(f"config.score = {settings.score!r}: two are called {max(names, key=names.count)!r}")
-    pipe = load_pipeline(settings.model, **dataclasses.asdict(settings.text))
+    text = settings.text
+    pipe = load_pipeline(
+        settings.model, max_chunks=text.max_chunks, max_sequence_length=text.max_sequence_length
+    )
     resolution = pipe.image_side if settings.resolution is None else settings.resolution
     framing = _frame(settings, resolution, pipe)
+    t5 = _describe_t5(settings, pipe)
     manifest = {
         "model": pipe.fingerprint(),
         "resolution": resolution,
@@ -101,6 +110,7 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: getattr(settings, key) for key in _ENCODING},
+        **({T5_KEY: t5} if T5 in pipe.networks else {}),
         "score": made_by[0] if made_by else None,
         "select": _describe_selection(settings),
         **({"judges": made_by[1:]} if made_by[1:] else {}),
@@ -158,11 +168,21 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             while share is None and not _is_ready(out, writer, len(rows.rows)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # for the other processes of this run
                 progress.look()
+    del encoder, progress  # the devices have room for T5
     if (out / shards.MANIFEST).is_file():
         return True
     if len(writer.finished()) < len(rows.rows):
-        return False
+        return (out / shards.MANIFEST).is_file()  # notes vanish when another process finishes the dataset
     try:
+        captions = None
+        if t5 is not None:
+            stored = CaptionFiles(out, writer.captions(), t5["length"])
+            store_captions(pipe, stored, text.t5_dtype, settings.batch_size, share)
+            captions = stored.finish()
+        if share is None and not processes.is_first():
+            while not (out / shards.MANIFEST).is_file():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            return True
         for split in splits:
             skipped = writer.skipped(split)
             BadRowLog(split, rows.of_split[split], settings.source.max_skipped, skipped).check()
@@ -170,11 +190,24 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
                 raise UserError(
                     f"split {split!r} of source {settings.source.name!r}: no usable row ({dict(skipped)})"
                 )
-        writer.commit({split: {**source.left_out(split), **chosen.left_out(split)} for split in splits})
+        left_out = {split: {**source.left_out(split), **chosen.left_out(split)} for split in splits}
+        writer.commit(left_out, captions)
     except FileNotFoundError:
         if not (out / shards.MANIFEST).is_file():  # else another process has just finished the dataset
             raise
     return True
+
+
+def _describe_t5(settings: EncodeSettings, pipe: Pipeline) -> JsonObject | None:
+    """Returns what T5's stored states follow from beside the captions; None where they are not stored."""
+    if not settings.text.store_t5 or T5 not in pipe.networks:
+        return None
+    return {
+        "sha256": component_digest(pipe, T5),
+        "length": pipe.max_sequence_length,
+        "padding": "to the length, attended to",
+        "dtype": settings.text.t5_dtype,
+    }
 
 
 def _load_reward(name: str, settings: EncodeSettings, images: int) -> Reward:
@@ -250,7 +283,5 @@ def _frame(settings: EncodeSettings, resolution: int, pipe: Pipeline) -> Framing
 
 
 def _is_ready(out: Path, writer: DatasetWriter, num_shards: int) -> bool:
-    """Returns whether the dataset is finished or, in the first process, can now be finished."""
-    if (out / shards.MANIFEST).is_file():
-        return True
-    return processes.is_first() and len(writer.finished()) == num_shards
+    """Returns whether the dataset is finished, or all of its shards are."""
+    return (out / shards.MANIFEST).is_file() or len(writer.finished()) == num_shards

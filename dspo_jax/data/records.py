@@ -12,8 +12,10 @@ from array_record.python import array_record_data_source
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dspo_jax.data import shards
+from dspo_jax.data.caption_states import read_states
 from dspo_jax.data.datasets import Dataset, bucket_size
 from dspo_jax.monitoring.progress import Progress
+from dspo_jax.pipelines.stored import T5_STATES
 
 Example = dict[str, Any]
 """An example with the arrays that `shards.feature_spec` lists, a caption and a key."""
@@ -21,7 +23,8 @@ Example = dict[str, Any]
 HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, what the model is conditioned on (`Pipeline.conditioning_shapes`, each
 array with an axis B before), `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B
-strings; and `scores` [B, P] float32 where all datasets have it."""
+strings; and `scores` [B, P] float32 where all datasets have it, and `t5_states` [B, L, F] float16 where T5's
+states are stored."""
 
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
@@ -76,6 +79,7 @@ class Records:
         # Of datasets with and without scores none are read.
         names = set.intersection(*(set(each) for each in features)) - shards.COMMON_FEATURES
         self._arrays = {name: features[0][name] for name in names}
+        self._tables = [table for dataset in datasets if (table := dataset.caption_table) is not None]
         self._moments_shape = (manifest["images_per_example"], height, width, 2 * model["latent_channels"])
 
     def __len__(self) -> int:
@@ -128,6 +132,7 @@ class Records:
         return {
             "moments": moments,
             **others,
+            **({T5_STATES: read_states(self._tables, captions)} if self._tables else {}),
             "preference": np.asarray(preference, np.float32),
             "loser_won": np.asarray(loser_won, np.bool_),
             "caption": captions,

@@ -16,6 +16,7 @@ from dspo_jax.limits import AT_LEAST_1, NOT_NEGATIVE, Limit, choice, limited
 
 VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
+T5_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class TextSettings:
 
     max_chunks: int = limited(AT_LEAST_1)
     max_sequence_length: int | None
+    store_t5: bool
+    t5_dtype: str = choice(*T5_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

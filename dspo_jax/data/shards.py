@@ -15,12 +15,13 @@ from google.protobuf.json_format import ParseError
 from numpy.typing import DTypeLike
 
 from dspo_jax import json_files, schema
+from dspo_jax.data.caption_states import FOLDER as CAPTIONS_FOLDER
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.json_files import JsonObject
 from dspo_jax.locks import is_empty, is_lock
-from dspo_jax.pipelines.stored import comparable
+from dspo_jax.pipelines.stored import T5_KEY, comparable
 from dspo_jax.schema import REQUIRED, Key, integer
 
 if TYPE_CHECKING:  # `dspo_jax.data.inspect` reads datasets without JAX
@@ -43,6 +44,7 @@ _REMAKE = "delete the folder and run dspo_jax.encode again"
 
 _OBJECT = Key(REQUIRED, dict)
 _COUNT = integer(low=0, high=1 << 50)
+_LIST = Key(REQUIRED, listed="always", length=range(1 << 20))
 _KEYS: dict[str, Key] = {
     "format_version": integer(),
     "model": _OBJECT,
@@ -54,16 +56,14 @@ _KEYS: dict[str, Key] = {
 _MODEL_KEYS = {"vae_scale_factor": integer(), "latent_channels": integer()}
 _SPLIT_KEYS = {
     "num_examples": _COUNT,
-    "shards": Key(REQUIRED, listed="always", length=range(1 << 20)),
+    "shards": _LIST,
     "skipped": _OBJECT,
     "disliked": integer(0, low=0, high=1 << 50),
 }
-_SHARD_KEYS = {
-    "file": Key(REQUIRED, str),
-    "num_examples": _COUNT,
-    "bytes": _COUNT,
-    "sha256": Key(REQUIRED, str),
-}
+_FILE_KEYS = {"file": Key(REQUIRED, str), "bytes": _COUNT, "sha256": Key(REQUIRED, str)}
+_SHARD_KEYS = {**_FILE_KEYS, "num_examples": _COUNT}
+_T5_KEYS = {"sha256": Key(REQUIRED, str), "length": integer(), "dtype": Key(REQUIRED, str)}
+_CAPTION_KEYS = {"count": _COUNT, "files": _LIST}
 
 
 def feature_spec(
@@ -184,6 +184,17 @@ def _check_content(manifest: JsonObject) -> None:
             schema.check(f"{where}, shard {number}", shard, _SHARD_KEYS)
             if Path(shard["file"]).name != shard["file"]:
                 raise UserError(f"{where}, shard {number}: file = {shard['file']!r} leads out of the folder")
+    if manifest.get(T5_KEY) is None:
+        return
+    both = {T5_KEY: manifest[T5_KEY], "captions": manifest.get("captions")}
+    schema.check("manifest", both, dict.fromkeys(both, _OBJECT))
+    schema.check(T5_KEY, manifest[T5_KEY], _T5_KEYS)
+    schema.check("captions", manifest["captions"], _CAPTION_KEYS)
+    for number, file in enumerate(manifest["captions"]["files"]):
+        schema.check("captions", {"files": file}, {"files": _OBJECT})
+        schema.check(f"captions, file {number}", file, _FILE_KEYS)
+        if Path(file["file"]) != Path(CAPTIONS_FOLDER) / Path(file["file"]).name:
+            raise UserError(f"captions, file {number}: file = {file['file']!r} leads out of the folder")
 
 
 def check_manifest(
@@ -245,18 +256,17 @@ def verify_shards(
       UserError: a shard is truncated or altered. Both name the file and the fix.
     """
     manifest = read_manifest(directory) if manifest is None else manifest
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            path = Path(directory) / shard["file"]
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: shard is missing; {_REMAKE}")
-            size = path.stat().st_size
-            if size != shard["bytes"]:
-                raise UserError(
-                    f"{path}: {size} bytes, the manifest says {shard['bytes']}: truncated; {_REMAKE}"
-                )
-            if checksums and sha256(path) != shard["sha256"]:
-                raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
+    files = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    files += manifest["captions"]["files"] if manifest.get(T5_KEY) else []
+    for file in files:
+        path = Path(directory) / file["file"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: shard is missing; {_REMAKE}")
+        size = path.stat().st_size
+        if size != file["bytes"]:
+            raise UserError(f"{path}: {size} bytes, the manifest says {file['bytes']}: truncated; {_REMAKE}")
+        if checksums and sha256(path) != file["sha256"]:
+            raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 
 
 def is_complete(out: str | Path, manifest: JsonObject, splits: Iterable[str]) -> bool:

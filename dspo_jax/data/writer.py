@@ -19,7 +19,7 @@ from dspo_jax.data.records import Example, to_record
 from dspo_jax.errors import UserError
 from dspo_jax.files import name_write_errors, sha256
 from dspo_jax.json_files import JsonObject, member, read_object
-from dspo_jax.pipelines.stored import comparable
+from dspo_jax.pipelines.stored import T5_KEY, comparable
 
 # One record a group: a random read touches one record only. Compression would make SD1.5 moments 6 % smaller,
 # for more than half of the time to read and to write them.
@@ -92,6 +92,13 @@ class DatasetWriter:
         notes = (self._read_note(*shard) for shard in self.finished() if shard[0] == split)
         return sum((Counter(note["skipped"]) for note in notes), Counter())
 
+    def captions(self) -> set[str]:
+        """Returns the captions of all finished shards, of a dataset that stores T5's states."""
+        found: set[str] = set()
+        for shard in self.finished():
+            found.update(json.loads(self._captions(*shard).read_text(encoding="utf-8")))
+        return found
+
     def is_written(self, split: str, number: int) -> bool:
         """Returns whether a shard is finished; if its files have changed, it no longer is."""
         if not self._note(split, number).exists():
@@ -125,7 +132,9 @@ class DatasetWriter:
                 for bucket in self._buckets or [""]
             }
             disliked = 0
+            captions = set()
             for example in examples:
+                captions.add(example["caption"])
                 disliked += int(len(example["moments"]) == 1 and example["preference"] < 0.5)
                 file = files[self._bucket_of(example) if self._buckets else ""]
                 file.write(to_record(example, sized=bool(self._buckets)))
@@ -133,6 +142,8 @@ class DatasetWriter:
         for bucket, file in files.items():
             in_bucket = {"bucket": bucket} if self._buckets else {}
             records.append({"file": file.name, **in_bucket, **file.finish(self._out)})
+        if self._manifest.get(T5_KEY):
+            self._replace(self._captions(split, number), json.dumps(sorted(captions)))
         note: JsonObject = {"files": records, "skipped": dict(sorted((skipped or {}).items()))}
         if disliked:
             note["disliked"] = disliked
@@ -144,13 +155,16 @@ class DatasetWriter:
         _, height, width, _ = example["moments"].shape
         return f"{height * scale}x{width * scale}"
 
-    def commit(self, left_out: Mapping[str, Mapping[str, int]] | None = None) -> JsonObject:
+    def commit(
+        self, left_out: Mapping[str, Mapping[str, int]] | None = None, captions: JsonObject | None = None
+    ) -> JsonObject:
         """Writes TFDS's metadata and the manifest; every shard must have been written.
 
         Several processes may do so at once: all write the same.
 
         Args:
           left_out: by split, how many rows of the source's files it did not take, by reason.
+          captions: what `CaptionFiles.finish` says of T5's states, if they are stored.
 
         Returns:
           The manifest, with `format_version`, `images_per_example` (P), `splits` and, if there are, `buckets`
@@ -158,13 +172,13 @@ class DatasetWriter:
 
         """
         try:
-            complete = self._commit(left_out or {})
+            complete = self._commit(left_out or {}, captions)
         except FileNotFoundError:  # another process was faster, and has cleared the notes away
             complete = shards.read_manifest(self._out)
         shutil.rmtree(self._unfinished, ignore_errors=True)
         return complete
 
-    def _commit(self, left_out: Mapping[str, Mapping[str, int]]) -> JsonObject:
+    def _commit(self, left_out: Mapping[str, Mapping[str, int]], captions: JsonObject | None) -> JsonObject:
         splits: JsonObject = {}
         for split, count in self._num_shards.items():
             of_split = [self._read_note(split, number) for number in range(count)]
@@ -183,6 +197,7 @@ class DatasetWriter:
             **self._manifest,
             "images_per_example": self._features["moments"].shape[0],
             "splits": splits,
+            **({} if captions is None else {"captions": captions}),
         }
         if self._buckets:
             used = {file["bucket"] for split in splits.values() for file in split["shards"]}
@@ -250,6 +265,9 @@ class DatasetWriter:
 
     def _note(self, split: str, number: int) -> Path:
         return self._unfinished / f"{split}-{number:05d}.json"
+
+    def _captions(self, split: str, number: int) -> Path:
+        return self._unfinished / f"{split}-{number:05d}.captions"
 
     def _read_note(self, split: str, number: int) -> JsonObject:
         return read_object(self._note(split, number), "delete it, and its shard is written again")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Float32, Integer, Num
+from jaxtyping import Bool, Float, Float16, Float32, Integer, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
@@ -18,6 +18,8 @@ from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.conditioning import DROPPED, NO_TOKEN, Array, Conditioning, Reading, stack_tokens
 from dspo_jax.pipelines.families import Family
+from dspo_jax.pipelines.stable_diffusion_3 import T5
+from dspo_jax.pipelines.stored import T5_STATES
 from dspo_jax.pipelines.t5_tokenizer import T5Tokenizer
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
 from dspo_jax.schedules.process import Process, SchedulerConfig
@@ -52,6 +54,9 @@ class Pipeline:
         in place of its states. The denoiser attends to padding and zeros like all else, so that another
         number is another input. None of other models.
       t5_tokenizer: of Stable Diffusion 3's T5.
+      stored_states: by caption, T5's states [L, F] float16 of the captions that are drawn, and of the empty
+        one. Where there are some, T5 is none of the components that a prediction runs, and batches bring its
+        states, as datasets store them.
       made_buffers: stand in for what the denoiser's files hold beside parameters, where there are no files.
     """
 
@@ -70,6 +75,7 @@ class Pipeline:
     loras: tuple[LoRA, ...] = ()
     max_sequence_length: int | None = None
     t5_tokenizer: T5Tokenizer | None = None
+    stored_states: Mapping[str, np.ndarray] | None = None
     made_buffers: Mapping[str, np.ndarray] | None = None
 
     @property
@@ -89,8 +95,10 @@ class Pipeline:
 
     @property
     def text_encoders(self) -> dict[str, Model]:
-        """Architectures of the text encoders by component."""
-        return {name: self.networks[name] for name in self.family.text_encoders if name in self.networks}
+        """Architectures of the text encoders that run, by component."""
+        absent = () if self.stored_states is None else (T5,)
+        names = [name for name in self.family.text_encoders if name in self.networks]
+        return {name: self.networks[name] for name in names if name not in absent}
 
     @property
     def latent_channels(self) -> int:
@@ -200,7 +208,7 @@ class Pipeline:
     @property
     def conditioning_inputs(self) -> tuple[str, ...]:
         """Names of the arrays of a batch that the denoiser is conditioned on."""
-        return ("tokens", "micro_conditioning")
+        return tuple(self.conditioning_shapes(1))
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
@@ -209,9 +217,11 @@ class Pipeline:
 
     def conditioning_shapes(self, images: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and dtypes of `conditioning_inputs` for an example of `images` images."""
+        states = None if self.stored_states is None else self.stored_states[""]
         return {
             "tokens": jax.ShapeDtypeStruct(self.empty_tokens.shape, jnp.int32),
             "micro_conditioning": jax.ShapeDtypeStruct((images, len(Crop._fields)), jnp.int32),
+            **({} if states is None else {T5_STATES: jax.ShapeDtypeStruct(states.shape, states.dtype)}),
         }
 
     def make_conditioning(
@@ -238,17 +248,34 @@ class Pipeline:
         each = jnp.broadcast_to(drop.reshape(len(drop), -1), (len(drop), len(self.empty_tokens)))
         if zeros:
             return {**batch, DROPPED: each}
-        return {**batch, "tokens": jnp.where(each[..., None], self.empty_tokens[None], batch["tokens"])}
+        tokens = jnp.where(each[..., None], self.empty_tokens[None], batch["tokens"])
+        if self.stored_states is None:
+            return {**batch, "tokens": tokens}
+        states = jnp.where(each[:, -1, None, None], self.stored_states[""][None], batch[T5_STATES])
+        return {**batch, "tokens": tokens, T5_STATES: states}
 
-    def prompt_batch(self, tokens: Integer[Array, "B E S"], size: tuple[int, int]) -> dict[str, jax.Array]:
+    def find_states(self, captions: Sequence[str]) -> Float16[np.ndarray, "N L F"] | None:
+        """Returns T5's `stored_states` of captions, if they are stored."""
+        if self.stored_states is None:
+            return None
+        return np.stack([self.stored_states[caption] for caption in captions])
+
+    def prompt_batch(
+        self,
+        tokens: Integer[Array, "B E S"],
+        size: tuple[int, int],
+        states: Float16[Array, "B L F"] | None = None,
+    ) -> dict[str, jax.Array]:
         """Returns the `conditioning_inputs` of one image for each prompt.
 
         Args:
           tokens: ids [B, E, S].
           size: (height, width) of the images in pixels.
+          states: from `find_states`.
         """
         whole = jnp.asarray([[[*size, 0, 0, *size]]] * len(tokens))
-        return {"tokens": jnp.asarray(tokens), "micro_conditioning": whole}
+        batch = {"tokens": jnp.asarray(tokens), "micro_conditioning": whole}
+        return batch if states is None else {**batch, T5_STATES: jnp.asarray(states)}
 
     def encode_conditioning(
         self,

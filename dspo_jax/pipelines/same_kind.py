@@ -1,14 +1,17 @@
 """Whether two models can take each other's place, and whether they have the same weights."""
 
 import hashlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from dspo_jax.files import sha256
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.stored import comparable
 from dspo_jax.weights.component_files import find_weights
+from dspo_jax.weights.lora_files import LoRA
 
 
 def find_fault(pipe: Pipeline, other: Pipeline, name: str) -> str | None:
@@ -53,17 +56,27 @@ def weights_digest(pipe: Pipeline) -> str:
     It covers the start of each trained array, and of each file the size and 4 KiB at 256 places, as files
     of gigabytes would take too long to read.
     """
+    return _digest(pipe, tuple(pipe.networks), pipe.trained, pipe.loras)
+
+
+def component_digest(pipe: Pipeline, component: str) -> str:
+    """Returns a digest that changes when the weights of one network of a model do; see `weights_digest`."""
+    loras = [added for added in pipe.loras if component in added.modules]
+    return _digest(pipe, (component,), pipe.trained.get(component, {}), loras)
+
+
+def _digest(pipe: Pipeline, components: Sequence[str], trained: PyTree, loras: Sequence[LoRA]) -> str:
     digest = hashlib.sha256()
-    for component, model in pipe.networks.items():
-        for file in find_weights(pipe.path / component, model.class_name):
+    for component in components:
+        for file in find_weights(pipe.path / component, pipe.networks[component].class_name):
             size = file.stat().st_size
             digest.update(f"{component} {size}".encode())
             with file.open("rb") as content:
                 for place in range(256):
                     content.seek(size * place // 256)
                     digest.update(content.read(4096))
-    for leaf in jax.tree.leaves(pipe.trained):
+    for leaf in jax.tree.leaves(trained):
         digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
-    for added in pipe.loras:
+    for added in loras:
         digest.update(f"{sha256(added.path)} {added.weight}".encode())
     return digest.hexdigest()

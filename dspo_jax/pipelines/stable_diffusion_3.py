@@ -12,6 +12,7 @@ from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.mmdit import POSITIONS, crop_positions
 from dspo_jax.models.model import Model, Params
 from dspo_jax.pipelines.conditioning import DROPPED, Array, Conditioner, Conditioning, Reading
+from dspo_jax.pipelines.stored import T5_STATES
 
 T5 = "text_encoder_3"
 """The component that a model may be without."""
@@ -47,7 +48,7 @@ def _zero_where(dropped: Bool[Array, " B"], states: PyTree) -> PyTree:
 class StableDiffusion3(Conditioner):
     """Attention of image and text to each other; the pooled text of both CLIPs with the time.
 
-    T5 runs in the step, like the CLIPs.
+    T5 runs in the step, like the CLIPs, unless the batch has its states.
     """
 
     name = "Stable Diffusion 3"
@@ -69,12 +70,14 @@ class StableDiffusion3(Conditioner):
         denoiser, *encoders = networks
         ids = {
             name: batch["tokens"][:, i, :length]
-            for i, (name, length) in enumerate(zip(encoders, reading.lengths, strict=True))
+            for i, (name, length) in enumerate(zip(encoders, reading.lengths, strict=False))
         }
         clips = [
             networks[name].apply(params[name], ids[name], remat=remat) for name in encoders if name != T5
         ]
-        if T5 in networks:
+        if T5_STATES in batch:
+            long_states = jnp.asarray(batch[T5_STATES])
+        elif T5 in networks:
             long_states = networks[T5].apply(params[T5], ids[T5], remat=remat)
         else:
             width = networks[denoiser].settings["joint_attention_dim"]

@@ -6,6 +6,10 @@
 from dspo_jax.images.resize import Crop
 from dspo_jax.json_files import JsonObject
 
+T5_KEY = "t5"
+"""The key of a dataset's manifest that says what T5's stored states follow from."""
+T5_STATES = "t5_states"
+"""Name in a batch of T5's stored states [B, L, F] float16."""
 _OLD_CAPTION_LENGTH = 77
 
 

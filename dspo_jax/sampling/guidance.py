@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Integer, Num, PyTree
+from jaxtyping import Float, Float16, Float32, Integer, Num, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.conditioning import Conditioning
@@ -41,7 +41,11 @@ class GuidedDenoiser:
         return self.drawing.guidance_scale > 1
 
     def encode(
-        self, params: Mapping[str, Params], tokens: Integer[jax.Array, "B E S"], size: tuple[int, int]
+        self,
+        params: Mapping[str, Params],
+        tokens: Integer[jax.Array, "B E S"],
+        size: tuple[int, int],
+        states: Float16[jax.Array, "B L F"] | None = None,
     ) -> Conditioning:
         """Encodes prompts for `predict`, and with guidance the negative prompt beside each.
 
@@ -49,6 +53,7 @@ class GuidedDenoiser:
           params: the text encoders by component, in the compute dtype.
           tokens: ids [B, E, S].
           size: (height, width) of the latents.
+          states: from `Pipeline.find_states`.
 
         Returns:
           Conditioning of B images; with guidance of 2 B, without and with the prompt of each image in turn,
@@ -58,8 +63,11 @@ class GuidedDenoiser:
         zeros = self.drawing.negative_prompt is None and pipe.zero_empty_captions
         if self.is_guided and not zeros:
             tokens = self._beside(self._negative_tokens(), tokens)
+            negative = pipe.find_states([self.drawing.negative_prompt or ""])
+            if states is not None and negative is not None:
+                states = self._beside(negative, states)
         height, width = (side * pipe.vae_scale_factor for side in size)
-        prompts = pipe.prompt_batch(tokens, (height, width))
+        prompts = pipe.prompt_batch(tokens, (height, width), states)
         conditioning = pipe.encode_conditioning(params, prompts, zero_empty=False)
         if self.is_guided and zeros:
             nothing = pipe.without_captions(conditioning, jnp.ones(count, bool))

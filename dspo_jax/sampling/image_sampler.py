@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Integer, PyTree, UInt32
+from jaxtyping import Float, Float16, Float32, Integer, PyTree, UInt32
 
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
@@ -70,9 +70,10 @@ class ImageSampler:
             seeds: UInt32[jax.Array, " B"],
             prompt_indices: UInt32[jax.Array, " B"],
             image_latents: Float[jax.Array, "B h w C"] | None,
+            states: Float16[jax.Array, "B L F"] | None = None,
         ) -> Float32[jax.Array, "B h w C"]:
             size = noise.shape[1:]
-            conditioning = denoiser.encode(params, tokens, (size[0], size[1]))
+            conditioning = denoiser.encode(params, tokens, (size[0], size[1]), states)
 
             def predict(x: jax.Array, t: jax.Array) -> jax.Array:
                 return denoiser.predict(params, x, t, conditioning)
@@ -114,12 +115,14 @@ class ImageSampler:
           image_latents: [B, h, w, C] of the images to start from, in UNet units; None starts from noise.
           params: UNet and text encoders by component in the compute dtype; None is the model's own weights.
         """
+        prompts = [request.prompt for request in requests]
         inputs: tuple[PyTree, ...] = (
-            self._pipe.tokenize([request.prompt for request in requests]),
+            self._pipe.tokenize(prompts),
             noise,
             np.asarray([request.seed for request in requests], np.uint32),
             np.asarray([request.prompt_index for request in requests], np.uint32),
             image_latents,
+            self._pipe.find_states(prompts),
         )
         if self._mesh is not None:
             sharding = batch_sharding(self._mesh)

@@ -72,6 +72,9 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
             + (f"with another {differing} than the start of the policy" if differing else "the same weights")
         )
     yield from _describe_data(experiment) if own is None else _describe_own_images(experiment)
+    if task.pipe.stored_states is not None:
+        counts = [dataset.manifest["captions"]["count"] for dataset in experiment.datasets]
+        yield f"T5 is not loaded: what it says of {sum(counts):,} captions is stored with the data"
     optimizer = settings.optimizer
     peak = optimizer.peak_rate(settings.batch_size)
     if optimizer.name == "prodigy":

@@ -1,5 +1,6 @@
 """A training run from its config: everything is prepared, and the loop goes on from the last checkpoint."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -27,6 +28,7 @@ from dspo_jax.training.describe import describe_run
 from dspo_jax.training.loop import Hook, Stream, fit
 from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.moving_reference import MoveReference
+from dspo_jax.training.prompt_states import with_prompt_states
 from dspo_jax.training.reward_validation import RewardValidator
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
@@ -106,14 +108,13 @@ class Run:
                 inputs=task.pipe.conditioning_inputs,
             )
         if settings.samples.every:
-            split = settings.validation.split if settings.validation.every else settings.data.split
             self._grids = SampleGrids(
                 task.pipe,
                 policy_params(task, state.params, reference),
                 mesh,
                 workdir,
                 settings.samples,
-                prompts=experiment.prompts or _first_prompts(experiment, split),
+                prompts=_prompts(experiment),
                 compute_dtype=settings.compute_dtype,
                 rewards=own.watched if own is not None else (),
             )
@@ -258,11 +259,14 @@ class Run:
         return [log, *watching]
 
 
-def _first_prompts(experiment: Experiment, split: str) -> Sequence[str]:
-    """Returns what is drawn where `config.samples` names no prompts."""
-    own = experiment.own_images
+def _prompts(experiment: Experiment) -> Sequence[str]:
+    """Returns what is drawn as samples, also where `config.samples` names no prompts."""
+    if experiment.prompts:
+        return experiment.prompts
+    own, settings = experiment.own_images, experiment.settings
     if own is not None:
         return (own.held_out or own.prompts)[:4]
+    split = settings.validation.split if settings.validation.every else settings.data.split
     return first_captions(experiment.datasets, split)
 
 
@@ -296,6 +300,9 @@ def _train(
     count_flops: Callable[..., float | None],
 ) -> Outcome:
     """Runs the loop from the last checkpoint, and again from the last one whenever the run rolls back."""
+    if experiment.settings.samples.every and experiment.task.pipe.stored_states is not None:
+        experiment = dataclasses.replace(experiment, prompts=_prompts(experiment))
+        experiment = with_prompt_states(experiment)
     settings, task, mesh = experiment.settings, experiment.task, experiment.mesh
     state, reference = make_state(task, mesh, experiment.adapters)
     if processes.is_first():

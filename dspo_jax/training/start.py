@@ -39,7 +39,7 @@ from dspo_jax.training.reference import check_reference, open_reference
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import POLICY, Task
-from dspo_jax.training.training_data import check_images, open_data
+from dspo_jax.training.training_data import check_images, open_data, use_stored_states
 from dspo_jax.weights import model_dir
 from dspo_jax.weights.layout import DTYPES
 
@@ -124,7 +124,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
         count = len(own_images.prompts)
         check_images(settings.objective, 2, "config.stream")
     elif examples is None:
-        datasets = open_data(settings, pipe)
+        pipe, datasets = use_stored_states(settings, pipe, open_data(settings, pipe))
         count = sum(count_examples(datasets, settings.data.split).values())
     else:
         settings = _turn_watching_off(settings)

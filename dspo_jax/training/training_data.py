@@ -1,5 +1,6 @@
 """Datasets of a run, and the refusals of examples that its objective cannot be trained on."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from dspo_jax.data.datasets import Dataset, check_scores, check_weights, count_examples, read_datasets
@@ -7,6 +8,9 @@ from dspo_jax.data.shards import check_manifest
 from dspo_jax.errors import UserError
 from dspo_jax.objectives import Objective
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.same_kind import component_digest
+from dspo_jax.pipelines.stable_diffusion_3 import T5
+from dspo_jax.pipelines.stored import T5_KEY
 from dspo_jax.training.settings import Settings
 
 
@@ -63,6 +67,35 @@ def open_data(settings: Settings, pipe: Pipeline) -> Sequence[Dataset]:
                 "data so that more are held out"
             )
     return datasets
+
+
+def use_stored_states(
+    settings: Settings, pipe: Pipeline, datasets: Sequence[Dataset]
+) -> tuple[Pipeline, Sequence[Dataset]]:
+    """Returns a model without its T5, where the datasets store T5's states of their captions.
+
+    In self-play T5 runs all the same, as captions are drawn.
+
+    Raises:
+      UserError: the states are of another T5, or T5 is to be trained.
+    """
+    made_of, table = datasets[0].manifest.get(T5_KEY), datasets[0].caption_table
+    if not made_of or table is None:
+        return pipe, datasets
+    if settings.stream.kind == "self_play":
+        return pipe, [dataset.without_states() for dataset in datasets]
+    where = datasets[0].folder
+    if settings.train_text_encoder:
+        raise UserError(
+            f"config.train_text_encoder = True: {where} stores what T5 says of its captions, so that T5 is "
+            "not run; encode the data with --config.text.store_t5=False, or leave it False"
+        )
+    if made_of["sha256"] != component_digest(pipe, T5):
+        raise UserError(
+            f"{where}: {T5_KEY}.sha256 = {made_of['sha256']!r}: T5's stored states are of other weights than "
+            f"those in {pipe.path / T5}; encode the data again with this model"
+        )
+    return dataclasses.replace(pipe, stored_states={"": table.read([""])[0]}), datasets
 
 
 def check_images(objective: Objective, images: int, data: str, *, labelled: bool = False) -> None:

@@ -258,7 +258,7 @@ def judge(
         reference = config.get("reference", {}).get("model") or config["model"]
     policy = load_pipeline(model)
     pipes = policy, load_pipeline(reference, **policy.text)
-    datasets = read_datasets(data)
+    datasets = [dataset.without_states() for dataset in read_datasets(data)]  # either model runs its own T5
     count_examples(datasets, split, "--split", "choose another with --split=NAME")
     for dataset in datasets:
         shards.check_manifest(dataset.manifest, pipes[1].fingerprint(), path=dataset.folder)

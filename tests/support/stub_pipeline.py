@@ -1,6 +1,7 @@
 """A stand-in for a model's pipeline, and small pictures, for tests of what encoding does around the VAE."""
 
 import io
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ class StubPipeline:
     vae_scale_factor = side_multiple = 4
     latent_channels = 3
     image_side = 32
-
+    networks = MappingProxyType({})
     scale = 1.0
 
     def __init__(self):

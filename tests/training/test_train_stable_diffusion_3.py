@@ -1,12 +1,11 @@
 """Stable Diffusion 3 from pictures to an exported folder: encoded, trained by flow-DPO, read by diffusers."""
 
-import json
 import re
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from image_files import write_pairs_folder
 from tiny_run import make_config
 
 from configs.encode import common as encode_common
@@ -34,14 +33,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    lines = []
-    for i in range(8):
-        for kind, darker in (("winner", 1), ("loser", 2)):
-            pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8) // darker
-            Image.fromarray(pixels).save(folder / f"{kind}{i}.png")
-        row = {"caption": f"a fox {i}", "winner": f"winner{i}.png", "loser": f"loser{i}.png"}
-        lines.append(json.dumps(row) + "\n")
-    (folder / "pairs.jsonl").write_text("".join(lines))
+    write_pairs_folder(folder, [f"a fox {i}" for i in range(8)])
     config = encode_common.get_config()
     encode_common.set_source(config, "folder")
     config.model, config.num_workers, config.text.max_sequence_length = str(model), 0, LENGTH
@@ -56,7 +48,9 @@ def test_flow_dpo_moves_the_transformer_and_diffusers_loads_it(rank, model, pair
     """The exported transformer, in diffusers, predicts what the trained one does here; its table is kept."""
     run, out = tmp_path / "run", tmp_path / "exported"
     changes = {"steps": 2, "objective.name": "diffusion_dpo", "lora.rank": rank, "checkpoint.every": 2}
-    changes["text.max_sequence_length"] = LENGTH
+    changes |= {"text.max_sequence_length": LENGTH, "samples.num_inference_steps": 1}
+    # Prompts whose states T5 says before the training: one is a caption of the data.
+    changes |= {"samples.every": 2 * (rank > 0), "samples.prompts": ("a fox 1", "a fox on snow")}
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         train(parse(make_config(model, pairs, changes)), run)
     assert export(run, out) == 2
