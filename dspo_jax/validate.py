@@ -15,6 +15,7 @@ from absl import flags
 from dspo_jax import cli
 from dspo_jax.files import write_json
 from dspo_jax.parallel.process_flags import define_process_flags
+from dspo_jax.sampling.drawing_flags import define_text_flags
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         draws=values.draws,
         batch_size=values.batch_size,
         compute_dtype=dtype,
+        text={name: values[name].value for name in ("max_chunks", "clip_skip", "max_sequence_length")},
     )
     if not processes.is_first():
         return
@@ -81,6 +83,7 @@ def run() -> None:
         ["float32", "bfloat16"],
         "Of the networks (default: bfloat16 on an accelerator).",
     )
+    define_text_flags()
     flags.DEFINE_string("out", None, "A .json file for the numbers.")
     define_process_flags()
     cli.run(main, required=("model", "data"))

@@ -38,6 +38,27 @@ def define_drawing_flags() -> None:
     flags.DEFINE_float("skip_layer_stop", None, "Share of the steps after which it ends (default: 0.2).")
     flags.DEFINE_integer("batch_size", 16, "Images drawn at a time.")
     flags.DEFINE_string("negative_prompt", None, "What to steer away from.")
+    define_text_flags()
+    flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
+    flags.DEFINE_bool(
+        "allow_outside", False, "Read images that lie outside the folder of the file that names them."
+    )
+    flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
+    flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
+    flags.DEFINE_integer("width", None, "In pixels.")
+    flags.DEFINE_enum("format", "png", ("png", "webp"), "Of the images; webp without loss.")
+    flags.DEFINE_enum(
+        "compute_dtype",
+        None,
+        ("float32", "bfloat16"),
+        "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
+    )
+    flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
+    flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")
+
+
+def define_text_flags() -> None:
+    """Defines how captions are read, as `load_pipeline` takes it; a command calls this once."""
     flags.DEFINE_integer(
         "max_chunks",
         None,
@@ -60,19 +81,3 @@ def define_drawing_flags() -> None:
         lower_bound=0,
         upper_bound=512,
     )
-    flags.DEFINE_string("init_image", None, "A picture to start from; a .jsonl of prompts may name one each.")
-    flags.DEFINE_bool(
-        "allow_outside", False, "Read images that lie outside the folder of the file that names them."
-    )
-    flags.DEFINE_float("strength", None, "How much of it is drawn anew, in (0, 1] (default: 0.75).")
-    flags.DEFINE_integer("height", None, "In pixels (default: what the model was made for).")
-    flags.DEFINE_integer("width", None, "In pixels.")
-    flags.DEFINE_enum("format", "png", ("png", "webp"), "Of the images; webp without loss.")
-    flags.DEFINE_enum(
-        "compute_dtype",
-        None,
-        ("float32", "bfloat16"),
-        "Of UNet and text encoders; the VAE is float32 (default: bfloat16 on an accelerator).",
-    )
-    flags.DEFINE_integer("vae_tile", 1024, "Larger images are decoded in tiles of this side; 0: never.")
-    flags.DEFINE_bool("overwrite", False, "Delete images of other settings that are in the folder.")

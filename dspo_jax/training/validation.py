@@ -232,6 +232,7 @@ def judge(
     draws: int,
     batch_size: int,
     compute_dtype: str,
+    text: Mapping[str, int | None] | None = None,
 ) -> dict[str, float]:
     """Validates a model against its reference on all devices, with the scalars of `Validator`.
 
@@ -242,10 +243,11 @@ def judge(
       split, draws: see `Validator`.
       batch_size: pairs in one call, filled up to a multiple of the devices.
       compute_dtype: of the networks.
+      text: how both models read captions, as `load_pipeline` takes it by keyword.
 
     Raises:
-      UserError: no reference, data of another model or of single images without labels, or what `Validator`
-        refuses.
+      UserError: no reference, a run that was trained with another `text`, data of another model or of single
+        images without labels, or what `Validator` refuses.
       FileNotFoundError: a folder is missing.
     """
     if reference is None:
@@ -256,7 +258,7 @@ def judge(
             )
         config = read_run_config(run[0], "model")
         reference = config.get("reference", {}).get("model") or config["model"]
-    policy = load_pipeline(model)
+    policy = load_pipeline(model, **(text or {}))
     pipes = policy, load_pipeline(reference, **policy.text)
     datasets = [dataset.without_states() for dataset in read_datasets(data)]  # either model runs its own T5
     count_examples(datasets, split, "--split", "choose another with --split=NAME")

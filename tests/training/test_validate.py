@@ -1,18 +1,20 @@
 """The validation scalars against NumPy, and that they do not depend on how the split is batched."""
 
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import write_pairs
+from tiny_model import random_params, write_pairs
 from tiny_run import make_config
 
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.errors import UserError
 from dspo_jax.monitoring.metrics import read_validations
 from dspo_jax.parallel.mesh import make_mesh
+from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.schedules.rectified_flow import RectifiedFlow
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
@@ -24,6 +26,7 @@ from dspo_jax.training.validation_scalars import (
     summarise,
     summarise_labelled,
 )
+from dspo_jax.weights.components import write_params
 
 SCHEDULE = Schedule.scaled_linear()
 
@@ -269,6 +272,22 @@ def test_the_command_finds_what_the_run_found(shallow_model, tiny_pairs, tmp_pat
     assert back["margin"] == pytest.approx(-scores["margin"], rel=1e-3)
     with pytest.raises(ValueError, match="no training workdir; give --reference"):
         judge(shallow_model, None, tiny_pairs, **options)
+
+
+def test_a_folder_is_judged_by_the_layer_that_it_was_trained_for(tiny_model, tmp_path):
+    """An exported run has no record of it."""
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    encoder = load_pipeline(other).networks["text_encoder"]
+    write_params(other / "text_encoder", encoder, random_params(encoder, np.random.default_rng(3)))
+    pairs = write_pairs(tmp_path / "pairs", tiny_model, validation=4)
+    options = {"split": "validation", "draws": 1, "batch_size": 4, "compute_dtype": "float32"}
+    by_default, last, before = (
+        judge(other, tiny_model, pairs, **options, text=text)["margin"]
+        for text in (None, {"max_chunks": None, "clip_skip": 1}, {"clip_skip": 2})
+    )
+    assert by_default == last != before
+    with pytest.raises(UserError, match=r"clip_skip = 9: must be from 1"):
+        judge(other, tiny_model, pairs, **options, text={"clip_skip": 9})
 
 
 def test_the_command_names_the_flag_of_a_split_that_is_not_there(shallow_model, tmp_path):
