@@ -220,6 +220,10 @@ def get_config() -> ConfigDict:
     # decay it moves by a share alone, decay * reference + (1 - decay) * policy: a moving average.
     config.reference.every = 0
     config.reference.decay = 0.0
+    # Draws of timestep, noise and dropped caption of each example, which come round epoch by epoch. The
+    # reference's errors are computed for all of them before the first step, and stored, so that a step does
+    # not run it. 0 draws anew in every epoch. For objectives of one margin of errors.
+    config.reference.draws = 0
 
     config.policy_gradient = ConfigDict()
     # "ddpo", "ddpo_sf", "grpo", "dpok" or "d3po".

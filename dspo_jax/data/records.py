@@ -23,8 +23,9 @@ Example = dict[str, Any]
 HostBatch = dict[str, Any]
 """`moments` [B, P, h, w, 2C] float16, what the model is conditioned on (`Pipeline.conditioning_shapes`, each
 array with an axis B before), `preference` [B] float32, `loser_won` [B] bool, `caption` and `key` lists of B
-strings; and `scores` [B, P] float32 where all datasets have it, and `t5_states` [B, L, F] float16 where T5's
-states are stored."""
+strings; `scores` [B, P] float32 where all datasets have it, and `t5_states` [B, L, F] float16 where T5's
+states are stored; and from shards `row` [B] int64, the number of each example among those of its image
+size."""
 
 
 # Where the shape of moments is not that of the whole dataset, TFDS stores it beside them.
@@ -137,6 +138,7 @@ class Records:
             "loser_won": np.asarray(loser_won, np.bool_),
             "caption": captions,
             "key": keys,
+            "row": np.asarray(numbers, np.int64),
         }
 
 

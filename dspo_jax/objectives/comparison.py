@@ -61,6 +61,10 @@ class OfMargin(MinSNRWeighted, Comparison):
 
     beta: float = number(5000.0, ABOVE_ZERO)
 
+    @property
+    def compares_errors(self) -> bool:
+        return not self.anchor_weight
+
     def _margin(
         self, predictions: Predictions, schedule: Process, scale: float | None = None
     ) -> Float32[Array, " b"]:

@@ -81,6 +81,7 @@ class DiffusionDPOL2(OfScaledMargin):
     """
 
     name = "diffusion_dpo_l2"
+    compares_errors = False
 
     def loss_and_metrics(self, predictions: Predictions, schedule: Process) -> LossAndMetrics:
         assert predictions.reference is not None

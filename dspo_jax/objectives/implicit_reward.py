@@ -29,10 +29,15 @@ def error_drift(predictions: Predictions, reduction: str) -> Float32[Array, "b p
     """Computes SE of the policy minus SE of the reference, [B, P].
 
     Computed as (e - r)(e + r - 2y): exactly zero where e = r however the compiler orders the two sums, and
-    free of the cancellation that at beta = 5000 would put rounding errors of SE into the logit.
+    free of the cancellation that at beta = 5000 would put rounding errors of SE into the logit. A stored
+    error is subtracted from each square before these are added up, which leaves of those errors the last bit
+    of the stored number, about 1e-4 in that logit.
     """
     policy, reference, target = predictions.policy, predictions.reference, predictions.target
-    assert reference is not None
+    if reference is None:
+        assert predictions.reference_error is not None
+        stored = predictions.reference_error[..., None, None, None]
+        return reduce_image(jnp.square(policy - target) - stored, reduction)
     return reduce_image((policy - reference) * ((policy - target) + (reference - target)), reduction)
 
 
@@ -72,20 +77,21 @@ def collect_metrics(
         reward is the decrease of the error, -(SE(e) - SE(r)).
 
     Returns:
-      `winner_error`, and `loser_error` for pairs; with a reference `winner_drift` and `deviation`, the mean
-      of (e - r)^2 over the example's images; with both `loser_drift`; for pairs with a reference or a given
-      margin `margin` and `implicit_accuracy`: 1, 0, or 1/2 for a tie.
+      `winner_error`, and `loser_error` for pairs; with a reference `winner_drift` and, but where its error is
+      stored, `deviation`, the mean of (e - r)^2 over the example's images; with both `loser_drift`; for pairs
+      with a reference or a given margin `margin` and `implicit_accuracy`: 1, 0, or 1/2 for a tie.
     """
     pairs = predictions.policy.shape[1] == 2
     error = squared_error(predictions, reduction)
     metrics = {"winner_error": error[:, 0]}
     if pairs:
         metrics["loser_error"] = error[:, 1]
-    if predictions.reference is not None:
+    if predictions.reference is not None or predictions.reference_error is not None:
         drift = error_drift(predictions, reduction)
         metrics["winner_drift"] = drift[:, 0]
-        deviation = jnp.square(predictions.policy - predictions.reference)
-        metrics["deviation"] = deviation.mean((1, 2, 3, 4))
+        if predictions.reference is not None:
+            deviation = jnp.square(predictions.policy - predictions.reference)
+            metrics["deviation"] = deviation.mean((1, 2, 3, 4))
         if pairs:
             metrics["loser_drift"] = drift[:, 1]
             margin = drift[:, 1] - drift[:, 0] if margin is None else margin

@@ -38,6 +38,8 @@ class Predictions:
       weight: [B, P], of each image by its reward, or None for an objective that needs none.
       beta: [B], in the place of the objective's own, where that follows the margins; None means its own.
       captions: [B, D], embeddings of the captions, or None for an objective that needs none.
+      reference_error: [B, P], the reference's mean squared error, stored before, in the place of its output
+        for an objective that `compares_errors`.
     """
 
     policy: Float[Array, "..."]
@@ -49,6 +51,7 @@ class Predictions:
     weight: Float[Array, "..."] | None = None
     beta: Float[Array, "..."] | None = None
     captions: Float[Array, "..."] | None = None
+    reference_error: Float[Array, "..."] | None = None
 
 
 def level_weight(name: str, levels: Num[Array, "*t"], process: Process) -> Float32[Array, "*t"] | float:
@@ -166,6 +169,11 @@ class Objective(abc.ABC):
         return False
 
     @property
+    def compares_errors(self) -> bool:
+        """Whether nothing of the reference is read but its squared error, so that this can be stored."""
+        return False
+
+    @property
     def hyperparameters(self) -> dict[str, object]:
         """Every field with its value, defaults included."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -194,7 +202,8 @@ class Objective(abc.ABC):
                 f"objective {self.name!r} takes {pair} per example, but the batch has {images} images: use "
                 "one for lists (lpo_list, dgpo, crd, nft, awm)"
             )
-        if self.needs_reference and predictions.reference is None:
+        stored = predictions.reference_error is not None and self.compares_errors
+        if self.needs_reference and predictions.reference is None and not stored:
             raise UserError(
                 f"objective {self.name!r} compares the policy with the reference model: "
                 "Predictions.reference is None, pass the frozen model's predictions"
@@ -247,8 +256,11 @@ class Objective(abc.ABC):
         policy, reference, target, preference, scores, weight, captions = given
         reference, target, captions = jax.lax.stop_gradient((reference, target, captions))
         levels = jnp.broadcast_to(levels.reshape(batch, -1), (batch, images))
-        beta = predictions.beta
-        return Predictions(policy, reference, target, levels, preference, scores, weight, beta, captions)
+        return dataclasses.replace(
+            predictions,
+            **{"policy": policy, "reference": reference, "target": target, "levels": levels},
+            **{"preference": preference, "scores": scores, "weight": weight, "captions": captions},
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

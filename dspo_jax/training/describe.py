@@ -291,6 +291,16 @@ def _describe_data(experiment: Experiment) -> Iterator[str]:
         f"them; {settings.steps} steps are {short(drawn / examples)} epochs"
     )
     yield from warnings(settings, examples)
+    if draws := settings.reference.draws:
+        yield (
+            f"each example has {draws} draws of noise, which come round; the reference's errors of all "
+            f"{draws * examples:,} are stored before the first step"
+        )
+        if drawn <= draws * examples:
+            yield (
+                f"warning: config.reference.draws = {draws}: the run has {short(drawn / examples)} epochs: "
+                "storing the errors takes as long as it saves, or longer; lower it, or set it to 0"
+            )
     groups, every = settings.data.curriculum_groups, settings.data.curriculum_every
     if datasets and groups > 1:
         yield (

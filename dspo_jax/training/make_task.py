@@ -105,7 +105,7 @@ def _make_loss(settings: Settings, pipe: Pipeline, reward: DifferentiableReward 
     )
     _check_dropout(settings, pipe)
     settings.objective.check_process(pipe.schedule)
-    return PreferenceLoss(settings.objective, draws)
+    return PreferenceLoss(settings.objective, draws, stored_reference=settings.reference.draws > 0)
 
 
 def _check_dropout(settings: Settings, pipe: Pipeline) -> None:

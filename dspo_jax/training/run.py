@@ -29,6 +29,7 @@ from dspo_jax.training.loop import Hook, Stream, fit
 from dspo_jax.training.losses.reward_gradient import REWARD
 from dspo_jax.training.moving_reference import MoveReference
 from dspo_jax.training.prompt_states import with_prompt_states
+from dspo_jax.training.reference_errors import store_errors
 from dspo_jax.training.reward_validation import RewardValidator
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
 from dspo_jax.training.settings import Settings
@@ -312,6 +313,9 @@ def _train(
             else:
                 logging.info("%s", line)
         logging.info("to watch it: %s, or tensorboard --logdir %s", workdir / "curves.png", workdir)
+    if settings.reference.draws:
+        errors = store_errors(task, settings, experiment.datasets, mesh, reference, workdir)
+        experiment = dataclasses.replace(experiment, reference_errors=errors)
     run = Run(experiment, workdir, state, reference, make_step, count_flops)
     saved = {**state.arrays(), **run.more_arrays()}
     abstract = jax.tree.map(

@@ -36,6 +36,7 @@ from dspo_jax.training.make_task import make_task
 from dspo_jax.training.online_checks import check_own_images, check_self_play
 from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.reference import check_reference, open_reference
+from dspo_jax.training.reference_errors import check_draws, of_reference_and_data
 from dspo_jax.training.settings import Settings, parse
 from dspo_jax.training.step import TrainState, init_state
 from dspo_jax.training.task import POLICY, Task
@@ -57,6 +58,7 @@ class Experiment:
       prompts: of `config.samples`, those of files among them; none where captions are drawn.
       adapters: LoRA's trained parameters at their start; {} where whole networks are trained.
       own_images: prompts and rewards of a run on the model's own images; None for one on a dataset.
+      reference_errors: from `store_errors`, [K, N, P] float32; None where the step runs the reference.
     """
 
     settings: Settings
@@ -67,6 +69,7 @@ class Experiment:
     prompts: Sequence[str]
     adapters: Params
     own_images: OwnImages | None = None
+    reference_errors: np.ndarray | None = None
 
     @property
     def images_per_example(self) -> int:
@@ -84,6 +87,9 @@ class Experiment:
         init = self.settings.lora.init
         if init is not None:
             pins = pins | {"lora.init": f"a file of the digest {lora_init.digest(init)}"}
+        if self.settings.reference.draws:
+            digest = of_reference_and_data(self.task, self.datasets)
+            pins = pins | {"reference.draws": f"a reference and data of the digest {digest}"}
         return pins if self.task.reference is None else pins | self.task.reference.pins()
 
     def count_examples(self) -> dict[str, int]:
@@ -153,6 +159,7 @@ def prepare(config: ConfigDict | Settings, examples: HostBatch | None = None) ->
     if datasets and settings.stream.kind == "self_play":
         check_self_play(settings, pipe, mesh)
     check_reference(settings, needed=task.loss.needs_reference)
+    check_draws(settings, datasets)
     if settings.stream.kind != "trajectories" or own_images is None:
         check_batch_size(
             settings.batch_size // settings.accumulation, mesh, "config.batch_size / config.accumulation"

@@ -79,6 +79,7 @@ class ReferenceSettings:
     model: str | None
     every: int = limited(NOT_NEGATIVE)
     decay: float = limited(DECAY)
+    draws: int = limited(NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

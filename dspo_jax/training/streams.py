@@ -29,7 +29,8 @@ def open_stream(experiment: Experiment, reference: Params) -> Stream:
         return SelfPlayStream(experiment.datasets, settings, task, reference, mesh)
     if own is None:
         scores = ("scores",) if experiment.images_per_example > 2 else ()
-        return ShardStream(experiment.datasets, settings, mesh, (*task.loss.inputs(task.pipe), *scores))
+        inputs = (*task.loss.inputs(task.pipe), *scores)
+        return ShardStream(experiment.datasets, settings, mesh, inputs, experiment.reference_errors)
     if own.trained is not None:
         return PromptStream(
             own.prompts,

@@ -84,6 +84,7 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         fixed |= {"optimizer.text_encoder_learning_rate": None}
         fixed |= {f"levels.{key}": None for key in ("draw", "mean", "std", "scale", "shift")}
         fixed |= {"lora.init": None, "reference.model": None, "reference.every": 0, "reference.decay": 0.0}
+        fixed |= {"reference.draws": 0}
         theirs = fixed | theirs
         # Keys that were not read then, and are refused where they would not be read now.
         if not theirs["reference.every"]:

@@ -61,11 +61,13 @@ def test_a_batch_has_the_documented_arrays(train_batches):
         "preference": ((3,), np.float32),
         "loser_won": ((3,), np.bool_),
         "index": ((3,), np.int64),
+        "row": ((3,), np.int64),
     }
     assert {name: (batch[name].shape, batch[name].dtype) for name in expected} == expected
     assert batch.keys() == expected.keys() | {"key", "caption"}
     for row, key in enumerate(batch["key"]):
         written = make_example(int(key))
+        assert batch["row"][row] == int(key)
         assert batch["caption"][row] == written["caption"]
         for name in ("moments", "tokens", "micro_conditioning", "preference", "loser_won"):
             np.testing.assert_array_equal(batch[name][row], written[name])
@@ -86,7 +88,7 @@ def test_a_model_may_be_conditioned_on_other_arrays(tmp_path):
     stored = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")[0]
     with closing(loader.train_batches(read_datasets(tmp_path / "out"), batch_size=2, seed=0)) as batches:
         batch = next(batches)
-    assert batch.keys() == common.keys() | conditioning.keys() | {"index"}
+    assert batch.keys() == common.keys() | conditioning.keys() | {"index", "row"}
     for name, array in conditioning.items():
         assert batch[name].dtype == array.dtype
         np.testing.assert_array_equal(batch[name], np.stack([array] * 2))

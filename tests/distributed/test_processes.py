@@ -65,6 +65,11 @@ def assert_same_to_rounding(workdir, expected):
         {"lora.rank": 4, "mesh.dcn.data": 2, "mesh.fsdp": 4},
         # The devices of both processes hold each layer together, and both read the whole batch.
         {"mesh.data": 1, "mesh.tensor": 8},
+        # Each reads its part of the stored errors.
+        {
+            **{"reference.draws": 3, "mesh.fsdp": 2, "objective.name": "diffusion_dpo"},
+            **{"objective.reward_scale": None, "objective.score_weight": None, "objective.beta": 2.0},
+        },
     ],
     ids=lambda changes: " ".join(changes),
 )

@@ -352,6 +352,41 @@ def test_metrics_are_those_that_the_data_allow(arrays):
         assert set(get_objective(name)(alone, schedule)[1]) == pair_metrics | {"margin", "implicit_accuracy"}
 
 
+@each_row("reduction", ["mean", "sum"])
+@each_row("name", WITH_REWARD)
+def test_a_stored_error_of_the_reference_stands_for_its_output(name, reduction, arrays):
+    objective, schedule = get_objective(name, **STRONG[name], reduction=reduction), Schedule.scaled_linear()
+    predictions = as_predictions(arrays)
+    if not objective.compares_errors:
+        return
+    errors = np.square(arrays["reference"] - arrays["target"]).mean((2, 3, 4))
+    stored = dataclasses.replace(
+        predictions, reference=None, reference_error=jnp.asarray(errors, jnp.float32)
+    )
+
+    def total(policy, predictions):
+        loss, metrics = objective(dataclasses.replace(predictions, policy=policy), schedule)
+        return loss.sum(), (loss, metrics)
+
+    evaluate = jax.grad(total, has_aux=True)
+    gradient, (loss, metrics) = evaluate(predictions.policy, stored)
+    expected_gradient, (expected, expected_metrics) = evaluate(predictions.policy, predictions)
+    del expected_metrics["deviation"]
+    assert metrics.keys() == expected_metrics.keys()
+    for found, wanted in ((loss, expected), (gradient, expected_gradient)):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=2e-5, err_msg=key)
+
+
+def test_which_objectives_compare_errors():
+    found = {name for name in OBJECTIVES if get_objective(name).compares_errors}
+    assert found == {
+        *("diffusion_dpo", "sdpo", "ipo", "dmpo", "alpha_dpo", "hinge", "linear_dpo", "diffusion_rpo", "npo")
+    }
+    assert not get_objective("diffusion_dpo", anchor_weight=0.1).compares_errors
+
+
 def test_diffusion_rpo_between_diffusion_dpo_and_equal_weights(arrays):
     """Alone, or where no other prompt is near, a pair is compared with itself only."""
     schedule, given = Schedule.scaled_linear(), {"beta": 3.0}

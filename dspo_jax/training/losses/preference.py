@@ -56,17 +56,20 @@ class PreferenceLoss:
     """Mean of an objective over a batch of encoded pairs; a `LossFn`.
 
     A batch has `moments` [B, P, h, w, 2C] (mean and deviation, UNet units), `preference` and `loser_won` [B],
-    `index` [B] uint32 (unique over the run) and what the pipeline is conditioned on. It may have `scores`
-    [B, P], what the images are worth; for an objective that needs it, it has `weight` [B, P] float32.
-    The step adds `beta` [B] float32 where it follows the margins.
+    `index` [B] uint32 (unique over the run, or of an example's draw) and what the pipeline is conditioned on.
+    It may have `scores` [B, P], what the images are worth; for an objective that needs it, it has `weight`
+    [B, P] float32. Where it has `reference_error` [B, P] float32, the frozen denoiser is not run. The step
+    adds `beta` [B] float32 where it follows the margins.
 
     Attributes:
       objective: from `get_objective`.
       draws: of noise levels, noise and dropped captions.
+      stored_reference: whether batches have `reference_error`.
     """
 
     objective: Objective
     draws: Draws
+    stored_reference: bool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -95,8 +98,7 @@ class PreferenceLoss:
         if self.objective.needs_captions:
             frozen_params = gather(cast(task, of_components(task, reference)))
             captions = task.pipe.embed_captions(frozen_params, batch)
-        drop = drop[:, None] | self._draw_encoders(batch, key, len(task.pipe.empty_tokens))
-        batch = task.pipe.drop_captions({**batch, **per_image}, drop, zeros=self.draws.drops_to_zeros)
+        batch = self._drop_captions(task, {**batch, **per_image}, key, drop)
         noisy = schedule.add_noise(latents, noise, levels)
         policy, frozen = self.forward(
             task, params, reference, noisy, levels, batch, self._draw_dropout(batch, key)
@@ -111,9 +113,17 @@ class PreferenceLoss:
             weight=batch["weight"] if self.objective.needs_weight else None,
             beta=batch.get("beta"),
             captions=captions,
+            reference_error=batch.get("reference_error"),
         )
         losses, metrics = self.objective(predictions, schedule)
         return losses.mean(), {name: values.mean() for name, values in metrics.items()}
+
+    def _drop_captions(
+        self, task: Task, batch: Batch, key: Key[jax.Array, ""], drop: Bool[jax.Array, " B"]
+    ) -> Batch:
+        """Drops captions where `drop` is true, and where they are drawn to be, of each text encoder."""
+        each = drop[:, None] | self._draw_encoders(batch, key, len(task.pipe.empty_tokens))
+        return task.pipe.drop_captions(batch, each, zeros=self.draws.drops_to_zeros)
 
     def _draw_encoders(self, batch: Batch, key: Key[jax.Array, ""], count: int) -> Bool[jax.Array, "B E"]:
         """Draws which of `count` text encoders are without the caption, from (key, index) like the noise."""
@@ -125,6 +135,21 @@ class PreferenceLoss:
             return jax.random.bernoulli(of_example, self.draws.encoder_dropout, (count,))
 
         return jax.vmap(draw)(batch["index"])
+
+    def reference_error(
+        self, task: Task, reference: Params, batch: Batch, key: Key[jax.Array, ""]
+    ) -> Float32[jax.Array, "B P"]:
+        """Returns the mean squared error of the frozen denoiser for the draws of (key, index).
+
+        Arguments as in a call.
+        """
+        schedule = task.pipe.schedule
+        latents, noise, levels, drop = draw_noise(self.draws, batch, key)
+        noisy = schedule.add_noise(latents, noise, levels)
+        params = cast(task, of_components(task, reference))
+        output = predict(task, params, noisy, levels, self._drop_captions(task, batch, key, drop))
+        difference = output.astype(jnp.float32) - schedule.target(latents, noise, levels)
+        return jnp.square(difference).mean((2, 3, 4))
 
     def _draw_dropout(self, batch: Batch, key: Key[jax.Array, ""]) -> Dropout | None:
         """Draws dropout from (key, index) like the noise; numbers 0 to 5 of its keys are of other draws."""
@@ -178,7 +203,7 @@ class PreferenceLoss:
         batch: Batch,
         dropout: Dropout | None = None,
     ) -> tuple[Float[jax.Array, "B P h w C"], Float[jax.Array, "B P h w C"] | None]:
-        """Runs the policy and, for an objective that needs it, the reference: outputs [B, P, h, w, C].
+        """Runs the policy and, where its outputs are needed, the reference: outputs [B, P, h, w, C].
 
         `dropout` is of the policy.
         """
@@ -195,7 +220,9 @@ class PreferenceLoss:
             return jnp.concatenate(outputs, axis=1)
 
         policy = run(policy_params(task, params, reference), dropout)
-        return policy, run(cast(task, of_components(task, reference))) if self.needs_reference else None
+        if not self.needs_reference or "reference_error" in batch:
+            return policy, None
+        return policy, run(cast(task, of_components(task, reference)))
 
     def _reads_scores(self, images: int) -> bool:
         """Whether examples of `images` images have scores: lists always, as a pair's labels say enough."""
@@ -205,7 +232,9 @@ class PreferenceLoss:
         """Names of the arrays of a batch that the loss reads."""
         weight = ("weight",) if self.objective.needs_weight else ()
         scores = ("scores",) if self.objective.needs_scores else ()
-        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", *weight, *scores, "index")
+        stored = ("reference_error",) if self.stored_reference else ()
+        more = (*weight, *scores, *stored)
+        return ("moments", *pipe.conditioning_inputs, "preference", "loser_won", *more, "index")
 
     def input_shapes(
         self, pipe: Pipeline, images: int, size: tuple[int, int]
@@ -221,6 +250,7 @@ class PreferenceLoss:
             "loser_won": shape((), jnp.bool_),
             **weight,
             **({"scores": shape((images,), jnp.float32)} if self._reads_scores(images) else {}),
+            **({"reference_error": shape((images,), jnp.float32)} if self.stored_reference else {}),
             "index": shape((), jnp.uint32),
         }
 
@@ -243,11 +273,12 @@ class PreferenceLoss:
         """Passes through the networks for an example of `images` images, as `forward` makes them."""
         run = images if self.objective.images == "all" else 1
         encoded = 2 if self.objective.detaches_loser else 1  # by each network that runs the two images apart
+        runs_reference = self.needs_reference and not self.stored_reference
         return Passes(
             policy=run,
             backward=1 if self.objective.detaches_loser else run,
-            reference=run if self.needs_reference else 0,
-            encoded=encoded * (2 if self.needs_reference else 1) + self.objective.needs_captions,
+            reference=run if runs_reference else 0,
+            encoded=encoded * (2 if runs_reference else 1) + self.objective.needs_captions,
             encoded_backward=1,
         )
 
