@@ -127,7 +127,8 @@ def get_config() -> ConfigDict:
     config.compute_dtype = "float32"
     # Dtype of the trained parameters. In bfloat16 (8 bits) an update below 1/512 of a weight is lost.
     config.param_dtype = "float32"
-    # Dtype of the reference; None is the lower precision of the two above.
+    # Dtype of the reference; None is the lower precision of the two above. "int8": with LoRA, kernels of the
+    # base in one byte a number (docs/training.md); needs pip install 'dspo_jax[quant]'.
     config.reference_dtype = config_dict.placeholder(str)
     # Activations that the backward pass recomputes: "none"; "dots", all but the outputs of linear layers and
     # convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward pass.

@@ -78,9 +78,18 @@ def test_the_version_is_one(wheel):
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read(f"dspo_jax-{version}.dist-info/METADATA"))
     assert metadata["Version"] == version
-    assert {"gpu", "gpu-cuda13", "tpu", "plan", "plan-gpu", "demo", "people", "wandb", "test"} == set(
-        metadata.get_all("Provides-Extra")
-    )
+    assert {
+        "gpu",
+        "gpu-cuda13",
+        "tpu",
+        "plan",
+        "plan-gpu",
+        "demo",
+        "people",
+        "quant",
+        "wandb",
+        "test",
+    } == set(metadata.get_all("Provides-Extra"))
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dspo_jax.kernels import cpu, gpu
 from dspo_jax.kernels.device_kind import current_device_kind
+from dspo_jax.models import quantized
 from dspo_jax.models.lora import LoRAConv
 from dspo_jax.models.norms import GroupNorm
 
@@ -196,7 +197,7 @@ class Upsample2D(nnx.Module):
         bias = self.conv.bias
         if not whole or bias is None or not _merges_rows(x.shape[0], x.shape[-1]):
             return self.conv(double(x)[:, :height, :width])
-        out = convolve_doubled(x, self.conv.kernel[...]) + bias[...][None, None, None]
+        out = quantized.run(convolve_doubled, x, self.conv.kernel[...]) + bias[...][None, None, None]
         if isinstance(self.conv, LoRAConv):
             out = self.conv.adapt(out, double(x))
         return out

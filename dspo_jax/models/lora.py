@@ -31,6 +31,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Key, PyTree
 
 from dspo_jax.errors import UserError
+from dspo_jax.models import quantized
 
 Params = dict[str, Any]
 
@@ -111,7 +112,7 @@ def _adapt(
     added = layer.lora_B(layer.lora_A(kept))
     if layer.lora_magnitude_vector is None:
         return out + added
-    kernels = (each.kernel[...] for each in (layer, layer.lora_A, layer.lora_B))
+    kernels = (quantized.dequantize(each.kernel[...]) for each in (layer, layer.lora_A, layer.lora_B))
     lengths = jax.lax.stop_gradient(_lengths(*kernels))
     lengths = jnp.where(lengths == 0, 1.0, lengths)  # a column of zeros stays one
     factor = jnp.expand_dims(layer.lora_magnitude_vector[...] / lengths, range(out.ndim - 1))
@@ -280,7 +281,9 @@ def find_magnitudes(params: Params, scale: Scale) -> Params:
     leaves = flatten_dict(scaled(params, scale), sep=".")
     return unflatten_dict(
         {
-            path + _MAGNITUDE: _lengths(leaves[f"{path}.kernel"], leaves[path + _A], leaves[path + _B])
+            path + _MAGNITUDE: _lengths(
+                quantized.dequantize(leaves[f"{path}.kernel"]), leaves[path + _A], leaves[path + _B]
+            )
             for path in find_ranks(params)
         },
         sep=".",

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
-from dspo_jax.models import lora
+from dspo_jax.models import lora, quantized
 from dspo_jax.models.blip import ImageReward, read_image_reward_config
 from dspo_jax.models.clip import (
     CLIPTextModel,
@@ -103,14 +103,15 @@ class Model:
       config: the parsed config.json.
       settings: the config with defaults and with lists for each level, as the modules read it.
 
-    Parameters may hold adapters (models/lora.py) besides what `abstract_params` names.
+    Parameters may hold adapters (models/lora.py) besides what `abstract_params` names, and quantized kernels
+    (models/quantized.py) in their place.
     """
 
     class_name: str
     config: NetworkConfig = dataclasses.field(hash=False)
     settings: NetworkConfig = dataclasses.field(repr=False, hash=False, compare=False)
-    # Adapters -> (graph, state of shapes), made when they are first met.
-    _variants: dict[tuple[tuple[str, lora.Adapter], ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
+    # Adapters and quantized layers -> (graph, state of shapes), made when they are first met.
+    _variants: dict[tuple[object, ...], tuple[nnx.GraphDef, nnx.State]] = dataclasses.field(
         default_factory=dict, repr=False, hash=False, compare=False
     )
 
@@ -157,18 +158,21 @@ class Model:
     def apply(self, params: Params, *args: PyTree, method: str = "__call__", **kwargs: PyTree) -> PyTree:
         """Calls `method` of the module with `params`; computes in the dtype of its inputs and parameters."""
         params, args, kwargs = jax.tree.map(_as_jax, (params, args, kwargs))
-        graph, shapes = self._variant(lora.find_adapters(params))
+        graph, shapes = self._variant(lora.find_adapters(params), quantized.find_quantized(params))
         state = jax.tree.map(lambda leaf: leaf, shapes)
         nnx.replace_by_pure_dict(state, _nnx_keys(params))
         return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
 
-    def _variant(self, adapters: Mapping[str, lora.Adapter]) -> tuple[nnx.GraphDef, nnx.State]:
+    def _variant(
+        self, adapters: Mapping[str, lora.Adapter], in_bytes: tuple[str, ...] = ()
+    ) -> tuple[nnx.GraphDef, nnx.State]:
         def build() -> nnx.Module:
             module = _CLASSES[self.class_name][1](self.settings, rngs=_SameKey())
             lora.attach(module, adapters, rngs=_SameKey())
+            quantized.attach(module, in_bytes)
             return module
 
-        key = tuple(sorted(adapters.items()))
+        key = (*sorted(adapters.items()), *in_bytes)
         if key not in self._variants:
             self._variants[key] = nnx.split(nnx.eval_shape(build), nnx.Param)
         return self._variants[key]

@@ -132,7 +132,7 @@ class _Block(nnx.Module):
         """Float32 states [B, S, d_model] -> the same, computed in the dtype of the parameters between."""
         attending: Any = self.layer[0]
         feeding: Any = self.layer[1]
-        dtype = attending.SelfAttention.q.kernel.dtype
+        dtype = attending.layer_norm.scale.dtype  # a kernel may be quantized
         attended = attending.SelfAttention(attending.layer_norm(x).astype(dtype), bias_HTS)
         x = x + attended.astype(jnp.float32)
         fed = feeding.DenseReluDense(feeding.layer_norm(x).astype(dtype))

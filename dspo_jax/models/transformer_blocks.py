@@ -8,6 +8,7 @@ from flax import nnx
 
 from dspo_jax.kernels import gpu
 from dspo_jax.kernels.attention import attention
+from dspo_jax.models import quantized
 from dspo_jax.models.blocks import Identity, conv2d, linear
 from dspo_jax.models.norms import GroupNorm, LayerNorm
 from dspo_jax.models.remat import run_block
@@ -62,9 +63,11 @@ class GEGLU(nnx.Module):
         return hidden * nnx.gelu(gate, approximate=False)
 
     def _halves(self, x: jax.Array) -> Sequence[jax.Array]:
-        if type(self.proj) is nnx.Linear and self.proj.bias is not None and gpu.is_for_gpu(x.shape[0]):
+        kernel = self.proj.kernel[...]
+        trained = type(self.proj) is nnx.Linear and not quantized.is_quantized(kernel)
+        if trained and self.proj.bias is not None and gpu.is_for_gpu(x.shape[0]):
             # Two products: XLA puts their gradients nowhere side by side, and sums the biases' on the way.
-            pairs = (jnp.split(param[...], 2, axis=-1) for param in (self.proj.kernel, self.proj.bias))
+            pairs = (jnp.split(param, 2, axis=-1) for param in (kernel, self.proj.bias[...]))
             leading = tuple(range(x.ndim - 1))
             return [x @ kernel + jnp.expand_dims(bias, leading) for kernel, bias in zip(*pairs, strict=True)]
         return jnp.split(self.proj(x), 2, axis=-1)

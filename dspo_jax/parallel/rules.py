@@ -61,7 +61,8 @@ def make_shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> P
 def _choose(
     path: KeyPath, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Sequence[Rule]
 ) -> PartitionSpec:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    # A quantized kernel (models/quantized.py) is split as the kernel is, and its scales as biases are.
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".qvalue")
     for pattern, spec in rules:
         if re.search(pattern, name) and len(spec) <= len(shape):
             return _keep_even_splits(shape, spec, mesh)

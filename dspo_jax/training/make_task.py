@@ -61,6 +61,7 @@ def make_task(
             compute_dtype=settings.compute_dtype,
             reference_dtype=settings.reference_dtype,
             remat=settings.remat,
+            frozen_kernels=settings.frozen_kernels,
         ),
         train_text_encoder=settings.train_text_encoder,
         adapters=settings.lora.scale if settings.lora.on else None,

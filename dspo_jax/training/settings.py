@@ -25,6 +25,7 @@ from dspo_jax.limits import (
     choice,
     limited,
 )
+from dspo_jax.models import quantized
 from dspo_jax.models.model import COMPUTE_DTYPES
 from dspo_jax.models.remat import POLICIES
 from dspo_jax.objectives import Objective, get_objective
@@ -174,6 +175,8 @@ class Settings:
     Attributes:
       given: the config as config.json holds it: JSON types, and None where nothing was set.
       recipe: name of its file, for titles.
+      frozen_kernels: one of `quantized.KINDS` where `reference_dtype` asked for it, which then is that of the
+        other frozen parameters; else None.
       steps: of no meaning where there are `epochs`, until `for_examples` has made steps of them.
     """
 
@@ -197,7 +200,7 @@ class Settings:
     lora: LoraSettings
     compute_dtype: str = choice(*COMPUTE_DTYPES)
     param_dtype: str = choice(*COMPUTE_DTYPES)
-    reference_dtype: str = choice(*COMPUTE_DTYPES, optional=True)
+    reference_dtype: str = choice(*COMPUTE_DTYPES, *quantized.KINDS, optional=True)
     remat: str = choice(*POLICIES)
     timesteps: TimestepSettings
     levels: LevelSettings
@@ -221,6 +224,7 @@ class Settings:
     profile: ProfileSettings
     given: JsonObject = dataclasses.field(default_factory=dict)
     recipe: str = ""
+    frozen_kernels: str | None = None
 
     @property
     def drawn_per_example(self) -> int:
@@ -340,9 +344,13 @@ def parse(config: ConfigDict) -> Settings:
         raise UserError(f"config.validation.patience = {settings.validation.patience}: {why}; set it to 0")
     # By default the lower precision of parameters and computation.
     lesser = "bfloat16" if "bfloat16" in (settings.param_dtype, settings.compute_dtype) else "float32"
+    kernels = settings.reference_dtype if settings.reference_dtype in quantized.KINDS else None
+    if kernels is not None:
+        _check_quantized(settings)
     settings = dataclasses.replace(
         settings,
-        reference_dtype=settings.reference_dtype or lesser,
+        reference_dtype=lesser if kernels else settings.reference_dtype or lesser,
+        frozen_kernels=kernels,
         given=given,
     )
     if settings.reference.every and settings.reference.decay and settings.reference_dtype == "bfloat16":
@@ -365,6 +373,24 @@ def parse(config: ConfigDict) -> Settings:
             f"{settings.compute_dtype!r}; leave reference_dtype unset, or set it to {settings.param_dtype!r}"
         )
     return settings
+
+
+def _check_quantized(settings: Settings) -> None:
+    """Refuses quantized frozen kernels where policy and reference do not share them, or they would move."""
+    key = f"config.reference_dtype = {settings.reference_dtype!r}"
+    if not settings.lora.on:
+        raise UserError(
+            f"{key}: is of frozen kernels that adapters are trained beside; a policy that is trained whole "
+            "would differ from its reference from the start; set --config.lora.rank=8 or the like, or leave "
+            "it unset"
+        )
+    if settings.reference.model and settings.reference.every:
+        raise UserError(
+            f"{key}: such kernels cannot move, and config.reference.every = {settings.reference.every} moves "
+            f"those of config.reference.model = {settings.reference.model!r}; leave reference_dtype unset, "
+            "or set reference.every to 0"
+        )
+    quantized.import_qwix(str(settings.reference_dtype))
 
 
 def _refuse_keys_of_noised_examples(settings: Settings) -> None:

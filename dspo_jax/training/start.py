@@ -22,7 +22,7 @@ from dspo_jax.data.datasets import Dataset, check_scores, count_examples
 from dspo_jax.data.records import HostBatch
 from dspo_jax.errors import UserError
 from dspo_jax.kernels.layouts import choose_formats
-from dspo_jax.models import lora
+from dspo_jax.models import lora, quantized
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
@@ -272,39 +272,45 @@ def make_state(
     if bool(adapters) != (task.adapters is not None):
         raise ValueError(f"adapters: {'not trained' if adapters else 'needed'} by this task")
 
-    def put(params: Params, dtype: str) -> Params:
-        formats = choose_formats(params, make_shardings(params, mesh), mesh)
-        if abstract:
-            return _abstract(params, formats, dtype)
+    def put(params: Params, dtype: str, kernels: str | None = None) -> Params:
+        def store(path: KeyPath, leaf: Any) -> Any:
+            if kernels is not None and quantized.is_stored_so(path):
+                make = partial(quantized.quantize, kind=kernels)
+                return jax.eval_shape(make, leaf) if abstract else jax.device_get(make(leaf))
+            kept = "float32" if lora.is_magnitude(path) else dtype
+            return jax.ShapeDtypeStruct(leaf.shape, kept) if abstract else np.asarray(leaf, DTYPES[kept])
 
-        def cast(path: KeyPath, leaf: np.ndarray) -> np.ndarray:
-            return np.asarray(leaf, DTYPES["float32" if lora.is_magnitude(path) else dtype])
-
-        return place(jax.tree_util.tree_map_with_path(cast, params), formats)
+        stored = jax.tree_util.tree_map_with_path(store, params)
+        formats = choose_formats(stored, make_shardings(stored, mesh), mesh)
+        return _abstract(stored, formats) if abstract else place(stored, formats)
 
     other = task.pipe if task.reference is None or abstract else task.reference.pipe
     if other is None:
         raise ValueError("task.reference: not opened; give `make_task` what `open_reference` returns")
 
-    def read(name: str, dtype: str, pipe: Pipeline = task.pipe) -> Params:
-        return put(
-            pipe.networks[name].abstract_params() if abstract else pipe.read_params(name, dtype), dtype
-        )
-
     precision = task.precision
+
+    def read(name: str, dtype: str, pipe: Pipeline = task.pipe, kernels: str | None = None) -> Params:
+        read_as = dtype if kernels is None else "float32"  # rounded once
+        params = pipe.networks[name].abstract_params() if abstract else pipe.read_params(name, read_as)
+        return put(params, dtype, kernels)
+
+    def read_frozen(name: str, pipe: Pipeline) -> Params:
+        return read(name, precision.reference_dtype, pipe, precision.frozen_kernels)
+
     networks = task.pipe.components
     trained = () if adapters else networks if task.train_text_encoder else (task.pipe.denoiser,)
     params = {name: read(name, precision.param_dtype) for name in trained}
     # Networks that are not trained; and every network where the loss looks at the reference.
     frozen = [name for name in networks if task.loss.needs_reference or name not in trained]
-    reference = {name: read(name, precision.reference_dtype, other) for name in frozen}
+    reference = {name: read_frozen(name, other) for name in frozen}
     if adapters:
         params = put(adapters, precision.param_dtype)
         frozen_adapters = adapters if task.reference is None else lora_init.without_products(adapters)
         reference = lora.combine(reference, put(frozen_adapters, precision.reference_dtype))
     own = [name for name in task.reference.differing if name not in trained] if task.reference else []
     if own:
-        reference[POLICY] = {name: read(name, precision.reference_dtype) for name in own}
+        reference[POLICY] = {name: read_frozen(name, task.pipe) for name in own}
     if task.dora:
 
         def add_magnitudes(whole: Params, params: Params) -> Params:
@@ -323,9 +329,7 @@ def make_state(
     return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=formats)(params), reference
 
 
-def _abstract(tree: PyTree, formats: PyTree, dtype: str | None = None) -> PyTree:
-    def leaf(path: KeyPath, array: jax.ShapeDtypeStruct, format_: Any) -> jax.ShapeDtypeStruct:
-        kept = array.dtype if dtype is None or lora.is_magnitude(path) else dtype
-        return jax.ShapeDtypeStruct(array.shape, kept, sharding=format_)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree, formats)
+def _abstract(tree: PyTree, formats: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda array, format_: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=format_), tree, formats
+    )

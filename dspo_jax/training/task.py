@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 import optax
 from jaxtyping import Float, Num, PyTree
 
-from dspo_jax.models import lora
+from dspo_jax.models import lora, quantized
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
@@ -104,12 +103,15 @@ class Precision:
       compute_dtype: of the networks; losses, accumulated gradients and the optimizer are float32.
       reference_dtype: of the stored frozen parameters.
       remat: which activations the backward pass computes again, see models/remat.py.
+      frozen_kernels: how kernels of the frozen parameters are stored, one of `quantized.KINDS`; None as the
+        others.
     """
 
     param_dtype: str
     compute_dtype: str
     reference_dtype: str
     remat: str
+    frozen_kernels: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,11 +204,16 @@ def of_components(task: Task, reference: Params) -> Params:
 
 
 def cast(task: Task, params: Params) -> Params:
-    """Returns parameters as `predict` takes them: in the compute dtype, adapters times their scale."""
+    """Returns parameters as `predict` takes them: in the compute dtype, adapters times their scale.
+
+    Quantized kernels stay as they are; the layers know them.
+    """
     if task.adapters is not None:
         params = lora.scaled(params, task.adapters)
 
-    def cast_leaf(path: jax.tree_util.KeyPath, leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-        return leaf if lora.is_magnitude(path) else leaf.astype(task.precision.compute_dtype)
+    def cast_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        if lora.is_magnitude(path) or quantized.is_quantized(leaf):
+            return leaf
+        return leaf.astype(task.precision.compute_dtype)
 
-    return jax.tree_util.tree_map_with_path(cast_leaf, params)
+    return jax.tree_util.tree_map_with_path(cast_leaf, params, is_leaf=quantized.is_quantized)
