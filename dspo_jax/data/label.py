@@ -73,8 +73,8 @@ def run() -> None:
     flags.DEFINE_string(
         "reward",
         None,
-        "FILE.py:FUNCTION, or one of compressibility, colourfulness, aesthetic, clip-b, clip-h, clip-l, "
-        "hpsv2.0, hpsv2.1, imagereward, pickscore.",
+        "FILE.py:FUNCTION, or one of compressibility, colourfulness, aesthetic, b_vqa, clip-b, clip-h, "
+        "clip-l, hpsv2.0, hpsv2.1, imagereward, pickscore.",
     )
     flags.DEFINE_string("reward_dir", "rewards", "Folder of the rewards' weights.")
     flags.DEFINE_string("out", None, "Folder to write to; what is there is not done again.")

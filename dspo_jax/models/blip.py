@@ -1,8 +1,8 @@
-"""BLIP's image encoder and its text encoder that looks at the image, with the head of ImageReward.
+"""BLIP's image encoder and its text encoder that looks at the image: ImageReward, and answers to questions.
 
 Sources: Li et al. 2022, "BLIP" (arXiv:2201.12086); Xu et al. 2023, "ImageReward" (arXiv:2304.05977). Names
-and operations are those of the code released with the latter, without dropout and stochastic depth, which do
-nothing when a model scores.
+and operations are those of the released code of each, without dropout and stochastic depth, which do nothing
+when a model scores.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from dspo_jax.models.config import NetworkConfig, check_multiple, read_config
 from dspo_jax.models.norms import LayerNorm
 from dspo_jax.schema import REQUIRED, Key, integer, number
 
-_NAME = "ImageReward"
 _LAYERS: dict[str, Key] = {
     "hidden_size": integer(),
     "intermediate_size": integer(high=1 << 18),
@@ -30,10 +29,8 @@ _PARTS: dict[str, dict[str, Key]] = {
     "vision_config": {**_LAYERS, "image_size": integer(high=4096), "patch_size": integer(high=4096)},
     "text_config": {**_LAYERS, "vocab_size": integer(high=1 << 22), "max_position_embeddings": integer()},
 }
-_KEYS: dict[str, Key] = {
-    **{part: Key(REQUIRED, dict) for part in _PARTS},
-    "head_features": integer(listed="always", length=range(4, 5)),
-}
+_KEYS: dict[str, Key] = {part: Key(REQUIRED, dict) for part in _PARTS}
+_HEAD_KEYS: dict[str, Key] = {"head_features": integer(listed="always", length=range(4, 5))}
 
 
 def read_image_reward_config(config: NetworkConfig) -> NetworkConfig:
@@ -44,14 +41,27 @@ def read_image_reward_config(config: NetworkConfig) -> NetworkConfig:
     Raises:
       UserError: names the key and value of what is not supported.
     """
-    cfg = read_config(_NAME, config, _KEYS)
+    return _read_parts("ImageReward", config, _KEYS | _HEAD_KEYS)
+
+
+def read_blip_vqa_config(config: NetworkConfig) -> NetworkConfig:
+    """Checks the config.json of a `BLIPVQA`: `vision_config`, and `text_config`, which is the decoder's too.
+
+    Raises:
+      UserError: names the key and value of what is not supported.
+    """
+    return _read_parts("BLIP_VQA", config, _KEYS)
+
+
+def _read_parts(class_name: str, config: NetworkConfig, known: dict[str, Key]) -> NetworkConfig:
+    cfg = read_config(class_name, config, known)
     for part, keys in _PARTS.items():
-        name = f"{_NAME} {part}"
+        name = f"{class_name} {part}"
         cfg[part] = read_config(name, cfg[part], keys)
         features, heads = cfg[part]["hidden_size"], cfg[part]["num_attention_heads"]
         check_multiple(name, "hidden_size", features, "num_attention_heads", heads)
     size, patch = (cfg["vision_config"][key] for key in ("image_size", "patch_size"))
-    check_multiple(f"{_NAME} vision_config", "image_size", size, "patch_size", patch)
+    check_multiple(f"{class_name} vision_config", "image_size", size, "patch_size", patch)
     return cfg
 
 
@@ -167,18 +177,20 @@ class _Intermediate(nnx.Module):
 
 
 class _TextLayer(nnx.Module):
-    """Attention among the tokens, then to the image, then the feed-forward; a norm behind each."""
+    """Attention among the tokens, then to other states, then the feed-forward; a norm behind each."""
 
-    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, other_features: int, *, rngs: nnx.Rngs):
         features, hidden = cfg["hidden_size"], cfg["intermediate_size"]
         self.attention = _TextAttention(cfg, features, rngs=rngs)
-        self.crossattention = _TextAttention(cfg, image_features, rngs=rngs)
+        self.crossattention = _TextAttention(cfg, other_features, rngs=rngs)
         self.intermediate = _Intermediate(features, hidden, rngs=rngs)
         self.output = _Output(hidden, features, cfg["layer_norm_eps"], rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, image_states: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, others: jax.Array, visible: jax.Array | None
+    ) -> jax.Array:
         x = self.attention(x, x, mask)
-        x = self.crossattention(x, image_states)
+        x = self.crossattention(x, others, visible)
         return self.output(self.intermediate(x), x)
 
 
@@ -200,23 +212,25 @@ class _TextEmbeddings(nnx.Module):
 
 
 class _TextLayers(nnx.Module):
-    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, other_features: int, *, rngs: nnx.Rngs):
         self.layer = nnx.List(
-            [_TextLayer(cfg, image_features, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
+            [_TextLayer(cfg, other_features, rngs=rngs) for _ in range(cfg["num_hidden_layers"])]
         )
 
 
 class _TextEncoder(nnx.Module):
-    """Token ids [B, S], which of them are text [B, S] and image states -> states [B, S, features]."""
+    """Token ids [B, S], which of them are text [B, S], and states to look at -> states [B, S, features]."""
 
-    def __init__(self, cfg: NetworkConfig, image_features: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: NetworkConfig, other_features: int, *, rngs: nnx.Rngs):
         self.embeddings = _TextEmbeddings(cfg, rngs=rngs)
-        self.encoder = _TextLayers(cfg, image_features, rngs=rngs)
+        self.encoder = _TextLayers(cfg, other_features, rngs=rngs)
 
-    def __call__(self, input_ids: jax.Array, mask: jax.Array, image_states: jax.Array) -> jax.Array:
+    def __call__(
+        self, input_ids: jax.Array, mask: jax.Array, others: jax.Array, visible: jax.Array | None = None
+    ) -> jax.Array:
         x = self.embeddings(input_ids)
         for layer in self.encoder.layer:
-            x = layer(x, mask, image_states)
+            x = layer(x, mask, others, visible)
         return x
 
 
@@ -265,3 +279,69 @@ class ImageReward(nnx.Module):
         image_states = self.blip.visual_encoder(pixels)
         states = self.blip.text_encoder(input_ids, mask, image_states)
         return self.mlp(states[:, 0])[:, 0]
+
+
+class _Transform(nnx.Module):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
+        features = cfg["hidden_size"]
+        self.dense = nnx.Linear(features, features, rngs=rngs)
+        self.LayerNorm = LayerNorm(features, cfg["layer_norm_eps"])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.LayerNorm(nnx.gelu(self.dense(x), approximate=False))
+
+
+class _Predictions(nnx.Module):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
+        self.transform = _Transform(cfg, rngs=rngs)
+        self.decoder = nnx.Linear(cfg["hidden_size"], cfg["vocab_size"], rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decoder(self.transform(x))
+
+
+class _WordHead(nnx.Module):
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
+        self.predictions = _Predictions(cfg, rngs=rngs)
+
+
+class _AnswerDecoder(nnx.Module):
+    """BERT that looks at the states of a question, and logits of words."""
+
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
+        self.bert = _TextEncoder(cfg, cfg["hidden_size"], rngs=rngs)
+        self.cls = _WordHead(cfg, rngs=rngs)
+
+
+class BLIPVQA(nnx.Module):
+    """Logits of the first word of the answer to a question about an image. Names as in published weights."""
+
+    def __init__(self, cfg: NetworkConfig, *, rngs: nnx.Rngs):
+        """Builds from what `read_blip_vqa_config` returns."""
+        vision, text = cfg["vision_config"], cfg["text_config"]
+        self.visual_encoder = _ImageEncoder(vision, rngs=rngs)
+        self.text_encoder = _TextEncoder(text, vision["hidden_size"], rngs=rngs)
+        self.text_decoder = _AnswerDecoder(text, rngs=rngs)
+
+    def __call__(
+        self,
+        pixels: Float[jax.Array, "B S S 3"],
+        input_ids: Integer[jax.Array, "B K T"],
+        mask: Bool[jax.Array, "B K T"],
+        start: int,
+    ) -> Float[jax.Array, "B K V"]:
+        """Returns logits over the vocabulary [B, K, V] of the word that follows the start of an answer.
+
+        Args:
+          pixels: [B, S, S, 3] float32, normalised as CLIP's; S is the config's image_size.
+          input_ids: [B, K, T] int32, K questions of each image.
+          mask: [B, K, T] bool; False where a token is padding.
+          start: the token that an answer begins with.
+        """
+        batch, questions, length = input_ids.shape
+        image_states = jnp.repeat(self.visual_encoder(pixels), questions, axis=0)
+        mask = mask.reshape(-1, length)
+        states = self.text_encoder(input_ids.reshape(-1, length), mask, image_states)
+        first = jnp.full((batch * questions, 1), start, input_ids.dtype)
+        answer = self.text_decoder.bert(first, jnp.ones_like(first, bool), states, mask)
+        return self.text_decoder.cls.predictions(answer[:, 0]).reshape(batch, questions, -1)

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from dspo_jax.errors import UserError
 from dspo_jax.json_files import shown
 from dspo_jax.models import lora, quantized
-from dspo_jax.models.blip import ImageReward, read_image_reward_config
+from dspo_jax.models.blip import BLIPVQA, ImageReward, read_blip_vqa_config, read_image_reward_config
 from dspo_jax.models.clip import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -52,6 +52,7 @@ _CLASSES: dict[str, tuple[_Read, Callable[..., nnx.Module]]] = {
     "CLIPTextModelWithProjection": (read_projecting_clip_config, CLIPTextModelWithProjection),
     "T5EncoderModel": (read_t5_config, T5Encoder),
     "ImageReward": (read_image_reward_config, ImageReward),
+    "BLIP_VQA": (read_blip_vqa_config, BLIPVQA),
     "CLIPModel": (read_clip_model_config, CLIPModel),
 }
 

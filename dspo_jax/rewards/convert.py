@@ -38,7 +38,8 @@ def run() -> None:
     flags.DEFINE_string(
         "reward",
         None,
-        "What to convert: pickscore, hpsv2.0, hpsv2.1, clip-b, clip-h, clip-l, aesthetic or imagereward.",
+        "What to convert: pickscore, hpsv2.0, hpsv2.1, clip-b, clip-h, clip-l, aesthetic, imagereward or "
+        "b_vqa.",
     )
     flags.DEFINE_string(
         "weights", None, "A file, a transformers folder or a hub id; default: the published hub id."

@@ -39,6 +39,14 @@ def image_reward_pixels(images: Images, size: int) -> Pixels:
     return _crop(images, preprocess.image_reward_frame(images.shape[2], images.shape[1], size), size)
 
 
+def stretched_pixels(images: Images, size: int) -> Pixels:
+    """Resizes both edges to `size` and normalises. Pure; as Pillow 13, a larger height first."""
+    height, width = images.shape[1:3]
+    for axis in (1, 2) if height > max(width, size) else (2, 1):
+        images = jnp.clip(_resize(images, axis, size), _LOWEST, _HIGHEST)
+    return _normalise(images)
+
+
 def hps_pixels(images: Images, size: int) -> Pixels:
     """Resizes the longer edge to `size`, pads with black to a square and normalises. Pure.
 
@@ -74,4 +82,5 @@ def _normalise(images: Pixels) -> Pixels:
 
 CLIP = Preprocess(preprocess.clip_pixels, clip_pixels)
 IMAGE_REWARD = Preprocess(preprocess.image_reward_pixels, image_reward_pixels)
+STRETCHED = Preprocess(preprocess.stretched_pixels, stretched_pixels)
 HPS = Preprocess(preprocess.hps_pixels, hps_pixels)

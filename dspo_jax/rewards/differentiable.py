@@ -28,6 +28,7 @@ DIVISORS = {
     "clip-h": 1.0,
     "clip-l": 1.0,
     "imagereward": 1.0,
+    "b_vqa": 0.1,
     "aesthetic": 0.5,
     "colourfulness": 18.0,
 }
@@ -35,8 +36,8 @@ DIVISORS = {
 
 pickscore, hpsv2.*, clip-*: one logit of the softmax that the network was trained with, which is 0.01 of the
 cosine, as CLIP's scale is 100. imagereward: one deviation, by which the released code divides what the head
-gives. aesthetic: half a point of its ten, an estimate. colourfulness: 109 / 6, the mean step between the
-seven degrees of colourfulness to which Hasler and Süsstrunk 2003 give values.
+gives. aesthetic: half a point of its ten, an estimate. b_vqa: a tenth of its range. colourfulness: 109 / 6,
+the mean step between the seven degrees of colourfulness to which Hasler and Süsstrunk 2003 give values.
 """
 
 _FILES = 32  # images in one call of a network, as by default in `load_reward`

@@ -86,6 +86,15 @@ def image_reward_pixels(image: Image.Image, size: int) -> np.ndarray:
     return _normalise(np.asarray(middle, np.float32) / 255)
 
 
+def stretched_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes both edges to `size` (bicubic, 8 bits a channel), whatever the picture's shape.
+
+    Source: the transform of BLIP's released VQA code, torchvision's Resize to (S, S) of an RGB picture.
+    """
+    image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return _normalise(np.asarray(image, np.float32) / 255)
+
+
 def hps_pixels(image: Image.Image, size: int) -> np.ndarray:
     """Resizes the longer edge to `size` (bicubic, in floating point) and pads with black to a square.
 

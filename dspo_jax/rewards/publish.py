@@ -11,7 +11,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing, sha256, write_text
 from dspo_jax.models.model import Model, build_model
 from dspo_jax.pipelines import tokenizers
-from dspo_jax.rewards import aesthetic, image_reward, open_clip
+from dspo_jax.rewards import aesthetic, b_vqa, image_reward, open_clip
 from dspo_jax.rewards.clip_folder import read_clip, read_tokenizer
 from dspo_jax.weights import model_dir, tensors
 from dspo_jax.weights.component_files import find_weights
@@ -49,7 +49,7 @@ class Recipe:
     """Published weights of a reward, and the function that converts them.
 
     Attributes:
-      source: the hub id of its weights.
+      source: the hub id of its weights, or their file where they are on no hub.
       write: writes the folder.
       file: of the hub's repository, where it is one file; None for a transformers folder.
       tokenizer: the hub id of a tokenizer for weights that come without; None if it reads no prompt.
@@ -147,6 +147,12 @@ RECIPES: dict[str, Recipe] = {
     "clip-h": Recipe(_LAION_H, _write_h, tokenizer=_LAION_H),
     "clip-l": Recipe(_OPENAI_L, _write_l, tokenizer=_OPENAI_L),
     "aesthetic": Recipe(_OPENAI_L, _write_l, head=True),
+    "b_vqa": Recipe(
+        "model_base_vqa_capfilt_large.pth",  # is on no hub
+        lambda wanted: b_vqa.write_weights(wanted.weights, wanted.out, wanted.tokenizer, wanted.source),
+        tokenizer="google-bert/bert-base-uncased",
+        tokenizer_files=("vocab.txt", "tokenizer.json"),
+    ),
     "imagereward": Recipe(
         "THUDM/ImageReward",
         lambda wanted: image_reward.write_weights(

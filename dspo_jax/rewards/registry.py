@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
-from dspo_jax.rewards import aesthetic, clip_score, hps, image_reward, pickscore, pixels
+from dspo_jax.rewards import aesthetic, b_vqa, clip_score, hps, image_reward, pickscore, pixels
 from dspo_jax.rewards.network import RewardNetwork
 from dspo_jax.rewards.reward import Reward, describe_error
 
@@ -17,6 +17,7 @@ REWARDS: dict[str, Reward | Callable[[Path], RewardNetwork]] = {
     "compressibility": Reward("compressibility", "JPEG quality 95", pixels.compressibility),
     "colourfulness": Reward("colourfulness", "Hasler & Süsstrunk 2003", pixels.colourfulness),
     "aesthetic": aesthetic.load,
+    "b_vqa": b_vqa.load,
     "clip-b": functools.partial(clip_score.load, name="clip-b"),
     "clip-h": functools.partial(clip_score.load, name="clip-h"),
     "clip-l": functools.partial(clip_score.load, name="clip-l"),

@@ -38,8 +38,8 @@ _DAMAGE = (
 def open_weights(path: Path) -> dict[str, Tensor]:
     """Opens the tensors of a safetensors file, or of a state dict by `torch.save` (.pt, .pth, .bin).
 
-    A state dict may lie under "state_dict". It is loaded with `weights_only=True`, which builds tensors and
-    plain containers and runs nothing else that a pickle may ask for.
+    A state dict may lie under "state_dict" or "model". It is loaded with `weights_only=True`, which builds
+    tensors and plain containers and runs nothing else that a pickle may ask for.
 
     Raises:
       FileNotFoundError: no such file.
@@ -58,7 +58,10 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     except _DAMAGE as error:
         reason = _find_reason(error)
         raise UserError(f"{path}: no file of tensors alone, as torch.save writes it ({reason})") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    state = content
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict of tensors")
 

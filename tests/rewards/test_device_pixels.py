@@ -17,9 +17,10 @@ from dspo_jax.rewards.preprocess import DEVIATION
 SIDE = 60
 # (width, height): larger and smaller than SIDE, upright, one edge of SIDE, odd margins, a single pixel.
 SIZES = [(160, 160), (60, 60), (120, 91), (83, 129), (25, 10), (67, 60), (60, 63), (17, 60), (81, 79), (1, 1)]
-TRANSFORMS = ["clip_pixels", "image_reward_pixels", "hps_pixels"]
+TRANSFORMS = ["clip_pixels", "image_reward_pixels", "hps_pixels", "stretched_pixels"]
 # Largest and mean difference in levels of 8 bits. Seen: 1.08 and 0.40; 0.0013 and 0.0001 in floating point.
 BOUNDS = {"clip_pixels": (1.5, 0.5), "image_reward_pixels": (1.5, 0.5), "hps_pixels": (0.02, 0.002)}
+BOUNDS["stretched_pixels"] = BOUNDS["clip_pixels"]
 
 
 def draw(kind, width, height):

@@ -12,7 +12,7 @@ from tables import each_row
 
 from dspo_jax.models.model import build_model
 from dspo_jax.rewards import load_reward
-from dspo_jax.rewards.image_reward import _read_tokenizer
+from dspo_jax.rewards.blip_weights import read_tokenizer
 from dspo_jax.rewards.image_reward import write_weights as write
 from dspo_jax.rewards.preprocess import image_reward_pixels
 from dspo_jax.rewards.publish import RECIPES, prepare
@@ -109,7 +109,7 @@ def test_the_ids_are_those_of_the_released_tokenizer(prompt, tokenizer):
     theirs.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     settings = {"padding": "max_length", "truncation": True, "max_length": 35}
     expected = theirs([prompt], **settings)
-    ours = _read_tokenizer(tokenizer / "vocab.txt", len(oracle.VOCABULARY) + 2)([prompt], **settings)
+    ours = read_tokenizer(tokenizer / "vocab.txt", len(oracle.VOCABULARY) + 2)([prompt], **settings)
     for key in ("input_ids", "attention_mask"):
         assert ours[key] == expected[key]
 
@@ -169,7 +169,7 @@ QKV = "blip.visual_encoder.blocks.1.attn.qkv.weight"
         (lambda state: state["mlp.layers.0.bias"].fill_(torch.nan), "tensor mlp.layers.0.bias is not finite"),
         (
             lambda state: [state.pop(name) for name in list(state)[1:]],
-            "patch_embed.proj.weight is missing; is it the published ImageReward.pt?",
+            "patch_embed.proj.weight is missing; is it the published file?",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tables import each_row
 
-from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels, image_reward_pixels
+from dspo_jax.rewards.preprocess import clip_pixels, hps_pixels, image_reward_pixels, stretched_pixels
 
 MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # (width, height): larger and smaller than 224, upright, sizes whose halves and products do not come out even,
@@ -99,8 +99,9 @@ def test_transparency_is_dropped_as_each_reward_drops_it():
     red, black = ((np.array(colour) - MEAN) / DEVIATION for colour in ((1, 0, 0), (0, 0, 0)))
     for alpha, image_reward in ((0, black), (128, red)):
         image = Image.new("RGBA", (40, 40), (255, 0, 0, alpha))
-        for transform, colour in ((clip_pixels, red), (hps_pixels, red), (image_reward_pixels, image_reward)):
+        dropping = ((clip_pixels, red), (hps_pixels, red), (stretched_pixels, red))
+        for transform, colour in (*dropping, (image_reward_pixels, image_reward)):
             np.testing.assert_allclose(transform(image, 20), np.broadcast_to(colour, (20, 20, 3)), atol=1e-5)
     opaque = noise(50, 40)
-    for transform in (clip_pixels, hps_pixels, image_reward_pixels):
+    for transform in (clip_pixels, hps_pixels, image_reward_pixels, stretched_pixels):
         np.testing.assert_array_equal(transform(opaque.convert("RGBA"), 20), transform(opaque, 20))

@@ -1,4 +1,7 @@
-"""Small random weights of every reward that has a network, in the folders that rewards are loaded from."""
+"""Small random weights of every reward that has a network, in the folders that rewards are loaded from.
+
+Not of B-VQA, which asks for the phrases of each prompt: tests/rewards/test_b_vqa.py.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from tiny_clip import clip_config, write_clip
 from dspo_jax.rewards.differentiable import DIVISORS
 from dspo_jax.rewards.publish import RECIPES, prepare
 
-NETWORKS = sorted(set(DIVISORS) - {"colourfulness"})
+NETWORKS = sorted(set(DIVISORS) - {"colourfulness", "b_vqa"})
 HEAD = {"layers.0": 1024, "layers.2": 128, "layers.4": 64, "layers.6": 16, "layers.7": 1}
 
 
