@@ -16,7 +16,6 @@ from dspo_jax.monitoring.progress import Progress
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dspo_jax.pipelines.pipeline import Pipeline
-from dspo_jax.pipelines.stable_diffusion_3 import T5
 
 
 class CaptionEncoder:
@@ -30,14 +29,15 @@ class CaptionEncoder:
           dtype: of the weights and products, "float32" or "bfloat16"; sums of layers are float32.
           batch_size: captions in one call.
         """
-        self._pipe = pipe
+        assert pipe.stored_encoder is not None
+        self._pipe, self._name = pipe, pipe.stored_encoder
         devices = jax.local_devices()
         self._size = batch_size + -batch_size % len(devices)
         mesh = make_mesh({"data": len(devices)}, devices)
         whole, self._split = replicated(mesh), batch_sharding(mesh)
-        self._params = jax.device_put(pipe.read_params(T5, dtype), whole)
+        self._params = jax.device_put(pipe.read_params(self._name, dtype), whole)
         self._run = jax.jit(
-            on_mesh(pipe.networks[T5].apply, mesh),
+            on_mesh(pipe.networks[self._name].apply, mesh),
             in_shardings=(whole, self._split),
             out_shardings=self._split,
         )
@@ -62,8 +62,8 @@ class CaptionEncoder:
             for caption, of_caption, exact in zip(part, rounded, states, strict=False):
                 if not np.isfinite(of_caption).all():
                     raise UserError(
-                        f"{self._pipe.path / T5}: states of the caption {caption!r:.200} are not finite in "
-                        f"float16 (largest magnitude {np.abs(exact).max():g}); set "
+                        f"{self._pipe.path / self._name}: states of the caption {caption!r:.200} are not "
+                        f"finite in float16 (largest magnitude {np.abs(exact).max():g}); set "
                         "--config.text.t5_dtype=float32, or --config.text.store_t5=False"
                     )
             parts.append(rounded)

@@ -30,7 +30,6 @@ from dspo_jax.parallel.mesh import cpu_cores
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.same_kind import component_digest
-from dspo_jax.pipelines.stable_diffusion_3 import T5
 from dspo_jax.pipelines.stored import T5_KEY
 from dspo_jax.rewards import Reward, load_reward
 
@@ -110,7 +109,7 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             "rows_sha256": {split: source.digest(split) for split in splits},
         },
         "encoding": {key: getattr(settings, key) for key in _ENCODING},
-        **({T5_KEY: t5} if T5 in pipe.networks else {}),
+        **({T5_KEY: t5} if pipe.stored_encoder else {}),
         "score": made_by[0] if made_by else None,
         "select": _describe_selection(settings),
         **({"judges": made_by[1:]} if made_by[1:] else {}),
@@ -200,10 +199,10 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
 
 def _describe_t5(settings: EncodeSettings, pipe: Pipeline) -> JsonObject | None:
     """Returns what T5's stored states follow from beside the captions; None where they are not stored."""
-    if not settings.text.store_t5 or T5 not in pipe.networks:
+    if not settings.text.store_t5 or pipe.stored_encoder is None:
         return None
     return {
-        "sha256": component_digest(pipe, T5),
+        "sha256": component_digest(pipe, pipe.stored_encoder),
         "length": pipe.max_sequence_length,
         "padding": "to the length, attended to",
         "dtype": settings.text.t5_dtype,

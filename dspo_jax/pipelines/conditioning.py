@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer, PyTree
+from jaxtyping import Bool, Float, Integer, PyTree
 
 from dspo_jax.models.config import NetworkConfig
 from dspo_jax.models.model import Model, Params
@@ -38,6 +39,13 @@ class Conditioning(NamedTuple):
     pooled: Float[Array, "B D"]
     sizes: Integer[Array, "N 6"] | None
 
+    def without_captions(self, where: Bool[Array, " B"]) -> "Conditioning":
+        """Returns zeros in place of the text of the examples where `where` [B] is true."""
+        states, pooled = jax.tree.map(
+            lambda x: jnp.where(jnp.expand_dims(where, range(1, x.ndim)), 0, x), (self.states, self.pooled)
+        )
+        return self._replace(states=states, pooled=pooled)
+
 
 class Reading(NamedTuple):
     """Settings of reading captions.
@@ -65,6 +73,8 @@ class Conditioner(abc.ABC):
       default_length: tokens that are read of a caption by default, where their number can be chosen
         (`Pipeline.max_sequence_length`); else None.
       drops_by_encoder: whether `encode` takes `DROPPED`.
+      stored_encoder: text encoder that need not run where a batch has its states (`stored.T5_STATES`); or
+        None.
     """
 
     name: ClassVar[str]
@@ -72,6 +82,7 @@ class Conditioner(abc.ABC):
     fixed_layer: ClassVar[str] = ""
     default_length: ClassVar[int | None] = None
     drops_by_encoder: ClassVar[bool] = False
+    stored_encoder: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def encode(

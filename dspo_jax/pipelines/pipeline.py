@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Float16, Float32, Integer, Num
+from jaxtyping import Float, Float32, Num
 
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256
 from dspo_jax.images.resize import Crop
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model, Params
-from dspo_jax.pipelines.conditioning import DROPPED, NO_TOKEN, Array, Conditioning, Reading, stack_tokens
+from dspo_jax.pipelines.conditioning import NO_TOKEN, Array, Conditioning, Reading, stack_tokens
 from dspo_jax.pipelines.families import Family
-from dspo_jax.pipelines.stable_diffusion_3 import T5
 from dspo_jax.pipelines.stored import T5_STATES
 from dspo_jax.pipelines.t5_tokenizer import T5Tokenizer
 from dspo_jax.pipelines.tokenizers import CaptionTokenizer
@@ -96,9 +95,15 @@ class Pipeline:
     @property
     def text_encoders(self) -> dict[str, Model]:
         """Architectures of the text encoders that run, by component."""
-        absent = () if self.stored_states is None else (T5,)
+        absent = () if self.stored_states is None else (self.stored_encoder,)
         names = [name for name in self.family.text_encoders if name in self.networks]
         return {name: self.networks[name] for name in names if name not in absent}
+
+    @property
+    def stored_encoder(self) -> str | None:
+        """Name of the text encoder whose states datasets store, as it is too large to run in every step."""
+        name = self.family.conditioner.stored_encoder
+        return name if name in self.networks else None
 
     @property
     def latent_channels(self) -> int:
@@ -200,10 +205,9 @@ class Pipeline:
                 longest.max_tokens,
                 too_long[0],
             )
-        tokenizers: list[CaptionTokenizer | T5Tokenizer] = [*self.tokenizers]
-        if self.t5_tokenizer:
-            tokenizers.append(self.t5_tokenizer)
-        return stack_tokens([tokenizer(captions) for tokenizer in tokenizers])
+        ids = [tokenizer(captions) for tokenizer in self.tokenizers]
+        ids += [self.t5_tokenizer(captions)] if self.t5_tokenizer else []
+        return stack_tokens(ids)
 
     @property
     def conditioning_inputs(self) -> tuple[str, ...]:
@@ -233,49 +237,6 @@ class Pipeline:
           `tokens` [N, E, S] and `micro_conditioning` [N, P, 6], int32.
         """
         return {"tokens": self.tokenize(captions), "micro_conditioning": np.asarray(crops, np.int32)}
-
-    def drop_captions(
-        self, batch: Mapping[str, jax.Array], drop: Bool[Array, " B *E"], *, zeros: bool = False
-    ) -> dict[str, jax.Array]:
-        """Returns the batch without the captions where `drop` is true.
-
-        Args:
-          batch: has `conditioning_inputs`.
-          drop: [B], or [B, E] for each text encoder by itself.
-          zeros: whether zeros are read in place of what those text encoders say (`DROPPED`); else they read
-            the empty caption.
-        """
-        each = jnp.broadcast_to(drop.reshape(len(drop), -1), (len(drop), len(self.empty_tokens)))
-        if zeros:
-            return {**batch, DROPPED: each}
-        tokens = jnp.where(each[..., None], self.empty_tokens[None], batch["tokens"])
-        if self.stored_states is None:
-            return {**batch, "tokens": tokens}
-        states = jnp.where(each[:, -1, None, None], self.stored_states[""][None], batch[T5_STATES])
-        return {**batch, "tokens": tokens, T5_STATES: states}
-
-    def find_states(self, captions: Sequence[str]) -> Float16[np.ndarray, "N L F"] | None:
-        """Returns T5's `stored_states` of captions, if they are stored."""
-        if self.stored_states is None:
-            return None
-        return np.stack([self.stored_states[caption] for caption in captions])
-
-    def prompt_batch(
-        self,
-        tokens: Integer[Array, "B E S"],
-        size: tuple[int, int],
-        states: Float16[Array, "B L F"] | None = None,
-    ) -> dict[str, jax.Array]:
-        """Returns the `conditioning_inputs` of one image for each prompt.
-
-        Args:
-          tokens: ids [B, E, S].
-          size: (height, width) of the images in pixels.
-          states: from `find_states`.
-        """
-        whole = jnp.asarray([[[*size, 0, 0, *size]]] * len(tokens))
-        batch = {"tokens": jnp.asarray(tokens), "micro_conditioning": whole}
-        return batch if states is None else {**batch, T5_STATES: jnp.asarray(states)}
 
     def encode_conditioning(
         self,
@@ -307,7 +268,7 @@ class Pipeline:
         conditioning = self.family.conditioner.encode(networks, params, batch, reading, remat=remat)
         if not (zero_empty and self.zero_empty_captions):
             return conditioning
-        return self.without_captions(conditioning, (tokens == self.empty_tokens[None]).all((1, 2)))
+        return conditioning.without_captions((tokens == self.empty_tokens[None]).all((1, 2)))
 
     def embed_captions(
         self, params: Mapping[str, Params], batch: Mapping[str, Array]
@@ -322,15 +283,6 @@ class Pipeline:
           batch: has `conditioning_inputs`.
         """
         return jnp.asarray(self.encode_conditioning(params, batch, zero_empty=False).pooled)
-
-    def without_captions(self, conditioning: Conditioning, where: Bool[Array, " B"]) -> Conditioning:
-        """Zeroes the conditioning by the captions of the examples where `where` [B] is true."""
-
-        states, pooled = jax.tree.map(
-            lambda x: jnp.where(jnp.expand_dims(where, range(1, x.ndim)), 0, x),
-            (conditioning.states, conditioning.pooled),
-        )
-        return conditioning._replace(states=states, pooled=pooled)
 
     def predict(
         self,

@@ -56,6 +56,7 @@ class StableDiffusion3(Conditioner):
     fixed_layer = "the layer before the last"
     default_length = T5_LENGTH
     drops_by_encoder = True
+    stored_encoder = T5
 
     def encode(
         self,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float16, Float32, Integer, Num, PyTree
 
 from dspo_jax.models.model import Params
 from dspo_jax.pipelines.conditioning import Conditioning
+from dspo_jax.pipelines.conditioning_inputs import find_states, prompt_batch
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.rendering import Drawing
 
@@ -53,7 +54,7 @@ class GuidedDenoiser:
           params: the text encoders by component, in the compute dtype.
           tokens: ids [B, E, S].
           size: (height, width) of the latents.
-          states: from `Pipeline.find_states`.
+          states: from `find_states`.
 
         Returns:
           Conditioning of B images; with guidance of 2 B, without and with the prompt of each image in turn,
@@ -63,14 +64,14 @@ class GuidedDenoiser:
         zeros = self.drawing.negative_prompt is None and pipe.zero_empty_captions
         if self.is_guided and not zeros:
             tokens = self._beside(self._negative_tokens(), tokens)
-            negative = pipe.find_states([self.drawing.negative_prompt or ""])
+            negative = find_states(pipe, [self.drawing.negative_prompt or ""])
             if states is not None and negative is not None:
                 states = self._beside(negative, states)
         height, width = (side * pipe.vae_scale_factor for side in size)
-        prompts = pipe.prompt_batch(tokens, (height, width), states)
+        prompts = prompt_batch(pipe, tokens, (height, width), states)
         conditioning = pipe.encode_conditioning(params, prompts, zero_empty=False)
         if self.is_guided and zeros:
-            nothing = pipe.without_captions(conditioning, jnp.ones(count, bool))
+            nothing = conditioning.without_captions(jnp.ones(count, bool))
             conditioning = jax.tree.map(self._beside, nothing, conditioning)
         return conditioning
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Float16, Float32, Integer, PyTree, UInt32
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, replicated
+from dspo_jax.pipelines.conditioning_inputs import find_states
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.sampling.guidance import NEGATIVE, GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
@@ -122,7 +123,7 @@ class ImageSampler:
             np.asarray([request.seed for request in requests], np.uint32),
             np.asarray([request.prompt_index for request in requests], np.uint32),
             image_latents,
-            self._pipe.find_states(prompts),
+            find_states(self._pipe, prompts),
         )
         if self._mesh is not None:
             sharding = batch_sharding(self._mesh)

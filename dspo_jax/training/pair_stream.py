@@ -11,6 +11,7 @@ from jaxtyping import Float16, Float32, Int32
 from dspo_jax.errors import UserError
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding, batch_share, check_batch_size, shard_batch
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.rewards.reward import Score
 from dspo_jax.training.round_stream import RoundStream
 from dspo_jax.training.rounds import Round, Rounds
@@ -93,7 +94,7 @@ class PairStream(RoundStream):
         )
         scored = rewards.shape[1] > 2 or self._objective.needs_scores
         tokens = self._pipe.tokenize([drawn.prompts[number] for number in chosen[:, 0]])
-        inputs = jax.device_get(self._pipe.prompt_batch(tokens, self._pipe.image_size))
+        inputs = jax.device_get(prompt_batch(self._pipe, tokens, self._pipe.image_size))
         per_image = {
             name: np.repeat(inputs[name], chosen.shape[1], axis=1) for name in self._pipe.image_inputs
         }

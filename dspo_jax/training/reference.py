@@ -6,7 +6,6 @@ from dspo_jax.errors import UserError
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.same_kind import find_fault, have_same_weights, weights_digest
-from dspo_jax.pipelines.stable_diffusion_3 import T5
 from dspo_jax.training.settings import Settings
 
 
@@ -48,9 +47,10 @@ def open_reference(name: str, pipe: Pipeline) -> Reference:
             f"config.reference.model = {name!r}: {fault}; name a model of the same kind as config.model, "
             "such as what that was trained from"
         )
-    if pipe.stored_states is not None and not have_same_weights(pipe, other, T5):
+    encoder = pipe.stored_encoder
+    if pipe.stored_states is not None and encoder and not have_same_weights(pipe, other, encoder):
         raise UserError(
-            f"config.reference.model = {name!r}: its {T5} has other weights than config.model's, whose "
+            f"config.reference.model = {name!r}: its {encoder} has other weights than config.model's, whose "
             "states the data store; encode the data with --config.text.store_t5=False"
         )
     differing = [each for each in pipe.components if not have_same_weights(pipe, other, each)]

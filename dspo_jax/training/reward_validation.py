@@ -14,6 +14,7 @@ from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.models.model import Params
 from dspo_jax.parallel import processes
 from dspo_jax.parallel.mesh import replicated
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.rewards.reward import Reward
 from dspo_jax.sampling.decoding import Decoder
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
@@ -159,7 +160,7 @@ class RewardValidator:
     ) -> jax.Array:
         pipe, size = self._task.pipe, latents.shape[1:3]
         pixels = (size[0] * pipe.vae_scale_factor, size[1] * pipe.vae_scale_factor)
-        batch = pipe.prompt_batch(tokens, pixels)
+        batch = prompt_batch(pipe, tokens, pixels)
         differences = []
         for level in _LEVELS:
             t = jnp.full(len(latents), pipe.schedule.level_between(level, 1))

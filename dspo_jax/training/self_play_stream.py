@@ -10,6 +10,7 @@ from jaxtyping import Float32
 from dspo_jax.data.datasets import Dataset
 from dspo_jax.models.model import Params
 from dspo_jax.parallel.mesh import batch_sharding
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.training.rollouts import Rollout, make_rollout_key
 from dspo_jax.training.rounds import check_chunk
 from dspo_jax.training.settings import Settings
@@ -82,7 +83,7 @@ class SelfPlayStream(ShardStream):
         latents = jnp.where(finite, latents, mean)  # one NaN would void the whole batch
         losers = {"moments": jnp.concatenate([latents, jnp.zeros_like(latents)], axis=-1)}
         height, width = (side * pipe.vae_scale_factor for side in moments.shape[2:4])
-        prompts = pipe.prompt_batch(batch["tokens"], (height, width))
+        prompts = prompt_batch(pipe, batch["tokens"], (height, width))
         losers |= {name: prompts[name] for name in pipe.image_inputs}
         both = {name: jnp.concatenate([batch[name][:, :1], of_loser], 1) for name, of_loser in losers.items()}
         certain = {

@@ -9,7 +9,6 @@ from dspo_jax.errors import UserError
 from dspo_jax.objectives import Objective
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.pipelines.same_kind import component_digest
-from dspo_jax.pipelines.stable_diffusion_3 import T5
 from dspo_jax.pipelines.stored import T5_KEY
 from dspo_jax.training.settings import Settings
 
@@ -80,7 +79,8 @@ def use_stored_states(
       UserError: the states are of another T5, or T5 is to be trained.
     """
     made_of, table = datasets[0].manifest.get(T5_KEY), datasets[0].caption_table
-    if not made_of or table is None:
+    encoder = pipe.stored_encoder
+    if not made_of or table is None or encoder is None:
         return pipe, datasets
     if settings.stream.kind == "self_play":
         return pipe, [dataset.without_states() for dataset in datasets]
@@ -90,10 +90,10 @@ def use_stored_states(
             f"config.train_text_encoder = True: {where} stores what T5 says of its captions, so that T5 is "
             "not run; encode the data with --config.text.store_t5=False, or leave it False"
         )
-    if made_of["sha256"] != component_digest(pipe, T5):
+    if made_of["sha256"] != component_digest(pipe, encoder):
         raise UserError(
             f"{where}: {T5_KEY}.sha256 = {made_of['sha256']!r}: T5's stored states are of other weights than "
-            f"those in {pipe.path / T5}; encode the data again with this model"
+            f"those in {pipe.path / encoder}; encode the data again with this model"
         )
     return dataclasses.replace(pipe, stored_states={"": table.read([""])[0]}), datasets
 

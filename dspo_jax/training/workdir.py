@@ -11,7 +11,6 @@ from dspo_jax.files import write_json
 from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.parallel import processes
-from dspo_jax.pipelines.stable_diffusion_3 import T5_LENGTH
 from dspo_jax.training.optim import ENDLESS_SCHEDULES
 
 # Keys that may differ when a run is resumed, beside `steps` and `epochs` where the learning rate does not end
@@ -33,6 +32,7 @@ MAY_DIFFER = (
 )
 # The default of `lora.targets` before Stable Diffusion 3, of whose layers the models of then have none.
 _EARLIER_TARGETS = [r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj"]
+_EARLIER_LENGTH = 256  # of captions in models with a `max_sequence_length`, before it could be chosen
 _ONLINE = ("stream.", "rewards.", "policy_gradient.", "advantages.", "reward_gradient.")
 
 
@@ -78,7 +78,7 @@ def claim_workdir(workdir: Path, config: JsonObject, pins: Mapping[str, str] | N
         fixed |= {"encoder_dropout": 0.0, "dropped_captions": None}
         fixed |= {"text.max_chunks": 1, "text.clip_skip": 1}
         length = mine.get("text.max_sequence_length")
-        fixed["text.max_sequence_length"] = None if length is None else T5_LENGTH
+        fixed["text.max_sequence_length"] = None if length is None else _EARLIER_LENGTH
         fixed |= {"data.curriculum_groups": 1, "data.curriculum_every": 500}
         fixed |= {"lora.alpha": None, "lora.rank_stabilised": False, "lora.dropout": 0.0, "lora.dora": False}
         fixed |= {"optimizer.text_encoder_learning_rate": None}

@@ -22,6 +22,7 @@ from dspo_jax.data.caption_states import CaptionFiles, CaptionTable
 from dspo_jax.data.datasets import Dataset, read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.errors import UserError
+from dspo_jax.pipelines.conditioning_inputs import drop_captions, find_states, prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.prompt_states import with_prompt_states
 from dspo_jax.training.start import make_state, prepare
@@ -174,13 +175,13 @@ def test_captions_are_dropped_among_stored_states_too(model, data):
     table = read_datasets(data)[0].caption_table
     stored = dataclasses.replace(pipe, stored_states={"": table.read([""])[0]})
     drop = jnp.array([[False] * 3, [False, False, True], [True, True, False], [True] * 3])
-    batch = pipe.prompt_batch(pipe.tokenize(["a red fox"] * 4), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(["a red fox"] * 4), (16, 16))
     with_states = {**batch, "t5_states": jnp.asarray(table.read(["a red fox"] * 4))}
     found = []
     for each, inputs in ((stored, with_states), (pipe, batch)):
         params = {name: each.read_params(name) for name in each.text_encoders}
         run = compile_fast(lambda params, batch, each=each: each.encode_conditioning(params, batch))
-        found.append(run(params, each.drop_captions(inputs, drop)))
+        found.append(run(params, drop_captions(each, inputs, drop)))
     for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2 * FP16, atol=2e-4)
 
@@ -225,7 +226,7 @@ def test_prompts_that_are_drawn_get_states_before_training(model, data):
     pipe = with_prompt_states(experiment).task.pipe
     assert pipe.stored_states.keys() == {"", "fox", "a snow fox"}
     expected = run_torch(model, ["fox", "a snow fox"])
-    np.testing.assert_allclose(pipe.find_states(["fox", "a snow fox"]), expected, rtol=2 * FP16, atol=2e-4)
+    np.testing.assert_allclose(find_states(pipe, ["fox", "a snow fox"]), expected, rtol=2 * FP16, atol=2e-4)
 
 
 def change_manifest(data, folder, change):

@@ -10,6 +10,7 @@ from tiny_run import make_config
 
 from dspo_jax.models.model import build_model
 from dspo_jax.parallel.mesh import make_mesh, replicated, shard_batch
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
@@ -64,7 +65,7 @@ def step(pipe):
     tokens = pipe.tokenize(["a red fox", "snow", "a fox on snow", ""])
     batch = {
         "moments": draw.standard_normal((4, 2, 4, 4, 8)).astype(np.float32),
-        **{name: np.asarray(array) for name, array in pipe.prompt_batch(tokens, (16, 16)).items()},
+        **{name: np.asarray(array) for name, array in prompt_batch(pipe, tokens, (16, 16)).items()},
         **{"preference": np.ones(4, np.float32), "loser_won": np.zeros(4, bool)},
         "index": np.arange(4, dtype=np.uint32),
     }

@@ -17,6 +17,7 @@ from tables import each_row
 
 from dspo_jax.models import blocks, lora, quantized
 from dspo_jax.models.model import build_model
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.weights.layout import flatten, unflatten
 
@@ -139,7 +140,7 @@ def test_the_emoji_model_predicts_with_int8_as_well_as_in_bfloat16():
     noisy = pipe.schedule.add_noise(latents, noise, times)
     prompts = (EMOJI.parent / "prompts.txt").read_text().splitlines()
     words = pipe.tokenize((prompts * 32)[:32])
-    batch = pipe.prompt_batch(jnp.asarray(words), pipe.image_size)
+    batch = prompt_batch(pipe, jnp.asarray(words), pipe.image_size)
 
     def predict(params, dtype):
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)

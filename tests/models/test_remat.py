@@ -12,6 +12,7 @@ from flax import nnx
 from tables import each_row
 
 from dspo_jax.models import blocks, clip, lora, remat, transformer_blocks, unet
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 
 ADAPTED = (r"to_[qkv]", r"to_out\.0", r"(q|v)_proj", r"conv[12]", r"ff\.net\.2")
@@ -31,7 +32,7 @@ def make_loss(folder, adapters):
     latents, target = draw.normal(size=(2, BATCH, 4, 4, 4)).astype(np.float32)
     timesteps = draw.integers(0, 1000, BATCH)
     tokens = pipe.tokenize(["a red heart", "a tree", "a", "b", ""])
-    batch = pipe.prompt_batch(tokens, (16, 16))
+    batch = prompt_batch(pipe, tokens, (16, 16))
 
     def loss(params, policy):
         conditioning = pipe.encode_conditioning(params, batch, remat=policy)

@@ -16,6 +16,7 @@ from configs.encode import common as encode_common
 from dspo_jax.data import shards
 from dspo_jax.data.encoding import encode
 from dspo_jax.pipelines import published
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline, with_text
 from dspo_jax.pipelines.stored import comparable, count_tokens
 from dspo_jax.sampling.drawing import sample
@@ -53,7 +54,7 @@ def in_chunks(folder, chunks):
 
 def encode_captions(pipe):
     params = {name: pipe.read_params(name) for name in pipe.text_encoders}
-    batch = pipe.prompt_batch(pipe.tokenize(CAPTIONS), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(CAPTIONS), (16, 16))
     return jax.jit(pipe.encode_conditioning)(params, batch)
 
 
@@ -98,7 +99,8 @@ def test_embeddings_of_captions_are_the_pooled_states_even_of_an_empty_one(tiny_
     ):
         pipe = load_pipeline(model, max_chunks=2)
         params = {name: pipe.read_params(name) for name in pipe.text_encoders}
-        embedded = pipe.embed_captions(params, pipe.prompt_batch(pipe.tokenize(CAPTIONS), (16, 16)))
+        batch = prompt_batch(pipe, pipe.tokenize(CAPTIONS), (16, 16))
+        embedded = pipe.embed_captions(params, batch)
         _, _, pooled = read_torch(model, encoder, in_chunks(model / tokenizer, 2))
         assert_close(embedded, pooled[:, 0], 1e-4)
 

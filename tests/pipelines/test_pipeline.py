@@ -15,6 +15,7 @@ from tables import each_row
 from tiny_model import RESOLUTION, TINY_VAE, VAE, random_params, write_model, write_tokenizer
 
 from dspo_jax.models.model import build_model
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.weights.components import write_params
 from dspo_jax.weights.layout import flatten
@@ -57,7 +58,7 @@ def encode_captions(model, captions):
     """Conditioning of the denoiser by captions."""
     pipe = load_pipeline(model)
     params = {name: pipe.read_params(name) for name in pipe.text_encoders}
-    batch = pipe.prompt_batch(pipe.tokenize(captions), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(captions), (16, 16))
     return jax.jit(pipe.encode_conditioning)(params, batch)
 
 

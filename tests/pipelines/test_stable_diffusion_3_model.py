@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tables import each_row
 
+from dspo_jax.pipelines.conditioning_inputs import drop_captions, prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.sampling.guidance import GuidedDenoiser
 from dspo_jax.sampling.rendering import Drawing
@@ -61,7 +62,7 @@ def test_a_caption_and_a_prediction_are_diffusers(has_t5, models):
         times = pipe.schedule.network_time(sigma)
         return conditioning, pipe.predict(params, latents, times, conditioning)
 
-    batch = pipe.prompt_batch(pipe.tokenize(CAPTIONS), (32, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(CAPTIONS), (32, 16))
     conditioning, output = compile_fast(run)(read_all(pipe), batch, latents, sigma)
     assert_close(conditioning.states, states.numpy(), 1e-5, "states")
     assert_close(conditioning.pooled, pooled.numpy(), 1e-5, "pooled")
@@ -102,7 +103,7 @@ def test_another_number_of_tokens_is_read_as_in_diffusers(has_t5, length, models
         states, _, pooled, _ = theirs.encode_prompt(
             CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
         )
-    batch = pipe.prompt_batch(pipe.tokenize(CAPTIONS), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(CAPTIONS), (16, 16))
     conditioning = compile_fast(pipe.encode_conditioning)(read_all(pipe), batch)
     assert conditioning.states.shape == (2, 77 + length, 24)
     assert_close(conditioning.states, states.numpy(), 1e-5, "states")
@@ -121,7 +122,7 @@ def test_each_encoder_is_dropped_by_itself(has_t5, zeros, models):
     encode = compile_fast(pipe.encode_conditioning)
 
     def run(batch):
-        found = encode(params, {**pipe.prompt_batch(batch.pop("tokens"), (16, 16)), **batch})
+        found = encode(params, {**prompt_batch(pipe, batch.pop("tokens"), (16, 16)), **batch})
         return np.array(found.states), np.array(found.pooled)
 
     tokens = np.repeat(pipe.tokenize(["a red fox"]), len(drop), axis=0)
@@ -136,7 +137,7 @@ def test_each_encoder_is_dropped_by_itself(has_t5, zeros, models):
             expected[1][row, columns] = without[1][row, columns]
         if dropped[2:].any():
             expected[0][row, 77:] = without[0][row, 77:]
-    batch = pipe.drop_captions({"tokens": jax.numpy.asarray(tokens)}, drop, zeros=zeros)
+    batch = drop_captions(pipe, {"tokens": jax.numpy.asarray(tokens)}, drop, zeros=zeros)
     for ours, theirs in zip(run(batch), expected, strict=True):
         assert_close(ours, theirs, 1e-5)
 

@@ -1,7 +1,6 @@
 """A stand-in for a model's pipeline, and small pictures, for tests of what encoding does around the VAE."""
 
 import io
-from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ class StubPipeline:
     vae_scale_factor = side_multiple = 4
     latent_channels = 3
     image_side = 32
-    networks = MappingProxyType({})
+    stored_encoder = None
     scale = 1.0
 
     def __init__(self):

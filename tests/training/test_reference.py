@@ -15,6 +15,7 @@ from tiny_run import make_config, read_batches, read_reproducible
 
 from dspo_jax.conversion.export_model import export
 from dspo_jax.parallel.mesh import replicated, shard_batch
+from dspo_jax.pipelines.conditioning_inputs import drop_captions
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.describe import describe_run, held
 from dspo_jax.training.dry_run import estimate
@@ -71,7 +72,7 @@ def direct_loss(task, policy, reference, batch, key):
     """-log sigmoid(-(beta/2) D) in float64 NumPy, of predictions from two plain trees."""
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
     latents, noise, timesteps, drop = draw_noise(task.loss.draws, batch, key)
-    batch = task.pipe.drop_captions(batch, drop)
+    batch = drop_captions(task.pipe, batch, drop)
     noisy = task.pipe.schedule.add_noise(latents, noise, timesteps)
     run = jax.jit(task.pipe.predict_pairs)
     errors = [

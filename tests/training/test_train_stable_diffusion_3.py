@@ -12,6 +12,7 @@ from configs.encode import common as encode_common
 from dspo_jax.conversion.export_model import export
 from dspo_jax.data.encoding import encode
 from dspo_jax.errors import UserError
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.run import train
 from dspo_jax.training.settings import parse
@@ -67,7 +68,7 @@ def test_flow_dpo_moves_the_transformer_and_diffusers_loads_it(rank, model, pair
 
     draw = np.random.default_rng(0)
     latents = draw.standard_normal((1, 4, 4, 4), np.float32)
-    batch = pipe.prompt_batch(pipe.tokenize(["a red fox"]), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(["a red fox"]), (16, 16))
     params = {name: pipe.read_params(name) for name in pipe.components}
     conditioning = pipe.encode_conditioning(params, batch)
     ours = pipe.predict(params, latents, np.float32([700.0]), conditioning)

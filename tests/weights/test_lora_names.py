@@ -12,6 +12,7 @@ from tables import each_row
 
 from dspo_jax.conversion.export_model import export
 from dspo_jax.models import lora
+from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.weights.components import open_component
 from dspo_jax.weights.layout import flatten
@@ -194,7 +195,7 @@ def run(pipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def predict(pipe):
     """Gives what a model of this architecture predicts, perhaps with files, and its conditioning."""
-    batch = pipe.prompt_batch(pipe.tokenize(["a red fox"]), (16, 16))
+    batch = prompt_batch(pipe, pipe.tokenize(["a red fox"]), (16, 16))
     latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4), np.float32)
 
     @compile_fast

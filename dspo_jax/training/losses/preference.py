@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float32, Key, Num, PyTree
 from dspo_jax.models.model import Params
 from dspo_jax.objectives import Objective, Predictions
 from dspo_jax.parallel.rules import gather
+from dspo_jax.pipelines.conditioning_inputs import drop_captions
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.process import LevelDraw
 from dspo_jax.training.task import (
@@ -123,7 +124,7 @@ class PreferenceLoss:
     ) -> Batch:
         """Drops captions where `drop` is true, and where they are drawn to be, of each text encoder."""
         each = drop[:, None] | self._draw_encoders(batch, key, len(task.pipe.empty_tokens))
-        return task.pipe.drop_captions(batch, each, zeros=self.draws.drops_to_zeros)
+        return drop_captions(task.pipe, batch, each, zeros=self.draws.drops_to_zeros)
 
     def _draw_encoders(self, batch: Batch, key: Key[jax.Array, ""], count: int) -> Bool[jax.Array, "B E"]:
         """Draws which of `count` text encoders are without the caption, from (key, index) like the noise."""
