@@ -30,7 +30,14 @@ def main(argv: Sequence[str]) -> int:
     from dspo_jax.pipelines import published
     from dspo_jax.pipelines.loading import load_pipeline, with_text
     from dspo_jax.planning import absent_gpu, compilation
-    from dspo_jax.planning.plan import describe_plan, explain, find_devices, image_size, plan
+    from dspo_jax.planning.plan import (
+        assume_stored_states,
+        describe_plan,
+        explain,
+        find_devices,
+        image_size,
+        plan,
+    )
     from dspo_jax.training.settings import parse
 
     del argv
@@ -57,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     config.batch_size = len(devices) * (values.pairs_per_device or max(1, config.batch_size // len(devices)))
     settings = parse(config)
     pipe = with_text(pipe, **dataclasses.asdict(settings.text))
+    pipe = assume_stored_states(settings, pipe)
     settings = settings.with_sampler(pipe.schedule)
     size = image_size(settings.data, pipe, values.resolution)
     if facts is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from dspo_jax.data.datasets import bucket_size, count_examples, read_datasets
@@ -16,7 +17,9 @@ from dspo_jax.kernels import flash
 from dspo_jax.monitoring.devices import Chip, find_chip, in_units, peak_flops
 from dspo_jax.monitoring.gpus import FRACTION_VARIABLE, Gpu, gpu_of_kind, memory_fraction
 from dspo_jax.parallel.mesh import check_batch_size
+from dspo_jax.pipelines.conditioning import NO_TOKEN
 from dspo_jax.pipelines.pipeline import Pipeline
+from dspo_jax.pipelines.stable_diffusion_3 import T5
 from dspo_jax.planning import absent_gpu, compilation, roofline
 from dspo_jax.planning.parts import PARTS, UNITS
 from dspo_jax.planning.works import COMMUNICATION, Work
@@ -147,6 +150,14 @@ def image_size(data: DataSettings, pipe: Pipeline, resolution: int | None) -> tu
         buckets = count_examples(datasets, data.split, "config.data.split")
         return bucket_size(max(buckets, key=lambda bucket: math.prod(bucket_size(bucket))))
     return pipe.image_size
+
+
+def assume_stored_states(settings: Settings, pipe: Pipeline) -> Pipeline:
+    """Returns the model as a run on encoded data has it: T5's states stored, which is what `encode` does."""
+    if T5 not in pipe.networks or settings.train_text_encoder or settings.stream.kind != "dataset":
+        return pipe
+    shape = (int((pipe.empty_tokens[-1] != NO_TOKEN).sum()), pipe.networks[T5].settings["d_model"])
+    return dataclasses.replace(pipe, stored_states={"": np.zeros(shape, np.float16)})
 
 
 def plan(
