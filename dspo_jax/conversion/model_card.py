@@ -30,6 +30,8 @@ _OPTIONS = (
     *("text.max_chunks", "text.clip_skip"),
 )
 _LENGTH = "text.max_sequence_length"
+# Stable Diffusion 3's T5: diffusers does not load a folder without it unless told that it is missing.
+_MAY_BE_ABSENT = ("text_encoder_3", "tokenizer_3")
 _PROMPT = "a red fox in the snow"
 # The group of keys that names what trains, by `stream.kind`, and what it offers.
 _GROUPS = {"prompts": "reward_gradient", "trajectories": "policy_gradient"}
@@ -114,21 +116,22 @@ def _step(grid: Path) -> int:
 
 def _loading(base: str, folder: Path, file: str, adapters: str | None) -> str:
     """Returns the lines that load in diffusers what is exported."""
+    absent = "".join(f", {name}=None" for name in _find_absent(folder))
     if not file:
-        return """from diffusers import DiffusionPipeline
+        return f"""from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the model hub"""
+pipe = DiffusionPipeline.from_pretrained("."{absent})  # this folder, or its id on the model hub"""
     if adapters == "kohya" and (folder / "transformer").is_dir():
         command = f"python -m dspo_jax.convert import --model={shlex.quote(base)} --lora={shlex.quote(file)}"
         return f"""from diffusers import DiffusionPipeline
 
 # diffusers does not read kohya's names of this family, as ComfyUI does. This adds the file to the base:
 # {command} --out=model
-pipe = DiffusionPipeline.from_pretrained("model")"""
+pipe = DiffusionPipeline.from_pretrained("model"{absent})"""
     if adapters:
         return f"""from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})  # the base, where it is with you
+pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}{absent})  # the base, where it is with you
 pipe.load_lora_weights(".", weight_name={json.dumps(file)})  # kohya's names too"""
     kind = read_json(folder / "model_index.json")["_class_name"]
     return f"""from diffusers import {kind}
@@ -137,6 +140,15 @@ pipe = {kind}.from_single_file(
     {json.dumps(file)},
     config={json.dumps(base)},  # a folder or hub id with the base's configs and tokenizers
 )"""
+
+
+def _find_absent(folder: Path) -> list[str]:
+    """Returns the components that a model is without, and that diffusers wants to be told of."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return []
+    parts = read_json(index)
+    return [name for name in _MAY_BE_ABSENT if name in parts and parts[name][0] is None]
 
 
 def _widget(values: JsonObject, grid: Path) -> list[str]:

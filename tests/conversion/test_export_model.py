@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -164,6 +165,9 @@ def test_the_card_names_a_base_of_the_hub_and_says_that_it_has_no_licence(full_r
     )
     header = read_header(make_card(full_run, str(cached), cached, 3))
     assert (header["license"], header["license_name"]) == ("other", "own: 1")
+    flow = Path(__file__).parents[2] / "examples" / "emoji" / "flow_model"  # without T5
+    card = make_card(full_run, str(flow), flow, 3)
+    assert '.from_pretrained(".", text_encoder_3=None, tokenizer_3=None)' in card
 
 
 @pytest.mark.ci
