@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 from image_files import write_pairs_folder
+from tables import slow
 from tiny_run import make_config
 
 from configs.encode import common as encode_common
 from dspo_jax.conversion.export_model import export
 from dspo_jax.data.encoding import encode
 from dspo_jax.errors import UserError
+from dspo_jax.monitoring.metrics import read_metrics
 from dspo_jax.pipelines.conditioning_inputs import prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.training.run import train
@@ -88,3 +90,44 @@ def test_a_run_says_how_many_tokens_t5_reads_and_data_of_another_number_are_refu
     message = f"{pairs}: T5 has {LENGTH} tokens of a caption, but 256 are asked for; set --config.text.max_"
     with pytest.raises(UserError, match=f"^{re.escape(message)}[^\n]*$"):
         prepare(make_config(model, pairs))
+
+
+STREAMS = {
+    "own_pairs": {"objective.name": "diffusion_dpo"},
+    "trajectories": {
+        "stream.eta": 1.0,
+        "advantages.of": "group",
+        "policy_gradient.name": "ddpo",
+    },
+    "prompts": {"reward_gradient.name": "draft_k"},
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [slow("own_pairs"), "trajectories", slow("prompts")])
+def test_it_trains_on_its_own_images(kind, model, tmp_path):
+    """The first update is of the policy that drew: pairs are even, and ratios of probabilities are 1."""
+    changes = {
+        "stream.kind": kind,
+        "stream.prompts": ["a red fox", "a fox on snow"],
+        "stream.images": 1 if kind == "prompts" else 2,
+        "stream.num_inference_steps": 3,
+        "stream.batch_size": 8,
+        "rewards.train": "colourfulness",
+        "text.max_sequence_length": LENGTH,
+        "batch_size": 8,
+        "steps": 1,
+        "lora.rank": 2,
+    }
+    train(make_config(model, "", {**changes, **STREAMS[kind]}), tmp_path / "run")
+    (first,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["grad_norm"] > 1e-4
+    assert first["unusable_images"] == first["skipped"] == 0
+    if kind == "own_pairs":
+        assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+        assert first["reward_gap"] > 0
+    elif kind == "trajectories":
+        assert first["ratio"] == pytest.approx(1, abs=1e-6)
+        assert first["ratio_noise"] < 1e-3
+    else:
+        assert first["attached_steps"] == 1
