@@ -29,6 +29,7 @@ from dspo_jax.planning.plan import (
     KERNEL_EFFICIENCY,
     Plan,
     _judge,
+    assume_stored_states,
     describe_plan,
     find_devices,
     image_size,
@@ -215,6 +216,22 @@ def test_the_size_of_the_images(shallow_model, tiny_pairs):
     assert image_size(data, pipe, None) == (16, 16)
     data = dataclasses.replace(data, path=None)
     assert image_size(data, published.architecture("sdxl"), None) == (1024, 1024)
+
+
+@each_row(
+    ("name", "changes", "shape"),
+    [
+        ("sd35-medium", {}, (256, 4096)),
+        ("sd35-medium", {"train_text_encoder": True}, None),
+        ("sd35-medium", {"stream.kind": "self_play"}, None),
+        ("sd15", {}, None),
+    ],
+)
+def test_t5s_states_are_planned_as_stored_where_a_run_has_them_so(name, changes, shape, tmp_path):
+    settings = parse(make_config(tmp_path, tmp_path, changes))
+    pipe = assume_stored_states(settings, published.architecture(name))
+    assert (pipe.stored_states and pipe.stored_states[""].shape) == shape
+    assert ("text_encoder_3" in pipe.components) == (name != "sd15" and shape is None)
 
 
 def test_the_size_of_a_model_for_images_that_are_not_square(shallow_model, tmp_path):
