@@ -29,7 +29,14 @@ PUBLISHED = [
     and name not in ONLINE
 ]
 DIFFERENTLY_NAMED = (
-    *("emoji_base", "own_pairs_sd15", "own_pairs_sd15_lora", "own_pairs_sdxl_lora"),
+    *(
+        "emoji_base",
+        "emoji_flow_base",
+        "emoji_flow_dpo",
+        "own_pairs_sd15",
+        "own_pairs_sd15_lora",
+        "own_pairs_sdxl_lora",
+    ),
     *("sd15_spin", "sdxl_emu"),
     *("sd3_medium_flow_dpo", "sd35_medium_flow_dpo"),
 )

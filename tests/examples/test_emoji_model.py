@@ -1,37 +1,79 @@
-"""The model that the repository ships: complete, small, and the same as its frozen copy to the last bit."""
+"""The models that the repository ships: complete, small, drawn alike by diffusers, even with their copies."""
 
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from tables import each_row
 from tiny_model import write_pairs
 
 from configs import emoji_dspo
 from dspo_jax.data.datasets import read_datasets
+from dspo_jax.models.mmdit import POSITIONS
 from dspo_jax.parallel.mesh import make_mesh
 from dspo_jax.pipelines.loading import load_pipeline
+from dspo_jax.sampling.drawing import sample
+from dspo_jax.sampling.image_sampler import ImageRequest, initial_noise
+from dspo_jax.sampling.prompts import Prompt
+from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import ValidationSettings, parse
 from dspo_jax.training.start import make_state
 from dspo_jax.training.task import policy_params, predict
 from dspo_jax.training.validation import Validator
 
-MODEL = Path(__file__).parents[2] / "examples" / "emoji" / "model"
+EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
+MODEL, FLOW_MODEL = EMOJI / "model", EMOJI / "flow_model"
 
 
-def test_the_folder_holds_16_bit_weights_a_card_and_at_most_10_mb():
-    weights = sorted(MODEL.rglob("*.safetensors"))
-    assert {path.parent.name for path in weights} == {"text_encoder", "unet", "vae"}
+@each_row(
+    ("model", "networks"),
+    [
+        (MODEL, {"text_encoder", "unet", "vae"}),
+        (FLOW_MODEL, {"text_encoder", "text_encoder_2", "transformer", "vae"}),
+    ],
+)
+def test_the_folder_holds_16_bit_weights_a_card_and_at_most_10_mb(model, networks):
+    weights = sorted(model.rglob("*.safetensors"))
+    assert {path.parent.name for path in weights} == networks
     for path in weights:
         with safe_open(path, "numpy") as file:
-            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
-    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 10_000_000
-    card = (MODEL / "README.md").read_text(encoding="utf-8")
+            dtypes = {file.get_slice(name).get_dtype() for name in set(file.keys()) - {POSITIONS}}
+        assert dtypes == {"F16"}
+    assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) <= 10_000_000
+    card = (model / "README.md").read_text(encoding="utf-8")
     assert "CC-BY 4.0" in card
     assert "samples.png" in card
-    assert (MODEL / "samples.png").is_file()
+    assert (model / "samples.png").is_file()
+
+
+def test_diffusers_draws_the_flow_models_picture(tmp_path):
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    prompt = "heavy black heart"
+    rendering = Rendering(Drawing(steps=4, guidance_scale=4.0, max_sequence_length=0))
+    sample({"flow": FLOW_MODEL}, [Prompt(prompt)], tmp_path, rendering, seeds=[3])
+    (drawn,) = sorted((tmp_path / "0-flow").glob("*.png"))
+    ours = np.asarray(Image.open(drawn).convert("RGB"), np.float32) / 255
+
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        FLOW_MODEL, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.asarray(initial_noise([ImageRequest(prompt, 0, 3)], (16, 16, 4)))
+    (theirs,) = pipe(
+        prompt,
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        max_sequence_length=0,
+        output_type="np",
+    ).images
+    assert np.abs(ours - theirs).max() < 2 / 255
+    red, green, blue = theirs[32, 32]  # of a heart
+    assert red > 0.6 > green + blue
 
 
 @pytest.mark.ci
