@@ -87,17 +87,18 @@ class CaptionTable:
         keys = _open(self._folder / _KEYS)
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 32:
             raise UserError(f"{self._folder / _KEYS}: damaged (no sums of SHA-256); {_REMAKE}")
-        self._keys = np.ascontiguousarray(keys).view("S32")[:, 0]
+        self._keys = np.array(keys).view("S32")[:, 0]
         count = -(-len(self._keys) // _ROWS)
-        self._files = [
-            _open(self._folder / f"states-{number:05d}-of-{count:05d}.npy") for number in range(count)
-        ]
-        rows = sum(len(file) for file in self._files)
-        for file in self._files:
-            if file.dtype != np.float16 or file.ndim != 3 or file.shape[1] != length or rows != len(keys):
-                raise UserError(
-                    f"{self._folder}: damaged (states of another form than the manifest says); {_REMAKE}"
-                )
+        self._files = [self._folder / f"states-{number:05d}-of-{count:05d}.npy" for number in range(count)]
+        formats, rows = set(), 0
+        for path in self._files:
+            file = _open(path)
+            formats.add((file.dtype.name, file.ndim, file.shape[1:2]))
+            rows += sum(file.shape[:1])
+        if formats != {("float16", 3, (length,))} or rows != len(keys):
+            raise UserError(
+                f"{self._folder}: damaged (states of another form than the manifest says); {_REMAKE}"
+            )
 
     def __contains__(self, caption: str) -> bool:
         """Tells whether the states of a caption are stored."""
@@ -114,7 +115,8 @@ class CaptionTable:
             row = self._find(caption)
             if row is None:
                 raise UserError(f"{self._folder}: no states of the caption {caption!r:.200}; {_REMAKE}")
-            rows.append(self._files[row // _ROWS][row % _ROWS])
+            # Opened for each row: a process may not keep as many files open as a large dataset has.
+            rows.append(np.array(_open(self._files[row // _ROWS])[row % _ROWS]))
         return np.stack(rows)
 
     def _find(self, caption: str) -> int | None:

@@ -173,6 +173,13 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
     if len(writer.finished()) < len(rows.rows):
         return (out / shards.MANIFEST).is_file()  # notes vanish when another process finishes the dataset
     try:
+        for split in splits:  # in every process: else others would wait for one that was refused
+            skipped = writer.skipped(split)
+            BadRowLog(split, rows.of_split[split], settings.source.max_skipped, skipped).check()
+            if skipped.total() >= chosen.count(split):
+                raise UserError(
+                    f"split {split!r} of source {settings.source.name!r}: no usable row ({dict(skipped)})"
+                )
         captions = None
         if t5 is not None:
             stored = CaptionFiles(out, writer.captions(), t5["length"])
@@ -182,13 +189,6 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
             while not (out / shards.MANIFEST).is_file():
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             return True
-        for split in splits:
-            skipped = writer.skipped(split)
-            BadRowLog(split, rows.of_split[split], settings.source.max_skipped, skipped).check()
-            if skipped.total() >= chosen.count(split):
-                raise UserError(
-                    f"split {split!r} of source {settings.source.name!r}: no usable row ({dict(skipped)})"
-                )
         left_out = {split: {**source.left_out(split), **chosen.left_out(split)} for split in splits}
         writer.commit(left_out, captions)
     except FileNotFoundError:

@@ -23,6 +23,9 @@ def format_report(report: JsonObject) -> str:
     if report["score"]:
         score = {key: value for key, value in report["score"].items() if value is not None}
         lines.append(_line("score", ", ".join(_settings(score))))
+    if states := report["caption_states"]:
+        text = "{captions:,} captions of {length} tokens, float16 from {computed_in}".format(**states)
+        lines.append(_line("T5's states", f"{text}, {decimal(states['bytes'])}"))
     if report["checksums_verified"]:
         lines.append(_line("checksums", "as in the manifest"))
     for split, content in report["splits"].items():

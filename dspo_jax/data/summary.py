@@ -18,7 +18,7 @@ from dspo_jax.errors import UserError
 from dspo_jax.images.resize import Crop
 from dspo_jax.json_files import JsonObject
 from dspo_jax.monitoring.progress import Progress
-from dspo_jax.pipelines.stored import count_chunks, count_tokens, read_crops
+from dspo_jax.pipelines.stored import T5_KEY, count_chunks, count_tokens, read_crops
 
 _READ_AT_ONCE = 64
 _SHOWN = 5  # repeated captions that are listed
@@ -91,8 +91,17 @@ def describe_manifest(manifest: JsonObject, path: Path) -> JsonObject:
             "source": {"name": source["name"], "arguments": dict(source.get("arguments", {}))},
             "encoding": dict(manifest.get("encoding", {})),
             "score": None,
+            "caption_states": None,
             "splits": {},
         }
+        if made_of := manifest.get(T5_KEY):
+            stored = manifest["captions"]
+            report["caption_states"] = {
+                "captions": stored["count"],
+                "length": made_of["length"],
+                "computed_in": made_of["dtype"],
+                "bytes": sum(file["bytes"] for file in stored["files"]),
+            }
         if score := manifest.get("score"):
             report["score"] = {"reward": score["reward"], "version": score["version"], **manifest["select"]}
         for split, content in manifest["splits"].items():

@@ -39,8 +39,7 @@ from dspo_jax.sampling.noise_optimizer import NoiseOptimizer
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Rendering
 
-# How models read prompts, which is noted by model, as each run has its own, where it is not this.
-_TEXT = {"max_chunks": 1, "clip_skip": 1, "max_sequence_length": None}
+_TEXT = ("max_chunks", "clip_skip", "max_sequence_length")  # noted by model, as each run has its own
 
 
 def sample(
@@ -190,7 +189,8 @@ def _settings(
 
 def _text(pipe: Pipeline) -> dict[str, int | None]:
     """Returns how a model reads prompts where that is not the default, which older folders do not name."""
-    return {key: value for key, value in pipe.text.items() if value != _TEXT[key]}
+    defaults = dict(zip(_TEXT, (1, 1, pipe.family.conditioner.default_length), strict=True))
+    return {key: value for key, value in pipe.text.items() if value != defaults[key]}
 
 
 def draw(pipe: Pipeline, prompt: str, rendering: Rendering | None = None, *, seed: int = 0) -> Image.Image:

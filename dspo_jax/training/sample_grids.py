@@ -21,7 +21,7 @@ from dspo_jax.rewards.reward import Reward, describe_error
 from dspo_jax.sampling.decoding import Decoder, warn_of_non_finite
 from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler, initial_noise
 from dspo_jax.sampling.rendering import Drawing
-from dspo_jax.training.settings import SampleSettings
+from dspo_jax.training.watch_settings import SampleSettings
 
 # Images in one call; few, as most of the memory is taken by training.
 _IMAGES_PER_DEVICE = 4

@@ -17,7 +17,6 @@ from dspo_jax.json_files import JsonObject
 from dspo_jax.limits import (
     AT_LEAST_1,
     DECAY,
-    FINITE,
     FINITE_NOT_NEGATIVE,
     NOT_NEGATIVE,
     PROBABILITY,
@@ -40,6 +39,12 @@ from dspo_jax.training.stream_settings import (
     ReferenceSettings,
     RewardSettings,
     StreamSettings,
+)
+from dspo_jax.training.watch_settings import (
+    CheckpointSettings,
+    ProfileSettings,
+    SampleSettings,
+    ValidationSettings,
 )
 from dspo_jax.weights.saved_params import name_step, split_run
 
@@ -109,50 +114,6 @@ class StabilitySettings:
     max_skipped: int = limited(NOT_NEGATIVE)
     loss_spike: float = limited(NOT_NEGATIVE)
     rollback: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """The keys of `config.checkpoint`."""
-
-    every: int = limited(AT_LEAST_1)
-    max_to_keep: int = limited(AT_LEAST_1)
-    fallback: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValidationSettings:
-    """The keys of `config.validation`."""
-
-    split: str
-    every: int = limited(NOT_NEGATIVE)
-    draws: int = limited(AT_LEAST_1)
-    patience: int = limited(NOT_NEGATIVE)
-    batch_size: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """The keys of `config.samples`."""
-
-    every: int = limited(NOT_NEGATIVE)
-    prompts: Sequence[str]
-    seeds: Sequence[int] = limited(
-        Limit(
-            f"needs at least one, each from 0 to {2**32 - 1}",
-            lambda seeds: len(seeds) > 0 and all(0 <= seed < 2**32 for seed in seeds),
-        )
-    )
-    num_inference_steps: int
-    guidance_scale: float = limited(FINITE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
-    """The keys of `config.profile`."""
-
-    start: int = limited(NOT_NEGATIVE)
-    steps: int = limited(NOT_NEGATIVE)
 
 
 Method = TypeVar("Method")
@@ -314,6 +275,11 @@ def parse(config: ConfigDict) -> Settings:
             "config.optimizer.text_encoder_learning_rate = "
             f"{settings.optimizer.text_encoder_learning_rate:g}: the text encoders are not trained; set "
             "config.train_text_encoder=True, or leave this key out"
+        )
+    if settings.dropped_captions and not (settings.caption_dropout or settings.encoder_dropout):
+        raise UserError(
+            f"config.dropped_captions = {settings.dropped_captions!r}: says what a dropped caption is, and "
+            "none is dropped; set config.caption_dropout or config.encoder_dropout above 0, or leave it unset"
         )
     weighs = settings.method_key == "objective" and settings.objective.needs_weight
     if weighs and settings.stream.kind != "own_pairs":

@@ -29,8 +29,8 @@ from dspo_jax.parallel.mesh import batch_share, make_mesh, replicated, shard_bat
 from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.schedules.process import Process
-from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.training.validation_scalars import summarise, summarise_labelled
+from dspo_jax.training.watch_settings import ValidationSettings
 from dspo_jax.weights.saved_params import read_run_config, split_run
 
 # (parameters, noisy latents [B, P, h, w, C], levels [B, P], what the denoiser is conditioned on by name)

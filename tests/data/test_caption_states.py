@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from image_files import write_pairs_folder
 from processes import finish, log_of, start
+from rich.filesize import decimal
 from tables import each_row
 from tiny_run import make_config
 
@@ -21,6 +23,8 @@ from dspo_jax.data.caption_encoder import CaptionEncoder
 from dspo_jax.data.caption_states import CaptionFiles, CaptionTable
 from dspo_jax.data.datasets import Dataset, read_datasets
 from dspo_jax.data.encoding import encode
+from dspo_jax.data.report import format_report
+from dspo_jax.data.summary import summarize_dataset
 from dspo_jax.errors import UserError
 from dspo_jax.pipelines.conditioning_inputs import drop_captions, find_states, prompt_batch
 from dspo_jax.pipelines.loading import load_pipeline
@@ -100,6 +104,15 @@ def test_every_caption_has_the_states_of_transformers_once(model, data):
         table.read(["unheard"])
 
 
+def test_inspect_says_what_is_stored_of_the_captions(data):
+    report = summarize_dataset(data)
+    size = sum(file.stat().st_size for file in (data / "captions").iterdir())
+    stored = {"captions": 7, "length": LENGTH, "computed_in": "float32", "bytes": size}
+    assert report["caption_states"] == stored
+    line = f"  T5's states     7 captions of {LENGTH} tokens, float16 from float32, {decimal(size)}"
+    assert line in format_report(report).splitlines()
+
+
 def read_batch(data):
     with closing(loader.eval_batches(read_datasets(data), batch_size=8, split="train")) as batches:
         return next(batches)
@@ -152,7 +165,11 @@ def test_every_caption_is_found_in_a_table_of_many_files(tmp_path):
         rows = [number[caption] for caption in files.of_file(i)]
         files.write(i, np.broadcast_to(np.float16(rows)[:, None, None], (len(rows), 3, 2)))
     files.finish()
-    found = CaptionTable(tmp_path, 3).read(captions)
+    opened = Path("/proc/self/fd")
+    before = len(list(opened.iterdir()))
+    table = CaptionTable(tmp_path, 3)
+    found = table.read(captions)
+    assert len(list(opened.iterdir())) <= before  # of a large dataset there are more than may be open
     np.testing.assert_array_equal(found[:, 2, 1], [number[caption] for caption in captions])
     with pytest.raises(UserError, match="states of another form than the manifest says"):
         CaptionTable(tmp_path, 4)

@@ -254,6 +254,18 @@ def test_images_have_the_models_size_if_nothing_is_said(pipe, config, tmp_path):
     assert read(tmp_path / "out", "train")[0]["moments"].shape == (2, 8, 8, 6)
 
 
+def test_no_process_waits_for_the_first_where_that_is_refused(pipe, config, tmp_path, monkeypatch):
+    config.source.broken, config.source.max_skipped = tuple(range(10)), 1.0
+
+    def wait(seconds):
+        raise AssertionError("waits for a manifest that no process writes")
+
+    monkeypatch.setattr(encoding.processes, "is_first", lambda: False)
+    monkeypatch.setattr(encoding.time, "sleep", wait)
+    with pytest.raises(ValueError, match="split 'train' of source 'greys': no usable row"):
+        encode(config, tmp_path / "out")
+
+
 def test_a_split_without_a_usable_row_is_refused(pipe, config, tmp_path):
     config.source.broken, config.source.max_skipped = tuple(range(10)), 1.0
     with pytest.raises(

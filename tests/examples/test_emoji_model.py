@@ -20,10 +20,11 @@ from dspo_jax.sampling.image_sampler import ImageRequest, initial_noise
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training.make_task import make_task
-from dspo_jax.training.settings import ValidationSettings, parse
+from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state
 from dspo_jax.training.task import policy_params, predict
 from dspo_jax.training.validation import Validator
+from dspo_jax.training.watch_settings import ValidationSettings
 
 EMOJI = Path(__file__).parents[2] / "examples" / "emoji"
 MODEL, FLOW_MODEL = EMOJI / "model", EMOJI / "flow_model"

@@ -20,7 +20,7 @@ from dspo_jax.sampling.image_sampler import ImageRequest, ImageSampler
 from dspo_jax.sampling.rendering import Drawing, Rendering
 from dspo_jax.training import sample_grids
 from dspo_jax.training.sample_grids import SampleGrids, first_captions
-from dspo_jax.training.settings import SampleSettings
+from dspo_jax.training.watch_settings import SampleSettings
 
 PROMPTS, SEEDS = ("a red heart", "b", "c"), (0, 5)
 STEPS, GUIDANCE = 2, 7.5

@@ -1,6 +1,5 @@
-"""What is refused before a run, in one line each, and what a workdir allows to differ when it is resumed."""
+"""What is refused before a run, in one line each."""
 
-import json
 import math
 import shutil
 from contextlib import closing
@@ -9,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_model import write_model, write_pairs
-from tiny_run import begin, make_config
+from tiny_run import make_config
 
 from dspo_jax.training.dry_run import dry_run
 from dspo_jax.training.run import train
-from dspo_jax.training.settings import parse
 from dspo_jax.training.start import prepare
 from dspo_jax.training.streams import open_stream
-from dspo_jax.training.workdir import claim_workdir
 
 
 @pytest.fixture
@@ -167,6 +164,11 @@ def config(shallow_model, tiny_pairs):
             "Diffusion 1 and 2; leave it out: config.caption_dropout drops whole captions",
         ),
         (
+            {"dropped_captions": "zeros", "caption_dropout": 0.0},
+            "config.dropped_captions = 'zeros': says what a dropped caption is, and none is dropped; set "
+            "config.caption_dropout or config.encoder_dropout above 0, or leave it unset",
+        ),
+        (
             {"compute_dtype": "float16"},
             "config.compute_dtype = 'float16': unknown; did you mean 'bfloat16'? "
             "(allowed: bfloat16, float32)",
@@ -314,130 +316,3 @@ def test_a_truncated_shard_is_refused(config, tiny_pairs, tmp_path):
     with pytest.raises(ValueError, match="truncated") as caught:
         train(config, tmp_path / "run")
     assert str(caught.value).startswith(f"{shard}: ")
-
-
-def test_a_damaged_config_of_a_run_is_named(config, tmp_path):
-    begin(tmp_path, config)
-    path = tmp_path / "config.json"
-    path.write_text('{"steps": 5')
-    with pytest.raises(
-        ValueError, match=rf"^{path}: not valid JSON [^\n]+; it says how the run was started; "
-    ):
-        claim_workdir(tmp_path, parse(config).given)
-
-
-def test_what_does_not_change_the_result_may_differ_on_resuming(config, tmp_path):
-    begin(tmp_path, config)
-    changes = {"steps": 99, "log_every": 7, "checkpoint.every": 3, "validation.draws": 2, "mesh.fsdp": 2}
-    config.update_from_flattened_dict(changes)
-    claim_workdir(tmp_path, parse(config).given)
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 99
-
-
-def test_keys_that_an_earlier_version_did_not_read_do_not_keep_its_runs_from_going_on(config, tmp_path):
-    begin(tmp_path, config)
-    path = tmp_path / "config.json"
-    earlier = json.loads(path.read_text())
-    earlier["reference"]["decay"] = 0.9
-    earlier["lora"]["targets"] = [r"to_[qkv]", r"to_out\.0", r"(q|k|v|out)_proj"]
-    path.write_text(json.dumps(earlier))
-    claim_workdir(tmp_path, parse(config).given)
-    earlier["stream"]["kind"] = config.stream.kind = "prompts"
-    path.write_text(json.dumps(earlier | {"timesteps": {"first": 3, "last": 9}}))
-    claim_workdir(tmp_path, parse(config).given)
-    path.write_text(json.dumps(earlier | {"lora": {**earlier["lora"], "targets": ["to_q"]}}))
-    with pytest.raises(ValueError, match=r"started with config\.lora\.targets = \['to_q'\]"):
-        claim_workdir(tmp_path, parse(config).given)
-
-
-def test_a_run_from_before_weights_has_none(config, tmp_path):
-    begin(tmp_path, config)
-    path = tmp_path / "config.json"
-    saved = json.loads(path.read_text())
-    assert saved["data"].pop("weights") == []
-    path.write_text(json.dumps(saved))
-    claim_workdir(tmp_path, parse(config).given)
-    config.data.weights = (1.0,)
-    with pytest.raises(ValueError, match=r"config\.data\.weights = \[\], now it is \[1\.0\]"):
-        claim_workdir(tmp_path, parse(config).given)
-
-
-@pytest.mark.parametrize(
-    ("key", "then", "now"),
-    [
-        ("share_timesteps", False, True),  # what share_noise=False alone meant, and means
-        ("optimizer.factored_axes", "largest", "released"),
-        ("noise_offset", 0.0, 0.1),
-    ],
-)
-def test_a_run_from_before_a_key_is_resumed_with_what_it_did(config, tmp_path, key, then, now):
-    config.share_noise, config.optimizer.name = False, "adafactor"
-    config.update_from_flattened_dict({key: then})
-    path = tmp_path / "config.json"
-    begin(tmp_path, config)
-    saved = json.loads(path.read_text())
-    *groups, last = key.split(".")
-    assert (saved[groups[0]] if groups else saved).pop(last) == then
-    path.write_text(json.dumps(saved))
-    config.update_from_flattened_dict({key: now})
-    with pytest.raises(ValueError, match=rf"config\.{key} = {then!r}, now it is {now!r}"):
-        claim_workdir(tmp_path, parse(config).given)
-    config.update_from_flattened_dict({key: then})
-    claim_workdir(tmp_path, parse(config).given)
-
-
-def test_a_run_from_before_with_another_optimizer_factored_nothing(config, tmp_path):
-    config.optimizer.factored_axes = "released"  # as in the recipes for SDXL, that with AdamW too
-    begin(tmp_path, config)
-    path = tmp_path / "config.json"
-    saved = json.loads(path.read_text())
-    assert (saved["optimizer"].pop("factored_axes"), saved["optimizer"]["name"]) == ("released", "adamw")
-    for key in ("b3", "alpha", "momentum"):  # of optimizers that were not there
-        del saved["optimizer"][key]
-    path.write_text(json.dumps(saved))
-    claim_workdir(tmp_path, parse(config).given)
-
-
-def test_a_decaying_learning_rate_fixes_the_number_of_steps(config, tmp_path):
-    config.optimizer.schedule = "cosine"
-    begin(tmp_path, config)
-    config.steps = 99
-    with pytest.raises(ValueError, match=r"config\.steps = 12, now it is 99"):
-        claim_workdir(tmp_path, parse(config).given)
-
-
-@pytest.mark.parametrize(
-    ("left", "fresh"),
-    [
-        ({}, True),
-        (
-            {"checkpoints/4.orbax-checkpoint-tmp/state": "", "metrics.jsonl": '{"step": 0, "loss": 0.7}\n'},
-            True,
-        ),
-        ({"metrics.jsonl": '{"step": 0}\n{"step": 1}\n'}, False),
-        ({"checkpoints/4/state": ""}, False),
-    ],
-    ids=["nothing", "unfinished", "a step", "a checkpoint"],
-)
-def test_a_run_that_never_began_gives_its_workdir_to_a_corrected_config(config, tmp_path, left, fresh):
-    claim_workdir(tmp_path, parse(config).given)
-    for name, text in left.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    config.lora.rank = 4
-    if fresh:
-        claim_workdir(tmp_path, parse(config).given)
-        assert json.loads((tmp_path / "config.json").read_text())["lora"]["rank"] == 4
-    else:
-        with pytest.raises(ValueError, match=r"config\.lora\.rank = 0, now it is 4"):
-            claim_workdir(tmp_path, parse(config).given)
-
-
-def test_what_a_run_left_without_its_config_is_refused(config, tmp_path):
-    begin(tmp_path, config)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"config\.json: no such file, .*put the file back, or choose another"
-    ):
-        claim_workdir(tmp_path, parse(config).given)
-    assert not (tmp_path / "config.json").exists()

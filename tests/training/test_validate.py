@@ -18,7 +18,6 @@ from dspo_jax.pipelines.loading import load_pipeline
 from dspo_jax.schedules.rectified_flow import RectifiedFlow
 from dspo_jax.schedules.variance_preserving import Schedule
 from dspo_jax.training.run import train
-from dspo_jax.training.settings import ValidationSettings
 from dspo_jax.training.validation import Validator, exhausted, judge, score
 from dspo_jax.training.validation_scalars import (
     binomial_interval,
@@ -26,6 +25,7 @@ from dspo_jax.training.validation_scalars import (
     summarise,
     summarise_labelled,
 )
+from dspo_jax.training.watch_settings import ValidationSettings
 from dspo_jax.weights.components import write_params
 
 SCHEDULE = Schedule.scaled_linear()
