@@ -133,9 +133,8 @@ class GuidedDenoiser:
         if skip is None:
             return None
         times = np.asarray(self.drawing.make_sampler(self.pipe).timesteps)
-        calls = np.arange(len(times))
-        at = times[(skip.start * len(times) < calls) & (calls < skip.stop * len(times))]
-        return (skip.layers, skip.scale, at.min(), at.max()) if at.size else None
+        at = times[skip.calls(len(times))]
+        return skip.layers, skip.scale, at.min(), at.max()
 
     def _negative_tokens(self) -> np.ndarray:
         if self.drawing.negative_prompt:

@@ -47,8 +47,12 @@ class SkipLayers:
                 "calls between 0 and 1, the first not above the second"
             )
 
-    def check(self, pipe: Pipeline) -> None:
-        """Refuses a model without the layers.
+    def calls(self, count: int) -> list[int]:
+        """Returns the numbers of those calls of the network, of so many, that have the guidance."""
+        return [call for call in range(count) if self.start * count < call < self.stop * count]
+
+    def check(self, pipe: Pipeline, count: int) -> None:
+        """Refuses a model without the layers, and a sampler of so many calls that none has the guidance.
 
         Raises:
           UserError: by the flag of the commands.
@@ -59,6 +63,11 @@ class SkipLayers:
             raise UserError(f"{flag}: {pipe.path} has no blocks that could be skipped; leave it out")
         if not all(0 <= layer < blocks for layer in self.layers):
             raise UserError(f"{flag}: {pipe.path} has blocks 0 to {blocks - 1}; name some of these")
+        if not self.calls(count):
+            raise UserError(
+                f"{flag}: of {count} calls of the network none lies between the shares --skip_layer_start="
+                f"{self.start:g} and --skip_layer_stop={self.stop:g}; take more --steps, or a later stop"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +151,9 @@ class Drawing:
 
         Raises:
           UserError: it reverses another process, or does not do what the model's scheduler config asks for;
-            or the model has no such layers as are skipped.
+            or the model has no such layers as are skipped, or they would be skipped in no step.
         """
-        if self.skip_layer_guidance is not None:
-            self.skip_layer_guidance.check(pipe)
-        return samplers.make_sampler(
+        sampler = samplers.make_sampler(
             self.sampler or samplers.samplers_of(pipe.schedule)[0],
             pipe.schedule,
             pipe.scheduler_config,
@@ -154,6 +161,9 @@ class Drawing:
             strength=self.strength,
             eta=self.eta,
         )
+        if self.skip_layer_guidance is not None:
+            self.skip_layer_guidance.check(pipe, len(sampler.timesteps))
+        return sampler
 
 
 @dataclasses.dataclass(frozen=True)

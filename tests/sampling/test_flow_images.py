@@ -124,6 +124,18 @@ def test_skip_layer_guidance_is_diffusers(pipe, draw_latents, theirs):
     assert np.abs(expected - without).max() > 0.01
 
 
+def test_shares_of_the_steps_in_which_nothing_would_be_skipped_are_refused(pipe):
+    def make(steps, **shares):
+        skip = SkipLayers((1,), **shares)
+        return Drawing(steps=steps, guidance_scale=5.0, skip_layer_guidance=skip).make_sampler(pipe)
+
+    make(6)  # 0.06 < 1 < 1.2
+    make(3, stop=0.5)
+    for steps, shares in ((5, {}), (28, {"start": 0.1, "stop": 0.1})):
+        with pytest.raises(UserError, match=rf"^--skip_layers=1: of {steps} calls [^\n]*; take more --steps"):
+            make(steps, **shares)
+
+
 @each_row(
     ("flow", "guidance_scale", "options", "message"),
     [
@@ -147,8 +159,8 @@ def test_what_cannot_be_skipped_is_refused(flow, guidance_scale, options, messag
 
 def test_skipped_layers_are_recorded(pipe, tmp_path):
     """Where there are none, the other test of the command finds none."""
-    drawing = Drawing(steps=2, guidance_scale=2.0, skip_layer_guidance=SkipLayers((1,)))
+    drawing = Drawing(steps=2, guidance_scale=2.0, skip_layer_guidance=SkipLayers((1,), stop=0.9))
     sample({"flow": pipe.path}, [Prompt(CAPTION)], tmp_path, Rendering(drawing, batch_size=1), seeds=[0])
     for file in ("settings.json", "manifest.jsonl"):
         recorded = json.loads((tmp_path / file).read_text())["skip_layer_guidance"]
-        assert recorded == {"layers": [1], "scale": 2.8, "start": 0.01, "stop": 0.2}
+        assert recorded == {"layers": [1], "scale": 2.8, "start": 0.01, "stop": 0.9}
