@@ -198,8 +198,18 @@ def _encode(settings: EncodeSettings, out: Path, share: tuple[int, int] | None) 
 
 
 def _describe_t5(settings: EncodeSettings, pipe: Pipeline) -> JsonObject | None:
-    """Returns what T5's stored states follow from beside the captions; None where they are not stored."""
+    """Returns what T5's stored states follow from beside the captions; None where they are not stored.
+
+    Raises:
+      UserError: their dtype is chosen where they are not stored.
+    """
     if not settings.text.store_t5 or pipe.stored_encoder is None:
+        if settings.text.t5_dtype != "float32":
+            why = "config.text.store_t5 = False" if pipe.stored_encoder else f"{settings.model} has no T5"
+            raise UserError(
+                f"config.text.t5_dtype = {settings.text.t5_dtype!r}: {why}, so that no states of T5 are "
+                "stored; leave it 'float32'"
+            )
         return None
     return {
         "sha256": component_digest(pipe, pipe.stored_encoder),

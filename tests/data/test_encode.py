@@ -284,6 +284,11 @@ def test_a_split_without_a_usable_row_is_refused(pipe, config, tmp_path):
         ("batch_size", 0, "config.batch_size = 0: must be at least 1"),
         ("flip", "randm", "config.flip = 'randm': unknown; did you mean 'random'"),
         ("vae_dtype", "float16", "config.vae_dtype = 'float16': unknown"),
+        (
+            "text.t5_dtype",
+            "bfloat16",
+            "config.text.t5_dtype = 'bfloat16': [^\n]* stored; leave it 'float32'$",
+        ),
         ("num_workers", -1, "config.num_workers = -1: must be at least 0"),
         ("max_aspect_ratio", 0.5, "config.max_aspect_ratio = 0.5: must be at least 1"),
         ("splits", ("trian",), "config.splits = 'trian': unknown; did you mean 'train'"),
