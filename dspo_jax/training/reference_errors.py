@@ -51,6 +51,8 @@ def check_draws(settings: Settings, datasets: Sequence[Dataset]) -> None:
     if not draws:
         return
     key = f"config.reference.draws = {draws}"
+    if draws < 0:  # where `every` is 0, `limits.parse` does not look at the other keys of the group
+        raise UserError(f"{key}: must not be negative")
     if settings.stream.kind != "dataset" or not datasets:
         raise UserError(f"{key}: is of the examples of encoded datasets (config.data.path); set it to 0")
     if not settings.objective.compares_errors:

@@ -79,7 +79,7 @@ class ReferenceSettings:
     model: str | None
     every: int = limited(NOT_NEGATIVE)
     decay: float = limited(DECAY)
-    draws: int = limited(NOT_NEGATIVE)
+    draws: int  # see `reference_errors.check_draws`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
