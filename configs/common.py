@@ -133,6 +133,9 @@ def get_config() -> ConfigDict:
     # Activations that the backward pass recomputes: "none"; "dots", all but the outputs of linear layers and
     # convolutions; "blocks", whole blocks, which takes the least memory and up to one more forward pass.
     config.remat = "none"
+    # What lies in the host's memory, from which a device copies it as the step needs it: "reference", the
+    # frozen copy of what is trained; "moments", the state of the optimizer (docs/training.md).
+    config.offload = ()
     # Timesteps that are drawn, both ends included; None is the last of the model's schedule. Not of models of
     # rectified flow.
     config.timesteps = ConfigDict()

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
+
+from dspo_jax.parallel.host_memory import is_on_host
 
 Rule = tuple[str, PartitionSpec]
 
@@ -110,10 +113,16 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def bytes_per_device(tree: PyTree) -> int:
     """Counts the bytes that one device holds of a tree of arrays or sharded `jax.ShapeDtypeStruct`."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return _bytes_of_parts([leaf for leaf in jax.tree.leaves(tree) if not is_on_host(leaf)])
+
+
+def host_bytes_per_device(tree: PyTree) -> int:
+    """Counts the bytes of a tree that lie in the host's memory for one device."""
+    return _bytes_of_parts([leaf for leaf in jax.tree.leaves(tree) if is_on_host(leaf)])
+
+
+def _bytes_of_parts(leaves: Sequence[Any]) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def replicated_bytes(tree: PyTree) -> tuple[int, str]:
@@ -121,7 +130,7 @@ def replicated_bytes(tree: PyTree) -> tuple[int, str]:
     whole = [
         (leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path, simple=True, separator="."))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if leaf.sharding.is_fully_replicated
+        if leaf.sharding.is_fully_replicated and not is_on_host(leaf)
     ]
     return sum(size for size, _ in whole), max(whole, default=(0, ""))[1]
 

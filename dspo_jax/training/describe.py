@@ -1,17 +1,18 @@
 """Describes a run before its first step: model, data, optimizer, memory on each device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from dspo_jax.data.datasets import count_examples, mixing_weights
 from dspo_jax.models.lora import find_ranks
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.devices import has_bfloat16, in_units, short
 from dspo_jax.objectives.advantages import rounds_to_fill
-from dspo_jax.parallel.rules import bytes_per_device, replicated_bytes
+from dspo_jax.parallel.rules import bytes_per_device, host_bytes_per_device, replicated_bytes
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.samplers import SAMPLERS
 from dspo_jax.training.costs import flops_per_drawing, flops_per_example
@@ -25,7 +26,7 @@ _MANY_EPOCHS, _FEW_HELD_OUT, _FEW_UPDATES = 200, 30, 50
 
 
 def held(state: TrainState, reference: Params) -> dict[str, object]:
-    """Trees of arrays, or shapes with their sharding, that devices hold whatever the batch, by name."""
+    """Trees of arrays, or shapes with their sharding, that are held whatever the batch, by name."""
     gradients = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), state.params
     )
@@ -38,6 +39,21 @@ def held(state: TrainState, reference: Params) -> dict[str, object]:
         "frozen weights of the policy": reference.get(POLICY),
     }
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def list_bytes(parts: Mapping[str, PyTree]) -> tuple[str, int]:
+    """Lists the bytes of `held` on one device, and counts them."""
+    sizes = {name: bytes_per_device(part) for name, part in parts.items()}
+    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+    return listed, sum(sizes.values())
+
+
+def describe_host_bytes(parts: Mapping[str, PyTree]) -> Iterator[str]:
+    """Yields a line of what of `held` lies in the host's memory, if anything does."""
+    sizes = {name: size for name, part in parts.items() if (size := host_bytes_per_device(part))}
+    if sizes:
+        listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
+        yield f"in the host's memory for each device: {listed}; a step copies them to the device"
 
 
 def describe_run(experiment: Experiment, state: TrainState, reference: Params) -> Iterator[str]:
@@ -91,9 +107,9 @@ def describe_run(experiment: Experiment, state: TrainState, reference: Params) -
     if settings.validation.every and not settings.validations_compare:
         yield "no checkpoint is marked best: of this run held-out scores do not compare; take the newest"
     parts = held(state, reference)
-    sizes = {name: bytes_per_device(part) for name, part in parts.items()}
-    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
-    yield f"on each device: {listed}; together {in_units(sum(sizes.values()))}, and activations"
+    listed, size = list_bytes(parts)
+    yield f"on each device: {listed}; together {in_units(size)}, and activations"
+    yield from describe_host_bytes(parts)
     if settings.validation.every or settings.samples.every:
         copied = [
             leaf.size * leaf.dtype.itemsize

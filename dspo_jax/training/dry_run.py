@@ -22,7 +22,14 @@ from dspo_jax.training.costs import (
     least_activations,
     mean_flops_per_example,
 )
-from dspo_jax.training.describe import describe_run, held, kept_state_bytes, warnings
+from dspo_jax.training.describe import (
+    describe_host_bytes,
+    describe_run,
+    held,
+    kept_state_bytes,
+    list_bytes,
+    warnings,
+)
 from dspo_jax.training.make_task import make_task
 from dspo_jax.training.moving_reference import moving_part
 from dspo_jax.training.rollouts import Rollout
@@ -76,9 +83,10 @@ def estimate(
         yield f"{settings.steps:,} steps{epochs}"
     if pairs is not None:
         yield from warnings(settings, pairs)
-    sizes = {name: bytes_per_device(tree) for name, tree in held(state, reference).items()}
-    listed = ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items())
-    yield f"whatever the batch: {listed}; together {in_units(sum(sizes.values()))}"
+    parts = held(state, reference)
+    listed, needed = list_bytes(parts)
+    yield f"whatever the batch: {listed}; together {in_units(needed)}"
+    yield from describe_host_bytes(parts)
     if card:
         kind, memory = card.kind, card.memory
         share = memory_fraction()
@@ -87,7 +95,6 @@ def estimate(
     else:
         kind, usable = jax.devices()[0].device_kind, memory_of(jax.devices()[0])
     if usable is not None:
-        needed = sum(sizes.values())
         each = least_activations(pipe, settings.compute_dtype, pipe.image_size) if needed < usable else 0
         yield _describe_room(kind, usable, needed, part, each)
     yield _describe_checkpoints(settings, state, reference)

@@ -11,6 +11,7 @@ from dspo_jax.training.auto_beta import make_auto_beta
 from dspo_jax.training.losses.policy_gradient import PolicyGradientLoss
 from dspo_jax.training.losses.preference import Draws, PreferenceLoss
 from dspo_jax.training.losses.reward_gradient import RewardGradientLoss
+from dspo_jax.training.offload import check_offload
 from dspo_jax.training.online_checks import check_reward_gradient
 from dspo_jax.training.optim import make_optimizer
 from dspo_jax.training.reference import Reference
@@ -44,9 +45,16 @@ def make_task(
         _check_average(settings)
     if settings.reference.model and reference is None:
         reference = Reference(None, pipe.components)
+    loss = _make_loss(settings, pipe, reward)
+    check_offload(
+        settings.offload,
+        adapters=settings.lora.on,
+        needs_reference=loss.needs_reference,
+        method=settings.method,
+    )
     return Task(
         pipe=pipe,
-        loss=_make_loss(settings, pipe, reward),
+        loss=loss,
         update=UpdateRule(
             optimizer,
             learning_rate,
@@ -67,6 +75,7 @@ def make_task(
         adapters=settings.lora.scale if settings.lora.on else None,
         reference=reference,
         dora=settings.lora.dora,
+        offload=tuple(settings.offload),
     )
 
 

@@ -6,6 +6,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dspo_jax.kernels.layouts import format_of
 from dspo_jax.models import lora
 from dspo_jax.models.model import Params
+from dspo_jax.parallel.host_memory import to_device
 from dspo_jax.training.loop import AfterStep
 from dspo_jax.training.step import TrainState
 from dspo_jax.training.task import POLICY, Metrics
@@ -47,7 +48,7 @@ class MoveReference:
         def move(part: Params, params: Params) -> Params:
             return jax.tree.map(
                 lambda old, new: (decay * old + (1 - decay) * new.astype(old.dtype)).astype(old.dtype),
-                part,
+                to_device(part),
                 params,
             )
 

@@ -33,6 +33,7 @@ from dspo_jax.objectives.reward_gradient import RewardGradient, get_reward_gradi
 from dspo_jax.objectives.steps import PolicyGradient
 from dspo_jax.schedules.process import Process
 from dspo_jax.training.lora_settings import LoraSettings
+from dspo_jax.training.offload import OFFLOADS
 from dspo_jax.training.optim import OptimizerSettings
 from dspo_jax.training.stream_settings import (
     AdvantageSettings,
@@ -163,6 +164,7 @@ class Settings:
     param_dtype: str = choice(*COMPUTE_DTYPES)
     reference_dtype: str = choice(*COMPUTE_DTYPES, *quantized.KINDS, optional=True)
     remat: str = choice(*POLICIES)
+    offload: Sequence[str] = limited(OFFLOADS)
     timesteps: TimestepSettings
     levels: LevelSettings
     ema_decay: float = limited(DECAY)

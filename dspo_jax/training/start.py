@@ -25,6 +25,7 @@ from dspo_jax.kernels.layouts import choose_formats
 from dspo_jax.models import lora, quantized
 from dspo_jax.models.model import Params
 from dspo_jax.monitoring.metrics import import_wandb
+from dspo_jax.parallel.host_memory import check_host_memory, on_host
 from dspo_jax.parallel.mesh import check_batch_size, make_mesh
 from dspo_jax.parallel.rules import make_shardings, place
 from dspo_jax.pipelines.loading import load_pipeline
@@ -33,6 +34,7 @@ from dspo_jax.samplers.spacing import check_steps
 from dspo_jax.sampling.prompts import read_prompts
 from dspo_jax.training import lora_init
 from dspo_jax.training.make_task import make_task
+from dspo_jax.training.offload import MOMENTS, REFERENCE
 from dspo_jax.training.online_checks import check_own_images, check_self_play
 from dspo_jax.training.own_images import OwnImages, open_own_images
 from dspo_jax.training.reference import check_reference, open_reference
@@ -267,12 +269,17 @@ def make_state(
       mesh: from `mesh_of`.
       adapters: from `make_adapters`.
       abstract: read nothing, and return `jax.ShapeDtypeStruct` leaves with their sharding.
+
+    Raises:
+      UserError: `config.offload` on devices without host memory.
     """
 
     if bool(adapters) != (task.adapters is not None):
         raise ValueError(f"adapters: {'not trained' if adapters else 'needed'} by this task")
+    if task.offload:
+        check_host_memory(mesh.devices.flat[0])
 
-    def put(params: Params, dtype: str, kernels: str | None = None) -> Params:
+    def put(params: Params, dtype: str, kernels: str | None = None, *, host: bool = False) -> Params:
         def store(path: KeyPath, leaf: Any) -> Any:
             if kernels is not None and quantized.is_stored_so(path):
                 make = partial(quantized.quantize, kind=kernels)
@@ -281,7 +288,8 @@ def make_state(
             return jax.ShapeDtypeStruct(leaf.shape, kept) if abstract else np.asarray(leaf, DTYPES[kept])
 
         stored = jax.tree_util.tree_map_with_path(store, params)
-        formats = choose_formats(stored, make_shardings(stored, mesh), mesh)
+        shardings = make_shardings(stored, mesh)
+        formats = on_host(stored, shardings) if host else choose_formats(stored, shardings, mesh)
         return _abstract(stored, formats) if abstract else place(stored, formats)
 
     other = task.pipe if task.reference is None or abstract else task.reference.pipe
@@ -290,13 +298,22 @@ def make_state(
 
     precision = task.precision
 
-    def read(name: str, dtype: str, pipe: Pipeline = task.pipe, kernels: str | None = None) -> Params:
+    def read(
+        name: str,
+        dtype: str,
+        pipe: Pipeline = task.pipe,
+        kernels: str | None = None,
+        *,
+        host: bool = False,
+    ) -> Params:
         read_as = dtype if kernels is None else "float32"  # rounded once
         params = pipe.networks[name].abstract_params() if abstract else pipe.read_params(name, read_as)
-        return put(params, dtype, kernels)
+        return put(params, dtype, kernels, host=host)
 
     def read_frozen(name: str, pipe: Pipeline) -> Params:
-        return read(name, precision.reference_dtype, pipe, precision.frozen_kernels)
+        # The policy reads what is not trained, too.
+        host = REFERENCE in task.offload and name in trained
+        return read(name, precision.reference_dtype, pipe, precision.frozen_kernels, host=host)
 
     networks = task.pipe.components
     trained = () if adapters else networks if task.train_text_encoder else (task.pipe.denoiser,)
@@ -323,7 +340,11 @@ def make_state(
     beside = task.loss.frozen_params(task.pipe, abstract=abstract)
     reference |= {name: put(part, "float32") for name, part in beside.items()}
     shapes = jax.eval_shape(partial(init_state, task), params)
-    formats = choose_formats(shapes, make_shardings(shapes, mesh), mesh)
+    shardings = make_shardings(shapes, mesh)
+    formats = choose_formats(shapes, shardings, mesh)
+    if MOMENTS in task.offload:
+        held = on_host(shapes.opt_state, shardings.opt_state)
+        formats = dataclasses.replace(formats, opt_state=held)
     if abstract:
         return _abstract(shapes, formats), reference
     return jax.jit(partial(init_state, task), donate_argnums=0, out_shardings=formats)(params), reference

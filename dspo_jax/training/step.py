@@ -15,6 +15,7 @@ from jaxtyping import Float32, Key, PyTree
 from dspo_jax.kernels.device_kind import on_mesh
 from dspo_jax.kernels.layouts import format_of
 from dspo_jax.models.model import Params
+from dspo_jax.parallel.host_memory import to_device
 from dspo_jax.parallel.mesh import replicated
 from dspo_jax.training import stability
 from dspo_jax.training.task import USABLE, Batch, Metrics, Task
@@ -99,8 +100,8 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     updates_made = state.health.updates
     good, health = stability.judge(state.health, loss, grad_norm, rule.loss_spike)
-    params = _float32(state.params)
-    updates, opt_state = rule.optimizer.update(grads, state.opt_state, params)
+    params, before = _float32(state.params), to_device(state.opt_state)
+    updates, opt_state = rule.optimizer.update(grads, before, params)
     moved = optax.apply_updates(params, updates)
     params = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, state.params)
     ema = None
@@ -126,7 +127,7 @@ def train_step(
         margin_size = rule.auto_beta.follow(state.margin_size, metrics, updates_made)
     params, opt_state, ema, margin_size = keep(
         (params, opt_state, ema, margin_size),
-        (state.params, state.opt_state, state.ema, state.margin_size),
+        (state.params, before, state.ema, state.margin_size),
     )
     return TrainState(state.step + 1, params, opt_state, ema, health, margin_size, task), metrics
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Num, PyTree
 
 from dspo_jax.models import lora, quantized
 from dspo_jax.models.model import Params
+from dspo_jax.parallel.host_memory import to_device
 from dspo_jax.parallel.rules import gather
 from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.training.auto_beta import AutoBeta
@@ -151,6 +152,7 @@ class Task:
       adapters: the scale of the adapters that alone are trained (models/lora.py); None where there are none.
       reference: the model that the policy is compared with; None for its own start.
       dora: whether the adapters have magnitudes.
+      offload: what lies in the host's memory, see training/offload.py.
     """
 
     pipe: Pipeline
@@ -161,6 +163,7 @@ class Task:
     adapters: lora.Scale | None
     reference: Reference | None = None
     dora: bool = False
+    offload: tuple[str, ...] = ()
 
 
 def predict(
@@ -206,8 +209,9 @@ def of_components(task: Task, reference: Params) -> Params:
 def cast(task: Task, params: Params) -> Params:
     """Returns parameters as `predict` takes them: in the compute dtype, adapters times their scale.
 
-    Quantized kernels stay as they are; the layers know them.
+    Quantized kernels stay as they are; the layers know them. What lies in the host's memory is copied.
     """
+    params = to_device(params)
     if task.adapters is not None:
         params = lora.scaled(params, task.adapters)
 

@@ -19,6 +19,7 @@ MAY_DIFFER = (
     "checkpoint",
     "log_every",
     "mesh",
+    "offload",
     "profile",
     "remat",
     "rewards.folder",

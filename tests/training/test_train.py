@@ -219,7 +219,7 @@ def test_resuming_with_another_config_is_refused(config, train, tmp_path, change
     assert str(caught.value) == (
         f"{tmp_path / 'config.json'}: this run was started with {named}; "
         "resume with the same config or choose another --workdir "
-        "(what may differ: checkpoint, epochs, log_every, mesh, profile, remat, rewards.folder, "
+        "(what may differ: checkpoint, epochs, log_every, mesh, offload, profile, remat, rewards.folder, "
         "rewards.images, rewards.prompts, rewards.validation, samples, steps, stream.batch_size, validation, "
         "wandb_project)"
     )
