@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
@@ -52,8 +53,23 @@ def main(argv: Sequence[str]) -> None:
         count, files = content["num_examples"], len(content["shards"])
         print(", ".join([f"{out}: {split}: {count} examples in {files} shards", *notes]))
     print("already encoded, verified" if already_there else f"encoded in {seconds:.1f} s")
-    keys = (f"--config.model={flags.FLAGS.config.model}", f"--config.data.path={out}")
-    print(f"next: python -m dspo_jax.train --config=RECIPE {shlex.join(keys)} --workdir=DIR")
+    print(f"next: {training_command(flags.FLAGS.config, out)}")
+
+
+def training_command(config: ConfigDict, out: Path) -> str:
+    """Returns the command that trains on a dataset, with the keys by which it has to read captions.
+
+    Args:
+      config: of the encoding.
+      out: the dataset's folder.
+    """
+    keys = {"model": config.model, "data.path": out}
+    if config.text.max_chunks != 1:
+        keys["text.max_chunks"] = config.text.max_chunks
+    if config.text.max_sequence_length is not None:
+        keys["text.max_sequence_length"] = config.text.max_sequence_length
+    listed = shlex.join(f"--config.{key}={value}" for key, value in keys.items())
+    return f"python -m dspo_jax.train --config=RECIPE {listed} --workdir=DIR"
 
 
 def parse_share(text: str | None) -> tuple[int, int] | None:

@@ -12,12 +12,16 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from dspo_jax import cli
 from dspo_jax.errors import UserError
 from dspo_jax.parallel.process_flags import define_process_flags
+
+if TYPE_CHECKING:  # its import takes seconds
+    from dspo_jax.training.settings import TextSettings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,9 +99,19 @@ def main(argv: Sequence[str]) -> int:
         chosen, of_best = Path(f"{workdir}@best"), " --step=best"
     base, trained = shlex.quote(f"--base={settings.model}"), shlex.quote(f"--model={chosen}")
     run = shlex.quote(f"--run={workdir}")
-    print(f"next: python -m dspo_jax.evaluate {base} {trained} --prompts=FILE --rewards=NAMES --out=DIR")
+    text = " ".join(["", *flags_of_text(settings.text)])
+    print(
+        f"next: python -m dspo_jax.evaluate {base} {trained} --prompts=FILE --rewards=NAMES --out=DIR{text}"
+    )
     print(f"  or: python -m dspo_jax.convert export {run}{of_best} --out=DIR")
     return status
+
+
+def flags_of_text(text: "TextSettings") -> list[str]:
+    """Returns the flags by which a folder, which records none of this, reads captions as a run does."""
+    defaults = {"max_chunks": 1, "clip_skip": 1, "max_sequence_length": None}
+    asked = dataclasses.asdict(text).items()
+    return [f"--{key}={value}" for key, value in asked if value != defaults[key]]
 
 
 def run() -> None:

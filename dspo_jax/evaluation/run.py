@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from dspo_jax.errors import UserError
 from dspo_jax.evaluation.image_folders import ImageFolder, Images, find_images
@@ -15,6 +16,7 @@ from dspo_jax.evaluation.result import BASE, Evaluation, assess
 from dspo_jax.locks import is_empty
 from dspo_jax.parallel import processes
 from dspo_jax.pipelines.loading import Adapted
+from dspo_jax.pipelines.pipeline import Pipeline
 from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.scores import score_files
 from dspo_jax.sampling.drawing import sample
@@ -113,6 +115,8 @@ def evaluate(
     versions = check_rewards(rewards, reward_dir)
     models = {label: origin for label, origin in origins.items() if not isinstance(origin, ImageFolder)}
     pipes = {label: rendering.drawing.load(model) for label, model in models.items()}
+    for line in differences_of_text(pipes):
+        logging.warning("%s", line)
     for label, pipe in pipes.items():
         model, folder = models[label], out / _IMAGES / label
         seeds = range(comparison.count_seeds(label))
@@ -133,6 +137,25 @@ def evaluate(
     if processes.is_first():
         write_report(evaluation, out, single_file=single_file)
     return evaluation
+
+
+def differences_of_text(pipes: Mapping[str, Pipeline]) -> list[str]:
+    """Says how models of the base's kind read prompts otherwise than the base: a folder does not record it.
+
+    Args:
+      pipes: label -> model, the base among them unless its images are there already.
+    """
+    base = pipes.get(BASE)
+    if base is None:
+        return []
+    return [
+        f"{label} reads prompts with {key} = {getattr(pipe, key)}, and the base with {getattr(base, key)}: "
+        f"win rates would count that, too; give --{key}={getattr(pipe, key)} if the base was trained so"
+        for label, pipe in pipes.items()
+        if pipe.family == base.family
+        for key in ("max_chunks", "clip_skip", "max_sequence_length")
+        if getattr(pipe, key) != getattr(base, key)
+    ]
 
 
 def check_out(out: Path) -> None:

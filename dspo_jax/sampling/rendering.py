@@ -60,9 +60,9 @@ class SkipLayers:
         flag = f"--skip_layers={','.join(map(str, self.layers))}"
         blocks = pipe.networks[pipe.denoiser].num_blocks
         if not blocks:
-            raise UserError(f"{flag}: {pipe.path} has no blocks that could be skipped; leave it out")
+            raise UserError(f"{flag}: its {pipe.denoiser} has no blocks that could be skipped; leave it out")
         if not all(0 <= layer < blocks for layer in self.layers):
-            raise UserError(f"{flag}: {pipe.path} has blocks 0 to {blocks - 1}; name some of these")
+            raise UserError(f"{flag}: its {pipe.denoiser} has blocks 0 to {blocks - 1}; name some of these")
         if not self.calls(count):
             raise UserError(
                 f"{flag}: of {count} calls of the network none lies between the shares --skip_layer_start="

@@ -3,6 +3,7 @@ kept."""
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from dspo_jax.data import encoder, encoding, loader, row_progress, shards, sourc
 from dspo_jax.data.datasets import read_datasets
 from dspo_jax.data.encoding import encode
 from dspo_jax.data.sources import PreferencePair
-from dspo_jax.encode import parse_share
+from dspo_jax.encode import parse_share, training_command
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -395,3 +396,15 @@ def test_leave_to_read_outside_the_folder_is_not_part_of_the_dataset(tmp_path, p
     config.source.allow_outside = False
     assert encode(config, out)
     assert "allow_outside" not in shards.read_manifest(out)["source"]["arguments"]
+
+
+def test_the_command_that_comes_next_reads_captions_as_they_were_encoded(tmp_path):
+    """Without these keys training refuses the dataset."""
+    config = common.get_config()
+    config.model = "a model"
+    command = training_command(config, tmp_path)
+    assert "'--config.model=a model'" in command
+    assert "--config.text" not in command
+    config.text.max_chunks, config.text.max_sequence_length = 3, 0
+    words = shlex.split(training_command(config, tmp_path))
+    assert {"--config.text.max_chunks=3", "--config.text.max_sequence_length=0"} < set(words)

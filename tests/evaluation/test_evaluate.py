@@ -17,13 +17,15 @@ from dspo_jax.evaluation import options
 from dspo_jax.evaluation.image_folders import ImageFolder, find_images
 from dspo_jax.evaluation.options import read_options
 from dspo_jax.evaluation.prompt_sets import PromptSet
-from dspo_jax.evaluation.run import Comparison, evaluate
+from dspo_jax.evaluation.run import Comparison, differences_of_text, evaluate
 from dspo_jax.hub_cache import hide_folders
-from dspo_jax.pipelines.loading import Adapted
+from dspo_jax.pipelines.loading import Adapted, load_pipeline
 from dspo_jax.sampling import drawing
 from dspo_jax.sampling.drawing import draw_batches
 from dspo_jax.sampling.prompts import Prompt
 from dspo_jax.sampling.rendering import Drawing, Rendering
+from dspo_jax.train import flags_of_text
+from dspo_jax.training.settings import TextSettings
 
 PROMPTS = PromptSet(
     "three",
@@ -338,3 +340,18 @@ def test_two_processes_and_edits(shallow_model, own, tmp_path):
     comparison, rendering = read(**changes)
     evaluate(comparison, out, rendering, rewards=["compressibility", f"{own}:redness"])
     assert (out / "win_rates.json").read_text() == before
+
+
+def test_a_base_that_reads_prompts_otherwise_than_a_run_is_warned_of(shallow_model):
+    """A folder records neither the length of T5's text nor the rest; a run's next command has the flags."""
+    flow = Path(__file__).parents[2] / "examples" / "emoji" / "flow_model"
+    base, run = load_pipeline(flow), load_pipeline(flow, max_sequence_length=0)
+    [line] = differences_of_text({"base": base, "run": run, "folder": base})
+    assert line.startswith("run reads prompts with max_sequence_length = 0, and the base with 256: ")
+    assert "--max_sequence_length=0" in line
+    assert differences_of_text({"base": run, "run": run}) == []
+    assert differences_of_text({"run": run}) == []
+    assert differences_of_text({"base": load_pipeline(shallow_model), "run": run}) == []
+    assert flags_of_text(TextSettings(max_chunks=1, clip_skip=1, max_sequence_length=None)) == []
+    of_run = TextSettings(max_chunks=2, clip_skip=1, max_sequence_length=0)
+    assert flags_of_text(of_run) == ["--max_chunks=2", "--max_sequence_length=0"]
