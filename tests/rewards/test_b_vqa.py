@@ -5,13 +5,17 @@ import re
 import sys
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tables import each_row
+from tiny_clip import pictures
 
 from dspo_jax.errors import UserError
 from dspo_jax.rewards import load_reward
 from dspo_jax.rewards.b_vqa import make_question
+from dspo_jax.rewards.differentiable import load_differentiable
 from dspo_jax.rewards.publish import RECIPES, prepare
 
 torch = pytest.importorskip("torch")
@@ -175,3 +179,21 @@ def test_prompts_without_phrases_and_damaged_files_are_refused(folder, tmp_path)
     (tmp_path / "rewards" / "b_vqa" / "phrases.json").write_text('{"a": "b"}')
     with pytest.raises(UserError, match=r"phrases\.json: 'a': must be a list of phrases"):
         load_reward("b_vqa", tmp_path / "rewards")
+
+
+def test_the_gradient_is_that_of_finite_differences(folder):
+    reward = load_differentiable("b_vqa", folder)
+    prompts = list(PHRASES)[:1]
+    (picture,) = pictures((40, 40))
+    pixels = 0.25 + 0.5 * jnp.asarray(picture, jnp.float32)[None] / 255  # nothing is clipped
+    tokens = reward.tokenize(prompts)
+
+    @jax.jit
+    def score(pixels):
+        return reward.function(reward.params, pixels, tokens).sum()
+
+    gradient = jax.grad(score)(pixels)
+    along = gradient / jnp.linalg.norm(gradient)
+    slope = (score(pixels + 0.05 * along) - score(pixels - 0.05 * along)) / 0.1
+    np.testing.assert_allclose(slope, (gradient * along).sum(), rtol=0.01)
+    assert slope > 0

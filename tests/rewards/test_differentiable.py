@@ -15,6 +15,7 @@ from dspo_jax.rewards import REWARDS, load_reward
 from dspo_jax.rewards.differentiable import DIVISORS, DifferentiableReward, combine, load_differentiable
 
 PROMPTS = ["a red cat", "a \u201cdog\u201d", ""]
+SCORED = [*NETWORKS, "colourfulness"]  # test_b_vqa.py has b_vqa
 READ_NO_PROMPT = ("aesthetic", "colourfulness")
 SIZES = [(61, 50), (20, 33)]  # (height, width): larger and smaller than the networks' 28 and 32
 
@@ -81,7 +82,7 @@ def test_scores_are_those_of_image_files_up_to_rounding(name, size, folder, load
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.ptp(theirs))
 
 
-@each_row("name", sorted(DIVISORS))
+@each_row("name", SCORED)
 def test_gradients_are_those_of_finite_differences(name, load):
     """Along the gradient, and half along noise, to which it is nearly orthogonal."""
     reward = load(name)
@@ -114,7 +115,7 @@ def test_weights_are_an_argument_and_products_float32(name, load):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(reward.params))
 
 
-@each_row("name", sorted(DIVISORS))
+@each_row("name", SCORED)
 def test_prompts_are_read_as_for_image_files(name, load):
     reward, pixels = load(name), as_floats(images(*SIZES[0]))
     assert {len(leaf) for leaf in jax.tree.leaves(reward.tokenize(PROMPTS))} == {3}
