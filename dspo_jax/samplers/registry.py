@@ -160,14 +160,14 @@ def samplers_of(process: Process) -> list[str]:
     return sorted(names, key=lambda name: (name not in _USUAL, name))
 
 
-def check_eta(name: str, eta: float) -> None:
-    """Refuses an eta that a sampler, one of `SAMPLERS`, does not have.
+def check_eta(name: str | None, eta: float) -> None:
+    """Refuses an eta that a sampler, one of `SAMPLERS`, does not have; of None, one that none has.
 
     Raises:
       UserError: It is not between 0 and 1, or not 0 for a sampler that has none.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta = {eta}: must be between 0 and 1")
-    if eta and not SAMPLERS[name].eta:
+    if eta and name is not None and not SAMPLERS[name].eta:
         able = ", ".join(other for other, entry in SAMPLERS.items() if entry.eta)
         raise UserError(f"eta = {eta}: sampler {name!r} has none; leave it out, or take one of: {able}")

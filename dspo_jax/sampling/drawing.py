@@ -166,6 +166,9 @@ def _settings(
     init_latents: np.ndarray | None,
 ) -> dict[str, object]:
     """Returns the content of settings.json: images whose settings differ in a key are not of this run."""
+    drawing = dataclasses.asdict(rendering.drawing)
+    if drawing["skip_layer_guidance"] is None:  # which older folders do not name
+        del drawing["skip_layer_guidance"]
     return {
         "models": [
             {"path": str(path), "step": pipes[label].step, **_text(pipes[label])}
@@ -176,7 +179,7 @@ def _settings(
         "init_latents_sha256": None
         if init_latents is None
         else hashlib.sha256(init_latents.tobytes()).hexdigest(),
-        **{key: value for key, value in dataclasses.asdict(rendering.drawing).items() if key not in _TEXT},
+        **{key: value for key, value in drawing.items() if key not in _TEXT},
         "size": rendering.size,
         "compute_dtype": rendering.choose_dtype(),
         "format": rendering.image_format,

@@ -116,10 +116,9 @@ class Drawing:
         Raises:
           UserError: by the flag of the commands.
         """
-        if self.sampler is not None:
-            if self.sampler not in samplers.SAMPLERS:
-                raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
-            samplers.check_eta(self.sampler, self.eta)
+        if self.sampler is not None and self.sampler not in samplers.SAMPLERS:
+            raise UserError(spelling.unknown("--sampler", self.sampler, samplers.SAMPLERS))
+        samplers.check_eta(self.sampler, self.eta)
         if not math.isfinite(self.guidance_scale):
             raise UserError(f"--guidance_scale={self.guidance_scale}: must be a finite number")
         if not 0 <= self.guidance_rescale <= 1:

@@ -70,6 +70,7 @@ def config(shallow_model, tiny_pairs):
 def test_a_run_writes_its_config_metrics_and_checkpoints(config, train, fake_step, tmp_path):
     config.log_every = 5
     assert train(config, tmp_path / "run").step == 12
+    config.stream.sampler = "ddim"  # what None means for this model
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(config.to_json())
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(record["step"], record["loss"]) for record in records] == [(5, 5), (10, 10), (12, 12)]
