@@ -83,13 +83,13 @@ class CaptionTable:
         Raises:
           UserError: a file is missing or damaged.
         """
-        self._folder, self._length = folder / FOLDER, length
-        keys = _open(self._folder / _KEYS)
+        self.folder, self._length = folder / FOLDER, length
+        keys = _open(self.folder / _KEYS)
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 32:
-            raise UserError(f"{self._folder / _KEYS}: damaged (no sums of SHA-256); {_REMAKE}")
+            raise UserError(f"{self.folder / _KEYS}: damaged (no sums of SHA-256); {_REMAKE}")
         self._keys = np.array(keys).view("S32")[:, 0]
         count = -(-len(self._keys) // _ROWS)
-        self._files = [self._folder / f"states-{number:05d}-of-{count:05d}.npy" for number in range(count)]
+        self._files = [self.folder / f"states-{number:05d}-of-{count:05d}.npy" for number in range(count)]
         formats, rows = set(), 0
         for path in self._files:
             file = _open(path)
@@ -97,12 +97,17 @@ class CaptionTable:
             rows += sum(file.shape[:1])
         if formats != {("float16", 3, (length,))} or rows != len(keys):
             raise UserError(
-                f"{self._folder}: damaged (states of another form than the manifest says); {_REMAKE}"
+                f"{self.folder}: damaged (states of another form than the manifest says); {_REMAKE}"
             )
 
-    def __contains__(self, caption: str) -> bool:
-        """Tells whether the states of a caption are stored."""
-        return self._find(caption) is not None
+    def find(self, caption: str) -> Float16[np.ndarray, "L F"] | None:
+        """Returns the states of a caption, or None where they are not stored."""
+        key = np.frombuffer(_key(caption, self._length), "S32")[0]
+        row = int(np.searchsorted(self._keys, key))
+        if row == len(self._keys) or self._keys[row] != key:
+            return None
+        # Opened for each row: a process may not keep as many files open as a large dataset has.
+        return np.array(_open(self._files[row // _ROWS])[row % _ROWS])
 
     def read(self, captions: Sequence[str]) -> Float16[np.ndarray, "N L F"]:
         """Reads the states of captions.
@@ -110,19 +115,7 @@ class CaptionTable:
         Raises:
           UserError: one has none.
         """
-        rows = []
-        for caption in captions:
-            row = self._find(caption)
-            if row is None:
-                raise UserError(f"{self._folder}: no states of the caption {caption!r:.200}; {_REMAKE}")
-            # Opened for each row: a process may not keep as many files open as a large dataset has.
-            rows.append(np.array(_open(self._files[row // _ROWS])[row % _ROWS]))
-        return np.stack(rows)
-
-    def _find(self, caption: str) -> int | None:
-        key = np.frombuffer(_key(caption, self._length), "S32")[0]
-        row = int(np.searchsorted(self._keys, key))
-        return row if row < len(self._keys) and self._keys[row] == key else None
+        return read_states([self], captions)
 
 
 def read_states(tables: Sequence[CaptionTable], captions: Sequence[str]) -> Float16[np.ndarray, "N L F"]:
@@ -131,8 +124,14 @@ def read_states(tables: Sequence[CaptionTable], captions: Sequence[str]) -> Floa
     Raises:
       UserError: none has.
     """
-    found = [next((table for table in tables if caption in table), tables[0]) for caption in captions]
-    return np.concatenate([table.read([caption]) for table, caption in zip(found, captions, strict=True)])
+    rows = []
+    for caption in captions:
+        found = (states for table in tables if (states := table.find(caption)) is not None)
+        states = next(found, None)
+        if states is None:
+            raise UserError(f"{tables[0].folder}: no states of the caption {caption!r:.200}; {_REMAKE}")
+        rows.append(states)
+    return np.stack(rows)
 
 
 def _key(caption: str, length: int) -> bytes:

@@ -253,7 +253,7 @@ def verify_shards(
 
     Raises:
       FileNotFoundError: a shard is missing.
-      UserError: a shard is truncated or altered. Both name the file and the fix.
+      UserError: a file is truncated or altered. Both name the file and the fix.
     """
     manifest = read_manifest(directory) if manifest is None else manifest
     files = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -261,7 +261,7 @@ def verify_shards(
     for file in files:
         path = Path(directory) / file["file"]
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: shard is missing; {_REMAKE}")
+            raise FileNotFoundError(f"{path}: file is missing; {_REMAKE}")
         size = path.stat().st_size
         if size != file["bytes"]:
             raise UserError(f"{path}: {size} bytes, the manifest says {file['bytes']}: truncated; {_REMAKE}")

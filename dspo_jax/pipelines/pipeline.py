@@ -181,7 +181,7 @@ class Pipeline:
 
     @property
     def text(self) -> dict[str, int | None]:
-        """How captions are read, as `load_pipeline` takes it."""
+        """The settings of reading captions, by the names of `load_pipeline`'s arguments."""
         return {
             "max_chunks": self.max_chunks,
             "clip_skip": self.clip_skip,

@@ -141,9 +141,13 @@ class Drawing:
             max_sequence_length=self.max_sequence_length,
         )
 
+    def choose_sampler(self, pipe: Pipeline) -> str:
+        """Returns the name of the sampler for a model."""
+        return self.sampler or samplers.samplers_of(pipe.schedule)[0]
+
     def suited_to(self, pipe: Pipeline) -> "Drawing":
-        """Returns the settings with the sampler that they mean for a model, by name."""
-        return dataclasses.replace(self, sampler=self.sampler or samplers.samplers_of(pipe.schedule)[0])
+        """Returns the settings with the sampler for a model by name."""
+        return dataclasses.replace(self, sampler=self.choose_sampler(pipe))
 
     def make_sampler(self, pipe: Pipeline) -> samplers.Sampler:
         """Makes the sampler for a model.
@@ -153,7 +157,7 @@ class Drawing:
             or the model has no such layers as are skipped, or they would be skipped in no step.
         """
         sampler = samplers.make_sampler(
-            self.sampler or samplers.samplers_of(pipe.schedule)[0],
+            self.choose_sampler(pipe),
             pipe.schedule,
             pipe.scheduler_config,
             self.steps,

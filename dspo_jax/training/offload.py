@@ -1,4 +1,4 @@
-"""What of a run may lie in the host's memory: the keys of `config.offload`, and when each is refused."""
+"""Values of `config.offload`: the parts of a run that can lie in the host's memory, and refusals."""
 
 from collections.abc import Sequence
 

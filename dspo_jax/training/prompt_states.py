@@ -16,10 +16,9 @@ def with_prompt_states(experiment: Experiment) -> Experiment:
     pipe, dataset = experiment.task.pipe, experiment.datasets[0]
     table = dataset.caption_table
     assert table is not None
-    prompts = dict.fromkeys(["", *experiment.prompts])
-    stored = [prompt for prompt in prompts if prompt in table]
-    states = dict(zip(stored, table.read(stored), strict=True))
-    others = [prompt for prompt in prompts if prompt not in table]
+    found = {prompt: table.find(prompt) for prompt in ["", *experiment.prompts]}
+    states = {prompt: stored for prompt, stored in found.items() if stored is not None}
+    others = [prompt for prompt in found if prompt not in states]
     if others:
         encoder = CaptionEncoder(pipe, dataset.manifest[T5_KEY]["dtype"])
         states |= dict(zip(others, encoder(others), strict=True))

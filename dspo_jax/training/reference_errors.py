@@ -116,9 +116,12 @@ def store_errors(
     fix = "delete it, and the errors are computed again"
     if path.is_file() and about.is_file() and json_files.read_object(about, fix) == {"digest": digest}:
         try:
-            errors[...] = np.load(path)
+            kept = np.load(path)
         except (ValueError, EOFError) as error:
             raise UserError(f"{path}: damaged ({error}); {fix}") from error
+        if kept.shape != shape:
+            raise UserError(f"{path}: damaged (shape {kept.shape} in place of {shape}); {fix}")
+        errors = kept.astype(np.float32)
     elif processes.is_first():
         np.save(path, errors)
         write_json(about, {"digest": digest})

@@ -23,7 +23,7 @@ from dspo_jax.weights.components import write_params
 
 SOURCE = Path(__file__).parent / "model"
 TOKENS = 20
-"""What the text encoders read of a caption; the longest of the emoji's has 18."""
+"""Length of a caption for the text encoders; the longest caption of the emoji has 18 tokens."""
 
 LAYERS, HEADS, HEAD_FEATURES = 6, 4, 32
 TEXT_FEATURES = {"text_encoder": 96, "text_encoder_2": 32}

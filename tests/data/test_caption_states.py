@@ -57,7 +57,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(model, tmp_path_factory):
-    """Of an encoding that stores T5's states."""
+    """The config of an encoding that stores T5's states."""
     config = encode_common.get_config()
     encode_common.set_source(config, "folder")
     config.model, config.num_workers, config.text.max_sequence_length = str(model), 0, LENGTH
@@ -119,7 +119,7 @@ def read_batch(data):
 
 
 def test_an_encoding_that_was_stopped_among_the_captions_goes_on(config, data, tmp_path, monkeypatch):
-    """What is there is not made again, and the dataset is the same to the last byte."""
+    """Files that exist are kept, and the dataset is that of an undisturbed run, byte for byte."""
     monkeypatch.setattr(caption_states, "_ROWS", 2)
     whole, stopped, calls = tmp_path / "whole", tmp_path / "stopped", []
     assert encode(config, whole)
@@ -187,7 +187,7 @@ def test_states_that_float16_cannot_hold_are_refused(model):
 
 
 def test_captions_are_dropped_among_stored_states_too(model, data):
-    """Of T5 alone, of the CLIPs alone, of all: what T5 says of the caption or of the empty one."""
+    """Captions dropped for T5 alone, for the CLIPs alone and for all give the stored or the empty states."""
     pipe = load_pipeline(model, max_sequence_length=LENGTH)
     table = read_datasets(data)[0].caption_table
     stored = dataclasses.replace(pipe, stored_states={"": table.read([""])[0]})

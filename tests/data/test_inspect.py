@@ -241,7 +241,7 @@ def flip_bytes(path: Path) -> None:
         (
             lambda out: next(out.glob("*train.array_record-00001*")).unlink(),
             FileNotFoundError,
-            "00001-of-00003: shard is missing",
+            "00001-of-00003: file is missing",
         ),
         (
             lambda out: next(out.glob("*train.array_record-00001*")).write_bytes(b"short"),

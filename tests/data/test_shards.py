@@ -113,7 +113,7 @@ def test_an_altered_shard_is_refused_when_sums_are_checked(tmp_path):
 def test_a_missing_shard_is_refused(tmp_path):
     write_dataset(tmp_path / "out")
     (tmp_path / "out" / "pairs-validation.array_record-00000-of-00002").unlink()
-    with pytest.raises(FileNotFoundError, match="00000-of-00002: shard is missing"):
+    with pytest.raises(FileNotFoundError, match="00000-of-00002: file is missing"):
         shards.verify_shards(tmp_path / "out")
 
 

@@ -136,6 +136,9 @@ def test_killed_while_storing_and_while_training(stored_run, shallow_model, tiny
     (workdir / "reference_errors.npy").write_bytes(b"x" * 40)
     with pytest.raises(UserError, match=r"reference_errors\.npy: damaged \(.*\); delete it"):
         train(config, workdir)
+    np.save(workdir / "reference_errors.npy", whole[:, :1])  # NumPy would repeat it
+    with pytest.raises(UserError, match=r"damaged \(shape \(2, 1, 2\) in place of \(2, 24, 2\)\); delete it"):
+        train(config, workdir)
     # Of another reference they are made anew.
     (workdir / "reference_errors.json").write_text("{}")
     shutil.rmtree(workdir / "checkpoints" / "6")
