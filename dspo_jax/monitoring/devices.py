@@ -160,7 +160,7 @@ def in_units(size: int) -> str:
     """Returns bytes as people read them."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     step = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{size / 2 ** (10 * step):.3g} {units[step]}"
+    return f"{short(size / 2 ** (10 * step))} {units[step]}"
 
 
 def short(number: float) -> str:

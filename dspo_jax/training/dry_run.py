@@ -230,7 +230,7 @@ def _describe_time(settings: Settings, flops: float, kind: str, devices: int = 1
         how = f"at a third, which is a guess, of the {peak / 1e12:.4g} TFLOP/s of {kind}"
     elif kind == "cpu":
         rate = time_product()
-        how = f"at the {rate / 1e9:.3g} GFLOP/s that a product of matrices reaches on this CPU now"
+        how = f"at the {short(rate / 1e9)} GFLOP/s that a product of matrices reaches on this CPU now"
     else:
         return
     seconds = per_step / rate

@@ -256,3 +256,18 @@ def test_a_trace_is_written_even_if_the_run_fails_within_it(tmp_path):
     with pytest.raises(RuntimeError, match="the device is gone"):
         fail()
     assert [path for path in tmp_path.rglob("*.xplane.pb") if path.stat().st_size]
+
+
+@each_row(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1 KiB"),
+        (1003 * 2**20, "1,003 MiB"),
+        (1024**3, "1 GiB"),
+        (3 * 2**29, "1.5 GiB"),
+    ],
+)
+def test_bytes_as_people_read_them(size, text):
+    assert devices.in_units(size) == text
