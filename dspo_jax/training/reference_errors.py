@@ -116,7 +116,7 @@ def store_errors(
     fix = "delete it, and the errors are computed again"
     if path.is_file() and about.is_file() and json_files.read_object(about, fix) == {"digest": digest}:
         try:
-            kept = np.load(path)
+            kept = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise UserError(f"{path}: damaged ({error}); {fix}") from error
         if kept.shape != shape:
