@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float16
 
+from dspo_jax.array_files import open_array
 from dspo_jax.errors import UserError
 from dspo_jax.files import sha256, whole
 from dspo_jax.json_files import JsonObject
@@ -81,33 +82,46 @@ class CaptionTable:
           length: tokens of a caption, as the manifest says.
 
         Raises:
-          UserError: a file is missing or damaged.
+          FileNotFoundError, UserError: a file is missing or damaged.
         """
         self.folder, self._length = folder / FOLDER, length
-        keys = _open(self.folder / _KEYS)
-        if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 32:
-            raise UserError(f"{self.folder / _KEYS}: damaged (no sums of SHA-256); {_REMAKE}")
+        file = self.folder / _KEYS
+        keys = open_array(file, _REMAKE)
+        if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != 32 or not len(keys):
+            raise UserError(f"{file}: damaged (no sums of SHA-256); {_REMAKE}")
         self._keys = np.array(keys).view("S32")[:, 0]
-        count = -(-len(self._keys) // _ROWS)
+        if (self._keys[1:] <= self._keys[:-1]).any():
+            raise UserError(f"{file}: damaged (sums of SHA-256 out of order); {_REMAKE}")
+        count, width = -(-len(self._keys) // _ROWS), None
         self._files = [self.folder / f"states-{number:05d}-of-{count:05d}.npy" for number in range(count)]
-        formats, rows = set(), 0
-        for path in self._files:
-            file = _open(path)
-            formats.add((file.dtype.name, file.ndim, file.shape[1:2]))
-            rows += sum(file.shape[:1])
-        if formats != {("float16", 3, (length,))} or rows != len(keys):
-            raise UserError(
-                f"{self.folder}: damaged (states of another form than the manifest says); {_REMAKE}"
-            )
+        for number, path in enumerate(self._files):
+            states = open_array(path, _REMAKE)
+            width = width or states.shape[-1:]
+            expected = (min(_ROWS, len(keys) - number * _ROWS), length, *width)
+            if states.dtype != np.float16 or states.shape != expected:
+                raise UserError(
+                    f"{path}: damaged ({states.dtype} {states.shape} in place of float16 {expected}, as "
+                    f"{_KEYS} and the manifest say); {_REMAKE}"
+                )
 
     def find(self, caption: str) -> Float16[np.ndarray, "L F"] | None:
-        """Returns the states of a caption, or None where they are not stored."""
+        """Returns the states of a caption, or None where they are not stored.
+
+        Raises:
+          UserError: they are not finite, as `encode` never writes them.
+        """
         key = np.frombuffer(_key(caption, self._length), "S32")[0]
         row = int(np.searchsorted(self._keys, key))
         if row == len(self._keys) or self._keys[row] != key:
             return None
         # Opened for each row: a process may not keep as many files open as a large dataset has.
-        return np.array(_open(self._files[row // _ROWS])[row % _ROWS])
+        file = self._files[row // _ROWS]
+        states = np.array(open_array(file, _REMAKE)[row % _ROWS])
+        if not np.isfinite(states).all():
+            raise UserError(
+                f"{file}: damaged (states of the caption {caption!r:.200} are not finite); {_REMAKE}"
+            )
+        return states
 
     def read(self, captions: Sequence[str]) -> Float16[np.ndarray, "N L F"]:
         """Reads the states of captions.
@@ -143,11 +157,3 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _open(path: Path) -> np.ndarray:
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); {_REMAKE}") from error
-    return array

@@ -79,6 +79,8 @@ class BatchIterator:
         """
         try:
             return next(self._iterator)
+        except UserError:  # of T5's stored states, by the name of their file
+            raise
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # errors of array_record and Grain
             for dataset in self._datasets:
                 dataset.verify()

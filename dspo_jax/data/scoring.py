@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt64
 
+from dspo_jax.array_files import open_array
 from dspo_jax.data import shards
 from dspo_jax.data.encoder import BadRowLog
 from dspo_jax.data.prepare import map_rows
@@ -114,13 +115,11 @@ class ScoreFiles:
 
     def _read_shard(self, shard: Shard) -> np.ndarray:
         path, expected = self._file(shard), (self._rows.rows[shard], self._rows.source.images_per_example)
-        try:
-            images: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: damaged ({error}); delete it, and it is made again") from error
+        fix = "delete it, and it is made again"
+        images = open_array(path, fix)
         if (images.dtype, images.shape) != (_IMAGE, expected):
-            raise UserError(f"{path}: damaged (not of this shard); delete it, and it is made again")
-        return images
+            raise UserError(f"{path}: damaged (not of this shard); {fix}")
+        return np.array(images)
 
     def _file(self, shard: Shard) -> Path:
         return self._folder / f"{shard[0]}-{shard[1]:05d}.npy"

@@ -13,10 +13,10 @@ from dspo_jax import limits
 from dspo_jax.data.prepare import FLIPS
 from dspo_jax.errors import UserError
 from dspo_jax.limits import AT_LEAST_1, NOT_NEGATIVE, Limit, choice, limited
+from dspo_jax.pipelines.stored import T5_DTYPES
 
 VAE_DTYPES = ("float32", "bfloat16")
 """In float16 SDXL's VAE gives NaN."""
-T5_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

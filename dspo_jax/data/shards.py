@@ -21,7 +21,7 @@ from dspo_jax.files import sha256
 from dspo_jax.images.image_files import BadRow
 from dspo_jax.json_files import JsonObject
 from dspo_jax.locks import is_empty, is_lock
-from dspo_jax.pipelines.stored import T5_KEY, comparable
+from dspo_jax.pipelines.stored import T5_DTYPES, T5_KEY, comparable
 from dspo_jax.schema import REQUIRED, Key, integer
 
 if TYPE_CHECKING:  # `dspo_jax.data.inspect` reads datasets without JAX
@@ -62,7 +62,11 @@ _SPLIT_KEYS = {
 }
 _FILE_KEYS = {"file": Key(REQUIRED, str), "bytes": _COUNT, "sha256": Key(REQUIRED, str)}
 _SHARD_KEYS = {**_FILE_KEYS, "num_examples": _COUNT}
-_T5_KEYS = {"sha256": Key(REQUIRED, str), "length": integer(), "dtype": Key(REQUIRED, str)}
+_T5_KEYS = {
+    "sha256": Key(REQUIRED, str),
+    "length": integer(),
+    "dtype": Key(REQUIRED, str, allowed=T5_DTYPES),
+}
 _CAPTION_KEYS = {"count": _COUNT, "files": _LIST}
 
 
@@ -264,7 +268,8 @@ def verify_shards(
             raise FileNotFoundError(f"{path}: file is missing; {_REMAKE}")
         size = path.stat().st_size
         if size != file["bytes"]:
-            raise UserError(f"{path}: {size} bytes, the manifest says {file['bytes']}: truncated; {_REMAKE}")
+            how = "truncated" if size < file["bytes"] else "altered"
+            raise UserError(f"{path}: {size} bytes, the manifest says {file['bytes']}: {how}; {_REMAKE}")
         if checksums and sha256(path) != file["sha256"]:
             raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 

@@ -10,6 +10,8 @@ T5_KEY = "t5"
 """The key of a dataset's manifest that says what T5's stored states follow from."""
 T5_STATES = "t5_states"
 """Name in a batch of T5's stored states [B, L, F] float16."""
+T5_DTYPES = ("float32", "bfloat16")
+"""Dtypes that the stored states can have been computed in."""
 _OLD_CAPTION_LENGTH = 77
 
 

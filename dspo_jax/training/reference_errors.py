@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dspo_jax import json_files
+from dspo_jax.array_files import open_array
 from dspo_jax.data import loader
 from dspo_jax.data.datasets import Dataset, count_examples
 from dspo_jax.errors import UserError
@@ -115,13 +116,12 @@ def store_errors(
     errors = np.full(shape, np.nan, np.float32)
     fix = "delete it, and the errors are computed again"
     if path.is_file() and about.is_file() and json_files.read_object(about, fix) == {"digest": digest}:
-        try:
-            kept = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path}: damaged ({error}); {fix}") from error
-        if kept.shape != shape:
-            raise UserError(f"{path}: damaged (shape {kept.shape} in place of {shape}); {fix}")
-        errors = kept.astype(np.float32)
+        kept = open_array(path, fix)
+        if (kept.dtype, kept.shape) != (errors.dtype, shape):
+            raise UserError(f"{path}: damaged ({kept.dtype} {kept.shape} in place of float32 {shape}); {fix}")
+        errors = np.array(kept)  # NaN where it was stopped
+        if np.isinf(errors).any() or (errors < 0).any():
+            raise UserError(f"{path}: damaged (holds numbers that are no squares); {fix}")
     elif processes.is_first():
         np.save(path, errors)
         write_json(about, {"digest": digest})

@@ -171,7 +171,7 @@ def test_every_caption_is_found_in_a_table_of_many_files(tmp_path):
     found = table.read(captions)
     assert len(list(opened.iterdir())) <= before  # of a large dataset there are more than may be open
     np.testing.assert_array_equal(found[:, 2, 1], [number[caption] for caption in captions])
-    with pytest.raises(UserError, match="states of another form than the manifest says"):
+    with pytest.raises(UserError, match=r"states-00000-of-00008\.npy: damaged \(float16 \(256, 3, 2\) in pl"):
         CaptionTable(tmp_path, 4)
 
 
@@ -264,6 +264,7 @@ def change_manifest(data, folder, change):
             "{data}: t5.sha256 = '0': T5's stored states are of other weights than those in",
         ),
         ({}, {"length": 0}, "{data}/manifest.json: damaged manifest (t5: length = 0"),
+        ({}, {"dtype": "float8"}, "{data}/manifest.json: damaged manifest (t5: dtype = 'float8' is not sup"),
     ],
 )
 def test_what_the_states_do_not_fit_is_refused(changes, t5, message, model, data, tmp_path):
@@ -285,6 +286,79 @@ def test_a_file_of_states_that_was_cut_short_is_refused(data, tmp_path):
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match=f"^{re.escape(str(file))}: [^\n]* truncated; delete"):
         read_datasets(folder)
+
+
+def header(file, text):
+    """Replaces the first word of a header, which NumPy reads as Python, without another length."""
+    old = file.read_bytes()
+    file.write_bytes(old[:10] + text.encode() + old[10 + len(text) :])
+
+
+STATES, KEYS = "states-00001-of-00002.npy", "keys.npy"
+
+
+@each_row(
+    ("name", "damage", "message"),
+    [
+        (STATES, lambda file, array: file.unlink(), "no such file"),
+        (STATES, lambda file, array: file.write_bytes(b""), "damaged ("),
+        (STATES, lambda file, array: file.write_bytes(bytes(file.stat().st_size)), "damaged ("),
+        (STATES, lambda file, array: file.write_bytes(file.read_bytes()[:-1]), "damaged ("),
+        (STATES, lambda file, array: header(file, "(((("), "damaged ("),
+        (STATES, lambda file, array: header(file, "\n\n,"), "damaged ("),
+        (
+            STATES,
+            lambda file, array: np.save(file, array.view(np.int16)),
+            "damaged (int16 (44, 3, 2) in place",
+        ),
+        (STATES, lambda file, array: np.save(file, array.astype(">f2")), "damaged (>f2 (44, 3, 2) in place"),
+        (STATES, lambda file, array: np.save(file, array[:-1]), "damaged (float16 (43, 3, 2) in place"),
+        (STATES, lambda file, array: np.save(file, array[..., :1]), "damaged (float16 (44, 3, 1) in place"),
+        (
+            STATES,
+            lambda file, array: np.save(file, array.swapaxes(1, 2)),
+            "damaged (float16 (44, 2, 3) in pl",
+        ),
+        (STATES, lambda file, array: np.save(file, array.astype(object)), "damaged ("),
+        (
+            STATES,
+            lambda file, array: np.save(file, array * np.float16(np.nan)),
+            "damaged (states of the capt",
+        ),
+        (
+            STATES,
+            lambda file, array: np.save(file, array / np.float16(0)),
+            "damaged (states of the caption '",
+        ),
+        (KEYS, lambda file, array: file.unlink(), "no such file"),
+        (KEYS, lambda file, array: file.write_bytes(bytes(file.stat().st_size)), "damaged ("),
+        (KEYS, lambda file, array: np.save(file, array[:0]), "damaged (no sums of SHA-256)"),
+        (KEYS, lambda file, array: np.save(file, array.astype(np.int16)), "damaged (no sums of SHA-256)"),
+        (KEYS, lambda file, array: np.save(file, array[:, :31]), "damaged (no sums of SHA-256)"),
+        (KEYS, lambda file, array: np.save(file, array[::-1]), "damaged (sums of SHA-256 out of order)"),
+    ],
+)
+def test_files_that_are_damaged_are_named(name, damage, message, tmp_path):
+    captions = [f"caption {i}" for i in range(299)]
+    files = CaptionFiles(tmp_path, captions, 3)
+    for number in files.missing():
+        files.write(number, np.ones((len(files.of_file(number)), 3, 2), np.float16))
+    files.finish()
+    file = tmp_path / "captions" / name
+    with np.errstate(divide="ignore"):
+        damage(file, np.load(file))
+    message = f"^{re.escape(f'{file}: {message}')}[^\n]*; delete the dataset's folder and run[^\n]*$"
+    with pytest.raises((FileNotFoundError, UserError), match=message):
+        CaptionTable(tmp_path, 3).read(captions)
+
+
+def test_states_that_are_not_finite_are_named_by_a_run_that_reads_them(data, tmp_path):
+    """Not as a shard that cannot be read, and not by a loss of NaN."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    (file,) = (folder / "captions").glob("states-*")
+    np.save(file, np.load(file) * np.float16(np.nan))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: damaged \(states of the caption '"):
+        read_batch(folder)
 
 
 @pytest.mark.slow

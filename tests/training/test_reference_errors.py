@@ -137,8 +137,17 @@ def test_killed_while_storing_and_while_training(stored_run, shallow_model, tiny
     with pytest.raises(UserError, match=r"reference_errors\.npy: damaged \(.*\); delete it"):
         train(config, workdir)
     np.save(workdir / "reference_errors.npy", whole[:, :1])  # NumPy would repeat it
-    with pytest.raises(UserError, match=r"damaged \(shape \(2, 1, 2\) in place of \(2, 24, 2\)\); delete it"):
+    with pytest.raises(
+        UserError, match=r"damaged \(float32 \(2, 1, 2\) in place of float32 \(2, 24, 2\)\); d"
+    ):
         train(config, workdir)
+    for damaged, what in (
+        (np.int32(whole), r"int32 \(2, 24, 2\) in pl"),
+        (-whole, "holds numbers that are no sq"),
+    ):
+        np.save(workdir / "reference_errors.npy", damaged)
+        with pytest.raises(UserError, match=rf"damaged \({what}.*; delete it"):
+            train(config, workdir)
     # Of another reference they are made anew.
     (workdir / "reference_errors.json").write_text("{}")
     shutil.rmtree(workdir / "checkpoints" / "6")
