@@ -187,6 +187,9 @@ COMPILER_OPTIONS: dict[str, dict[str, str | int]] = {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         # By default XLA also uses half of the width that AVX-512 offers.
         "xla_cpu_prefer_vector_width": 512,
+        # XLA of JAX 0.10 takes away the barriers of `jax.checkpoint`, finds that what is computed again was
+        # computed before, and keeps it: rematerialisation would save nothing. Later ones do not.
+        "xla_disable_hlo_passes": "cse_barrier_expander",
     },
     # By default XLA makes one product of queries, keys and values, and cuts its results and gradients apart.
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},

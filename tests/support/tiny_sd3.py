@@ -1,6 +1,7 @@
 """Diffusers folders of the shape of Stable Diffusion 3 with random weights, and a tokenizer of T5's kind."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,14 @@ def write_t5_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_sd3(folder: Path, *, has_t5: bool = True) -> Path:
-    """Writes a model, which diffusers' StableDiffusion3Pipeline loads."""
+def write_sd3(
+    folder: Path,
+    *,
+    has_t5: bool = True,
+    networks: Mapping[str, Mapping[str, Any]] = NETWORKS,
+    dtype: str | None = None,
+) -> Path:
+    """Writes a model, which diffusers' StableDiffusion3Pipeline loads; `dtype` is that of the files."""
     draw = np.random.default_rng(0)
     index: dict[str, Any] = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -73,15 +80,15 @@ def write_sd3(folder: Path, *, has_t5: bool = True) -> Path:
         "text_encoder_3": [None, None],
         "tokenizer_3": [None, None],
     }
-    for name, config in NETWORKS.items():
+    for name, config in networks.items():
         if name == "text_encoder_3" and not has_t5:
             continue
         class_name = config.get("_class_name") or config["architectures"][0]
         model = build_model(class_name, config)
         params = random_params(model, draw)
         if name == "text_encoder":  # as in the published models, whose single files leave it out
-            params["text_projection"]["kernel"] = np.eye(12, dtype=np.float32)
-        write_params(folder / name, model, params, buffers=model.make_buffers())
+            params["text_projection"]["kernel"] = np.eye(config["projection_dim"], dtype=np.float32)
+        write_params(folder / name, model, params, dtype=dtype, buffers=model.make_buffers())
         index[name] = ["transformers" if name.startswith("text") else "diffusers", class_name]
     for name, pad_token in (("tokenizer", END), ("tokenizer_2", EXCLAMATION_MARK)):
         write_tokenizer(folder / name, pad_token)

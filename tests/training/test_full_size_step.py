@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 at full size on this machine: steps of DSPO, and of a reward's gradient.
+"""Full size on this machine: steps of DSPO and of a reward's gradient on SD1.5, of flow-DPO on SD3.5 medium.
 
 pytest -m slow -s tests/training/test_full_size_step.py     (20 GB of disk, 24 GiB of memory)
 """
@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import published
 import pytest
+from tiny_model import VAE as TINY_VAE
 from tiny_model import random_params, write_model, write_pairs
+from tiny_sd3 import write_sd3
 
 from dspo_jax.models.model import build_model
 from dspo_jax.monitoring.metrics import read_metrics
+from dspo_jax.pipelines.published import NETWORKS as PUBLISHED
 from dspo_jax.pipelines.published import VAE
 from dspo_jax.weights.components import write_params
 
@@ -145,3 +148,33 @@ def test_memory_of_a_reward_gradient_does_not_grow_with_its_steps(
         peaks[k] = last["host_memory_peak_gib"]
         print(f"\nK = {k}: peak memory {peaks[k]:.2f} GiB in the steps, {most:.2f} GiB with the checkpoint")
     assert abs(peaks[10] / peaks[1] - 1) < 0.1
+
+
+@pytest.fixture(scope="module")
+def sd35_medium(scratch: Path) -> Path:
+    """Transformer and CLIPs of full size with random weights, beside a small VAE, without T5."""
+    networks = {
+        name: {"_class_name": class_name, "architectures": [class_name], **config}
+        for name, (class_name, config) in PUBLISHED["sd35-medium"].items()
+        if name != "text_encoder_3"
+    }
+    vae = {**TINY_VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    folder = scratch / "sd35"
+    folder.mkdir()
+    return write_sd3(folder, has_t5=False, networks={**networks, "vae": vae}, dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_a_step_of_stable_diffusion_35_medium_fits_into_24_gib(sd35_medium: Path, scratch: Path) -> None:
+    """Latents of 64 x 64 are those of 512 pixels; 256 rows of zeros are as long as T5's text."""
+    pairs = write_pairs(scratch / "flow_pairs", sd35_medium, train=4, validation=1, resolution=256)
+    changes = {**CHANGES, "accumulation": 1, "model": sd35_medium, "data.path": pairs}
+    records, most = run("sd35_medium_flow_dpo", scratch / "run", changes)
+    last = records[-1]
+    print(
+        f"\n{1 / last['pairs_per_second']:.0f} s a step, {1000 * last['tflops_per_device']:.0f} GFLOP/s, "
+        f"peak memory {last['host_memory_peak_gib']:.1f} GiB in the steps, {most:.1f} GiB with the checkpoint"
+    )
+    assert [record["skipped"] for record in records] == [0, 0]
+    assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert last["host_memory_peak_gib"] < 23

@@ -1,6 +1,7 @@
 """The training step: exact at the start, the reference frozen, the same however it is split."""
 
 import dataclasses
+import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from dspo_jax.training.losses.preference import PreferenceLoss, draw_noise
 from dspo_jax.training.make_task import make_task
 from dspo_jax.training.settings import parse
 from dspo_jax.training.start import make_state
-from dspo_jax.training.step import TrainState, compile_step
+from dspo_jax.training.step import COMPILER_OPTIONS, TrainState, compile_step
 from dspo_jax.training.task import Metrics, policy_params, predict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "one_step.json"
@@ -394,3 +395,24 @@ def test_a_dropped_caption_becomes_the_empty_one_for_the_whole_pair(task, batche
     *_, drop = draw_noise(dataclasses.replace(task.loss.draws, caption_dropout=0.5), batch, key)
     assert 0 < drop.sum() < len(drop)
     np.testing.assert_array_equal(sometimes, np.where(drop[:, None, None], always, never))
+
+
+def test_what_is_rematerialised_is_not_kept_on_a_cpu():
+    """Eight blocks of 4 MiB of attention weights each: with `jax.checkpoint` few of them exist at a time."""
+
+    def block(x, kernel):
+        return x + jax.nn.softmax(x @ kernel @ x.T) @ x
+
+    def loss(kernels, x, run):
+        return jnp.square(functools.reduce(run, kernels, x)).sum()
+
+    kernels, x = jnp.full((8, 16, 16), 0.1), jnp.ones((1024, 16))
+    kept, recomputed = (
+        jax.jit(jax.grad(partial(loss, run=run)), compiler_options=COMPILER_OPTIONS["cpu"])
+        .lower(list(kernels), x)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for run in (block, jax.checkpoint(block))
+    )
+    assert kept > 8 * 2**22 > 2 * recomputed
