@@ -1,6 +1,6 @@
 """The adapters of a run at its start: from a LoRA file, and the magnitudes of DoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -22,24 +22,34 @@ KEY = "config.lora.init = "
 """What errors say before the value."""
 
 
-def read_adapters(settings: LoraSettings, networks: Mapping[str, Model], fresh: Params | None) -> Params:
+def read_adapters(
+    settings: LoraSettings, networks: Mapping[str, Model], trained: Sequence[str], fresh: Params | None
+) -> Params:
     """Reads a LoRA file as adapters by component, float32, which add in the run what the file adds.
 
     B is multiplied by the factor alpha / rank of the file and by the weight, and divided by the run's factor.
 
     Args:
       settings: of the run; `init` is `FILE` or `FILE:WEIGHT`, PEFT's or kohya's.
-      networks: those whose adapters are trained.
+      networks: that a file may have adapters for.
+      trained: names of those whose adapters are trained.
       fresh: adapters of the layers and the rank that the config asks for; None takes those of the file.
 
     Raises:
       FileNotFoundError: no such file.
-      UserError: it is no LoRA of the networks, has other layers or ranks than `fresh`, or is DoRA where the
-        run is not.
+      UserError: it is no LoRA of the networks, has adapters of others than are trained, other layers or
+        ranks than `fresh`, or is DoRA where the run is not.
     """
     assert settings.init is not None
     opened = open_lora(settings.init, networks, key=KEY)
-    for component in networks:
+    for component in opened.modules:
+        if component not in trained:
+            raise UserError(
+                f"{opened.path}: has adapters of {component}, which is not trained; set "
+                "config.train_text_encoder=True, or train from a model that has the file added to it (python "
+                "-m dspo_jax.convert import --lora)"
+            )
+    for component in trained:
         if component not in opened.modules:
             raise UserError(
                 f"{opened.path}: holds nothing for {component}, which is trained; name another file in "

@@ -241,8 +241,14 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
     trained = pipe.components if settings.train_text_encoder else (pipe.denoiser,)
     models = {name: pipe.networks[name] for name in trained}
     init = settings.lora.init
+    read = partial(
+        lora_init.read_adapters,
+        settings.lora,
+        {name: pipe.networks[name] for name in pipe.components},
+        trained,
+    )
     if init is not None and settings.lora.rank == 0:
-        return lora_init.read_adapters(settings.lora, models, None)
+        return read(None)
     key = jax.random.key(settings.seed)
     try:
         fresh = {
@@ -251,7 +257,7 @@ def make_adapters(settings: Settings, pipe: Pipeline) -> Params:
         }
     except (UserError, re.error) as error:
         raise UserError(f"config.lora.targets = {settings.lora.targets}: {error}") from error
-    return fresh if init is None else lora_init.read_adapters(settings.lora, models, fresh)
+    return fresh if init is None else read(fresh)
 
 
 def make_state(

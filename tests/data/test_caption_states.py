@@ -301,11 +301,19 @@ STATES, KEYS = "states-00001-of-00002.npy", "keys.npy"
     ("name", "damage", "message"),
     [
         (STATES, lambda file, array: file.unlink(), "no such file"),
-        (STATES, lambda file, array: file.write_bytes(b""), "damaged ("),
-        (STATES, lambda file, array: file.write_bytes(bytes(file.stat().st_size)), "damaged ("),
-        (STATES, lambda file, array: file.write_bytes(file.read_bytes()[:-1]), "damaged ("),
-        (STATES, lambda file, array: header(file, "(((("), "damaged ("),
-        (STATES, lambda file, array: header(file, "\n\n,"), "damaged ("),
+        (STATES, lambda file, array: file.write_bytes(b""), "not a whole .npy file of numbers ("),
+        (
+            STATES,
+            lambda file, array: file.write_bytes(bytes(file.stat().st_size)),
+            "not a whole .npy file of numbers (",
+        ),
+        (
+            STATES,
+            lambda file, array: file.write_bytes(file.read_bytes()[:-1]),
+            "not a whole .npy file of numbers (",
+        ),
+        (STATES, lambda file, array: header(file, "(((("), "not a whole .npy file of numbers ("),
+        (STATES, lambda file, array: header(file, "\n\n,"), "not a whole .npy file of numbers ("),
         (
             STATES,
             lambda file, array: np.save(file, array.view(np.int16)),
@@ -319,7 +327,11 @@ STATES, KEYS = "states-00001-of-00002.npy", "keys.npy"
             lambda file, array: np.save(file, array.swapaxes(1, 2)),
             "damaged (float16 (44, 2, 3) in pl",
         ),
-        (STATES, lambda file, array: np.save(file, array.astype(object)), "damaged ("),
+        (
+            STATES,
+            lambda file, array: np.save(file, array.astype(object)),
+            "not a whole .npy file of numbers (",
+        ),
         (
             STATES,
             lambda file, array: np.save(file, array * np.float16(np.nan)),
@@ -331,7 +343,11 @@ STATES, KEYS = "states-00001-of-00002.npy", "keys.npy"
             "damaged (states of the caption '",
         ),
         (KEYS, lambda file, array: file.unlink(), "no such file"),
-        (KEYS, lambda file, array: file.write_bytes(bytes(file.stat().st_size)), "damaged ("),
+        (
+            KEYS,
+            lambda file, array: file.write_bytes(bytes(file.stat().st_size)),
+            "not a whole .npy file of numbers (",
+        ),
         (KEYS, lambda file, array: np.save(file, array[:0]), "damaged (no sums of SHA-256)"),
         (KEYS, lambda file, array: np.save(file, array.astype(np.int16)), "damaged (no sums of SHA-256)"),
         (KEYS, lambda file, array: np.save(file, array[:, :31]), "damaged (no sums of SHA-256)"),

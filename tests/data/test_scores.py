@@ -454,7 +454,9 @@ def test_a_damaged_file_of_scores_is_named(pipe, config, tmp_path):
     path = tmp_path / "out" / "scores" / "train-00000.npy"
     for damaged in (b"", path.read_bytes()[:-8], b"x" * 200):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"train-00000.npy: damaged .*delete it, and it is made again"):
+        with pytest.raises(
+            UserError, match=r"train-00000.npy: not a whole .*delete it, and it is made again"
+        ):
             encode(config, tmp_path / "out", (1, 2))
 
 

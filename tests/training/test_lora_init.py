@@ -12,6 +12,7 @@ from tables import each_row
 from tiny_run import make_config, read_batches
 
 from dspo_jax.conversion.export_model import ADAPTER_FORMATS, export
+from dspo_jax.errors import UserError
 from dspo_jax.models.lora import find_ranks
 from dspo_jax.parallel.mesh import replicated, shard_batch
 from dspo_jax.pipelines.loading import load_pipeline
@@ -134,6 +135,19 @@ def test_a_file_that_is_not_what_the_config_asks_for_is_refused(
     file = write_kohya(tmp_path / "lora.safetensors", {LAYER: (3, 8, 8)}, alpha=3)
     with pytest.raises(ValueError, match=rf"^{file}: {message}[^\n]*$"):
         adapters_of(shallow_model, tiny_pairs, lora__init=str(file), **changes)
+
+
+def test_a_file_with_adapters_of_a_network_that_is_not_trained_is_refused(
+    shallow_model, tiny_pairs, tmp_path
+):
+    """As most files of the community have them, of the text encoder too."""
+    text = "te.text_model.encoder.layers.0.self_attn.q_proj"  # kohya's name of the text encoder
+    file = write_kohya(tmp_path / "lora.safetensors", {LAYER: (3, 8, 8), text: (3, 12, 12)}, alpha=3)
+    message = "has adapters of text_encoder, which is not trained; set config.train_text_encoder=True, or"
+    with pytest.raises(UserError, match=rf"^{file}: {message}[^\n]*$"):
+        adapters_of(shallow_model, tiny_pairs, lora__init=str(file))
+    both = adapters_of(shallow_model, tiny_pairs, lora__init=str(file), train_text_encoder=True)
+    assert both.keys() == {"unet", "text_encoder"}
 
 
 def test_what_is_no_file_of_this_model_is_refused(shallow_model, tiny_pairs, tmp_path):
