@@ -23,7 +23,7 @@ from tables import each_row
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import compare, measuring, online, step_parts, torch_reference, train_step  # noqa: E402
+from benchmarks import compare, kernel_schedule, measuring, online, step_parts, torch_reference, train_step  # noqa: E402
 from configs import common, emoji_diffusion_dpo  # noqa: E402
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement  # noqa: E402
 from dspo_jax.models.model import build_model  # noqa: E402
@@ -380,3 +380,15 @@ def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmet
     assert flops["text's keys and values once for a pair"] > flops[step_parts.AS_IT_IS]
     assert flops["state donated"] == flops[step_parts.AS_IT_IS]
     assert held["state donated"] > held[step_parts.AS_IT_IS]
+
+
+def test_a_kernels_instructions_are_counted(tmp_path):
+    """Files in the form of libtpu 0.0.42 and 0.0.50: units, how many of each, then what an instruction takes."""
+    start = "12-splash_mha_fwd_residuals.1"
+    lines = ["== CAPACTIY:", "MXU, XLU", "  4 3", "== UTILIZATION:", "0 1", "4 0", "2 3", "0 0"]
+    (tmp_path / f"{start}-02-final_hlo-static-per-bundle-utilization.txt").write_text("\n".join(lines))
+    bundles = "p = scmp.ge.s32.totalorder %s46_s20, 34 /* loop exit test */\nsbr.rel (!%p43) target"
+    (tmp_path / f"{start}-04-final_bundles.txt").write_text(bundles)
+    (tmp_path / "12-copy.1-02-final_hlo-static-per-bundle-utilization.txt").write_text("another")
+    (schedule,) = kernel_schedule.read_schedules(tmp_path)
+    assert schedule == kernel_schedule.Schedule("splash_mha_fwd_residuals.1", 4, 32, 6 / 16)
