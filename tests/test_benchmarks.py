@@ -383,7 +383,7 @@ def test_a_step_without_one_of_its_parts_computes_the_same_with_no_less_arithmet
 
 
 def test_a_kernels_instructions_are_counted(tmp_path):
-    """Files in the form of libtpu 0.0.42 and 0.0.50: units, how many of each, then what an instruction takes."""
+    """Files as libtpu 0.0.42 writes them: units, how many of each, and what each instruction takes."""
     start = "12-splash_mha_fwd_residuals.1"
     lines = ["== CAPACTIY:", "MXU, XLU", "  4 3", "== UTILIZATION:", "0 1", "4 0", "2 3", "0 0"]
     (tmp_path / f"{start}-02-final_hlo-static-per-bundle-utilization.txt").write_text("\n".join(lines))
