@@ -23,7 +23,16 @@ from tables import each_row
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import compare, kernel_schedule, measuring, online, step_parts, torch_reference, train_step  # noqa: E402
+from benchmarks import (  # noqa: E402  # noqa: E402
+    compare,
+    kernel_schedule,
+    measuring,
+    online,
+    step_parts,
+    torch_reference,
+    tpu_plans,
+    train_step,
+)
 from configs import common, emoji_diffusion_dpo  # noqa: E402
 from dspo_jax.images.contact_sheet import contact_sheet, enlargement  # noqa: E402
 from dspo_jax.models.model import build_model  # noqa: E402
@@ -392,3 +401,35 @@ def test_a_kernels_instructions_are_counted(tmp_path):
     (tmp_path / "12-copy.1-02-final_hlo-static-per-bundle-utilization.txt").write_text("another")
     (schedule,) = kernel_schedule.read_schedules(tmp_path)
     assert schedule == kernel_schedule.Schedule("splash_mha_fwd_residuals.1", 4, 32, 6 / 16)
+
+
+def test_rows_that_are_kept_are_not_compiled_again(tmp_path, monkeypatch):
+    compiled: list[str] = []
+    fails = {"v6e:4x4"}
+
+    def run(command, *, check):
+        row = dict(flag.removeprefix("--").split("=", 1) for flag in command if flag.startswith("--"))
+        compiled.append(row["topology"])
+        if row["topology"] in fails:
+            return SimpleNamespace(returncode=2)
+        plan = {"unit": "pairs", "peak_bytes": 2**34, "hbm_bytes": 2**35, "compiler_seconds": 0.25}
+        plan |= {"loop_seconds": 0.25, "estimated_seconds": 0.75, "mfu": 0.5}
+        Path(row["json"]).write_text(json.dumps(plan | {"pairs_per_second_per_device": 20.0}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(tpu_plans.subprocess, "run", run)
+    monkeypatch.setattr(tpu_plans, "versions", lambda: {"libtpu": "1"})
+    rows = [tpu_plans.Row("M, DSPO", "c", "p", topology, 4) for topology in ("v6e:4x4", "v5p:2x2x1")]
+    (failure,) = tpu_plans.compile_rows(rows, tmp_path)
+    assert "v6e:4x4" in failure
+    assert "status 2" in failure
+    plan = tpu_plans.kept(rows[1], tmp_path)[1]
+    assert tpu_plans.describe(rows[1], plan) == (
+        "| M, DSPO | `v5p:2x2x1` |  | 4 pairs | 16.0 of 32.0 GiB | 0.500 s | 0.750 s | 20/s | 50.0% |"
+    )
+    fails.clear()
+    assert not list(tpu_plans.compile_rows(rows, tmp_path))
+    assert compiled == ["v6e:4x4", "v5p:2x2x1", "v6e:4x4"]
+    monkeypatch.setattr(tpu_plans, "versions", lambda: {"libtpu": "2"})
+    assert not list(tpu_plans.compile_rows(rows, tmp_path))
+    assert compiled[3:] == ["v6e:4x4", "v5p:2x2x1"]
