@@ -268,8 +268,9 @@ def verify_shards(
             raise FileNotFoundError(f"{path}: file is missing; {_REMAKE}")
         size = path.stat().st_size
         if size != file["bytes"]:
-            how = "truncated" if size < file["bytes"] else "altered"
-            raise UserError(f"{path}: {size} bytes, the manifest says {file['bytes']}: {how}; {_REMAKE}")
+            raise UserError(
+                f"{path}: {size} bytes, the manifest says {file['bytes']}: truncated or altered; {_REMAKE}"
+            )
         if checksums and sha256(path) != file["sha256"]:
             raise UserError(f"{path}: content does not match the manifest's sha256: damaged; {_REMAKE}")
 

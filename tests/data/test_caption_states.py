@@ -284,7 +284,7 @@ def test_a_file_of_states_that_was_cut_short_is_refused(data, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     file = next((folder / "captions").glob("states-*"))
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: [^\n]* truncated; delete"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: [^\n]* truncated or altered; delete"):
         read_datasets(folder)
 
 

@@ -94,7 +94,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
     victim = tmp_path / "out" / "pairs-train.array_record-00001-of-00003"
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(
-        ValueError, match=rf"{re.escape(str(victim))}: .*truncated; delete the folder and run"
+        ValueError, match=rf"{re.escape(str(victim))}: .*truncated or altered; delete the folder and run"
     ):
         shards.verify_shards(tmp_path / "out")
 
