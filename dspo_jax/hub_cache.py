@@ -1,14 +1,30 @@
-"""The layout of the model hub's cache, and paths as they are shown elsewhere.
+"""Ids of the model hub's repositories, the layout of its cache, and paths as they are shown elsewhere.
 
-REPOSITORY/snapshots/REVISION links to files in REPOSITORY/blobs.
+In the cache REPOSITORY/snapshots/REVISION links to files in REPOSITORY/blobs.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _KINDS = ("models--", "datasets--")
 _TEXTS = ("prompts", "negative_prompt")
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w.-]+))?")
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Returns whether it is written like `owner/name` or `owner/name@revision`, and no such path is here."""
+    return bool(_ID.fullmatch(str(path))) and not Path(path).exists()
+
+
+def split_hub_id(text: str) -> tuple[str, str | None]:
+    """Splits `owner/name@revision`, a commit, branch or tag; without one the hub gives its newest commit.
+
+    An id that is not written so comes back whole: huggingface_hub says what is wrong with it.
+    """
+    found = _ID.fullmatch(text)
+    return (found[1], found[2]) if found else (text, None)
 
 
 def find_repository(path: Path) -> Path | None:

@@ -18,7 +18,7 @@ from dspo_jax.conversion.model_card import GRID, find_grid, make_card
 from dspo_jax.conversion.model_spec import make_metadata
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing
-from dspo_jax.hub_cache import hide_folders
+from dspo_jax.hub_cache import hide_folders, is_hub_id, split_hub_id
 from dspo_jax.models import lora
 from dspo_jax.models.model import Model
 from dspo_jax.pipelines.families import NETWORKS
@@ -28,7 +28,7 @@ from dspo_jax.weights.components import fold_adapters, open_component, read_mode
 from dspo_jax.weights.layout import DTYPES, cast, flatten, to_torch
 from dspo_jax.weights.lora_files import METADATA_KEY
 from dspo_jax.weights.lora_names import name_as_kohya
-from dspo_jax.weights.model_dir import find_model, is_hub_id, read_json
+from dspo_jax.weights.model_dir import find_model, read_json
 from dspo_jax.weights.original_layout import make_layouts
 from dspo_jax.weights.saved_params import SavedParams, read_base, read_run_config, read_scale
 from dspo_jax.weights.stable_diffusion_3_layout import transformer_layout
@@ -127,8 +127,9 @@ def _cached(name: str) -> Path:
         return Path(name)
     import huggingface_hub  # slow to import, and needed here only
 
+    repository, revision = split_hub_id(name)
     for file in ("model_index.json", "README.md"):
-        found = huggingface_hub.try_to_load_from_cache(name, file)
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(found, str):
             return Path(found).parent
     return Path(name)

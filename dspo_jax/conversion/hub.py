@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dspo_jax.errors import UserError
-from dspo_jax.weights.model_dir import is_hub_id
+from dspo_jax.hub_cache import is_hub_id, split_hub_id
 
 _LOGIN = "set HF_TOKEN, or log in with: hf auth login"
 
@@ -22,7 +22,7 @@ def check_upload(repository: str) -> None:
     """
     import huggingface_hub  # slow to import, and needed here only
 
-    if not is_hub_id(repository):
+    if not is_hub_id(repository) or split_hub_id(repository)[1]:
         raise UserError(
             f"--push_to_hub={repository}: is not the id of a repository; write owner/name, of which no file "
             "or folder may be here"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
-from dspo_jax.hub_cache import find_repository, hide_folders
+from dspo_jax.hub_cache import find_repository, hide_folders, is_hub_id, split_hub_id
 from dspo_jax.json_files import JsonObject, member
 from dspo_jax.monitoring.metrics import VALIDATION_PREFIX, read_metrics
 from dspo_jax.objectives import OBJECTIVES
 from dspo_jax.objectives.policy_gradient import POLICY_GRADIENTS
 from dspo_jax.objectives.reward_gradient import REWARD_GRADIENTS
-from dspo_jax.weights.model_dir import is_hub_id, read_json
+from dspo_jax.weights.model_dir import read_json
 from dspo_jax.weights.saved_params import read_run_config
 
 GRID = "samples.png"
@@ -77,7 +77,7 @@ def make_card(
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         *licence,
-        *([f"base_model: {name}"] if published else []),
+        *([f"base_model: {split_hub_id(name)[0]}"] if published else []),
         f"tags: [{', '.join(tags)}]",
         *(_widget(values, grid) if grid is not None else []),
     ]

@@ -14,9 +14,9 @@ from PIL import Image
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.files import whole
+from dspo_jax.hub_cache import is_hub_id, split_hub_id
 from dspo_jax.images.image_files import read_image_file
 from dspo_jax.sampling.prompts import Prompt, check_text, read_prompts
-from dspo_jax.weights.model_dir import is_hub_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +162,12 @@ def _download(name: str, repository: str) -> Path:
     from huggingface_hub.errors import HTTPError  # raised where there is no connection; not an OSError
 
     patterns = [f"{folder}{file.pattern}" for file in SETS[name].files for folder in ("", "*/")]
+    owner_and_name, revision = split_hub_id(repository)
     try:
         return Path(
-            huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+            huggingface_hub.snapshot_download(
+                owner_and_name, repo_type="dataset", revision=revision, allow_patterns=patterns
+            )
         )
     except (OSError, HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

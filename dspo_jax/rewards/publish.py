@@ -9,6 +9,7 @@ from pathlib import Path
 from dspo_jax import spelling
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, refuse_existing, sha256, write_text
+from dspo_jax.hub_cache import is_hub_id, split_hub_id
 from dspo_jax.models.model import Model, build_model
 from dspo_jax.pipelines import tokenizers
 from dspo_jax.rewards import aesthetic, b_vqa, image_reward, open_clip
@@ -170,16 +171,18 @@ _MODEL_FILES = ["config.json", "model.safetensors", "model-*.safetensors", "mode
 
 def _find(source: str, file: str | None, patterns: Sequence[str]) -> Path:
     """Returns a path as it is; of a hub id the download of a file, or a folder of what fits `patterns`."""
-    if not model_dir.is_hub_id(source):
+    if not is_hub_id(source):
         if not Path(source).exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
         return Path(source)
     import huggingface_hub  # slow to import, and needed here only
 
+    name, revision = split_hub_id(source)
     with model_dir.name_hub_errors(source):
         if file:
-            return Path(huggingface_hub.hf_hub_download(source, file))
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
+            return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
+        download = huggingface_hub.snapshot_download
+        return Path(download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 def prepare(
@@ -217,7 +220,7 @@ def prepare(
     if recipe.tokenizer is not None:
         brought = tokenizers.is_tokenizer(found)
         folder = found if brought and tokenizer is None else _find_tokenizer(tokenizer, recipe)
-    name = source if model_dir.is_hub_id(source) else Path(source).resolve().name
+    name = source if is_hub_id(source) else Path(source).resolve().name
     return Publication(reward, name, found, folder, Path(head) if head else None, out)
 
 

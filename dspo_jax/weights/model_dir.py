@@ -1,5 +1,6 @@
 """Model directories: finding one, listing its files, writing a new one."""
 
+import functools
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from absl import logging
 from dspo_jax import json_files
 from dspo_jax.errors import UserError
 from dspo_jax.files import appear, name_write_errors, write_json, write_text
-from dspo_jax.hub_cache import find_repository
+from dspo_jax.hub_cache import find_repository, is_hub_id, split_hub_id
 from dspo_jax.json_files import JsonObject
 from dspo_jax.weights import tensors
 from dspo_jax.weights.component_files import (
@@ -24,7 +25,6 @@ from dspo_jax.weights.component_files import (
 )
 from dspo_jax.weights.tensors import Tensor
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOTICES = re.compile(r"(readme|license|licence|notice)", re.IGNORECASE)
 _INDICES = re.compile(r"\.index(\.\w+)?\.json$")
 # Components without which no picture is drawn, by diffusers' rule; for the others it takes null.
@@ -47,11 +47,6 @@ def read_json(path: Path, fix: str = "fetch the model again") -> JsonObject:
     return json_files.read_object(path, fix)
 
 
-def is_hub_id(model: str | Path) -> bool:
-    """Returns whether `model` is written like `organisation/name` and no such path is here."""
-    return bool(_HUB_ID.fullmatch(str(model))) and not Path(model).exists()
-
-
 def find_model(model: str | Path) -> Path:
     """Finds a model's local folder: itself, or a hub id's download (safetensors only) in the cache.
 
@@ -63,17 +58,18 @@ def find_model(model: str | Path) -> Path:
         return Path(model)
     import huggingface_hub  # slow to import, and needed here only
 
-    name = str(model)
-    with name_hub_errors(name):
+    name, revision = split_hub_id(str(model))
+    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision)
+    with name_hub_errors(str(model)):
         # The index names the components to fetch: repositories hold the same weights several times over.
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["model_index.json"]))
+        folder = Path(download(allow_patterns=["model_index.json"]))
         components = list_components(read_json(folder / "model_index.json"))
         patterns = ["model_index.json", "README.md", "LICENSE*"]
         for component, class_name in components.items():
             patterns += [f"{component}/*.json", f"{component}/*.txt"]
             weights = weights_file(Path(component), class_name)
             patterns += [str(weights), f"{weights.with_suffix('')}-*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(download(allow_patterns=patterns))
 
 
 @contextmanager

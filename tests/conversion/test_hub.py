@@ -148,7 +148,7 @@ def test_an_upload_that_fails_names_the_command_for_later(private, public, fails
 def test_what_cannot_be_uploaded_is_refused_before_the_export(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
     check_upload("me/mine")
-    for name in ("mine", "me/mine/too", "https://hub/me/mine"):
+    for name in ("mine", "me/mine/too", "me/mine@main", "https://hub/me/mine"):
         with refused(f"--push_to_hub={name}: is not the id of a repository; write owner/name"):
             check_upload(name)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

@@ -298,15 +298,15 @@ def test_a_hub_id_is_a_model(tiny_model, tmp_path, out, monkeypatch):
 def test_only_what_is_needed_is_downloaded(tiny_model, monkeypatch):
     calls = []
 
-    def snapshot_download(name, allow_patterns):
-        calls.append((name, allow_patterns))
+    def snapshot_download(name, revision, allow_patterns):
+        calls.append((name, revision, allow_patterns))
         return str(tiny_model)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert model_dir.find_model("somebody/tiny") == tiny_model
-    (first, (name, patterns)) = calls
-    assert first == ("somebody/tiny", ["model_index.json"])
-    assert name == "somebody/tiny"
+    assert model_dir.find_model("somebody/tiny@v1.0") == tiny_model
+    (first, (name, revision, patterns)) = calls
+    assert first == ("somebody/tiny", "v1.0", ["model_index.json"])
+    assert (name, revision) == ("somebody/tiny", "v1.0")
     wanted = [
         "model_index.json",
         "scheduler/scheduler_config.json",

@@ -1,6 +1,7 @@
 """Parquet files: which are found, which split they are of, what is read of them, here and on the hub."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import parquet_files
@@ -227,7 +228,7 @@ def test_paths_without_parquet_files_are_refused(tmp_path, name):
         get_source(name, path=str(tmp_path)).splits  # noqa: B018
     for path in ("nowhere", str(tmp_path / "not" / "there"), "three/part/name"):
         with pytest.raises(
-            FileNotFoundError, match=r"no such file or folder, nor the id of a dataset \(OWNER/NAME\)"
+            FileNotFoundError, match=r"no such file or folder, nor the id of a dataset \(OWNER/NAME or"
         ):
             get_source(name, path=path).splits  # noqa: B018
 
@@ -324,6 +325,16 @@ def test_a_dataset_on_the_hub_is_read_in_place(hub, name):
     assert rows[0].key == "train-00000-of-00002/6"
     assert hub.bytes_read[files[1]] == of_index[files[1]]
     assert 500_000 < hub.bytes_read[files[0]] - of_index[files[0]] < 800_000  # one row group of four
+
+
+def test_a_revision_of_a_dataset_is_read(hub):
+    here = Path("hub/datasets/someone")
+    (here / "pairs").rename(here / "pairs@0123abc")
+    source = get_source("pick_a_pic", path="someone/pairs@0123abc", validation_share=0.0)
+    assert source.num_examples("train") == 40
+    assert set(hub.bytes_read) == {
+        f"datasets/someone/pairs@0123abc/data/train-0000{i}-of-00002.parquet" for i in range(2)
+    }
 
 
 def test_a_dataset_that_the_hub_does_not_have_is_refused_in_one_line(hub):

@@ -120,14 +120,16 @@ def test_compositions(tmp_path):
 def test_a_set_of_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def download(repository, *, repo_type, allow_patterns):
-        asked.append((repository, repo_type, allow_patterns[:2]))
+    def download(repository, *, repo_type, revision, allow_patterns):
+        asked.append((repository, repo_type, revision, allow_patterns[:2]))
         return str(tmp_path)
 
     write_hpsv2(tmp_path / "benchmark")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(read_prompt_set("hpsv2=zhwang/HPDv2", tmp_path).prompts) == 3200
-    assert asked == [("zhwang/HPDv2", "dataset", ["anime.json", "*/anime.json"])]
+    assert len(read_prompt_set("hpsv2=zhwang/HPDv2@abc123", tmp_path).prompts) == 3200
+    patterns = ["anime.json", "*/anime.json"]
+    assert asked == [("zhwang/HPDv2", "dataset", revision, patterns) for revision in (None, "abc123")]
 
 
 def test_what_the_hub_does_not_have():

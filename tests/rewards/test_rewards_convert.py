@@ -128,11 +128,12 @@ def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
     save_file(state, tmp_path / "HPS.safetensors")
     fetched = []
 
-    def snapshot_download(name, allow_patterns):
-        fetched.append((name, sorted(allow_patterns)))
+    def snapshot_download(name, revision, allow_patterns):
+        fetched.append((f"{name}@{revision}" if revision else name, sorted(allow_patterns)))
         return str(clip)
 
-    def hf_hub_download(name, file):
+    def hf_hub_download(name, file, revision):
+        assert revision is None
         fetched.append((name, file))
         return str(tmp_path / "HPS.safetensors")
 
@@ -143,9 +144,9 @@ def test_what_is_fetched_of_the_hub(clip, state, out, tmp_path, monkeypatch):
     convert("hpsv2.1", out)
     assert fetched == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), (laion, tokenizer)]
     fetched.clear()
-    convert("pickscore", out.with_name("pickscore"), tokenizer="somebody/clip")
+    convert("pickscore", out.with_name("pickscore"), tokenizer="somebody/clip@main")
     (name, patterns), of_the_tokenizer = fetched
-    assert (name, of_the_tokenizer) == ("yuvalkirstain/PickScore_v1", ("somebody/clip", tokenizer))
+    assert (name, of_the_tokenizer) == ("yuvalkirstain/PickScore_v1", ("somebody/clip@main", tokenizer))
     assert {"config.json", "model.safetensors", *tokenizer} <= set(patterns)
     assert not any(".bin" in pattern for pattern in patterns)
     fetched.clear()

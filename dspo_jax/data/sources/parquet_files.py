@@ -22,9 +22,9 @@ from dspo_jax.data.sources.pairs import Row
 from dspo_jax.data.sources.parquet_columns import Column, choose_columns, convert
 from dspo_jax.data.sources.selection import sort_splits
 from dspo_jax.errors import UserError
+from dspo_jax.hub_cache import is_hub_id
 from dspo_jax.images.image_files import SOURCE_ALLOWS_OUTSIDE, ImagePaths
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The hub's names, "train-00000-of-00645.parquet", and people's own: "val.parquet", "test_2.parquet".
 _SPLIT = re.compile(r"(?:^|[-.])((?:train|validation|valid|val|dev|test)(?:_unique)?)(?=$|[-_.\d])")
 # Files whose footers and light columns are read at the same time: on the hub each is a few requests.
@@ -53,14 +53,15 @@ def find_files(path: str) -> Mapping[str, tuple[ParquetFile, ...]]:
     the same name.
 
     Args:
-      path: a file, a folder (searched with its subfolders), or the id of a dataset repository on the hub.
+      path: a file, a folder (searched with its subfolders), or the id of a dataset repository on the hub,
+        `owner/name` or `owner/name@revision`.
 
     Raises:
       FileNotFoundError: there is no such path, or no parquet file in it.
       OSError: the hub did not answer.
     """
     root = Path(path)
-    on_hub = not root.exists() and _HUB_ID.fullmatch(path) is not None
+    on_hub = is_hub_id(path)
     if on_hub:
         locations = {name: f"datasets/{path}/{name}" for name in _list_hub(path)}
     elif root.is_dir():
@@ -69,7 +70,8 @@ def find_files(path: str) -> Mapping[str, tuple[ParquetFile, ...]]:
         locations = {root.name: path}
     else:
         raise FileNotFoundError(
-            f"config.source.path = {path!r}: no such file or folder, nor the id of a dataset (OWNER/NAME)"
+            f"config.source.path = {path!r}: no such file or folder, nor the id of a dataset (OWNER/NAME or "
+            "OWNER/NAME@REVISION)"
         )
     if not locations:
         raise FileNotFoundError(f"config.source.path = {path!r}: no .parquet file in it or its subfolders")
