@@ -29,7 +29,8 @@ FOLDERS = [
     "dspo_jax.data.label",
     "examples.emoji.demo",
     "examples.emoji.closed_loop",
-    "examples.beta_ablation",
+    "examples.studies.sweep",
+    "examples.studies.study",
     "benchmarks.encode",
 ]
 NEW = [("dspo_jax.convert", "import"), ("dspo_jax.convert", "export"), ("dspo_jax.rewards.convert", "")]
@@ -76,7 +77,7 @@ def by_another(monkeypatch):
 @pytest.mark.parametrize("module", FOLDERS)
 def test_a_command_on_a_folder_in_use_is_refused(module, run, by_another, tmp_path):
     with by_another(locks.claim(tmp_path)) as refused, refused:
-        run(module, out=str(tmp_path), model="absent", prompts="absent", reward="absent", betas=["1"])
+        run(module, out=str(tmp_path), model="absent", prompts="absent", reward="absent")
 
 
 @pytest.mark.parametrize(("module", "command"), NEW)

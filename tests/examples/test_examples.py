@@ -1,21 +1,14 @@
 """What the examples do besides calling the commands."""
 
-import csv
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT
 
 from dspo_jax.data.sources.emoji import EmojiImages, EmojiPairs, load_emoji, load_sentiment
 from dspo_jax.evaluation.prompt_sets import read_prompt_set
 from dspo_jax.images.decode import decode_image
 from dspo_jax.rewards import load_reward
 from dspo_jax.sampling.prompts import Prompt
-from examples.beta_ablation import write_medians
 from examples.emoji.closed_loop import HERE, choose_prompts
 
 
@@ -42,31 +35,22 @@ def test_the_loop_trains_on_no_name_that_it_is_evaluated_on(tmp_path):
     assert choose_prompts([Prompt(chosen[0])])[0].text != chosen[0]
 
 
-@pytest.mark.ci
-def test_what_would_stop_the_evaluation_stops_the_ablation_before_it_trains(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    flags = ["--config=configs/emoji_diffusion_dpo.py", "--betas=500", "--rewards=pickscoer"]
-    flags += [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'out'}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "examples.beta_ablation", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 2, result.stderr
-    assert "pickscoer" in result.stderr.splitlines()[-1]
-    assert not list(tmp_path.glob("out/run_*"))
-
-
-def test_medians_over_beta(tmp_path):
-    scores = {"base": [[0.0, 1.0], [2.0, 3.0]], "500": [[4.0, 4.0], [4.0, 8.0]], "2000": [[1.0, 2.0]] * 2}
-    evaluation = SimpleNamespace(
-        rewards={"pickscore": "1"}, scores={label: {"pickscore": np.array(s)} for label, s in scores.items()}
-    )
-    write_medians(evaluation, [500.0, 2000.0], tmp_path)
-    with (tmp_path / "beta.csv").open() as file:
-        rows = list(csv.reader(file))
-    assert rows[1:] == [
-        ["pickscore", "", "0.75", "1.5", "2.25"],
-        ["pickscore", "500", "4.0", "4.0", "5.0"],
-        ["pickscore", "2000", "1.0", "1.5", "2.0"],
+def test_a_picture_is_as_like_its_name_as_it_is_near_it():
+    shown = [
+        emoji for emoji in load_emoji() if emoji.name in ("red heart", "heavy black heart", "pouting face")
     ]
-    with Image.open(tmp_path / "beta.png") as image:
-        assert image.width > image.height
+    heart, face = (next(e for e in shown if word in e.name) for word in ("heart", "face"))
+    picture = np.asarray(decode_image(heart.path))
+    reward = load_reward(f"{HERE / 'likeness.py'}:likeness")
+    prompts = [heart.name, heart.category, face.name, heart.name]
+    scores = reward.score([picture, picture, picture, 255 - picture], prompts)
+    np.testing.assert_allclose(scores[:2], 0)
+    # The face by NumPy alone: root mean square over 16 x 16 x 3 box means.
+    small = [
+        np.asarray(decode_image(e.path).reduce(1).resize((16, 16), Image.Resampling.BOX), float)
+        for e in (heart, face)
+    ]
+    assert scores[2] == pytest.approx(-np.sqrt(np.mean((small[0] - small[1]) ** 2)), rel=1e-5)
+    assert scores[3] < scores[2] < -10
+    with pytest.raises(KeyError, match="no such emoji"):
+        reward.function([picture], ["no such emoji"])
