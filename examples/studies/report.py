@@ -68,7 +68,7 @@ class Finals:
         """Takes the finished runs."""
         self._results = results
         self.signals = [signal for signal in size.signals if f"final/{signal}/base" in results]
-        self._seeds = range(size.training_seeds)
+        self.size, self._seeds = size, range(size.training_seeds)
 
     def runs(self, signal: str, name: str) -> dict[int, JsonObject]:
         """Returns the finished runs by training seed; the base's is 0."""
@@ -203,6 +203,31 @@ def table_of_predictions(finals: Finals) -> tuple[str, list[JsonObject]]:
     return markdown(header, rows), found
 
 
+def table_of_online(finals: Finals) -> str:
+    """Online methods against Diffusion-DPO on pairs, for as many queries, as in S1.1; and their cost."""
+    rows, offline = [], "diffusion_dpo"
+    for signal in finals.signals:
+        methods = finals.methods(signal)
+        for name in (each for each in methods if study.METHODS[each].is_online and offline in methods):
+            share, p_value = finals.against(signal, name, offline, study.reward_of(signal))
+            times = [
+                np.median([result["seconds_per_update"] for result in finals.runs(signal, each).values()])
+                * study.make_config(each, signal, 1e-4, 0, finals.size, Path()).steps
+                for each in (name, offline)
+            ]
+            less = change(*(finals.scores(signal, each, "likeness") for each in (name, offline)))
+            numbers = (
+                per_cent(share),
+                f"{p_value:.2g}",
+                f"{less.value:.2f} [{less.low:.2f}, {less.high:.2f}]",
+            )
+            rows.append(
+                [signal, study.METHODS[name].label, *numbers, f"{times[0] / max(times[1], 1e-9):.1f}"]
+            )
+    header = ["signal", "online method", "wins over Diffusion-DPO, %", "p", "likeness, difference"]
+    return markdown([*header, "training time, of Diffusion-DPO's"], rows)
+
+
 def table_of_rejection(finals: Finals, draws: JsonObject, panel: Figure) -> str:
     """Draws of the base until one beats a method's image, as in Diffusion-DPO's S9 and Fig. S5."""
     rows, reward = [], "colourfulness"
@@ -322,6 +347,7 @@ def make_tables(
     tables["3"] = table_of_costs(finals)
     tables["predictions"], predictions = table_of_predictions(finals)
     write_json(out / "predictions.json", predictions)
+    tables["online"] = table_of_online(finals)
     tables["accuracy"] = table_of_accuracy(finals, panels[0, 0])
     if size.extras and "colourfulness" in finals.signals:
         base = finals.runs("colourfulness", "base")[0]
@@ -372,6 +398,10 @@ def write_report(results: Mapping[str, JsonObject], size: study.Size, out: Path,
     text = "".join(f"## {name}\n\n{table}\n\n" for name, table in tables.items())
     write_text(out / "tables.md", text)
     write_json(out / "tables.json", {name: table.split("\n") for name, table in tables.items()})
+    if page is not None:
+        tables["status"] += (
+            "\n\n![implicit accuracy, over-optimisation, beta, rejection sampling](results.png)"
+        )
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     for file in [out / "results.png", *([page.with_name("results.png")] if page else [])]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from signal import SIGKILL
@@ -287,6 +288,18 @@ def test_all_tables_are_filled_into_the_page(tmp_path):
     assert first["share"][0] == pytest.approx(np.mean(ours > theirs))
     between = np.abs(theirs[:4] - theirs[4:]).mean()  # four prompts of two training seeds
     assert first["size"] == pytest.approx(np.abs(ours - theirs).mean() / between)
+    online, offline = (
+        [results[f"final/colourfulness/{name},{seed}"] for seed in range(2)]
+        for name in ("draft_k", "diffusion_dpo")
+    )
+    wins = np.mean(
+        [
+            tables.scores_of(a, "colourfulness") > tables.scores_of(b, "colourfulness")
+            for a, b in zip(online, offline, strict=True)
+        ]
+    )
+    # 160 updates of eight images against 40 of pairs, made up to take a second each.
+    assert re.search(rf"\| colourfulness \| DRaFT-1 \| {100 * wins:.1f} \[.* \| 4\.0 \|", text)
     again = report.fill(text, {"1": "other"})
     assert report.fill(again, {"1": "other"}) == again != text
     with pytest.raises(ValueError, match="0 places <!-- table 1 -->"):
