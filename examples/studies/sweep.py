@@ -122,11 +122,12 @@ def train_and_judge(run: Run, folder: Path) -> JsonObject | None:
             found[step]["pairs"] = judge(model, panel.base, panel.pairs, **how)  # type: ignore[arg-type]
     records = read_metrics(workdir / "metrics.jsonl")
     first, last = records[0], records[-1]  # the first one is written when its step is compiled
-    updates = max(1, last["step"] - first["step"])
+    updates, gradient = max(1, last["step"] - first["step"]), config.stream.kind == "prompts"
     return {
         "steps": found,
         "seconds_per_update": (last["wall_seconds"] - first["wall_seconds"]) / updates,
-        "reward_queries": last.get("reward_queries", 0),
+        # With a reward's gradient every image is scored, and the run does not count.
+        "reward_queries": last.get("reward_queries", last["examples_seen"] if gradient else 0),
     }
 
 
