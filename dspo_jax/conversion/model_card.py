@@ -117,6 +117,8 @@ def _step(grid: Path) -> int:
 def _loading(base: str, folder: Path, file: str, adapters: str | None) -> str:
     """Returns the lines that load in diffusers what is exported."""
     absent = "".join(f", {name}=None" for name in _find_absent(folder))
+    name, revision = split_hub_id(base)
+    pinned = json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
     if not file:
         return f"""from diffusers import DiffusionPipeline
 
@@ -131,14 +133,14 @@ pipe = DiffusionPipeline.from_pretrained("model"{absent})"""
     if adapters:
         return f"""from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({json.dumps(base)}{absent})  # the base, where it is with you
-pipe.load_lora_weights(".", weight_name={json.dumps(file)})  # kohya's names too"""
+pipe = DiffusionPipeline.from_pretrained({pinned}{absent})  # the base, where it is with you
+pipe.load_lora_weights(".", weight_name={json.dumps(file)})"""
     kind = read_json(folder / "model_index.json")["_class_name"]
     return f"""from diffusers import {kind}
 
 pipe = {kind}.from_single_file(
     {json.dumps(file)},
-    config={json.dumps(base)},  # a folder or hub id with the base's configs and tokenizers
+    config={json.dumps(name)},  # a folder or hub id with the base's configs and tokenizers
 )"""
 
 

@@ -85,24 +85,27 @@ class Finals:
         """Returns scores [prompts, seeds] of each training seed."""
         return [scores_of(result, reward) for result in self.runs(signal, name).values()]
 
-    def against(self, signal: str, ours: str, other: str, reward: str) -> tuple[Estimate, float]:
-        """Returns the win rate of a method over another, seed by seed, and its p-value."""
+    def paired(self, signal: str, ours: str, other: str, reward: str) -> tuple[list[np.ndarray], ...]:
+        """Returns two methods' scores for the training seeds that both have; the base has one of all."""
         mine, theirs = self.runs(signal, ours), self.runs(signal, other)
         shared = [seed for seed in mine if other == "base" or seed in theirs]
-        found, share = pool(
+        return (
             [scores_of(mine[seed], reward) for seed in shared],
             [scores_of(theirs[0 if other == "base" else seed], reward) for seed in shared],
         )
+
+    def against(self, signal: str, ours: str, other: str, reward: str) -> tuple[Estimate, float]:
+        """Returns the win rate of a method over another, seed by seed, and its p-value."""
+        found, share = pool(*self.paired(signal, ours, other, reward))
         return share, found.p_value
 
     def size_of_difference(self, signal: str, ours: str, other: str) -> float:
         """Returns the mean difference of two methods' images over that of two trainings; NaN with one."""
         reward = study.reward_of(signal)
-        mine, theirs = (self.scores(signal, name, reward) for name in (ours, other))
         usual = self.scores(signal, "sft" if other == "base" else other, reward)
         if len(usual) < 2:
             return float("nan")
-        pairs = zip(mine, theirs * len(mine) if other == "base" else theirs, strict=False)
+        pairs = zip(*self.paired(signal, ours, other, reward), strict=True)
         between = np.mean([np.abs(a - b).mean() for a, b in itertools.pairwise(usual)])
         return float(np.mean([np.abs(a - b).mean() for a, b in pairs]) / between)
 

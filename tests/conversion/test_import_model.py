@@ -289,6 +289,11 @@ def test_a_hub_id_is_a_model(tiny_model, tmp_path, out, monkeypatch):
     assert load_pipeline(run).path == snapshot
     export(run, tmp_path / "exported")
     assert "base_model: somebody/tiny\n" in (tmp_path / "exported" / "README.md").read_text()
+    pinned = f"somebody/tiny@{'0' * 40}"
+    assert load_pipeline(pinned).path == snapshot
+    run = make_run(tmp_path / "pinned", pinned, trained=("unet",))
+    export(run, tmp_path / "of_pinned")
+    assert "base_model: somebody/tiny\n" in (tmp_path / "of_pinned" / "README.md").read_text()
     with refused("somebody/other: no such folder, and the model hub did not give it", OSError):
         import_model("somebody/other", out.with_name("other"))
     with refused("a--b/..c: no such folder, and no id of the model hub: "):

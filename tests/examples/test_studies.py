@@ -306,6 +306,20 @@ def test_all_tables_are_filled_into_the_page(tmp_path):
         report.fill("nothing", {"1": "a"})
 
 
+def test_a_missing_training_seed_leaves_the_others_with_their_partners():
+    """SFT 1, 2 and 4 by seed, DSPO 12 and 14 without the first: each differs from its own by 10."""
+
+    def result(value):
+        return {"steps": {"1": {"scores": {"compressibility": [[float(value)]]}}}}
+
+    made = {("sft", seed): value for seed, value in enumerate((1, 2, 4))} | {("dspo", 1): 12, ("dspo", 2): 14}
+    results = {f"final/compressibility/{name},{seed}": result(value) for (name, seed), value in made.items()}
+    results["final/compressibility/base"] = result(0)
+    finals = report.Finals(results, study.Size())
+    assert finals.size_of_difference("compressibility", "dspo", "sft") == pytest.approx(10 / 1.5)
+    assert finals.size_of_difference("compressibility", "dspo", "base") == pytest.approx(13 / 1.5)
+
+
 GOLDEN = ROOT / "tests/golden/study_quick.json"
 # An update on another CPU rounds otherwise; two training seeds differ by about 0.2, 0.003 and 0.1.
 TOLERANCES = {"colourfulness": 0.15, "compressibility": 0.004, "likeness": 0.1, "sentiment": 0.02}
