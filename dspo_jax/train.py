@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"give {'; '.join(missing)}")
     workdir = Path(values.workdir)
     try:
-        step, finished, best = train(settings, workdir)
+        outcome = train(settings, workdir)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -78,10 +78,10 @@ def main(argv: Sequence[str]) -> int:
             f"another process of this run was lost, or this one failed ({str(error).splitlines()[0]}); start "
             "all of them again, and the run resumes from its last checkpoint"
         ) from error
-    status = 0 if finished else cli.EXIT_STOPPED
+    status = 0 if outcome.finished else cli.EXIT_STOPPED
     if not processes.is_first():
         return status
-    print(f"{workdir}: step {step}")
+    print(f"{workdir}: step {outcome.step}")
     validations = list(read_validations(workdir / "metrics.jsonl").values())
     for when, scores in zip(("before", "after"), validations[:1] + validations[1:][-1:], strict=False):
         if "implicit_accuracy" in scores:
@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> int:
             won = f", higher in {scores[win_rate]:.0%} of the images" if when == "after" else ""
             print(f"held-out {name.replace('_', ' ', 1)} {when}: {scores[name]:.4g}{won}")
     if status == cli.EXIT_STOPPED:
-        print(f"stopped: after step {step}; the same command resumes it")
+        print(f"stopped: after step {outcome.step}; the same command resumes it")
         return status
     chosen, of_best = workdir, ""
-    if best is not None and best != step:
-        print(f"the held-out {'pairs' if reads_data else 'prompts'} find step {best} best")
+    if outcome.best is not None and outcome.best != outcome.step:
+        print(f"the held-out {'pairs' if reads_data else 'prompts'} find step {outcome.best} best")
         chosen, of_best = Path(f"{workdir}@best"), " --step=best"
     base, trained = shlex.quote(f"--base={settings.model}"), shlex.quote(f"--model={chosen}")
     run = shlex.quote(f"--run={workdir}")

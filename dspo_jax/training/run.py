@@ -49,11 +49,14 @@ class Outcome(NamedTuple):
     Attributes:
       step: updates done in the whole run.
       finished: whether the run is at its end; False where it was asked to stop, and can go on.
+      stop_requested: whether it was asked to stop, even if only in its last step. Who does more than train
+        stops then.
       best: step of the checkpoint that the held-out pairs find best; None where none was judged.
     """
 
     step: int
     finished: bool
+    stop_requested: bool
     best: int | None
 
 
@@ -337,7 +340,7 @@ def _train(
 
     def outcome(step: int, *, finished: bool) -> Outcome:
         best = checkpoints.best()
-        return Outcome(step, finished, None if best is None else best[0])
+        return Outcome(step, finished, stop_requested(), None if best is None else best[0])
 
     skip_to: str | None = None  # position in the data after a rollback
     rolled_back_to: int | None = None

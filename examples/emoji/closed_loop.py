@@ -70,7 +70,7 @@ def run_loop(out: Path, console: Console) -> None:
     config.model, config.data.path = str(MODEL), str(out / "pairs")
     config.samples.every = 0
     announce(f"train: {config.objective.name}, {config.steps} steps of {config.batch_size} pairs")
-    if not train(config, out / "run").finished:
+    if train(config, out / "run").stop_requested:
         announce("stopped; the same command goes on from there")
         return
     announce("evaluate: other noise, and other prompts but for the categories")

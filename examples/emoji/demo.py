@@ -67,7 +67,7 @@ def run_demo(out: Path, console: Console) -> None:
     config.samples.every = 0  # the sheet below shows more
     announce(f"train: {config.objective.name}, {config.steps} steps of {config.batch_size} pairs")
     outcome = train(config, out / "run")
-    if not outcome.finished:
+    if outcome.stop_requested:
         announce(f"stopped at step {outcome.step} of {config.steps}; the same command goes on from there")
         return
     validations = read_validations(out / "run" / "metrics.jsonl")

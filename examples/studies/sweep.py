@@ -111,7 +111,7 @@ def train_and_judge(run: Run, folder: Path) -> JsonObject | None:
     if run.steps:
         config.checkpoint.every = steps[0]
         config.checkpoint.max_to_keep = 1 + config.steps // steps[0]
-    if not train(config, workdir).finished:
+    if train(config, workdir).stop_requested:
         return None
     models = {str(step): f"{workdir}@{step}" for step in steps}
     scores = _score(models, panel, folder)

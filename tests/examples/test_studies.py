@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from signal import SIGKILL
 
 import numpy as np
 import pytest
 from processes import ROOT
+from tiny_run import make_config, saved_steps
 
 from configs import emoji_diffusion_dpo
 from dspo_jax.evaluation.win_rates import Estimate
@@ -105,6 +107,19 @@ def test_a_run_that_is_asked_to_stop_ends_the_sweep_and_a_dry_run_does_nothing(t
     assert not (tmp_path / "b").exists()
     assert sweep(make("ab"), tmp_path, None, dry_run=True) == {}
     assert capsys.readouterr().out.count("to do") == 2
+
+
+def test_a_request_to_stop_in_the_last_step_of_a_run_ends_the_sweep(
+    shallow_model, tiny_pairs, tmp_path, monkeypatch
+):
+    @contextmanager
+    def asked():
+        yield lambda: True
+
+    monkeypatch.setattr("dspo_jax.training.run.stop_requests", asked)
+    run = Run("a", make_config(shallow_model, tiny_pairs, {"steps": 1}), PANEL)
+    assert sweep([run], tmp_path) is None  # nothing was drawn: PANEL's model is not there
+    assert saved_steps(tmp_path / "a" / "run") == [1]
 
 
 def test_what_is_left_is_estimated_by_runs_of_the_same_kind(tmp_path):
