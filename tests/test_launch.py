@@ -104,7 +104,8 @@ def test_what_is_not_set_is_named(stubs, script):
     assert re.search(r": (CONFIG|TPU|CLUSTER): set ", said)
 
 
-SHOWN = ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS")
+SHOWN = ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+OFFLOAD = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true"
 
 
 def test_train_gets_the_environment_and_the_arguments_unchanged(stubs):
@@ -112,27 +113,28 @@ def test_train_gets_the_environment_and_the_arguments_unchanged(stubs):
     assert stubs.run("train.sh", *OVERRIDES)[0] == 7
     [call] = stubs.calls()
     command = ["python", "-m", "dspo_jax.train", "--config", "configs/sd15_dspo.py", "--workdir", "runs/a b"]
-    assert call[:-3] == [*command, *OVERRIDES]
-    assert call[-3:] == [
+    assert call[: -len(SHOWN)] == [*command, *OVERRIDES]
+    assert call[-len(SHOWN) :] == [
         "JAX_COMPILATION_CACHE_DIR=runs/.jax_cache",
         "XLA_PYTHON_CLIENT_MEM_FRACTION=",
         "XLA_FLAGS=",
+        f"LIBTPU_INIT_ARGS={OFFLOAD}",
     ]
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, ["runs/.jax_cache", "0.9", "--xla_gpu_enable_latency_hiding_scheduler=true"]),
-        (dict.fromkeys(SHOWN, "mine"), ["mine", "mine", "mine"]),
-        ({"XLA_FLAGS": ""}, ["runs/.jax_cache", "0.9", ""]),
+        ({}, ["runs/.jax_cache", "0.9", "--xla_gpu_enable_latency_hiding_scheduler=true", OFFLOAD]),
+        (dict.fromkeys(SHOWN, "mine"), ["mine"] * 4),
+        ({"XLA_FLAGS": "", "LIBTPU_INIT_ARGS": ""}, ["runs/.jax_cache", "0.9", "", ""]),
     ],
 )
 def test_with_a_gpu_there_is_more_and_what_was_set_stays(stubs, given, expected):
     stubs.add("nvidia-smi")
     stubs.add("python", "", SHOWN)
     assert stubs.run("train.sh", **given)[0] == 0
-    assert [variable.partition("=")[2] for variable in stubs.calls()[-1][-3:]] == expected
+    assert [variable.partition("=")[2] for variable in stubs.calls()[-1][-len(SHOWN) :]] == expected
 
 
 def test_jax_knows_the_flags_that_it_is_given():

@@ -36,8 +36,9 @@ _TOO_LARGE = re.compile(
     r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
     r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
-_SECONDS_BETWEEN_LOOKS = 0.5
-_GPU_FACTS = "works, form 4"  # raised when `compile_for_gpu` notes other facts
+_SECONDS_BETWEEN_LOOKS, _LOOKS_AT_WHOLE = 0.5, 5
+# Raised when other facts are noted of a program than those that were kept.
+_FORMS = {"gpu": "works, form 5", "tpu": "facts, form 2"}
 _OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # flags of XLA's compilers
 
 
@@ -62,8 +63,7 @@ def kept_facts(
     options = [flag for flag in options if not flag.startswith("--xla_dump_")]
     options += [f"{name}={value}" for name, value in COMPILER_OPTIONS.get(device.platform, {}).items()]
     text = "\n".join([topology or "", device.device_kind, *versions, *options, lowered.as_text()])
-    if device.platform == "gpu":
-        text = f"{_GPU_FACTS}\n{text}"
+    text = f"{_FORMS.get(device.platform, '')}\n{text}"
     if open_trips != 1:
         text = f"open loops {open_trips}\n{text}"
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dspo_jax" / "plans"
@@ -160,23 +160,23 @@ def memory_facts(command: Sequence[str], module: str) -> JsonObject | int:
       peak_bytes (without the program's own code), hbm_bytes (None), argument_bytes, temporary_bytes,
       collectives. The exit status of a command that ended before: it knew the answer, or failed.
     """
+    names = [f"*after_optimizations{end}.txt" for end in ("-buffer-assignment", "")]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         notes = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={module}"
         flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {notes}"}
         running = subprocess.Popen(command, env=os.environ | flags)
         try:
-            # This file comes after the two that are read: they are whole.
-            while not list(Path(folder).glob("*after_optimizations-buffer-assignment-values.txt")):
+            # Threads of their own write them, at the same time: they are whole when they grow no more.
+            looks = [[0, 0]]
+            while 0 in looks[-1] or looks[-_LOOKS_AT_WHOLE:] != [looks[-1]] * _LOOKS_AT_WHOLE:
                 if (status := running.poll()) is not None:
                     return status
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
+                looks.append([sum(path.stat().st_size for path in Path(folder).glob(name)) for name in names])
         finally:
             running.kill()
             running.wait()
-        buffers, text = (
-            next(Path(folder).glob(f"*after_optimizations{end}.txt")).read_text(encoding="utf-8")
-            for end in ("-buffer-assignment", "")
-        )
+        buffers, text = (next(Path(folder).glob(name)).read_text(encoding="utf-8") for name in names)
     arguments, peak = assigned_bytes(buffers)
     return {
         "peak_bytes": peak,

@@ -57,13 +57,13 @@ class Plan:
       compiler_seconds: the compiler's own estimate of a step.
       loop_seconds: what loops add to it that run more than once.
       kernel_seconds: what attention kernels add, at `KERNEL_EFFICIENCY`.
-      collective_seconds: sending what the collectives send over all links, if nothing of it were hidden; not
-        part of the estimate.
+      collective_seconds: sending what the collectives send over all links; not part of the estimate.
+      exposed_seconds: of it, on a TPU, what is sent while nothing else is done.
       estimated_seconds: the sum of the three before.
       pairs_per_second_per_device: by that estimate.
       mfu: model FLOPs utilisation by that estimate; of a GPU against the peak of the arithmetic, bfloat16 or
         TF32, that most of the program is in.
-      collectives: {kind: {"count", "bytes"}}.
+      collectives: see `program_text.collectives`.
       kernels: {name: {"count", "flops"}}, padding included.
       compile_seconds: of this machine.
       largest_pairs_per_device: that should fit, by how much memory these pairs take beside the state.
@@ -88,6 +88,7 @@ class Plan:
     loop_seconds: float | None = None
     kernel_seconds: float | None = None
     collective_seconds: float | None = None
+    exposed_seconds: float | None = None
     estimated_seconds: float | None = None
     pairs_per_second_per_device: float | None = None
     mfu: float | None = None
@@ -234,15 +235,17 @@ def _judge(facts: JsonObject, device: jax.Device, pairs: int, flops: float | Non
     loop_seconds = facts["compiler_seconds"] * (facts["loop_factor"] - 1)
     kernels, kernel_seconds = _cost_of_kernels(facts["kernel_calls"], chip, peak_rate)
     estimate = facts["compiler_seconds"] + loop_seconds + kernel_seconds
-    # A ring sends an all-reduce's bytes twice, and all others' once.
-    sent = sum(
-        each["bytes"] * (2 if kind == "all-reduce" else 1) for kind, each in facts["collectives"].items()
-    )
+    sent = exposed = 0
+    for kind, each in facts["collectives"].items():
+        factor = 2 if kind == "all-reduce" else 1  # a ring sends its bytes twice, and all others' once
+        sent += factor * each["bytes"]
+        exposed += factor * (each["bytes"] - each["asynchronous"])
     return found | {
         "loop_seconds": loop_seconds,
         "kernels": kernels,
         "kernel_seconds": kernel_seconds,
         "collective_seconds": sent / chip.links,
+        "exposed_seconds": exposed / chip.links,
         "estimated_seconds": estimate,
         "pairs_per_second_per_device": pairs / estimate,
         "mfu": None if flops is None else flops / estimate / peak_rate,
@@ -345,8 +348,8 @@ def describe_plan(found: Plan) -> Iterator[str]:
         yield (
             f"estimate: {found.estimated_seconds:.4g} s a step = {found.compiler_seconds:.4g} s by the "
             f"compiler + {found.loop_seconds:.3g} s for loops + {found.kernel_seconds:.3g} s for kernels at "
-            f"{KERNEL_EFFICIENCY:.0%} of the peak; collectives, if nothing hid them: "
-            f"{found.collective_seconds:.3g} s"
+            f"{KERNEL_EFFICIENCY:.0%} of the peak; collectives take {found.collective_seconds:.3g} s, of which "
+            f"{found.exposed_seconds:.3g} s beside no computation"
         )
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
         yield f"{found.pairs_per_second_per_device:.4g} {unit}/s on each device{mfu}"

@@ -22,6 +22,9 @@ _INSTRUCTION = re.compile(
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 
 
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
+
+
 _ARRAY = re.compile(r"\b([a-z]+[0-9][0-9a-z]*|pred)\[([\d,]*)\]")
 
 
@@ -59,6 +62,8 @@ class Instruction:
       type: of its result, as written.
       rest: operands and attributes, as written.
       times: how often a run of the program comes by it.
+      asynchronous: whether it runs beside others, inside an `async-start`, or a fusion of a collective and
+        what is computed meanwhile.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Instruction:
     type: str
     rest: str
     times: int
+    asynchronous: bool = False
 
 
 def read_instructions(text: str, open_trips: int = 1) -> Iterator[Instruction]:
@@ -78,7 +84,7 @@ def read_instructions(text: str, open_trips: int = 1) -> Iterator[Instruction]:
       open_trips: how often a loop runs whose length the text does not tell.
     """
     computations, entry = read_computations(text)
-    yield from _walk(computations, entry, 1, open_trips)
+    yield from _walk(computations, entry, 1, open_trips, asynchronous=False)
 
 
 def entry_instructions(text: str) -> Sequence[Instruction]:
@@ -97,7 +103,7 @@ def read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
             if found and not line.startswith("HloModule"):
                 current = computations.setdefault(found["name"], [])
                 entry = found["name"] if found["entry"] else entry
-        elif line.rstrip() == "}":
+        elif _END.match(line):
             current = None
         elif found := _INSTRUCTION.match(line):
             current.append(Instruction(found["name"], found["op"], found["type"], found["rest"], 1))
@@ -105,16 +111,21 @@ def read_computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _walk(
-    computations: Mapping[str, Sequence[Instruction]], name: str, times: int, open_trips: int
+    computations: Mapping[str, Sequence[Instruction]],
+    name: str,
+    times: int,
+    open_trips: int,
+    *,
+    asynchronous: bool,
 ) -> Iterator[Instruction]:
     for instruction in computations.get(name, ()):
-        yield dataclasses.replace(instruction, times=times)
-        inside = times
+        yield dataclasses.replace(instruction, times=times, asynchronous=asynchronous)
+        inside, beside = times, asynchronous or instruction.op in ("async-start", "fusion")
         if instruction.op == "while":
             inside *= trips(computations, instruction, open_trips)
         for names in _CALLED.findall(instruction.rest):
             for called in names.replace("%", "").split(", "):
-                yield from _walk(computations, called, inside, open_trips)
+                yield from _walk(computations, called, inside, open_trips, asynchronous=beside)
 
 
 def trips(computations: Mapping[str, Sequence[Instruction]], loop: Instruction, open_trips: int = 1) -> int:
@@ -152,10 +163,10 @@ def assigned_bytes(text: str) -> tuple[int, int]:
 
 
 def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]]:
-    """Counts what a device sends and receives, by kind: {kind: {"count", "bytes"}}; bytes are of the results.
+    """Counts what a device sends and receives: {kind: {"count", "bytes", "asynchronous"}}.
 
-    The TPU's compiler spreads one over several fusions, whose computation hides it: by its channel it is
-    known, and counts once.
+    Bytes are of the results, and "asynchronous" is how many of them come while something else is computed.
+    The TPU's compiler spreads one over several fusions: by its channel it is known, and counts once.
     """
     found: dict[str, dict[str, int]] = {}
     seen = set()
@@ -167,9 +178,12 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, dict[str, int]
             type_ = instruction.type
             if instruction.op != kind and kind != "all-reduce":
                 type_ = _elements(type_)[1]  # a start returns its operands, then its results
-            entry = found.setdefault(kind, {"count": 0, "bytes": 0})
+            entry = found.setdefault(kind, {"count": 0, "bytes": 0, "asynchronous": 0})
+            size = instruction.times * array_bytes(type_)
             entry["count"] += instruction.times
-            entry["bytes"] += instruction.times * array_bytes(type_)
+            entry["bytes"] += size
+            started = instruction.op != kind and '"is_sync":true' not in instruction.rest
+            entry["asynchronous"] += size if started or instruction.asynchronous else 0
     return found
 
 

@@ -27,6 +27,16 @@ TPU_TEXT = """HloModule jit_f, is_scheduled=true
   ROOT %gathered = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}
 }
 
+%called (p: bf16[70]) -> bf16[70] {
+  %p.4 = bf16[70]{0} parameter(0)
+  ROOT %all-reduce.5 = bf16[70]{0} all-reduce(%p.4), channel_id=5, to_apply=%add
+}, execution_thread="sparsecore"
+
+%offloaded (p: bf16[70]) -> bf16[70] {
+  %p.3 = bf16[70]{0} parameter(0)
+  ROOT %all-reduce.5.cloned.1 = bf16[70]{0} call(%p.3), to_apply=%called
+}, execution_thread="sparsecore"
+
 %continued (p: bf16[4,1024]) -> bf16[16,1024] {
   %p.2 = bf16[4,1024]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %gathered.2 = bf16[16,1024]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=3, dimensions={0}
@@ -54,8 +64,11 @@ bf16[2,8,256,40]{3,2,1,0}, bf16[2,8,256,40]{3,2,1,0}}, frontend_attributes={kern
 ENTRY %main (x: bf16[8,1024]) -> bf16[8,1024] {
   %x = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(0)
   %all-reduce.4 = (f32[8]{0}, f32[3,3]{1,0}) all-reduce(%x), to_apply=%add
+  %all-reduce.5.call-start = ((bf16[70]), bf16[70]{0}, u32[]) async-start(%x), \
+async_execution_thread="sparsecore", calls=%offloaded
   %collective-permute-start.1 = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x)
-  %all-gather-start.1 = (f32[3,5]{1,0:T(8,128)}, f32[12,5]{1,0:T(8,128)}) all-gather-start(%x), channel_id=4
+  %all-gather-start.1 = (f32[3,5]{1,0:T(8,128)}, f32[12,5]{1,0:T(8,128)}) all-gather-start(%x), channel_id=4, \
+backend_config={"collective_backend_config":{"is_sync":true}}
   %reduce-scatter-start.1 = ((f32[8,5]{1,0}, bf16[8]), (f32[2,5]{1,0}, bf16[2])) reduce-scatter-start(%x)
   %fusion.2 = bf16[8,1024]{1,0} fusion(%x), calls=%other, backend_config={"estimated_cycles":"50"}
   ROOT %while.13 = (s32[]{:T(128)}, bf16[8,1024]{1,0}) while(%x), condition=%condition, body=%body
@@ -70,11 +83,13 @@ def test_the_text_of_a_tpu_program():
         "fusion.2": 1,
         "fusion.3": 6,
     }
+    gathered = 6 * 2 * 16 * 1024  # by fusions in the loop
     assert collectives(instructions) == {
-        "all-reduce": {"count": 1, "bytes": 4 * (8 + 9)},
-        "all-gather": {"count": 6 + 1, "bytes": 6 * 2 * 16 * 1024 + 4 * 12 * 5},
-        "collective-permute": {"count": 1, "bytes": 2 * 8},
-        "reduce-scatter": {"count": 1, "bytes": 4 * 2 * 5 + 2 * 2},
+        # Of the two in the entry computation the second is started there and runs on another core.
+        "all-reduce": {"count": 2, "bytes": 4 * (8 + 9) + 2 * 70, "asynchronous": 2 * 70},
+        "all-gather": {"count": 6 + 1, "bytes": gathered + 4 * 12 * 5, "asynchronous": gathered},
+        "collective-permute": {"count": 1, "bytes": 2 * 8, "asynchronous": 2 * 8},
+        "reduce-scatter": {"count": 1, "bytes": 4 * 2 * 5 + 2 * 2, "asynchronous": 4 * 2 * 5 + 2 * 2},
     }
     assert loop_factor(instructions) == pytest.approx((50 + 6 * 100) / (50 + 100))
     ((name, operands, size, times),) = kernels(instructions)
@@ -97,7 +112,7 @@ def test_loops_and_collectives_of_a_real_program():
     mapped = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     text = jax.jit(mapped).lower(jnp.zeros((3, 4))).compile().as_text()
     found = collectives(read_instructions(text))
-    assert found == {"all-reduce": {"count": 5, "bytes": 5 * 4 * 12}}
+    assert found == {"all-reduce": {"count": 5, "bytes": 5 * 4 * 12, "asynchronous": 0}}
 
 
 @each_row(
