@@ -1,5 +1,6 @@
 """The forms of layers for the CPU, one of them for TPUs too: equal to the plain ones, in no other program."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ def layers() -> dict[str, Callable[[], nnx.Module]]:
         "convolution of one position": lambda: blocks.conv2d(6, 10, 1, rngs=rngs),
         "the same with stride": lambda: blocks.conv2d(6, 10, 1, stride=2, rngs=rngs),
         "convolution": lambda: blocks.conv2d(6, 10, 3, rngs=rngs),
+        "convolution with stride": lambda: blocks.conv2d(6, 10, 3, stride=2, rngs=rngs),
+        "convolution with no padding": lambda: blocks.conv2d(6, 10, 2, stride=2, padding=0, rngs=rngs),
         "doubling": lambda: blocks.Upsample2D(6, rngs=rngs),
         "group norm": lambda: norms.GroupNorm(6, 2, 1e-5),
     }
@@ -75,6 +78,23 @@ def test_values_and_gradients_are_those_of_the_plain_layer(name, size, trace_for
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@each_row("name", ["convolution", "convolution with stride", "doubling"])
+def test_in_a_loop_every_convolution_has_the_order_of_axes_that_xla_is_fast_in(name, trace_for):
+    trace_for(CPU)
+    graph, params = nnx.split(layers()[name]())
+
+    def loss(params, x):
+        return (nnx.merge(graph, params)(x) ** 2).sum()
+
+    def parts(params, x):
+        return jax.lax.map(lambda part: jax.grad(loss, argnums=(0, 1))(params, part), x)
+
+    text = jax.jit(parts).lower(params, jnp.zeros((5, 3, 8, 8, 6))).compile().as_text()
+    orders = re.findall(r" convolution\(.*?dim_labels=(\S+?)[,\s]", text)
+    assert len(orders) >= 3
+    assert set(orders) == {"b01f_01io->b01f"}
+
+
 def primitives(program: Any) -> list[tuple[str, tuple[int, ...]]]:
     """(primitive, shape of its second operand) of the products of a program, in order."""
     found = []
@@ -98,6 +118,8 @@ def test_a_program_for_another_device_has_the_plain_layers(trace_for):
         "convolution of one position": [("conv_general_dilated", (1, 1, 6, 10))],
         "the same with stride": [("conv_general_dilated", (1, 1, 6, 10))],
         "convolution": [("conv_general_dilated", (3, 3, 6, 10))],
+        "convolution with stride": [("conv_general_dilated", (3, 3, 6, 10))],
+        "convolution with no padding": [("conv_general_dilated", (2, 2, 6, 10))],
         "doubling": [("conv_general_dilated", (3, 3, 6, 6))],
         "group norm": [],
     }
