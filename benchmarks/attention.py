@@ -64,7 +64,7 @@ def kernel_milliseconds(device: Any, case: tuple[int, ...], images: int) -> floa
     """Returns the time of the products of the TPU's kernel at the peak rate, forward and backward."""
     queries, keys, heads, size = case
     tiling = flash.Tiling.of(queries, keys, size)
-    operands = [(images, heads, tiling.queries, size), (images, heads, tiling.keys, size)]
+    operands = [(images, heads, size, tiling.queries), (images, heads, size, tiling.keys)]
     chip, peak = find_chip(device), peak_flops(device.device_kind)
     if chip is None or peak is None:
         raise UserError(f"--topology: nothing is known of a {device.device_kind}")

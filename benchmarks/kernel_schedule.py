@@ -6,7 +6,8 @@
 XLA's own estimate leaves out what a kernel does. Here libtpu writes down the instructions of one step of the
 kernel's grid: at one a cycle, times the steps of a core, they take as long as the kernel does if it never
 waits for memory. `--blocks` also compiles other block sizes than those that `kernels/flash.py` chooses.
-Nothing runs.
+What XLA does around the kernels, such as moving heads to where they read them, is printed with the cycles
+that libtpu expects of it. Nothing runs.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from benchmarks import programs
 from benchmarks.attention import CASES, without_heads
 from dspo_jax import cli
 from dspo_jax.kernels import flash
+from dspo_jax.planning.program_text import entry_instructions, estimated_cycles
 
 # Cycles a second by JAX's name of the device: 459 TFLOP/s over two cores of four units of 128 x 128.
 CLOCKS = {"TPU v5": 1.75e9}
@@ -62,6 +64,12 @@ def read_schedules(folder: Path) -> Iterator[Schedule]:
         yield Schedule(name, len(taken), steps, sum(taken) / int(capacity.split()[0]) / len(taken))
 
 
+def cycles_around(text: str) -> int:
+    """Adds the cycles that the compiler expects of a program's instructions, kernels left out."""
+    kernel = 'custom_call_target="tpu_custom_call"'
+    return sum(estimated_cycles(each) for each in entry_instructions(text) if kernel not in each.rest)
+
+
 def tilings(case: tuple[int, ...], others: bool) -> Iterator[tuple[str, flash.Tiling]]:
     """Returns the tiling of `kernels/flash.py` for a case, and others that divide its lengths."""
     queries, keys, _, size = case
@@ -90,11 +98,12 @@ def measure(device: jax.Device, folder: Path) -> None:
             with mock.patch.object(flash.Tiling, "of", return_value=tiling):
                 function = programs.forward_and_backward(without_heads(flash.splash_attention, heads))
                 try:
-                    programs.compile_for(device, function, arrays)
+                    program = programs.compile_for(device, function, arrays)
                 except jax.errors.JaxRuntimeError as error:
                     if "Vmem" not in str(error):
                         raise
                     print(f"{name:<14}{blocks:<12}does not fit into vector memory", flush=True)
+                    program = None
             for schedule in read_schedules(folder):
                 line = f"{name:<14}{blocks:<12}{schedule.name:<32}"
                 line += (
@@ -102,6 +111,11 @@ def measure(device: jax.Device, folder: Path) -> None:
                 )
                 if clock := CLOCKS.get(device.device_kind):
                     line += f", {1e3 * schedule.steps * schedule.instructions / clock:.3f} ms"
+                print(line, flush=True)
+            if program is not None:
+                line = f"{name:<14}{blocks:<12}{'around them':<32}{cycles_around(program.as_text()):9} cycles"
+                if clock := CLOCKS.get(device.device_kind):
+                    line += f", {1e3 * cycles_around(program.as_text()) / clock:.3f} ms"
                 print(line, flush=True)
             for path in folder.iterdir():
                 path.unlink()

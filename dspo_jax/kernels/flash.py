@@ -22,10 +22,12 @@ RESIDUALS = "attention_residuals"
 # Queries, and keys, whose products are in a TPU's vector memory at a time, if they are not fewer.
 _BLOCKS = (512, 384, 256)
 _SMALLEST_BLOCK = 128
-# Numbers of a block of keys that is loaded at a time, which leaves room for the rest in 16 MiB: the kernel's
-# forward pass reads it once, and the backward pass sums gradients of queries over such blocks.
+# Numbers of a block of keys that is loaded at a time, which leaves room for the rest in 16 MiB: half as many
+# going back where not all keys are loaded at once, or heads are wider than the lanes. That pass writes the
+# gradients of queries once for each such block, and XLA sums them, which for four blocks of 1,024 keys
+# takes a third as long as the kernel.
 _KEYS_FORWARD = 4096 * 128
-_KEYS_BACKWARD = 2048 * 128
+_KEYS_BACKWARD = 4096 * 128
 _LANES = 128  # a head takes a multiple of that in memory
 
 _CUDNN_BLOCK = 128  # keys whose products cuDNN's backward pass computes at a time on Hopper
@@ -101,7 +103,7 @@ def kernel_flops(name: str, operands: Sequence[Sequence[int]], lanes: int) -> fl
 
     Args:
       name: of the call in the compiled program.
-      operands: shapes of its operands; the first two of four axes are the queries [B, H, T, D] and the keys.
+      operands: shapes of its operands; the first two of four axes are the queries [B, H, D, T] and the keys.
       lanes: side of the matrix unit, to which a head is padded.
 
     Returns:
@@ -112,8 +114,8 @@ def kernel_flops(name: str, operands: Sequence[Sequence[int]], lanes: int) -> fl
     count = next((count for start, count in products.items() if name.startswith(start)), 0)
     if not count:
         return 0.0
-    (batch, heads, queries, head), keys = [shape for shape in operands if len(shape) == 4][:2]
-    return 2.0 * count * batch * heads * queries * keys[2] * _round_up(head, lanes)
+    (batch, heads, head, queries), keys = [shape for shape in operands if len(shape) == 4][:2]
+    return 2.0 * count * batch * heads * queries * keys[3] * _round_up(head, lanes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,21 +141,29 @@ class Tiling:
         """Chooses the block sizes for T, S and D."""
         query_block, key_block = _block(queries), _block(keys)
         queries, keys = _round_up(queries, query_block), _round_up(keys, key_block)
-        forward = query_block, _twice(key_block, keys, head)
-        backward = _twice(query_block, queries, head), key_block
-        return cls(queries, keys, head, forward, backward)
+        # The forward pass is 7 % faster so (benchmarks/kernel_schedule.py). With both sides doubled, or of
+        # wider heads, it would not fit.
+        twice = key_block == _BLOCKS[0] and head <= _LANES and keys % (2 * key_block) == 0
+        forward = query_block, (2 if twice else 1) * key_block
+        return cls(queries, keys, head, forward, (query_block, key_block))
 
     def blocks(self) -> splash.BlockSizes:
         """Makes the kernel's own block sizes; its backward pass computes all gradients at once."""
         (queries, keys), (queries_backward, keys_backward) = self.forward, self.backward
+        at_once = self.head <= _LANES and self.keys * _LANES <= _KEYS_BACKWARD
         return splash.BlockSizes(
             block_q=queries,
             block_kv=self._loaded(keys, _KEYS_FORWARD),
             block_kv_compute=keys,
             block_q_dkv=queries_backward,
-            block_kv_dkv=self._loaded(keys_backward, _KEYS_BACKWARD * queries // queries_backward),
+            block_kv_dkv=self._loaded(keys_backward, _KEYS_BACKWARD // (1 if at_once else 2)),
             block_kv_dkv_compute=keys_backward,
             use_fused_bwd_kernel=True,
+            # The last axis takes a multiple of 128 in memory: of a length it wastes nothing, of a head of 40
+            # more than two thirds.
+            q_layout=splash.QKVLayout.SEQ_MINOR,
+            k_layout=splash.QKVLayout.SEQ_MINOR,
+            v_layout=splash.QKVLayout.SEQ_MINOR,
         )
 
     def _loaded(self, block: int, numbers: int) -> int:
@@ -161,16 +171,6 @@ class Tiling:
         blocks = self.keys // block
         most = max(1, numbers // _round_up(self.head, _LANES) // block)
         return block * max(n for n in range(1, most + 1) if blocks % n == 0)
-
-
-def _twice(block: int, length: int, head: int) -> int:
-    """Doubles the largest block where it fits: the matrix units are busier, 88 % against 78 % backward.
-
-    By `python -m benchmarks.kernel_schedule --topology=v5p:2x2x1 --blocks`. Doubled on both sides, or of
-    wider heads, a block does not fit into vector memory.
-    """
-    fits = block == _BLOCKS[0] and head <= _LANES and length % (2 * block) == 0
-    return 2 * block if fits else block
 
 
 def _block(length: int) -> int:

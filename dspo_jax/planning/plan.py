@@ -348,8 +348,8 @@ def describe_plan(found: Plan) -> Iterator[str]:
         yield (
             f"estimate: {found.estimated_seconds:.4g} s a step = {found.compiler_seconds:.4g} s by the "
             f"compiler + {found.loop_seconds:.3g} s for loops + {found.kernel_seconds:.3g} s for kernels at "
-            f"{KERNEL_EFFICIENCY:.0%} of the peak; collectives take {found.collective_seconds:.3g} s, of which "
-            f"{found.exposed_seconds:.3g} s beside no computation"
+            f"{KERNEL_EFFICIENCY:.0%} of the peak; collectives take {found.collective_seconds:.3g} s, "
+            f"{found.exposed_seconds:.3g} s of it beside no computation"
         )
         mfu = "" if found.mfu is None else f", MFU {found.mfu:.1%}"
         yield f"{found.pairs_per_second_per_device:.4g} {unit}/s on each device{mfu}"

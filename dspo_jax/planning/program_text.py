@@ -203,10 +203,15 @@ def loop_factor(instructions: Iterable[Instruction]) -> float:
     """Divides the program's estimated cycles by those with each loop once; 1 without an estimate."""
     once = often = 0
     for instruction in instructions:
-        if cycles := _CYCLES.search(instruction.rest):
-            once += int(cycles[1])
-            often += int(cycles[1]) * instruction.times
+        once += estimated_cycles(instruction)
+        often += estimated_cycles(instruction) * instruction.times
     return often / once if once else 1.0
+
+
+def estimated_cycles(instruction: Instruction) -> int:
+    """Returns the cycles that the TPU's compiler expects of an instruction; 0 where it notes none."""
+    noted = _CYCLES.search(instruction.rest)
+    return int(noted[1]) if noted else 0
 
 
 def kernels(instructions: Iterable[Instruction]) -> list[tuple[str, list[tuple[int, ...]], int, int]]:

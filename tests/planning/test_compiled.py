@@ -49,8 +49,8 @@ backend_config={"estimated_cycles":"100"}
   %fusion.3 = bf16[16,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%s), calls=%continued
   %splash_mha_fwd.1 = (f32[2,8,4096]{2,1,0}, bf16[2,8,4096,40]{3,2,1,0}) custom-call(%a), \
 custom_call_target="tpu_custom_call", \
-operand_layout_constraints={s8[1,8,2]{2,1,0}, bf16[2,8,4096,40]{3,2,1,0}, \
-bf16[2,8,256,40]{3,2,1,0}, bf16[2,8,256,40]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+operand_layout_constraints={s8[1,8,2]{2,1,0}, bf16[2,8,40,4096]{3,2,1,0}, \
+bf16[2,8,40,256]{3,2,1,0}, bf16[2,8,40,256]{3,2,1,0}}, frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
 }}, metadata={op_name="jit(f)"}
   ROOT %tuple.31 = (s32[]{:T(128)}, bf16[8,1024]{1,0:T(8,128)(2,1)}) tuple(%s, %fusion.1)
@@ -67,8 +67,8 @@ ENTRY %main (x: bf16[8,1024]) -> bf16[8,1024] {
   %all-reduce.5.call-start = ((bf16[70]), bf16[70]{0}, u32[]) async-start(%x), \
 async_execution_thread="sparsecore", calls=%offloaded
   %collective-permute-start.1 = (bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x)
-  %all-gather-start.1 = (f32[3,5]{1,0:T(8,128)}, f32[12,5]{1,0:T(8,128)}) all-gather-start(%x), channel_id=4, \
-backend_config={"collective_backend_config":{"is_sync":true}}
+  %all-gather-start.1 = (f32[3,5]{1,0:T(8,128)}, f32[12,5]{1,0:T(8,128)}) all-gather-start(%x), \
+channel_id=4, backend_config={"collective_backend_config":{"is_sync":true}}
   %reduce-scatter-start.1 = ((f32[8,5]{1,0}, bf16[8]), (f32[2,5]{1,0}, bf16[2])) reduce-scatter-start(%x)
   %fusion.2 = bf16[8,1024]{1,0} fusion(%x), calls=%other, backend_config={"estimated_cycles":"50"}
   ROOT %while.13 = (s32[]{:T(128)}, bf16[8,1024]{1,0}) while(%x), condition=%condition, body=%body
@@ -94,7 +94,7 @@ def test_the_text_of_a_tpu_program():
     assert loop_factor(instructions) == pytest.approx((50 + 6 * 100) / (50 + 100))
     ((name, operands, size, times),) = kernels(instructions)
     assert (name, times) == ("splash_mha_fwd.1", 6)
-    assert operands == [(1, 8, 2), (2, 8, 4096, 40), (2, 8, 256, 40), (2, 8, 256, 40)]
+    assert operands == [(1, 8, 2), (2, 8, 40, 4096), (2, 8, 40, 256), (2, 8, 40, 256)]
     assert size == 16 + 2 * 2 * 8 * 40 * (4096 + 2 * 256) + 4 * 2 * 8 * 4096 + 2 * 2 * 8 * 4096 * 40
     # Two products of 4096 queries with 256 keys, in heads that fill the 128 lanes.
     assert kernel_flops(name, operands, 128) == 2 * 2 * (2 * 8) * 4096 * 256 * 128

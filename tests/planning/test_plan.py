@@ -60,7 +60,7 @@ FACTS = {
     },
     # The first is bound by its products, the second by memory.
     "kernel_calls": [
-        ["splash_mha_fwd.1", [[1], [8, 8, 4096, 40], [8, 8, 4096, 40]], 100, 2],
+        ["splash_mha_fwd.1", [[1], [8, 8, 40, 4096], [8, 8, 40, 4096]], 100, 2],
         ["splash_mha_dkv.7", [[8, 8, 128, 128], [8, 8, 128, 128]], 2_765_000_000, 1],
         ["somebody_elses.2", [[4]], 0, 1],
     ],
