@@ -17,8 +17,9 @@ if command -v nvidia-smi > /dev/null; then
     # Gradients are summed across devices while the backward pass still runs, where XLA would sum and then go on.
     export XLA_FLAGS="${XLA_FLAGS---xla_gpu_enable_latency_hiding_scheduler=true}"
 fi
-# On a TPU with SparseCores (v5p, v6e) these sum gradients while the backward pass still runs; a v5e has none, and is
-# given the same program as without. Libtpu alone reads it.
-export LIBTPU_INIT_ARGS="${LIBTPU_INIT_ARGS---xla_tpu_enable_sparse_core_collective_offload_all_reduce=true}"
+# On a TPU with SparseCores (v5p, v6e) these sum gradients and gather parameters while the rest computes; a v5e has
+# none, and is given the same program as without. Libtpu alone reads it.
+offload=--xla_tpu_enable_sparse_core_collective_offload
+export LIBTPU_INIT_ARGS="${LIBTPU_INIT_ARGS-${offload}_all_reduce=true ${offload}_all_gather=true}"
 
 exec python -m dspo_jax.train --config "$CONFIG" --workdir "$WORKDIR" "$@"

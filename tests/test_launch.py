@@ -105,7 +105,9 @@ def test_what_is_not_set_is_named(stubs, script):
 
 
 SHOWN = ("JAX_COMPILATION_CACHE_DIR", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
-OFFLOAD = "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true"
+OFFLOAD = " ".join(
+    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=true" for kind in ("all_reduce", "all_gather")
+)
 
 
 def test_train_gets_the_environment_and_the_arguments_unchanged(stubs):

@@ -335,11 +335,13 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 def test_a_launched_step_sums_its_gradients_beside_the_backward_pass(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    launched = re.search(r"LIBTPU_INIT_ARGS---(\S+)}", (ROOT / "launch" / "train.sh").read_text())[1]
+    script = (ROOT / "launch" / "train.sh").read_text().replace("exec python", "echo $LIBTPU_INIT_ARGS # ")
+    needed = {"CONFIG": "any", "WORKDIR": str(tmp_path / "run"), "PATH": os.environ["PATH"]}
+    launched = subprocess.run(["bash", "-c", script], env=needed, capture_output=True, text=True).stdout
     command = ["--config=configs/emoji_dspo.py", "--config.data.path=", "--topology=v5p:2x2x1"]
     command = [sys.executable, "-m", "dspo_jax.plan", *command, "--memory_only"]
     shares = []
-    for flags in ("", f"--{launched}"):
+    for flags in ("", launched.strip()):
         monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
         subprocess.run([*command, f"--json={tmp_path / 'plan.json'}"], check=True)
         sums = json.loads((tmp_path / "plan.json").read_text())["collectives"]["all-reduce"]
