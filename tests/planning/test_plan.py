@@ -347,7 +347,7 @@ def test_a_launched_step_sums_its_gradients_beside_the_backward_pass(tmp_path, m
         sums = json.loads((tmp_path / "plan.json").read_text())["collectives"]["all-reduce"]
         shares.append(sums["asynchronous"] / sums["bytes"])
     assert shares[0] == 0
-    assert shares[1] > 0.9
+    assert shares[1] > 0.8  # small sums stay where they were
 
 
 @pytest.mark.slow
