@@ -145,7 +145,9 @@ class Tiling:
         # wider heads, it would not fit.
         twice = key_block == _BLOCKS[0] and head <= _LANES and keys % (2 * key_block) == 0
         forward = query_block, (2 if twice else 1) * key_block
-        return cls(queries, keys, head, forward, (query_block, key_block))
+        # The largest block halved leaves room for all keys.
+        backward = query_block, key_block // 2 if key_block == 2 * _BLOCKS[-1] else key_block
+        return cls(queries, keys, head, forward, backward)
 
     def blocks(self) -> splash.BlockSizes:
         """Makes the kernel's own block sizes; its backward pass computes all gradients at once."""

@@ -339,7 +339,8 @@ def describe_plan(found: Plan) -> Iterator[str]:
     if found.bytes_accessed is not None:
         yield f"{found.bytes_accessed / 1e9:.4g} GB of memory traffic"
     for kind, each in found.collectives.items():
-        yield f"{kind}: {each['count']} with {in_units(each['bytes'])} of results"
+        beside = f", {in_units(each['asynchronous'])} of them while something else is computed"
+        yield f"{kind}: {each['count']} with {in_units(each['bytes'])} of results{beside}"
     for name, kernel in found.kernels.items():
         yield f"{name}: {kernel['count']:.0f} with {kernel['flops'] / 1e12:.4g} TFLOP, padding included"
     if found.roofline and found.estimated_seconds:

@@ -349,13 +349,15 @@ def test_lengths_are_padded_little_and_loaded_in_large_parts(queries, keys, head
 @each_row(
     ("length", "head", "forward", "backward"),
     [
-        (4096, 40, (512, 1024), (512, 512)),
-        (4096, 256, (512, 512), (512, 512)),  # two lane tiles a head: twice the vector memory
-        (1536, 64, (512, 512), (512, 512)),  # is no multiple of 1024
+        (4096, 40, (512, 1024), (512, 256)),
+        (4096, 256, (512, 512), (512, 256)),  # two lane tiles a head: twice the vector memory
+        (1536, 64, (512, 512), (512, 256)),  # is no multiple of 1024
         (768, 64, (384, 384), (384, 384)),
     ],
 )
-def test_a_block_of_keys_is_doubled_going_forward_where_it_fits(length, head, forward, backward):
+def test_blocks_of_keys_are_large_going_forward_and_leave_room_for_all_keys_going_back(
+    length, head, forward, backward
+):
     blocks = flash.Tiling.of(length, length, head).blocks()
     assert (blocks.block_q, blocks.block_kv_compute) == forward
     assert (blocks.block_q_dkv, blocks.block_kv_dkv_compute) == backward
