@@ -23,12 +23,13 @@ RESIDUALS = "attention_residuals"
 _BLOCKS = (512, 384, 256)
 _SMALLEST_BLOCK = 128
 # Numbers of a block of keys that is loaded at a time, which leaves room for the rest in 16 MiB: half as many
-# going back where not all keys are loaded at once, or heads are wider than the lanes. That pass writes the
-# gradients of queries once for each such block, and XLA sums them, which for four blocks of 1,024 keys
-# takes a third as long as the kernel.
+# going back where not all keys are loaded at once, or heads are wide. That pass writes the gradients of
+# queries once for each such block, and XLA sums them, which for four blocks of 1,024 keys takes a third as
+# long as the kernel.
 _KEYS_FORWARD = 4096 * 128
 _KEYS_BACKWARD = 4096 * 128
-_LANES = 128  # a head takes a multiple of that in memory
+_LANES = 128  # the last axis takes a multiple of that in memory
+_NARROW = 64  # heads no wider leave room for all keys
 
 _CUDNN_BLOCK = 128  # keys whose products cuDNN's backward pass computes at a time on Hopper
 
@@ -152,7 +153,7 @@ class Tiling:
     def blocks(self) -> splash.BlockSizes:
         """Makes the kernel's own block sizes; its backward pass computes all gradients at once."""
         (queries, keys), (queries_backward, keys_backward) = self.forward, self.backward
-        at_once = self.head <= _LANES and self.keys * _LANES <= _KEYS_BACKWARD
+        at_once = self.head <= _NARROW and self.keys * _LANES <= _KEYS_BACKWARD
         return splash.BlockSizes(
             block_q=queries,
             block_kv=self._loaded(keys, _KEYS_FORWARD),
