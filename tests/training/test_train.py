@@ -304,9 +304,9 @@ def test_a_run_ends_where_validations_find_no_better_model(config, train, fake_s
     )
     config.validation.every, config.validation.patience, config.steps = 2, 2, 100
     # Steps 4 and 6 were no better than step 2; the step that is then made is saved.
-    assert train(config, tmp_path / "run") == (7, True, 4)  # of equals the later
+    assert train(config, tmp_path / "run") == (7, True, False, 4)  # of equals the later
     assert saved_steps(tmp_path / "run")[-1] == 7
-    assert train(config, tmp_path / "run") == (7, True, 4)  # of equals the later
+    assert train(config, tmp_path / "run") == (7, True, False, 4)  # of equals the later
     assert len(fake_step.seen) == 7
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_is_killed_after_its_last_validation_ends_with_the_same_step(
     config.checkpoint.every, fake_step.interrupt = 2, {7: RuntimeError("killed")}
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path / "run")
-    assert train(config, tmp_path / "run") == (7, True, 4)
+    assert train(config, tmp_path / "run") == (7, True, False, 4)
 
 
 def test_a_run_of_epochs_is_as_long_as_its_data(config, train, tmp_path, caplog):
