@@ -113,9 +113,10 @@ def measure(device: jax.Device, folder: Path) -> None:
                     line += f", {1e3 * schedule.steps * schedule.instructions / clock:.3f} ms"
                 print(line, flush=True)
             if program is not None:
-                line = f"{name:<14}{blocks:<12}{'around them':<32}{cycles_around(program.as_text()):9} cycles"
+                cycles = cycles_around(program.as_text())
+                line = f"{name:<14}{blocks:<12}{'around them':<32}{cycles:9} cycles"
                 if clock := CLOCKS.get(device.device_kind):
-                    line += f", {1e3 * cycles_around(program.as_text()) / clock:.3f} ms"
+                    line += f", {1e3 * cycles / clock:.3f} ms"
                 print(line, flush=True)
             for path in folder.iterdir():
                 path.unlink()

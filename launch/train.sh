@@ -18,7 +18,7 @@ if command -v nvidia-smi > /dev/null; then
     export XLA_FLAGS="${XLA_FLAGS---xla_gpu_enable_latency_hiding_scheduler=true}"
 fi
 # On a TPU with SparseCores (v5p, v6e) these sum gradients and gather parameters while the rest computes; a v5e has
-# none, and is given the same program as without. Libtpu alone reads it.
+# none, and sums as without. Libtpu alone reads it.
 offload=--xla_tpu_enable_sparse_core_collective_offload
 export LIBTPU_INIT_ARGS="${LIBTPU_INIT_ARGS-${offload}_all_reduce=true ${offload}_all_gather=true}"
 

@@ -345,6 +345,8 @@ def test_lengths_are_padded_little_and_loaded_in_large_parts(queries, keys, head
     blocks = tiling.blocks()
     assert (tiling.queries, tiling.keys, blocks.block_kv, blocks.block_kv_dkv) == expected
     assert tiling.queries % blocks.block_q == tiling.keys % blocks.block_kv_compute == 0
+    # `kernel_flops` reads lengths from the last axis of what the kernel is given.
+    assert {blocks.q_layout.name, blocks.k_layout.name, blocks.v_layout.name} == {"SEQ_MINOR"}
 
 
 @each_row(
